@@ -1,0 +1,107 @@
+//! Attention over scattered rows, and the merge of partial answers.
+
+use super::convert::read;
+use super::reduce::{exp_sum, max};
+use super::score::dot_stored;
+use crate::dtype::Dtype;
+use crate::run::Run;
+
+/// Every row of the runs, in order, as bytes.
+///
+/// # Safety
+/// Each run's rows must be readable for as long as the iterator's items are used.
+unsafe fn rows<'a>(runs: &'a [Run], row_bytes: usize) -> impl Iterator<Item = &'a [u8]> {
+    runs.iter().flat_map(move |run| {
+        (0..run.rows).map(move |row| {
+            // SAFETY: the caller promises that `run.rows` rows of `row_bytes` bytes are readable from `rows_ptr`.
+            unsafe { std::slice::from_raw_parts(run.rows_ptr.add(row * row_bytes), row_bytes) }
+        })
+    })
+}
+
+/// # Safety
+/// As [`Kernels::scores`](crate::Kernels::scores).
+pub(in crate::cpu) unsafe fn scores(
+    dtype: Dtype,
+    queries: &[f32],
+    d: usize,
+    runs: &[Run],
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    // SAFETY: passed on to the caller.
+    for (t, row) in unsafe { rows(runs, 2 * d * dtype.bytes()) }.enumerate() {
+        for (h, query) in queries.chunks_exact(d).enumerate() {
+            out[h * out_stride + t] = dot_stored(dtype, query, row);
+        }
+    }
+}
+
+/// # Safety
+/// As [`Kernels::attend`](crate::Kernels::attend). `weights` holds `[group][n]` values, n the rows of all runs, not zero; `norms` holds
+/// `[group]`.
+#[allow(clippy::too_many_arguments)]
+pub(in crate::cpu) unsafe fn attend(
+    dtype: Dtype,
+    queries: &[f32],
+    d: usize,
+    scale: f32,
+    runs: &[Run],
+    weights: &mut [f32],
+    norms: &mut [f32],
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
+    let n = weights.len() / lse.len();
+    // SAFETY: passed on to the caller.
+    unsafe { scores(dtype, queries, d, runs, weights, n) };
+    out.fill(0.0);
+    for ((weights, lse), norm) in weights.chunks_exact_mut(n).zip(lse.iter_mut()).zip(norms.iter_mut()) {
+        weights.iter_mut().for_each(|weight| *weight *= scale);
+        let top = max(weights);
+        if top == f32::NEG_INFINITY {
+            weights.fill(0.0);
+            (*lse, *norm) = (top, 0.0);
+            continue;
+        }
+        let sum = exp_sum(weights, top);
+        weights.iter_mut().for_each(|weight| *weight = (*weight - top).exp());
+        *lse = top + sum.ln();
+        *norm = 1.0 / sum;
+    }
+    let size = dtype.bytes();
+    // SAFETY: passed on to the caller.
+    for (t, row) in unsafe { rows(runs, 2 * d * size) }.enumerate() {
+        for (j, bytes) in row[d * size..].chunks_exact(size).enumerate() {
+            let value = read(dtype, bytes);
+            for h in 0..lse.len() {
+                out[h * d + j] += weights[h * n + t] * value;
+            }
+        }
+    }
+    for (out, norm) in out.chunks_exact_mut(d).zip(norms) {
+        out.iter_mut().for_each(|value| *value *= *norm);
+    }
+}
+
+pub(in crate::cpu) fn merge(o: &mut [f32], lse: &mut [f32], other_o: &[f32], other_lse: &[f32]) {
+    let d = o.len() / lse.len();
+    for (h, (lse, other)) in lse.iter_mut().zip(other_lse).enumerate() {
+        let Some((kept, added, merged)) = merge_weights(*lse, *other) else { continue };
+        for (o, other) in o[h * d..][..d].iter_mut().zip(&other_o[h * d..][..d]) {
+            *o = *o * kept + other * added;
+        }
+        *lse = merged;
+    }
+}
+
+/// The weights of two partial answers and the lse of their union; `None` where the second one covers nothing.
+pub(in crate::cpu) fn merge_weights(lse: f32, other: f32) -> Option<(f32, f32, f32)> {
+    if other == f32::NEG_INFINITY {
+        return None;
+    }
+    let top = lse.max(other);
+    let (a, b) = ((lse - top).exp(), (other - top).exp());
+    let sum = a + b;
+    Some((a / sum, b / sum, top + sum.ln()))
+}

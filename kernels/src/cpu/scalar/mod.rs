@@ -1,0 +1,28 @@
+//! The specification: every kernel in plain Rust. It runs where no SIMD path exists, and the SIMD paths are compared with it.
+
+mod attend;
+mod convert;
+mod elementwise;
+mod reduce;
+mod score;
+mod top_k;
+
+pub(super) use attend::{attend, merge, scores};
+pub(super) use convert::{from_f32, to_f32};
+pub(super) use elementwise::{add, axpy, rms_norm, rope_halves, silu_mul, softmax_add, softmax_in_place};
+pub(super) use reduce::{count_above, dot, exp_sum, max};
+pub(super) use score::{min_max_update, page_bounds, project, project_columns, score_columns};
+pub(super) use top_k::top_k;
+
+use crate::run::CopyRun;
+
+/// Copies run by run.
+///
+/// # Safety
+/// As [`Kernels::copy_runs`](crate::Kernels::copy_runs).
+pub(super) unsafe fn copy_runs(runs: &[CopyRun]) {
+    for run in runs {
+        // SAFETY: the caller promises readable sources and writable destinations that do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(run.src, run.dst, run.bytes) };
+    }
+}

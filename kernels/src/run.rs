@@ -1,0 +1,55 @@
+//! What kernels over scattered memory take: runs of rows, runs of bytes, and memory that is kept between calls.
+
+/// `rows` consecutive rows in memory, each `[k(d) | v(d)]` in the storage type of the call, `2 * d * bytes` apart, at any alignment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The first byte of the first row.
+    pub rows_ptr: *const u8,
+    /// How many rows follow one another.
+    pub rows: usize,
+}
+
+impl Run {
+    /// A run of `rows` rows that starts at `rows_ptr`.
+    #[must_use]
+    pub const fn new(rows_ptr: *const u8, rows: usize) -> Self {
+        Self { rows_ptr, rows }
+    }
+}
+
+// SAFETY: a run is an address and a number; to read through it is `unsafe` in the kernels, whose callers promise that the memory is
+// readable from the thread that reads.
+unsafe impl Send for Run {}
+// SAFETY: as for Send; a shared run gives nothing that a copy of it does not.
+unsafe impl Sync for Run {}
+
+/// `bytes` bytes to be copied from `src` to `dst`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyRun {
+    /// Where the bytes are.
+    pub src: *const u8,
+    /// Where they go.
+    pub dst: *mut u8,
+    /// How many.
+    pub bytes: usize,
+}
+
+// SAFETY: two addresses and a number; to copy is `unsafe` in the kernels, whose callers promise that both ranges may be used from the
+// thread that copies.
+unsafe impl Send for CopyRun {}
+// SAFETY: as for Send; a shared copy run gives nothing that a copy of it does not.
+unsafe impl Sync for CopyRun {}
+
+/// Memory that [`Kernels::attend`](crate::Kernels::attend) keeps between calls: the weights of all rows, `[group][rows]` f32.
+#[derive(Clone, Debug, Default)]
+pub struct AttendScratch {
+    pub(crate) weights: Vec<f32>,
+}
+
+/// Memory that [`Kernels::top_k`](crate::Kernels::top_k) keeps between calls: about 8 bytes per score.
+#[derive(Clone, Debug, Default)]
+pub struct TopKScratch {
+    pub(crate) pairs: Vec<u64>,
+    pub(crate) keys: Vec<i32>,
+    pub(crate) candidates: Vec<i32>,
+}
