@@ -1,0 +1,363 @@
+//! The handshake and the control messages: everything that is not on the hot path.
+//!
+//! Every message starts with [`MAGIC`](crate::MAGIC) and [`VERSION`](crate::VERSION), so that two sides of
+//! different versions can still say so; the rest is one [`ToDaemon`] or [`ToClient`].
+//!
+//! ```text
+//! client                                daemon
+//!   Hello { limits }            ─────►
+//!                               ◄─────  Welcome { session, limits } + fds: client→daemon, daemon→client
+//!   maps both; Mapped           ─────►
+//!                               ◄─────  Sealed            (client→daemon is sealed from here on)
+//!   Register { model } (+ fd)   ─────►
+//!                               ◄─────  Registered { … }  (+ fd of the slab)
+//!   Open, Fork, Reserve, …      ─────►
+//!                               ◄─────  Memory { … } + fds, as often as needed; then the answer
+//! ```
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::layout::Limits;
+use crate::wire::SequenceId;
+use crate::{MAGIC, VERSION};
+
+/// Optional abilities, as bits. The daemon answers with those that both have.
+pub mod features {
+    /// Answers may lie in a device slab.
+    pub const SLAB: u64 = 1;
+    /// Answers may point into the session's own extents.
+    pub const IN_PLACE: u64 = 1 << 1;
+    /// Requests may wait for a stream doorbell.
+    pub const DOORBELLS: u64 = 1 << 2;
+    /// All that this version knows.
+    pub const ALL: u64 = SLAB | IN_PLACE | DOORBELLS;
+}
+
+/// What a client registers: one model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelSpec {
+    /// A name for logs and `status`.
+    pub name: String,
+    /// Fingerprint of the weights, hex; artifacts must carry the same one.
+    pub fingerprint: String,
+    /// Decoder layers.
+    pub layers: u32,
+    /// Query heads.
+    pub query_heads: u32,
+    /// KV heads.
+    pub kv_heads: u32,
+    /// Values of one head's key.
+    pub head_dim: u32,
+    /// Code of the storage type (`Dtype::code` of the kernels crate).
+    pub dtype: u8,
+    /// Rows per page; 0: the daemon chooses.
+    pub page_rows: u32,
+    /// First tokens that are always attended and never selected.
+    pub sinks: u32,
+    /// Most recent tokens, the current one included, that are always attended and never selected.
+    pub window: u32,
+    /// Layers `0..dense_layers` are never speculated.
+    pub dense_layers: u32,
+    /// Layers with sliding-window attention: they stay in the engine and are never speculated.
+    pub sliding_layers: Vec<u32>,
+    /// Selection methods, in their string form; sequences name them by index.
+    pub methods: Vec<String>,
+    /// Bytes of the artifact whose memfd comes beside this message, if one does.
+    pub artifact_bytes: Option<u64>,
+}
+
+/// How a device gives its answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mode {
+    /// Runs point into the session's extents; nothing is copied.
+    InPlace,
+    /// Rows are copied into a slab.
+    Slab,
+}
+
+/// Where a sequence's page table lies: `[layer][KV head][capacity]` page ids of 32 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TableRef {
+    /// Which of the session's table files.
+    pub file: u32,
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Pages that each head's part of the table can hold.
+    pub capacity: u32,
+}
+
+/// A page table entry without a page.
+pub const NO_PAGE: u32 = u32::MAX;
+
+/// From a client.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToDaemon {
+    /// First message.
+    Hello {
+        /// Abilities of the client.
+        features: u64,
+        /// A name for logs and `status`.
+        name: String,
+        /// Ring and table sizes that it wants.
+        limits: Limits,
+    },
+    /// Both memfds are mapped: seal the one that the client writes.
+    Mapped,
+    /// Registers the session's model, once.
+    Register(ModelSpec),
+    /// Opens an empty sequence.
+    Open {
+        /// Index of its method.
+        method: u16,
+        /// Tokens to make room for at once.
+        tokens: u32,
+    },
+    /// Opens a sequence that begins as a copy of another; pages are shared until one of them writes.
+    Fork {
+        /// The sequence to copy.
+        parent: SequenceId,
+        /// Another method, if not the parent's.
+        method: Option<u16>,
+    },
+    /// Makes room for rows, so that they can be written.
+    Reserve {
+        /// Sequences and how many tokens each is to have room for in all.
+        sequences: Vec<(SequenceId, u32)>,
+    },
+    /// Drops every row from this token on.
+    Truncate {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// Tokens that stay.
+        tokens: u32,
+    },
+    /// Closes sequences.
+    Close {
+        /// Which ones.
+        sequences: Vec<SequenceId>,
+    },
+}
+
+/// What a block of file descriptors is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryKind {
+    /// Extents of the arena, [`EXTENT_BYTES`](crate::EXTENT_BYTES) each: map for reading and writing.
+    Extents,
+    /// Page tables: map for reading.
+    Tables,
+}
+
+/// From the daemon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToClient {
+    /// Answer to `Hello`, with two file descriptors.
+    Welcome {
+        /// Abilities that both have.
+        features: u64,
+        /// Number of the session.
+        session: u64,
+        /// Changes with every start of the daemon.
+        boot_id: u64,
+        /// The limits as accepted.
+        limits: Limits,
+    },
+    /// Answer to `Mapped`.
+    Sealed,
+    /// Answer to `Register`; the slab's file descriptor is beside it in slab mode.
+    Registered {
+        /// Name of the device.
+        device: String,
+        /// How it answers.
+        mode: Mode,
+        /// Rows per page.
+        page_rows: u32,
+        /// Bytes of the session's slab; 0 in place.
+        slab_bytes: u64,
+    },
+    /// New memory: consecutive extents or table files, one descriptor each. Comes before the answer that uses it.
+    Memory {
+        /// What they are.
+        kind: MemoryKind,
+        /// Index of the first one.
+        first: u32,
+        /// Bytes of each.
+        bytes: u64,
+    },
+    /// Answer to `Open` and `Fork`.
+    Opened {
+        /// Handle of the sequence.
+        sequence: SequenceId,
+        /// Its page table.
+        table: TableRef,
+        /// Tokens that it has room for.
+        room: u32,
+    },
+    /// Answer to `Reserve`: page tables in the order asked, since growing may have moved them.
+    Reserved {
+        /// Page table and room in tokens of each sequence.
+        tables: Vec<(TableRef, u32)>,
+    },
+    /// Answer to `Truncate` and `Close`.
+    Done,
+    /// Anything that could not be done. Unless it is [`Failure::Protocol`], the session goes on.
+    Failed(Failure),
+}
+
+/// Why a control request was not done.
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
+pub enum Failure {
+    /// No room in the arena.
+    #[error(
+        "the arena is full: {needed_bytes} bytes more are needed and {free_bytes} of {arena_bytes} are free; {}", advice(.closing)
+    )]
+    Backpressure {
+        /// Bytes that the request needs beyond what the session has.
+        needed_bytes: u64,
+        /// Bytes that are free for it.
+        free_bytes: u64,
+        /// Bytes of the whole arena.
+        arena_bytes: u64,
+        /// Sequences of this session which, closed, would free enough; empty if none would.
+        closing: Vec<SequenceId>,
+    },
+    /// A handle that is not open.
+    #[error("sequence {0} is not open")]
+    NoSuchSequence(SequenceId),
+    /// The limit of open sequences is reached.
+    #[error("{max} sequences are open, which is this session's limit")]
+    TooManySequences {
+        /// The limit.
+        max: u32,
+    },
+    /// A model that cannot be served.
+    #[error("the model cannot be registered: {0}")]
+    BadModel(String),
+    /// A method, or its artifact, that cannot be used.
+    #[error("{0}")]
+    BadMethod(String),
+    /// No more sessions.
+    #[error("{max} sessions are open, which is the daemon's limit (max_sessions)")]
+    TooManySessions {
+        /// The limit.
+        max: u32,
+    },
+    /// The client broke the protocol; the session ends.
+    #[error("protocol error: {0}")]
+    Protocol(String),
+    /// The daemon failed inside.
+    #[error("the daemon failed: {0}")]
+    Internal(String),
+}
+
+fn advice(closing: &[SequenceId]) -> String {
+    if closing.is_empty() {
+        return "no sequence of this session would free enough: raise the daemon's arena size".into();
+    }
+    let names: Vec<_> = closing.iter().map(ToString::to_string).collect();
+    format!("closing {} would free enough", names.join(", "))
+}
+
+/// A control message that cannot be read.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ControlError {
+    /// Not a Kvoyant message.
+    #[error("the peer does not speak Kvoyant's protocol")]
+    NotKvoyant,
+    /// Another version.
+    #[error("the peer speaks version {theirs} of the protocol and this side version {VERSION}")]
+    OtherVersion {
+        /// Version of the peer.
+        theirs: u32,
+    },
+    /// The body does not parse.
+    #[error("a control message of {bytes} bytes is malformed")]
+    Malformed {
+        /// Its length.
+        bytes: usize,
+    },
+}
+
+/// Puts magic and version before a message.
+#[must_use]
+pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(64);
+    bytes.extend_from_slice(&MAGIC.to_le_bytes());
+    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    postcard::to_extend(message, bytes)
+        .unwrap_or_else(|error| unreachable!("plain data always serialises: {error}"))
+}
+
+/// Checks magic and version and parses the message.
+pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, ControlError> {
+    let Some((header, body)) = bytes.split_at_checked(12) else {
+        return Err(ControlError::NotKvoyant);
+    };
+    let (magic, version) = header.split_at(8);
+    if magic != MAGIC.to_le_bytes() {
+        return Err(ControlError::NotKvoyant);
+    }
+    let theirs = version.try_into().map_or(0, u32::from_le_bytes);
+    if theirs != VERSION {
+        return Err(ControlError::OtherVersion { theirs });
+    }
+    match postcard::take_from_bytes(body) {
+        Ok((message, [])) => Ok(message),
+        _ => Err(ControlError::Malformed { bytes: bytes.len() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_message_survives_the_trip_and_nothing_may_follow_it() {
+        let hello = ToDaemon::Hello { features: 3, name: "engine".into(), limits: Limits::default() };
+        let mut bytes = encode(&hello);
+        assert_eq!(decode::<ToDaemon>(&bytes), Ok(hello));
+        bytes.push(0);
+        assert!(matches!(decode::<ToDaemon>(&bytes), Err(ControlError::Malformed { .. })));
+    }
+
+    #[test]
+    fn a_mismatch_says_both_versions() {
+        let mut bytes = encode(&ToDaemon::Mapped);
+        bytes[8] = 9;
+        let error = decode::<ToDaemon>(&bytes).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the peer speaks version 9 of the protocol and this side version 1"
+        );
+        bytes[0] = 0;
+        assert_eq!(decode::<ToDaemon>(&bytes), Err(ControlError::NotKvoyant));
+        assert_eq!(decode::<ToDaemon>(b"GET /"), Err(ControlError::NotKvoyant));
+    }
+
+    #[test]
+    fn backpressure_says_what_would_help() {
+        let mut failure = Failure::Backpressure {
+            needed_bytes: 100,
+            free_bytes: 5,
+            arena_bytes: 200,
+            closing: vec![SequenceId { slot: 3, generation: 1 }],
+        };
+        assert!(failure.to_string().ends_with("closing 3.1 would free enough"));
+        if let Failure::Backpressure { closing, .. } = &mut failure {
+            closing.clear();
+        }
+        assert!(failure.to_string().contains("raise the daemon's arena size"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_decode_to_a_message_or_an_error(mut bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode::<ToDaemon>(&bytes);
+            let mut framed = encode(&ToDaemon::Mapped);
+            framed.truncate(12);
+            framed.append(&mut bytes);
+            let _ = decode::<ToDaemon>(&framed);
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! Sleeping on a word of shared memory, and waking whoever sleeps on it.
+//!
+//! Waiting is adaptive: a waiter polls for a while, then says in memory of its own that it sleeps, looks once
+//! more, and sleeps. The other side publishes first and then looks whether anybody sleeps. Both put a
+//! sequentially consistent fence between their store and their load, so at least one of them sees the other's
+//! store and no wake-up is lost.
+
+use std::io;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use crate::memory::SharedMapping;
+
+/// A word of shared memory that can be slept on.
+#[derive(Debug, Clone, Copy)]
+pub struct Word<'a> {
+    /// The mapping that holds it.
+    pub memory: &'a SharedMapping,
+    /// Its offset in bytes, a multiple of four.
+    pub offset: usize,
+}
+
+impl Word<'_> {
+    /// Its value, with acquire ordering.
+    #[must_use]
+    pub fn load(&self) -> u32 {
+        self.memory.load_u32(self.offset)
+    }
+
+    /// Sleeps while the word has the value `seen`, for at most `timeout`.
+    ///
+    /// Returns on a wake-up, on a changed value, on the timeout and on signals: callers look again in any case.
+    pub fn wait(&self, seen: u32, timeout: Duration) {
+        let timeout = timespec(timeout);
+        // SAFETY: the word is aligned and mapped for as long as `self.memory` is borrowed; the kernel only reads
+        // it, and the timeout outlives the call.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                self.memory.futex_word(self.offset),
+                libc::FUTEX_WAIT,
+                seen,
+                &raw const timeout,
+                std::ptr::null::<u32>(),
+                0,
+            )
+        };
+    }
+
+    /// Wakes everybody who sleeps on the word.
+    pub fn wake(&self) {
+        // SAFETY: the word is aligned and mapped for as long as `self.memory` is borrowed.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                self.memory.futex_word(self.offset),
+                libc::FUTEX_WAKE,
+                i32::MAX,
+                std::ptr::null::<libc::timespec>(),
+                std::ptr::null::<u32>(),
+                0,
+            )
+        };
+    }
+}
+
+/// Orders a store before a later load, as both sides of a sleep need.
+pub fn publish_before_looking() {
+    fence(Ordering::SeqCst);
+}
+
+fn timespec(duration: Duration) -> libc::timespec {
+    libc::timespec {
+        tv_sec: libc::time_t::try_from(duration.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: libc::c_long::from(duration.subsec_nanos() as i32),
+    }
+}
+
+/// How many words [`wait_any`] can watch at once (the kernel's limit).
+pub const WAIT_ANY_MAX: usize = 128;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct FutexWaitv {
+    value: u64,
+    address: u64,
+    flags: u32,
+    reserved: u32,
+}
+
+/// Sleeps until any word differs from the value seen, a wake-up comes, or the timeout passes. At most the first
+/// [`WAIT_ANY_MAX`] words are watched. Needs Linux 5.16; on an older kernel it returns `Unsupported`.
+pub fn wait_any(words: &[(Word<'_>, u32)], timeout: Duration) -> io::Result<()> {
+    const FUTEX_32: u32 = 2;
+    let mut waiters =
+        [FutexWaitv { value: 0, address: 0, flags: FUTEX_32, reserved: 0 }; WAIT_ANY_MAX];
+    let count = words.len().min(WAIT_ANY_MAX);
+    for (waiter, (word, seen)) in waiters.iter_mut().zip(words) {
+        waiter.value = u64::from(*seen);
+        waiter.address = word.memory.futex_word(word.offset) as u64;
+    }
+    // The system call takes an absolute time.
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is a valid timespec to write to.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let wait = timespec(timeout);
+    let mut until = libc::timespec {
+        tv_sec: now.tv_sec.saturating_add(wait.tv_sec),
+        tv_nsec: now.tv_nsec + wait.tv_nsec,
+    };
+    if until.tv_nsec >= 1_000_000_000 {
+        until.tv_nsec -= 1_000_000_000;
+        until.tv_sec = until.tv_sec.saturating_add(1);
+    }
+    // SAFETY: `waiters[..count]` is initialised and every address is an aligned word of a mapping that the
+    // borrows in `words` keep alive; `until` outlives the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_futex_waitv,
+            waiters.as_ptr(),
+            count as libc::c_uint,
+            0,
+            &raw const until,
+            libc::CLOCK_MONOTONIC,
+        )
+    };
+    if result >= 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::ETIMEDOUT | libc::EINTR) => Ok(()),
+        Some(libc::ENOSYS) => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this kernel has no futex_waitv (Linux 5.16 or newer has)",
+        )),
+        _ => Err(error),
+    }
+}
+
+/// Polls `ready` for at most `budget`, with pauses that leave the core to a sibling thread.
+pub fn spin(budget: Duration, mut ready: impl FnMut() -> bool) -> bool {
+    if ready() {
+        return true;
+    }
+    if budget.is_zero() {
+        return false;
+    }
+    let start = Instant::now();
+    loop {
+        for _ in 0..32 {
+            std::hint::spin_loop();
+        }
+        if ready() {
+            return true;
+        }
+        if start.elapsed() >= budget {
+            return false;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Memfd;
+
+    #[test]
+    fn a_sleeper_is_woken_through_another_mapping_of_the_same_memory() {
+        let file = Memfd::create("test", 4096).unwrap();
+        let (ours, theirs) = (file.map(false).unwrap(), file.map_read_only().unwrap());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let word = Word { memory: &theirs, offset: 8 };
+                while word.load() == 0 {
+                    word.wait(0, Duration::from_secs(60));
+                }
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            ours.store_u32(8, 1);
+            Word { memory: &ours, offset: 8 }.wake();
+        });
+        assert_eq!(theirs.load_u32(8), 1);
+    }
+
+    #[test]
+    fn waiting_on_many_words_ends_when_one_of_them_changes() {
+        let file = Memfd::create("test", 4096).unwrap();
+        let map = file.map(false).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                loop {
+                    let words: Vec<_> = (0..5).map(|i| (Word { memory: &map, offset: i * 64 }, 0)).collect();
+                    if words.iter().any(|(word, _)| word.load() != 0) {
+                        break;
+                    }
+                    if wait_any(&words, Duration::from_secs(60)).is_err() {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                }
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            map.store_u32(3 * 64, 9);
+            Word { memory: &map, offset: 3 * 64 }.wake();
+        });
+        assert_eq!(map.load_u32(3 * 64), 9);
+    }
+
+    #[test]
+    fn waiting_ends_at_the_timeout() {
+        let map = Memfd::create("test", 4096).unwrap().map(false).unwrap();
+        let word = Word { memory: &map, offset: 0 };
+        word.wait(0, Duration::from_millis(5));
+        let _ = wait_any(&[(word, 0)], Duration::from_millis(5));
+        assert!(!spin(Duration::from_millis(1), || false));
+    }
+}

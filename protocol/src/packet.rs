@@ -1,0 +1,138 @@
+//! `SOCK_SEQPACKET` sockets: whole messages, with file descriptors beside them.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+
+use nix::cmsg_space;
+use nix::sys::socket::{
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, bind,
+    connect, listen, recvmsg, sendmsg, socket,
+};
+
+/// Largest message, in bytes. What is larger travels in a memfd.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
+
+/// Most file descriptors beside one message.
+pub const FDS_MAX: usize = 32;
+
+/// A message and what came with it.
+#[derive(Debug)]
+pub struct Packet {
+    /// Its bytes. Empty: the peer has closed.
+    pub bytes: Vec<u8>,
+    /// File descriptors, in the order in which they were sent.
+    pub fds: Vec<OwnedFd>,
+}
+
+fn seqpacket() -> io::Result<OwnedFd> {
+    Ok(socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+/// Connects to a listening socket.
+pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
+    let socket = seqpacket()?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket)
+}
+
+/// Binds and listens.
+pub fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+    let socket = seqpacket()?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&socket, Backlog::new(64)?)?;
+    Ok(socket)
+}
+
+/// Sends one message.
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    if bytes.len() > MESSAGE_BYTES_MAX || fds.len() > FDS_MAX {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("a message of {} bytes and {} descriptors is too large", bytes.len(), fds.len()),
+        ));
+    }
+    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control = if raw.is_empty() { &rights[..0] } else { &rights[..] };
+    let sent = sendmsg::<UnixAddr>(
+        socket.as_raw_fd(),
+        &[IoSlice::new(bytes)],
+        control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?;
+    if sent == bytes.len() {
+        Ok(())
+    } else {
+        Err(io::Error::new(io::ErrorKind::WriteZero, format!("sent {sent} of {} bytes", bytes.len())))
+    }
+}
+
+/// Receives one message. A message or a list of descriptors that does not fit is an error, and no descriptor
+/// of it stays open.
+pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
+    let mut bytes = vec![0; MESSAGE_BYTES_MAX];
+    let mut control = cmsg_space!([RawFd; FDS_MAX]);
+    let (length, flags, fds) = {
+        let mut slices = [IoSliceMut::new(&mut bytes)];
+        let message = recvmsg::<UnixAddr>(
+            socket.as_raw_fd(),
+            &mut slices,
+            Some(&mut control),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        )?;
+        let mut fds = Vec::new();
+        for item in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(raw) = item {
+                // SAFETY: the kernel has just installed these descriptors for us; nobody else owns them.
+                fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        (message.bytes, message.flags, fds)
+    };
+    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("a message is larger than {MESSAGE_BYTES_MAX} bytes or {FDS_MAX} descriptors"),
+        ));
+    }
+    bytes.truncate(length);
+    Ok(Packet { bytes, fds })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        nix::sys::socket::socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn a_message_arrives_whole_with_its_descriptors() {
+        let (a, b) = pair();
+        let file = crate::memory::Memfd::create("test", 4096).unwrap();
+        send(a.as_fd(), b"hello", &[file.as_fd(), file.as_fd()]).unwrap();
+        send(a.as_fd(), b"again", &[]).unwrap();
+        let packet = receive(b.as_fd()).unwrap();
+        assert_eq!((packet.bytes.as_slice(), packet.fds.len()), (b"hello".as_slice(), 2));
+        assert_eq!(receive(b.as_fd()).unwrap().bytes, b"again");
+        drop(a);
+        assert!(receive(b.as_fd()).unwrap().bytes.is_empty(), "a closed peer reads as an empty message");
+    }
+
+    #[test]
+    fn a_message_that_is_too_large_is_refused_by_the_sender() {
+        let (a, _b) = pair();
+        let error = send(a.as_fd(), &vec![0; MESSAGE_BYTES_MAX + 1], &[]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+}
