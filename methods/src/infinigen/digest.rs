@@ -1,0 +1,26 @@
+//! The digest: keys of a page in the chosen columns of the skewed basis, `[d'][P]`, a column after the other.
+
+use kvoyant_kernels::Dtype;
+
+use super::index;
+
+/// Storage type of a digest whose rows are stored in `rows`: half precision is 0.05 % of a score, and what
+/// rows of 16 bits hold fits its range.
+pub(crate) fn dtype(rows: Dtype) -> Dtype {
+    match rows {
+        Dtype::F32 => Dtype::F32,
+        Dtype::F16 | Dtype::Bf16 => Dtype::F16,
+    }
+}
+
+/// `A[:, columns]` as `[d][d']`, the columns being those of `state`; `a` is `[d][d]`, or `None` for the identity.
+pub(crate) fn gather(a: Option<&[f32]>, d: usize, state: &[u8], out: &mut Vec<f32>) {
+    let columns = || index::columns(state);
+    out.clear();
+    match a {
+        Some(a) => out.extend(a.chunks_exact(d).flat_map(|row| columns().map(|column| row[column]))),
+        None => {
+            out.extend((0..d).flat_map(|row| columns().map(move |column| f32::from(u8::from(row == column)))))
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! Selection methods: which rows of the KV cache the next layer's attention will need.
+//!
+//! A method sees *digests* (what it keeps per page), a *query hint* (the predicted query of the layer) and
+//! answers with a [`Selection`]: per KV head, sorted ranges of tokens. It never touches transport: no I/O,
+//! no threads, and no allocation in [`Method::select`] and [`Method::on_append`] once buffers have grown.
+//!
+//! | method | module | digest | source |
+//! |---|---|---|---|
+//! | `full` | [`full`] | none | FlexGen, ICML'23 |
+//! | `window` | [`window`] | none | baseline: sinks and recent window only |
+//! | `random` | [`random`] | none | baseline: random rows |
+//! | `quest` | [`quest`] | per-channel bounds of pages | Quest, ICML'24 |
+//! | `infinigen` | [`infinigen`] | partial keys in a skewed basis | InfiniGen, OSDI'24 |
+//!
+//! Notation throughout: `n` tokens of the sequence with the current one, `S` sinks, `W` recent window, `P`
+//! rows of a page, `d` head dimension, `g` query heads of a KV head. Candidates of a selection are the
+//! tokens in `[S, n − W)`; sinks and window are attended always and count in no budget.
+//!
+//! [`registry`] is the one place that knows every method; to add one is to write its module and name it
+//! there.
+#![forbid(unsafe_code)]
+
+pub mod budget;
+pub mod error;
+pub mod full;
+pub mod infinigen;
+pub mod method;
+pub mod options;
+mod pages;
+pub mod quest;
+pub mod random;
+pub mod registry;
+pub mod scratch;
+pub mod selection;
+pub mod shape;
+#[cfg(test)]
+mod testing;
+pub mod window;
+
+pub use kvoyant_kernels::Dtype;
+
+pub use budget::{Budget, Share};
+pub use error::{BudgetError, MethodError, SpecError};
+pub use method::{
+    Append, Artifact, ArtifactKind, DigestKey, DigestSource, HintNorm, Method, Needs, NoDigests,
+    SelectContext,
+};
+pub use registry::{MethodSpec, build};
+pub use scratch::Scratch;
+pub use selection::{Selection, TokenRange};
+pub use shape::{Fingerprint, Shape};

@@ -1,0 +1,34 @@
+//! Buffers that a lane keeps for all its selections.
+
+/// Working memory of [`crate::Method::select`] and [`crate::Method::on_append`]: one per lane, reused.
+///
+/// Buffers grow to the longest sequence seen and stay; after that a selection allocates nothing.
+#[derive(Debug, Clone, Default)]
+pub struct Scratch {
+    /// Queries of one group in the digest's basis, or keys as they are stored.
+    pub(crate) rows: Vec<f32>,
+    /// A digest of one page in f32, or the chosen columns of a skew matrix.
+    pub(crate) matrix: Vec<f32>,
+    /// Keys as bytes.
+    pub(crate) bytes: Vec<u8>,
+    /// Scores of the query heads of one group, `[g][tokens or pages]`.
+    pub(crate) scores: Vec<f32>,
+    /// Scores of the groups of all KV heads, `[Hkv][candidates]`.
+    pub(crate) group: Vec<f32>,
+    /// Scores of one KV head's pages.
+    pub(crate) pages: Vec<f32>,
+    /// Per KV head, how many rows its query heads ask for.
+    pub(crate) counts: Vec<usize>,
+    /// Chosen ids.
+    pub(crate) ids: Vec<u32>,
+    /// The memory of choosing them.
+    pub(crate) top: kvoyant_kernels::TopKScratch,
+}
+
+impl Scratch {
+    /// Empty buffers; the first selections make them grow.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
