@@ -1,0 +1,158 @@
+//! Prefill: many tokens of one sequence, attended densely.
+
+use std::ops::ControlFlow;
+
+use rayon::prelude::*;
+
+use super::causal::{self, Chunk};
+use super::{Decoder, PARALLEL_ROWS, logits, norm_rows};
+use crate::error::ForwardError;
+use crate::kv::KvBackend;
+use crate::rope::RopeTable;
+
+/// Rows of logits computed at a time when all are wanted: 32 × a vocabulary of 50,000 is 6 MB.
+const LOGIT_ROWS: usize = 32;
+
+/// Which logits a prefill computes.
+#[derive(Default)]
+pub enum Logits<'a> {
+    /// None; the result is empty.
+    None,
+    /// Those of the last token, `[vocabulary]`.
+    #[default]
+    Last,
+    /// Those of every token, handed over as `(index in the prompt, [vocabulary])`; the last is the result too.
+    Each(&'a mut dyn FnMut(usize, &[f32])),
+}
+
+impl std::fmt::Debug for Logits<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "None",
+            Self::Last => "Last",
+            Self::Each(_) => "Each",
+        })
+    }
+}
+
+/// What a prefill computes and reports.
+#[derive(Default)]
+pub struct PrefillOptions<'a> {
+    /// Logits wanted.
+    pub logits: Logits<'a>,
+    /// Called after every chunk with (tokens done, tokens in all); [`ControlFlow::Break`] stops there.
+    pub progress: Option<&'a mut dyn FnMut(usize, usize) -> ControlFlow<()>>,
+}
+
+impl std::fmt::Debug for PrefillOptions<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PrefillOptions").field("logits", &self.logits).finish_non_exhaustive()
+    }
+}
+
+impl Decoder {
+    /// Adds `tokens` to a sequence, attending densely over all that it has, and returns the last token's logits.
+    ///
+    /// # Errors
+    /// No tokens, unknown tokens, more than the context holds, a progress callback that stopped, or the backend's own. What was
+    /// committed before stays.
+    pub fn prefill<B: KvBackend>(
+        &mut self,
+        backend: &mut B,
+        sequence: &mut B::Sequence,
+        tokens: &[u32],
+        mut options: PrefillOptions<'_>,
+    ) -> Result<Vec<f32>, ForwardError<B::Error>> {
+        if tokens.is_empty() {
+            return Err(ForwardError::BatchMismatch { sequences: 1, tokens: 0 });
+        }
+        self.check(tokens, backend.tokens(sequence) + tokens.len())?;
+        let mut done = 0;
+        let mut last = Vec::new();
+        for chunk in tokens.chunks(self.options.chunk_tokens) {
+            self.prefill_chunk(backend, sequence, chunk)?;
+            let first = done;
+            done += chunk.len();
+            match &mut options.logits {
+                Logits::None => {}
+                Logits::Last if done < tokens.len() => {}
+                Logits::Last => last = self.logits_of(chunk.len() - 1, 1),
+                Logits::Each(take) => {
+                    for row in (0..chunk.len()).step_by(LOGIT_ROWS) {
+                        last = self.logits_of(row, LOGIT_ROWS.min(chunk.len() - row));
+                        let rows = last.chunks_exact(self.model.config().vocabulary);
+                        rows.enumerate().for_each(|(i, logits)| take(first + row + i, logits));
+                    }
+                    last.drain(..last.len() - self.model.config().vocabulary);
+                }
+            }
+            let stop = options.progress.as_mut().is_some_and(|report| report(done, tokens.len()).is_break());
+            if stop && done < tokens.len() {
+                return Err(ForwardError::Interrupted { done, total: tokens.len() });
+            }
+        }
+        Ok(last)
+    }
+
+    /// Logits of rows `first..first + rows` of the chunk whose residual stream is in the buffers.
+    fn logits_of(&self, first: usize, rows: usize) -> Vec<f32> {
+        let hidden = self.model.config().hidden_size;
+        logits(&self.model, &self.buffers.x[first * hidden..(first + rows) * hidden], rows)
+    }
+
+    fn prefill_chunk<B: KvBackend>(
+        &mut self,
+        backend: &mut B,
+        sequence: &mut B::Sequence,
+        tokens: &[u32],
+    ) -> Result<(), ForwardError<B::Error>> {
+        let model = &*self.model;
+        let config = model.config();
+        let buffers = &mut self.buffers;
+        let start = backend.tokens(sequence);
+        let rows = tokens.len();
+        let table = model.rope.table(start..start + rows);
+        buffers.resize(model, rows);
+        buffers.embed(model, tokens);
+        for (layer, weights) in model.weights.layers.iter().enumerate() {
+            norm_rows(model, &buffers.x, &weights.attention_norm, &mut buffers.normed);
+            weights.query.forward(&buffers.normed, rows, &mut buffers.q);
+            weights.key.forward(&buffers.normed, rows, &mut buffers.k);
+            weights.value.forward(&buffers.normed, rows, &mut buffers.v);
+            rotate_rows(&table, &mut buffers.q, config.query_width());
+            rotate_rows(&table, &mut buffers.k, config.kv_width());
+
+            backend.store(layer, sequence, start, &buffers.k, &buffers.v)?;
+            backend.observe_queries(layer, sequence, start, &buffers.q)?;
+            let first_row = config.first_visible(layer, start);
+            let seen = start + rows - first_row;
+            buffers.keys.resize(seen * config.kv_width(), 0.0);
+            buffers.values.resize(seen * config.kv_width(), 0.0);
+            backend.read(layer, sequence, first_row..start + rows, &mut buffers.keys, &mut buffers.values)?;
+            let chunk = Chunk {
+                config,
+                layer,
+                start,
+                first_row,
+                rows: seen,
+                queries: &buffers.q,
+                keys: &buffers.keys,
+                values: &buffers.values,
+            };
+            causal::attend(chunk, &mut buffers.attended);
+            weights.output.forward(&buffers.attended, rows, &mut buffers.delta);
+            buffers.add_and_feed_forward(model, layer, rows);
+        }
+        backend.commit(sequence, start + rows)?;
+        Ok(())
+    }
+}
+
+/// RoPE of every row: row `t` by the table's entry `t`.
+pub(super) fn rotate_rows(table: &RopeTable, rows: &mut [f32], width: usize) {
+    if rows.len() / width < PARALLEL_ROWS {
+        rows.chunks_exact_mut(width).enumerate().for_each(|(t, row)| table.rotate(t, row));
+    } else {
+        rows.par_chunks_exact_mut(width).enumerate().for_each(|(t, row)| table.rotate(t, row));
+    }
+}

@@ -1,0 +1,192 @@
+//! Plain attention over everything, in this process's own memory: the reference that all else is compared with.
+
+use std::convert::Infallible;
+use std::ops::Range;
+
+use kvoyant_kernels::Kernels;
+use rayon::prelude::*;
+
+use super::attend::attend;
+use super::rows::HeadRows;
+use super::{KvBackend, KvShape};
+
+/// Rows below which a step attends on the calling thread: waking another one costs more than it saves.
+const PARALLEL_ROWS: usize = 256;
+
+/// The dense backend.
+#[derive(Debug, Clone)]
+pub struct DenseKv {
+    shape: KvShape,
+}
+
+/// One sequence's K and V, kept by [`DenseKv`].
+#[derive(Debug)]
+pub struct DenseSequence {
+    tokens: usize,
+    /// `[layers][Hkv]`.
+    heads: Vec<HeadRows>,
+}
+
+impl DenseKv {
+    /// A backend for caches of a shape.
+    pub fn new(shape: KvShape) -> Self {
+        Self { shape }
+    }
+
+    /// The shape that its sequences have.
+    pub fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    /// An empty sequence.
+    pub fn sequence(&self) -> DenseSequence {
+        DenseSequence { tokens: 0, heads: vec![HeadRows::default(); self.shape.layers * self.shape.kv_heads] }
+    }
+
+    /// A second sequence with the same tokens: the rows are shared, and either may grow on its own.
+    pub fn fork(&self, sequence: &mut DenseSequence) -> DenseSequence {
+        let heads = sequence.heads.iter_mut().map(HeadRows::fork).collect();
+        DenseSequence { tokens: sequence.tokens, heads }
+    }
+
+    /// Drops the tokens at and after `tokens`.
+    pub fn truncate(&self, sequence: &mut DenseSequence, tokens: usize) {
+        sequence.tokens = sequence.tokens.min(tokens);
+        let bytes = sequence.tokens * self.shape.row_bytes();
+        sequence.heads.iter_mut().for_each(|head| head.truncate(bytes));
+    }
+
+    /// The stretches of memory that hold the rows of `tokens` of a head, in order, in the storage type.
+    pub fn rows<'a>(
+        &self,
+        sequence: &'a DenseSequence,
+        layer: usize,
+        kv_head: usize,
+        tokens: Range<usize>,
+    ) -> Vec<&'a [u8]> {
+        let bytes = self.shape.row_bytes();
+        sequence.head(&self.shape, layer, kv_head).stretches(tokens.start * bytes..tokens.end * bytes)
+    }
+
+    /// Writes `k` and `v`, `[T][Hkv][d]`, at `start`.
+    fn write(&self, layer: usize, sequence: &mut DenseSequence, start: usize, k: &[f32], v: &[f32]) {
+        let KvShape { kv_heads, head_dim: d, dtype, .. } = self.shape;
+        let row_bytes = self.shape.row_bytes();
+        let tokens = k.len() / (kv_heads * d);
+        let kernels = Kernels::best();
+        for (h, head) in sequence.heads[layer * kv_heads..(layer + 1) * kv_heads].iter_mut().enumerate() {
+            head.truncate(start * row_bytes);
+            debug_assert_eq!(head.bytes(), start * row_bytes, "rows follow one another");
+            for (t, row) in head.grow(tokens * row_bytes).chunks_exact_mut(row_bytes).enumerate() {
+                let at = (t * kv_heads + h) * d;
+                let (key, value) = row.split_at_mut(row_bytes / 2);
+                kernels.from_f32(dtype, &k[at..at + d], key);
+                kernels.from_f32(dtype, &v[at..at + d], value);
+            }
+        }
+    }
+}
+
+impl DenseSequence {
+    /// Tokens that are committed.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    fn head(&self, shape: &KvShape, layer: usize, kv_head: usize) -> &HeadRows {
+        &self.heads[layer * shape.kv_heads + kv_head]
+    }
+}
+
+impl KvBackend for DenseKv {
+    type Sequence = DenseSequence;
+    type Error = Infallible;
+
+    fn tokens(&self, sequence: &DenseSequence) -> usize {
+        sequence.tokens
+    }
+
+    fn store(
+        &mut self,
+        layer: usize,
+        sequence: &mut DenseSequence,
+        start: usize,
+        k: &[f32],
+        v: &[f32],
+    ) -> Result<(), Infallible> {
+        self.write(layer, sequence, start, k, v);
+        Ok(())
+    }
+
+    fn read(
+        &mut self,
+        layer: usize,
+        sequence: &DenseSequence,
+        tokens: Range<usize>,
+        k: &mut [f32],
+        v: &mut [f32],
+    ) -> Result<(), Infallible> {
+        let KvShape { head_dim: d, dtype, .. } = self.shape;
+        let row_bytes = self.shape.row_bytes();
+        let kernels = Kernels::best();
+        let head_values = tokens.len() * d;
+        k.par_chunks_mut(head_values).zip(v.par_chunks_mut(head_values)).enumerate().for_each(
+            |(h, (k, v))| {
+                let stretches = self.rows(sequence, layer, h, tokens.clone());
+                let rows = stretches.iter().flat_map(|stretch| stretch.chunks_exact(row_bytes));
+                for ((row, k), v) in rows.zip(k.chunks_exact_mut(d)).zip(v.chunks_exact_mut(d)) {
+                    let (key, value) = row.split_at(row_bytes / 2);
+                    kernels.to_f32(dtype, key, k);
+                    kernels.to_f32(dtype, value, v);
+                }
+            },
+        );
+        Ok(())
+    }
+
+    fn commit(&mut self, sequence: &mut DenseSequence, tokens: usize) -> Result<(), Infallible> {
+        sequence.tokens = tokens;
+        Ok(())
+    }
+
+    fn append(
+        &mut self,
+        layer: usize,
+        batch: &mut [&mut DenseSequence],
+        positions: &[usize],
+        k: &[f32],
+        v: &[f32],
+    ) -> Result<(), Infallible> {
+        let width = self.shape.kv_heads * self.shape.head_dim;
+        for (i, sequence) in batch.iter_mut().enumerate() {
+            let range = i * width..(i + 1) * width;
+            self.write(layer, sequence, positions[i], &k[range.clone()], &v[range]);
+        }
+        Ok(())
+    }
+
+    fn attend(
+        &mut self,
+        layer: usize,
+        batch: &mut [&mut DenseSequence],
+        positions: &[usize],
+        queries: &[f32],
+        out: &mut [f32],
+    ) -> Result<(), Infallible> {
+        let KvShape { kv_heads, head_dim: d, dtype, .. } = self.shape;
+        let group_values = self.shape.group() * d;
+        let batch: Vec<&DenseSequence> = batch.iter().map(|sequence| &**sequence).collect();
+        // One task per (sequence, KV head): `queries` and `out` are laid out in that order.
+        let one = |(task, (q, o)): (usize, (&[f32], &mut [f32]))| {
+            let (i, h) = (task / kv_heads, task % kv_heads);
+            let tokens = self.shape.first_visible(layer, positions[i])..positions[i] + 1;
+            attend(dtype, q, d, &self.rows(batch[i], layer, h, tokens), o);
+        };
+        if positions.iter().sum::<usize>() < PARALLEL_ROWS {
+            queries.chunks(group_values).zip(out.chunks_mut(group_values)).enumerate().for_each(one);
+        } else {
+            queries.par_chunks(group_values).zip(out.par_chunks_mut(group_values)).enumerate().for_each(one);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,56 @@
+//! A reference decoder for Llama, Mistral and Qwen2 models on the CPU, with a seam where its KV cache lives.
+//!
+//! | to … | use |
+//! |---|---|
+//! | load a GGUF file or a Hugging Face folder | [`Model::load`] |
+//! | turn text into tokens and back | [`Tokenizer`], [`ChatTemplate`], [`TextStream`] |
+//! | run it | [`Decoder::prefill`], [`Decoder::step`] or [`generate()`] |
+//! | keep K and V in this process | [`DenseKv`] |
+//! | keep K and V elsewhere | implement [`KvBackend`] |
+//! | choose tokens | [`Sampler`] |
+//! | test without a download | [`synthetic`] |
+//!
+//! ```
+//! use kvoyant_engine::*;
+//!
+//! let model = synthetic::tiny(7);
+//! let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+//! let mut kv = DenseKv::new(KvShape::new(model.config(), Dtype::F16));
+//! let mut sequence = kv.sequence();
+//! let prompt = model.tokenizer().encode("Hello", true)?;
+//! let logits = decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default())?;
+//! let next = Sampler::greedy().sample(&logits);
+//! let step = decoder.step(&mut kv, &mut [&mut sequence], &[next])?;
+//! assert_eq!(step.logits.len(), model.config().vocabulary);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+#![deny(unsafe_code)]
+
+mod chat;
+mod config;
+mod decoder;
+mod error;
+mod generate;
+mod kv;
+mod load;
+mod model;
+mod random;
+mod rope;
+mod sampling;
+pub mod synthetic;
+mod tokenizer;
+mod weights;
+
+pub use chat::{ChatTemplate, Message};
+pub use config::{Architecture, ModelConfig, RopeScaling};
+pub use decoder::{Decoder, DecoderOptions, HintNorm, Logits, PrefillOptions, StepOutput, StepTiming};
+pub use error::{ForwardError, LoadError, TextError};
+pub use generate::{GenerateError, GenerateOptions, Generated, StopReason, generate};
+pub use kv::{DenseKv, DenseSequence, Dtype, HeadRows, KvBackend, KvShape};
+pub use load::{LoadOptions, sha256_file};
+pub use model::Model;
+pub use random::SplitMix64;
+pub use rope::{Rope, RopeTable};
+pub use sampling::{Sampler, SamplerOptions, argmax, log_probability};
+pub use tokenizer::{TextStream, Tokenizer};
+pub use weights::{Linear, WeightsMode};

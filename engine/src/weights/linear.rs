@@ -1,0 +1,141 @@
+//! One linear layer.
+
+use std::sync::Arc;
+
+use candle_core::quantized::k_quants::{self, BlockQ8_0, GgmlType};
+use kvoyant_kernels::Kernels;
+use rayon::prelude::*;
+
+use super::gemm::{Mat, Threads, product};
+
+/// Batches up to this size multiply with Q8_0, larger ones with f32 (see `examples/linear_speed.rs`).
+const Q8_MAX_BATCH: usize = 16;
+
+/// Rows that one task quantises.
+const QUANTISE_ROWS: usize = 256;
+
+/// `y = x Wᵀ + b` with `W: [outputs, inputs]`.
+pub struct Linear {
+    outputs: usize,
+    inputs: usize,
+    weight: Arc<Vec<f32>>,
+    /// The same in blocks of 32 values with one scale, row by row.
+    q8: Option<Vec<BlockQ8_0>>,
+    bias: Option<Vec<f32>>,
+}
+
+impl std::fmt::Debug for Linear {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Linear")
+            .field("outputs", &self.outputs)
+            .field("inputs", &self.inputs)
+            .field("q8_0", &self.q8.is_some())
+            .field("bias", &self.bias.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Linear {
+    /// Takes `weight: [outputs, inputs]`. With `q8` it is requantised too, unless `inputs` is no multiple of a block.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn new(
+        weight: Arc<Vec<f32>>,
+        bias: Option<Vec<f32>>,
+        outputs: usize,
+        inputs: usize,
+        q8: bool,
+    ) -> Self {
+        assert_eq!(weight.len(), outputs * inputs);
+        assert!(bias.as_ref().is_none_or(|bias| bias.len() == outputs));
+        let q8 = (q8 && inputs.is_multiple_of(BlockQ8_0::BLCK_SIZE)).then(|| quantise(&weight, inputs));
+        Self { outputs, inputs, weight, q8, bias }
+    }
+
+    /// Values of one output row.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Whether small batches use Q8_0.
+    pub fn is_quantised(&self) -> bool {
+        self.q8.is_some()
+    }
+
+    /// The weights in f32, `[outputs, inputs]`.
+    pub fn weight(&self) -> &[f32] {
+        &self.weight
+    }
+
+    /// The bias, `[outputs]`.
+    pub fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
+    }
+
+    /// `out[t] = W x[t] + b` for `rows` rows: `x` is `[rows][inputs]`, `out` `[rows][outputs]`.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn forward(&self, x: &[f32], rows: usize, out: &mut [f32]) {
+        assert_eq!(x.len(), rows * self.inputs);
+        assert_eq!(out.len(), rows * self.outputs);
+        match &self.q8 {
+            Some(blocks) if rows <= Q8_MAX_BATCH => {
+                k_quants::matmul((rows, self.inputs, self.outputs), x, blocks, out)
+                    .expect("the lengths were checked, and this product has no other failure");
+            }
+            _ => {
+                let x = Mat::new(x, rows, self.inputs, self.inputs);
+                let weight = Mat::new(&self.weight, self.outputs, self.inputs, self.inputs);
+                product(x, weight.transposed(), 1.0, out, self.outputs, Threads::All);
+            }
+        }
+        if let Some(bias) = &self.bias {
+            let kernels = Kernels::best();
+            out.chunks_exact_mut(self.outputs).for_each(|row| kernels.add(row, bias));
+        }
+    }
+}
+
+/// Every row in blocks of 32.
+fn quantise(weight: &[f32], inputs: usize) -> Vec<BlockQ8_0> {
+    let mut blocks = vec![BlockQ8_0::zeros(); weight.len() / BlockQ8_0::BLCK_SIZE];
+    let chunk = QUANTISE_ROWS * inputs;
+    weight
+        .par_chunks(chunk)
+        .zip(blocks.par_chunks_mut(chunk / BlockQ8_0::BLCK_SIZE))
+        .for_each(|(values, blocks)| BlockQ8_0::from_float(values, blocks));
+    blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::SplitMix64;
+
+    #[test]
+    fn q8_0_is_near_f32_and_large_batches_use_f32() {
+        let (outputs, inputs) = (12, 96);
+        let mut random = SplitMix64::new(7);
+        let weight = Arc::new((0..outputs * inputs).map(|_| random.normal()).collect::<Vec<f32>>());
+        let bias: Vec<f32> = (0..outputs).map(|_| random.normal()).collect();
+        let exact = Linear::new(weight.clone(), Some(bias.clone()), outputs, inputs, false);
+        let quantised = Linear::new(weight, Some(bias), outputs, inputs, true);
+        for rows in [1, 3, Q8_MAX_BATCH + 1] {
+            let x: Vec<f32> = (0..rows * inputs).map(|_| random.normal()).collect();
+            let (mut a, mut b) = (vec![0.0; rows * outputs], vec![0.0; rows * outputs]);
+            exact.forward(&x, rows, &mut a);
+            quantised.forward(&x, rows, &mut b);
+            let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < 0.5, "{worst}");
+            assert_eq!(worst == 0.0, rows > Q8_MAX_BATCH);
+        }
+    }
+
+    #[test]
+    fn a_width_that_is_no_multiple_of_a_block_stays_f32() {
+        let linear = Linear::new(Arc::new(vec![1.0; 2 * 20]), None, 2, 20, true);
+        assert!(!linear.is_quantised());
+    }
+}
