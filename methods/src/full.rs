@@ -52,3 +52,29 @@ impl Method for Full {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::method::NoDigests;
+    use crate::selection::TokenRange;
+    use crate::shape::tests::small;
+
+    #[test]
+    fn every_candidate_is_selected_as_one_range() {
+        let method = Full::new(&small());
+        let mut out = Selection::new();
+        for tokens in [0, 12, 13, 100] {
+            let context = SelectContext { layer: 0, tokens, hint: &[], sequence_seed: 0, step: 0 };
+            method.select(&context, &NoDigests, &mut Scratch::new(), &mut out);
+            assert_eq!(out.heads(), 2);
+            for head in 0..2 {
+                match tokens {
+                    13 => assert_eq!(out.head(head), [TokenRange { first: 4, count: 1 }]),
+                    100 => assert_eq!(out.head(head), [TokenRange { first: 4, count: 88 }]),
+                    _ => assert!(out.head(head).is_empty()),
+                }
+            }
+        }
+    }
+}

@@ -191,3 +191,174 @@ impl Method for Quest {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shape::tests::small;
+    use crate::testing::{Rng, Store, are_best, mean_softmax};
+    use kvoyant_kernels::Dtype;
+    use proptest::prelude::*;
+
+    fn quest(budget: usize, page: usize, shape: &Shape) -> Quest {
+        let spec = QuestSpec { budget: Budget::rows(budget).unwrap(), page, hint_norm: HintNorm::Own };
+        Quest::new(spec, shape).unwrap()
+    }
+
+    /// Digests `keys` (`[rows][d]`) as one page of `page` rows, one call per chunk.
+    fn digest(method: &Quest, keys: &[f32], chunk: usize) -> Vec<u8> {
+        let mut digest = vec![0xff; method.digest_bytes()];
+        let d = method.shape.head_dim;
+        for (at, keys) in keys.chunks(chunk * d).enumerate() {
+            let append = Append { layer: 0, kv_head: 0, state: &[], keys, first_row: at * chunk };
+            method.on_append(&append, &mut digest, &mut Scratch::new());
+        }
+        digest
+    }
+
+    /// The bound of page `page` of a digest block, unscaled.
+    fn bound(method: &Quest, digest: &[u8], page: usize, query: &[f32]) -> f32 {
+        let mut minmax = vec![0.0; 2 * method.shape.head_dim];
+        let block = &digest[page * method.page_bytes()..][..method.page_bytes()];
+        method.kernels.to_f32(method.shape.dtype, block, &mut minmax);
+        let mut bound = [0.0];
+        method.kernels.page_bounds(query, 1, &minmax, &mut bound);
+        bound[0]
+    }
+
+    fn stored(method: &Quest, keys: &[f32]) -> Vec<f32> {
+        let mut bytes = vec![0; keys.len() * method.shape.dtype.bytes()];
+        method.kernels.from_f32(method.shape.dtype, keys, &mut bytes);
+        let mut stored = vec![0.0; keys.len()];
+        method.kernels.to_f32(method.shape.dtype, &bytes, &mut stored);
+        stored
+    }
+
+    fn value() -> impl Strategy<Value = f32> {
+        prop_oneof![
+            4 => -3.0_f32..3.0,
+            1 => prop::sample::select(vec![0.0, -0.0, 1e-8, -1e-8, 65504.0, -65504.0, 0.1, 1e-40]),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        #[test]
+        fn the_bound_is_never_below_a_score_of_its_page(
+            keys in prop::collection::vec(value(), 32 * 8),
+            rows in 1_usize..=32,
+            query in prop::collection::vec(value(), 8),
+            dtype in prop::sample::select(Dtype::ALL.to_vec()),
+        ) {
+            let shape = Shape { dtype, ..small() };
+            let method = quest(16, 16, &shape);
+            let keys = &keys[..rows * 8];
+            let block = digest(&method, keys, 32);
+            for (row, key) in stored(&method, keys).chunks(8).enumerate() {
+                let score = method.kernels.dot(&query, key);
+                let bound = bound(&method, &block, row / 16, &query);
+                prop_assert!(bound >= score, "row {row}: bound {bound} below score {score}");
+            }
+        }
+
+        #[test]
+        fn rows_one_by_one_give_the_digest_of_all_at_once(
+            keys in prop::collection::vec(value(), 32 * 8),
+            rows in 1_usize..=32,
+            chunk in 1_usize..=32,
+            dtype in prop::sample::select(Dtype::ALL.to_vec()),
+        ) {
+            let method = quest(16, 8, &Shape { dtype, ..small() });
+            let keys = &keys[..rows * 8];
+            prop_assert_eq!(digest(&method, keys, chunk), digest(&method, keys, 32));
+        }
+    }
+
+    #[test]
+    fn pages_of_one_row_bound_exactly_and_more_rows_never_lower_a_bound() {
+        let mut rng = Rng::new(1);
+        let (keys, query) = (rng.normal(32 * 8), rng.normal(8));
+        let single = quest(1, 1, &small());
+        let block = digest(&single, &keys, 32);
+        for (row, key) in keys.chunks(8).enumerate() {
+            assert_eq!(bound(&single, &block, row, &query), single.kernels.dot(&query, key));
+        }
+        let method = quest(1, 32, &small());
+        let bounds: Vec<f32> =
+            (1..=32).map(|rows| bound(&method, &digest(&method, &keys[..rows * 8], 5), 0, &query)).collect();
+        assert!(bounds.windows(2).all(|pair| pair[0] <= pair[1]), "{bounds:?}");
+    }
+
+    #[test]
+    fn turning_a_channel_of_query_and_keys_around_leaves_the_bound() {
+        let mut rng = Rng::new(2);
+        let (mut keys, mut query) = (rng.normal(16 * 8), rng.normal(8));
+        let method = quest(1, 16, &small());
+        let before = bound(&method, &digest(&method, &keys, 16), 0, &query);
+        query[3] = -query[3];
+        keys.chunks_mut(8).for_each(|key| key[3] = -key[3]);
+        assert_eq!(bound(&method, &digest(&method, &keys, 16), 0, &query), before);
+    }
+
+    #[test]
+    fn the_pages_with_the_highest_mean_softmax_of_bounds_are_taken_and_clipped() {
+        let shape = small();
+        let mut rng = Rng::new(3);
+        for tokens in [40, 77, 200, 333] {
+            let (keys, hint) = (rng.normal(tokens * 16), rng.normal(32));
+            let method = quest(40, 16, &shape);
+            let mut store = Store::new(&method, &shape, 0, tokens);
+            store.append(&method, &keys, 50);
+            let selection = store.select(&method, &hint, &mut Scratch::new());
+            let candidates = shape.candidates(tokens);
+            let count = candidates.end.div_ceil(16);
+            for head in 0..2 {
+                let bounds: Vec<f32> = (0..2)
+                    .flat_map(|query| {
+                        let query = &hint[(head * 2 + query) * 8..][..8];
+                        (0..count)
+                            .map(|page| {
+                                bound(&method, store.page(head, page / 2), page % 2, query) / 8_f32.sqrt()
+                            })
+                            .collect::<Vec<_>>()
+                    })
+                    .collect();
+                let mut chosen: Vec<usize> =
+                    selection.tokens(head).map(|token| token as usize / 16).collect();
+                chosen.dedup();
+                assert_eq!(chosen.len(), 2.min(count), "a budget of 40 rows buys two pages of 16");
+                assert!(are_best(&mean_softmax(&bounds, count), &chosen));
+                let whole = chosen.iter().flat_map(|page| page * 16..(page + 1) * 16);
+                let expected: Vec<u32> =
+                    whole.filter(|token| candidates.contains(token)).map(|token| token as u32).collect();
+                assert_eq!(selection.tokens(head).collect::<Vec<_>>(), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_budget_of_all_pages_selects_everything_and_a_tiny_one_a_page() {
+        let shape = small();
+        let tokens = 107;
+        let mut rng = Rng::new(4);
+        let (keys, hint) = (rng.normal(tokens * 16), rng.normal(32));
+        let rows = |budget| {
+            let method = quest(budget, 16, &shape);
+            let mut store = Store::new(&method, &shape, 0, tokens);
+            store.append(&method, &keys, 32);
+            store.select(&method, &hint, &mut Scratch::new()).rows(0)
+        };
+        // Candidates 4..99: 95 rows in 7 pages.
+        assert_eq!([rows(112), rows(95)], [95, 95]);
+        assert!(rows(94) < 95);
+        assert!((3..=16).contains(&rows(1)));
+    }
+
+    #[test]
+    fn a_page_that_does_not_divide_the_arenas_is_refused_with_both() {
+        let spec = QuestSpec { budget: Budget::rows(1).unwrap(), page: 24, hint_norm: HintNorm::Own };
+        let message = Quest::new(spec, &small()).unwrap_err().to_string();
+        assert!(message.contains("24") && message.contains("32"), "{message}");
+    }
+}

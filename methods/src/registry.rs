@@ -194,7 +194,10 @@ impl<'de> serde::Deserialize<'de> for Scalar {
             type Value = Scalar;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("text or a number")
+                f.write_str("text, a number or a truth value")
+            }
+            fn visit_bool<E: de::Error>(self, value: bool) -> Result<Scalar, E> {
+                Ok(Scalar(if value { "on" } else { "off" }.into()))
             }
             fn visit_str<E: de::Error>(self, value: &str) -> Result<Scalar, E> {
                 Ok(Scalar(value.into()))
@@ -234,3 +237,6 @@ pub fn build(
         }
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -50,3 +50,18 @@ impl Method for Window {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::method::NoDigests;
+    use crate::shape::tests::small;
+
+    #[test]
+    fn nothing_is_selected_for_any_head() {
+        let mut out = Selection::new();
+        let context = SelectContext { layer: 0, tokens: 1000, hint: &[], sequence_seed: 0, step: 0 };
+        Window::new(&small()).select(&context, &NoDigests, &mut Scratch::new(), &mut out);
+        assert_eq!((out.heads(), out.total_rows()), (2, 0));
+    }
+}

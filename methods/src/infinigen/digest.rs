@@ -15,12 +15,17 @@ pub(crate) fn dtype(rows: Dtype) -> Dtype {
 
 /// `A[:, columns]` as `[d][d']`, the columns being those of `state`; `a` is `[d][d]`, or `None` for the identity.
 pub(crate) fn gather(a: Option<&[f32]>, d: usize, state: &[u8], out: &mut Vec<f32>) {
-    let columns = || index::columns(state);
-    out.clear();
-    match a {
-        Some(a) => out.extend(a.chunks_exact(d).flat_map(|row| columns().map(|column| row[column]))),
-        None => {
-            out.extend((0..d).flat_map(|row| columns().map(move |column| f32::from(u8::from(row == column)))))
+    let columns = state.len() / index::COLUMN_BYTES;
+    // Every place is written below.
+    out.resize(d * columns, 0.0);
+    for (i, out) in out.chunks_exact_mut(columns).enumerate() {
+        let chosen = out.iter_mut().zip(index::columns(state));
+        match a {
+            Some(a) => {
+                let row = &a[i * d..(i + 1) * d];
+                chosen.for_each(|(value, column)| *value = row[column]);
+            }
+            None => chosen.for_each(|(value, column)| *value = f32::from(u8::from(column == i))),
         }
     }
 }

@@ -1,0 +1,252 @@
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::infinigen::{Count, Granularity, IndexRule};
+use crate::scratch::Scratch;
+use crate::shape::Fingerprint;
+use crate::shape::tests::small;
+use crate::testing::{Rng, Store, random_artifact};
+use kvoyant_kernels::Dtype;
+
+fn budget() -> impl Strategy<Value = Budget> {
+    prop_oneof![
+        (1e-4_f64..=1.0).prop_map(|share| Budget::share(share).unwrap()),
+        (1_usize..5000).prop_map(|rows| Budget::rows(rows).unwrap()),
+    ]
+}
+
+fn hint_norm() -> impl Strategy<Value = HintNorm> {
+    prop::sample::select(vec![HintNorm::Own, HintNorm::Previous])
+}
+
+fn infinigen() -> impl Strategy<Value = MethodSpec> {
+    let amount = prop_oneof![
+        budget().prop_map(Amount::Budget),
+        (prop_oneof![1e-3_f32..100.0, Just(f32::INFINITY)], budget())
+            .prop_map(|(alpha, cap)| Amount::Threshold { alpha, cap }),
+    ];
+    let words = (
+        prop::sample::select(vec![Count::Mean, Count::Head]),
+        prop::sample::select(vec![Granularity::Row, Granularity::Page]),
+        prop::sample::select(vec![IndexRule::Query, IndexRule::Both]),
+    );
+    let pool = prop_oneof![
+        Just(None),
+        Just(Some(Budget::rows(64).unwrap())),
+        (0.01_f64..=1.0).prop_map(|share| Some(Budget::share(share).unwrap())),
+    ];
+    (amount, 0.01_f64..=1.0, words, any::<bool>(), pool, hint_norm()).prop_map(
+        |(amount, partial, (count, granularity, index), skew, pool, hint_norm)| {
+            let partial = Share::new(partial).unwrap();
+            MethodSpec::Infinigen(InfinigenSpec {
+                amount,
+                partial,
+                count,
+                granularity,
+                index,
+                skew,
+                pool,
+                hint_norm,
+            })
+        },
+    )
+}
+
+fn spec() -> impl Strategy<Value = MethodSpec> {
+    prop_oneof![
+        Just(MethodSpec::Full),
+        Just(MethodSpec::Window),
+        (budget(), any::<u64>()).prop_map(|(budget, seed)| MethodSpec::Random(RandomSpec { budget, seed })),
+        (budget(), prop::sample::select(vec![1, 8, 16, 32]), hint_norm())
+            .prop_map(|(budget, page, hint_norm)| MethodSpec::Quest(QuestSpec { budget, page, hint_norm })),
+        infinigen(),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn a_specification_reads_back_from_its_text_and_from_json(spec in spec()) {
+        prop_assert_eq!(spec.to_string().parse::<MethodSpec>(), Ok(spec.clone()));
+        let json = serde_json::to_string(&spec).unwrap();
+        prop_assert_eq!(serde_json::from_str::<MethodSpec>(&json).unwrap(), spec);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(192))]
+
+    #[test]
+    fn every_selection_is_sorted_distinct_and_within_the_candidates_and_repeats(
+        spec in spec(),
+        tokens in 0_usize..150,
+        dtype in prop::sample::select(Dtype::ALL.to_vec()),
+        seed: u64,
+        broken in prop::option::weighted(0.2, prop::sample::select(vec![f32::NAN, f32::INFINITY, -0.0])),
+    ) {
+        let shape = Shape { dtype, ..small() };
+        let artifact = Artifact::Skew(Arc::new(random_artifact(&shape, 1)));
+        let method = build(&spec, &shape, Some(&artifact)).unwrap();
+        let mut rng = Rng::new(seed);
+        let mut store = Store::new(&*method, &shape, 1, tokens);
+        store.append(&*method, &rng.normal(tokens * 16), 37);
+        let mut hint = rng.normal(32);
+        if let Some(value) = broken {
+            hint[seed as usize % 32] = value;
+        }
+        let mut scratch = Scratch::new();
+        let selection = store.select(&*method, &hint, &mut scratch);
+        prop_assert_eq!(selection.heads(), 2);
+        let candidates = shape.candidates(tokens);
+        for head in 0..2 {
+            let ranges = selection.head(head);
+            prop_assert!(ranges.iter().all(|range| range.count > 0));
+            prop_assert!(ranges.windows(2).all(|pair| pair[0].end() < pair[1].first));
+            for token in selection.tokens(head) {
+                prop_assert!(candidates.contains(&(token as usize)));
+                prop_assert!(!store.victims[head].contains(&token), "an evicted row was selected");
+            }
+            if let (Some(budget), None) = (method.spec().budget(), broken) {
+                // A page is the least that a page-wise method can take.
+                let page = if method.spec().to_string().contains("granularity=page") { 32 } else { 16 };
+                let rowwise = !matches!(spec, MethodSpec::Quest(_)) && page == 16;
+                let most = budget.rows_of(tokens).max(if rowwise { 0 } else { 32 });
+                prop_assert!(selection.rows(head) <= most);
+            }
+        }
+        // Pools have counted the first selection, which changes none of the second.
+        prop_assert_eq!(store.select(&*method, &hint, &mut scratch), selection);
+    }
+
+    #[test]
+    fn a_budget_of_everything_selects_every_candidate(
+        name in prop::sample::select(vec!["quest", "infinigen", "random"]),
+        page in any::<bool>(),
+        tokens in 0_usize..150,
+        seed: u64,
+    ) {
+        let options = if page && name == "infinigen" { ",granularity=page" } else { "" };
+        let shape = small();
+        let artifact = Artifact::Skew(Arc::new(random_artifact(&shape, 1)));
+        let spec: MethodSpec = format!("{name}:budget=100%{options}").parse().unwrap();
+        let method = build(&spec, &shape, Some(&artifact)).unwrap();
+        let mut rng = Rng::new(seed);
+        let mut store = Store::new(&*method, &shape, 1, tokens);
+        store.append(&*method, &rng.normal(tokens * 16), 64);
+        let selection = store.select(&*method, &rng.normal(32), &mut Scratch::new());
+        prop_assert_eq!(selection.rows(0), shape.candidates(tokens).len());
+        prop_assert_eq!(selection.rows(1), shape.candidates(tokens).len());
+    }
+}
+
+#[test]
+fn a_second_selection_as_long_as_the_first_grows_no_buffer() {
+    let shape = small();
+    let artifact = Artifact::Skew(Arc::new(random_artifact(&shape, 1)));
+    for text in ["quest:budget=6%", "infinigen", "infinigen:budget=6%,granularity=page,pool=80%"] {
+        let method = build(&text.parse().unwrap(), &shape, Some(&artifact)).unwrap();
+        let mut rng = Rng::new(3);
+        let mut store = Store::new(&*method, &shape, 0, 500);
+        store.append(&*method, &rng.normal(500 * 16), 64);
+        let mut scratch = Scratch::new();
+        store.select(&*method, &rng.normal(32), &mut scratch);
+        // A threshold may let more rows through than the first time; a list of ids holds all of them at most.
+        scratch.ids.reserve(500);
+        let capacities = |scratch: &Scratch| {
+            [
+                scratch.rows.capacity(),
+                scratch.matrix.capacity(),
+                scratch.bytes.capacity(),
+                scratch.scores.capacity(),
+                scratch.group.capacity(),
+                scratch.pages.capacity(),
+                scratch.counts.capacity(),
+                scratch.ids.capacity(),
+            ]
+        };
+        let before = capacities(&scratch);
+        for _ in 0..20 {
+            store.select(&*method, &rng.normal(32), &mut scratch);
+        }
+        assert_eq!(capacities(&scratch), before, "{text}");
+    }
+}
+
+#[test]
+fn the_forms_that_the_documentation_shows_are_read() {
+    let parse = |text: &str| text.parse::<MethodSpec>().unwrap();
+    assert_eq!(parse(" full "), MethodSpec::Full);
+    assert_eq!(parse("quest:budget=6%").to_string(), "quest:budget=6%");
+    assert_eq!(parse("infinigen").to_string(), "infinigen:alpha=5,cap=20%");
+    assert_eq!(
+        parse("infinigen:granularity=page, budget=0.12,").to_string(),
+        "infinigen:budget=12%,granularity=page"
+    );
+    let all = "infinigen:alpha=5,cap=20%,partial=0.3,hint_norm=own,count=mean,pool=80%";
+    assert_eq!(parse(all).to_string(), "infinigen:alpha=5,cap=20%,pool=80%");
+    assert_eq!(parse("random:budget=12%,seed=7").name(), "random");
+    let twelve = Budget::share(0.12).unwrap();
+    assert_eq!(parse("infinigen").with_budget(twelve), parse("infinigen:budget=12%"));
+    assert_eq!(parse("full").with_budget(twelve), MethodSpec::Full);
+}
+
+#[test]
+fn a_table_with_numbers_is_read_like_the_text() {
+    let read = |json: &str| serde_json::from_str::<MethodSpec>(json);
+    let expected = "infinigen:alpha=4.5,cap=400,granularity=page,skew=off".parse().unwrap();
+    let json = r#"{"method": "infinigen", "alpha": 4.5, "cap": 400, "granularity": "page", "skew": false}"#;
+    assert_eq!(read(json).unwrap(), expected);
+    assert!(read(r#"{"alpha": 4.5}"#).unwrap_err().to_string().contains("method"));
+    assert!(read(r#"{"method": "quest", "budget": "101%"}"#).unwrap_err().to_string().contains("101%"));
+    assert!(read("7").unwrap_err().to_string().contains("quest:budget=6%"));
+}
+
+#[test]
+fn what_is_no_specification_is_refused_and_says_what_would_be() {
+    let message = |text: &str| text.parse::<MethodSpec>().unwrap_err().to_string();
+    assert!(message("oracle").contains("full, infinigen, quest, window, random"));
+    assert!(message("quest:alpha=5").contains("budget, page, hint_norm"));
+    assert!(message("full:budget=6%").contains("it has none"));
+    assert!(message("quest:budget").contains("key=value"));
+    assert!(message("quest:budget=6%,budget=7%").contains("twice"));
+    assert!(message("quest:budget=0").contains("budget 0"));
+    assert!(message("quest:page=0").contains("`0`"));
+    assert!(message("infinigen:alpha=0").contains("above 0"));
+    assert!(message("infinigen:alpha=NaN").contains("NaN"));
+    assert!(message("infinigen:partial=120%").contains("120%"));
+    assert!(message("infinigen:count=median").contains("mean, head"));
+    assert!(message("infinigen:budget=6%,alpha=5").contains("exclude"));
+    assert!(message("infinigen:budget=6%,cap=5").contains("exclude"));
+}
+
+#[test]
+fn an_artifact_that_is_missing_or_of_another_model_is_refused() {
+    let shape = small();
+    let spec = MethodSpec::Infinigen(InfinigenSpec::default());
+    let error = build(&spec, &shape, None).unwrap_err().to_string();
+    assert!(error.contains("skew artifact"), "{error}");
+    let artifact = Artifact::Skew(Arc::new(random_artifact(&shape, 1)));
+    let other = Shape { fingerprint: Fingerprint([1; 16]), ..shape };
+    assert!(matches!(
+        build(&spec, &other, Some(&artifact)).unwrap_err(),
+        MethodError::ArtifactFingerprint { .. }
+    ));
+    let other = Shape { kv_heads: 4, ..shape };
+    assert!(matches!(build(&spec, &other, Some(&artifact)).unwrap_err(), MethodError::ArtifactShape { .. }));
+    assert!(build(&"infinigen:skew=off".parse().unwrap(), &shape, None).is_ok());
+    assert!(build(&MethodSpec::Full, &Shape { layers: 0, ..shape }, None).is_err());
+}
+
+#[test]
+fn digests_are_shared_between_budgets_and_not_between_what_shapes_them() {
+    let shape = small();
+    let artifact = Artifact::Skew(Arc::new(random_artifact(&shape, 1)));
+    let key = |text: &str| build(&text.parse().unwrap(), &shape, Some(&artifact)).unwrap().digest_key();
+    assert_eq!(key("infinigen:budget=6%"), key("infinigen:alpha=5,granularity=page,pool=80%"));
+    assert_ne!(key("infinigen"), key("infinigen:partial=50%"));
+    assert_ne!(key("infinigen"), key("infinigen:skew=off"));
+    assert_eq!(key("quest:budget=6%"), key("quest:budget=12%"));
+    assert_ne!(key("quest"), key("quest:page=8"));
+    assert_eq!(key("full"), None);
+}
