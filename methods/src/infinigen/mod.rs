@@ -2,7 +2,7 @@
 //! OSDI'24).
 //!
 //! - [`skew`], offline: an orthogonal matrix `A` per layer and KV head that packs queries into few columns;
-//!   scores are the same in its basis. [`fold`] puts it into the weights of models without RoPE.
+//!   scores are the same in its basis. [`fold()`] puts it into the weights of models without RoPE.
 //! - *Prefill:* the engine sums `|q̃|` by column ([`column_sums`]); the `⌊r·d⌋` strongest columns of each KV head
 //!   are its partial index.
 //! - *Digest:* every key in those columns, `[d'][P]` per page.
@@ -19,7 +19,7 @@
 
 pub mod artifact;
 mod digest;
-pub mod fold;
+mod fold;
 mod index;
 pub mod pool;
 pub mod skew;
