@@ -50,6 +50,8 @@ pub struct AttendScratch {
 #[derive(Clone, Debug, Default)]
 pub struct TopKScratch {
     pub(crate) pairs: Vec<u64>,
+    #[cfg(target_arch = "x86_64")]
     pub(crate) keys: Vec<i32>,
+    #[cfg(target_arch = "x86_64")]
     pub(crate) candidates: Vec<i32>,
 }

@@ -45,8 +45,8 @@ impl Kernels {
             scratch.weights.resize(needed, 0.0);
         }
         let (weights, norms) = scratch.weights[..needed].split_at_mut(group * n);
-        // SAFETY: passed on to the caller; the lengths were checked.
-        unsafe { dispatch!(self, attend(dtype, queries, d, scale, runs, weights, norms, out, lse)) }
+        // Passed on to the caller; the lengths were checked.
+        dispatch!(self, unsafe attend(dtype, queries, d, scale, runs, weights, norms, out, lse));
     }
 
     /// Raw dot products of a group of queries with the keys of all rows, in their order: `out[h * out_stride + t] = q_h·k_t`.
@@ -71,8 +71,8 @@ impl Kernels {
     ) {
         assert!(d > 0 && columns("scores", queries, group) == d, "scores: queries are [{group}][{d}]");
         check_out("scores", group, runs.iter().map(|run| run.rows).sum(), out, out_stride);
-        // SAFETY: passed on to the caller; the lengths were checked.
-        unsafe { dispatch!(self, scores(dtype, queries, d, runs, out, out_stride)) }
+        // Passed on to the caller; the lengths were checked.
+        dispatch!(self, unsafe scores(dtype, queries, d, runs, out, out_stride));
     }
 
     /// Merges a second partial attention into the first: `o ← (o·e^lse + o₂·e^lse₂) / (e^lse + e^lse₂)`, and `lse` of the union.

@@ -11,7 +11,7 @@ impl Kernels {
     /// Each `src` is readable and each `dst` writable for `bytes` bytes, nobody else writes to a source or touches a destination
     /// meanwhile, and no destination overlaps a source or another destination.
     pub unsafe fn copy_runs(self, runs: &[CopyRun]) {
-        // SAFETY: passed on to the caller.
-        unsafe { dispatch!(self, copy_runs(runs)) }
+        // Passed on to the caller.
+        dispatch!(self, unsafe copy_runs(runs));
     }
 }

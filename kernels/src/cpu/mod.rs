@@ -7,6 +7,8 @@ mod elementwise;
 mod reduce;
 mod scalar;
 mod score;
+#[cfg(target_arch = "x86_64")]
+mod simd;
 mod top_k;
 
 use std::fmt;
@@ -165,11 +167,29 @@ impl Kernels {
     }
 }
 
-/// Calls a kernel on the handle's path.
+/// Calls a kernel on the handle's path; with `unsafe` before the name, one that asks its caller for more than the path.
 macro_rules! dispatch {
     ($kernels:expr, $name:ident ( $($argument:expr),* $(,)? )) => {
         match $kernels.path {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a handle's path is available.
+            $crate::cpu::Path::Avx2 => unsafe { $crate::cpu::simd::avx2_path::$name($($argument),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            $crate::cpu::Path::Avx512 => unsafe { $crate::cpu::simd::avx512_path::$name($($argument),*) },
             _ => $crate::cpu::scalar::$name($($argument),*),
+        }
+    };
+    ($kernels:expr, unsafe $name:ident ( $($argument:expr),* $(,)? )) => {
+        // SAFETY: a handle's path is available; what else the kernel asks for is said at the call.
+        unsafe {
+            match $kernels.path {
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::Path::Avx2 => $crate::cpu::simd::avx2_path::$name($($argument),*),
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::Path::Avx512 => $crate::cpu::simd::avx512_path::$name($($argument),*),
+                _ => $crate::cpu::scalar::$name($($argument),*),
+            }
         }
     };
 }

@@ -10,7 +10,7 @@ use crate::run::Run;
 ///
 /// # Safety
 /// Each run's rows must be readable for as long as the iterator's items are used.
-unsafe fn rows<'a>(runs: &'a [Run], row_bytes: usize) -> impl Iterator<Item = &'a [u8]> {
+unsafe fn rows(runs: &[Run], row_bytes: usize) -> impl Iterator<Item = &[u8]> {
     runs.iter().flat_map(move |run| {
         (0..run.rows).map(move |row| {
             // SAFETY: the caller promises that `run.rows` rows of `row_bytes` bytes are readable from `rows_ptr`.

@@ -7,6 +7,8 @@ mod reduce;
 mod score;
 mod top_k;
 
+#[cfg(target_arch = "x86_64")]
+pub(super) use attend::merge_weights;
 pub(super) use attend::{attend, merge, scores};
 pub(super) use convert::{from_f32, to_f32};
 pub(super) use elementwise::{add, axpy, rms_norm, rope_halves, silu_mul, softmax_add, softmax_in_place};

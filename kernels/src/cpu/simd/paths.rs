@@ -1,0 +1,97 @@
+//! One compiled copy of every kernel per instruction set: functions for whose whole body the compiler may use the instructions.
+
+use crate::dtype::Dtype;
+use crate::run::{CopyRun, Run, TopKScratch};
+
+macro_rules! path {
+    ($module:ident, $features:literal, $simd:path) => {
+        /// Calling one of these is unsafe outside functions with the same features: the machine must have them.
+        pub(in crate::cpu) mod $module {
+            use super::*;
+            use crate::cpu::simd as kernels;
+
+            /// The proof, for functions that run with the features on.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn simd() -> $simd {
+                // SAFETY: this function's own features say that the instructions are there.
+                unsafe { <$simd>::new() }
+            }
+
+            path!(@functions $features
+                convert::to_f32(dtype: Dtype, src: &[u8], dst: &mut [f32]);
+                convert::from_f32(dtype: Dtype, src: &[f32], dst: &mut [u8]);
+                score::score_columns(
+                    dtype: Dtype, queries: &[f32], group: usize, block: &[u8], tokens: usize, out: &mut [f32], out_stride: usize,
+                );
+                score::page_bounds(queries: &[f32], group: usize, minmax: &[f32], out: &mut [f32]);
+                score::min_max_update(rows: &[f32], d: usize, minmax: &mut [f32]);
+                score::project(x: &[f32], a: &[f32], out: &mut [f32]);
+                score::project_columns(
+                    rows: &[f32], a: &[f32], d_out: usize, dtype: Dtype, block: &mut [u8], tokens: usize, first: usize,
+                );
+                elementwise::softmax_add(scores: &[f32], scale: f32, acc: &mut [f32]);
+                elementwise::softmax_in_place(values: &mut [f32]);
+                elementwise::rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
+                elementwise::silu_mul(gate: &mut [f32], up: &[f32]);
+                elementwise::rope_halves(x: &mut [f32], d: usize, cos: &[f32], sin: &[f32]);
+                elementwise::add(acc: &mut [f32], x: &[f32]);
+                elementwise::axpy(acc: &mut [f32], a: f32, x: &[f32]);
+                attend::merge(o: &mut [f32], lse: &mut [f32], other_o: &[f32], other_lse: &[f32]);
+                top_k::top_k(scores: &[f32], k: usize, scratch: &mut TopKScratch, out: &mut Vec<u32>);
+            );
+            path!(@values $features
+                reduce::dot(a: &[f32], b: &[f32]) -> f32;
+                reduce::max(values: &[f32]) -> f32;
+                reduce::count_above(values: &[f32], threshold: f32) -> usize;
+                reduce::exp_sum(values: &[f32], max: f32) -> f32;
+            );
+
+            /// # Safety
+            /// As [`Kernels::scores`](crate::Kernels::scores).
+            #[target_feature(enable = $features)]
+            pub(in crate::cpu) unsafe fn scores(
+                dtype: Dtype, queries: &[f32], d: usize, runs: &[Run], out: &mut [f32], out_stride: usize,
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { kernels::attend::scores(simd(), dtype, queries, d, 1.0, runs, out, out_stride) }
+            }
+
+            /// # Safety
+            /// As [`Kernels::attend`](crate::Kernels::attend).
+            #[target_feature(enable = $features)]
+            #[allow(clippy::too_many_arguments)]
+            pub(in crate::cpu) unsafe fn attend(
+                dtype: Dtype, queries: &[f32], d: usize, scale: f32, runs: &[Run], weights: &mut [f32], norms: &mut [f32],
+                out: &mut [f32], lse: &mut [f32],
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { kernels::attend::attend(simd(), dtype, queries, d, scale, runs, weights, norms, out, lse) }
+            }
+
+            /// # Safety
+            /// As [`Kernels::copy_runs`](crate::Kernels::copy_runs).
+            #[target_feature(enable = $features)]
+            pub(in crate::cpu) unsafe fn copy_runs(runs: &[CopyRun]) {
+                // SAFETY: passed on to the caller.
+                unsafe { kernels::copy::copy_runs(simd(), runs) }
+            }
+        }
+    };
+    (@functions $features:literal $($room:ident::$name:ident($($argument:ident: $type:ty),* $(,)?);)*) => {$(
+        #[target_feature(enable = $features)]
+        #[allow(clippy::too_many_arguments)]
+        pub(in crate::cpu) fn $name($($argument: $type),*) {
+            kernels::$room::$name(simd(), $($argument),*);
+        }
+    )*};
+    (@values $features:literal $($room:ident::$name:ident($($argument:ident: $type:ty),*) -> $value:ty;)*) => {$(
+        #[target_feature(enable = $features)]
+        pub(in crate::cpu) fn $name($($argument: $type),*) -> $value {
+            kernels::$room::$name(simd(), $($argument),*)
+        }
+    )*};
+}
+
+path!(avx2, "avx2,fma,f16c", kernels::avx2::Avx2);
+path!(avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq", kernels::avx512::Avx512);
