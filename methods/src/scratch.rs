@@ -5,12 +5,10 @@
 /// Buffers grow to the longest sequence seen and stay; after that a selection allocates nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Scratch {
-    /// Queries of one group in the digest's basis, or keys as they are stored.
+    /// Queries of one group in the digest's basis.
     pub(crate) rows: Vec<f32>,
     /// A digest of one page in f32, or the chosen columns of a skew matrix.
     pub(crate) matrix: Vec<f32>,
-    /// Keys as bytes.
-    pub(crate) bytes: Vec<u8>,
     /// Scores of the query heads of one group, `[g][tokens or pages]`.
     pub(crate) scores: Vec<f32>,
     /// Scores of the groups of all KV heads, `[Hkv][candidates]`.

@@ -340,6 +340,18 @@ mod tests {
     }
 
     #[test]
+    fn a_token_whose_counter_is_halved_to_nothing_is_the_next_victim() {
+        let mut bytes = vec![0; pool_bytes(100)];
+        let mut pool = CounterPool::new(&mut bytes, limits("20"));
+        admit(&mut pool, 20);
+        pool.note_selected(&[range(4, 6)]);
+        assert_eq!(admit(&mut pool, 22), [10, 11]);
+        (0..254).for_each(|_| pool.note_selected(&[range(6, 1)]));
+        assert_eq!((pool.count(4), pool.count(5)), (Some(0), Some(0)));
+        assert_eq!(admit(&mut pool, 24), [4, 5]);
+    }
+
+    #[test]
     fn the_least_selected_leaves_first_and_of_equal_ones_the_oldest() {
         let mut bytes = vec![0; pool_bytes(100)];
         let mut pool = CounterPool::new(&mut bytes, limits("20"));

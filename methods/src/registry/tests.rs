@@ -157,7 +157,6 @@ fn a_second_selection_as_long_as_the_first_grows_no_buffer() {
             [
                 scratch.rows.capacity(),
                 scratch.matrix.capacity(),
-                scratch.bytes.capacity(),
                 scratch.scores.capacity(),
                 scratch.group.capacity(),
                 scratch.pages.capacity(),
