@@ -40,10 +40,21 @@ unsafe impl Send for CopyRun {}
 // SAFETY: as for Send; a shared copy run gives nothing that a copy of it does not.
 unsafe impl Sync for CopyRun {}
 
-/// Memory that [`Kernels::attend`](crate::Kernels::attend) keeps between calls: the weights of all rows, `[group][rows]` f32.
+/// Memory that [`Kernels::attend`](crate::Kernels::attend) keeps between calls: the weights of some hundred rows per query, on the
+/// scalar path of all.
 #[derive(Clone, Debug, Default)]
 pub struct AttendScratch {
-    pub(crate) weights: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl AttendScratch {
+    /// Room for `n` values, of whatever content.
+    pub(crate) fn room(&mut self, n: usize) -> &mut [f32] {
+        if self.values.len() < n {
+            self.values.resize(n, 0.0);
+        }
+        &mut self.values[..n]
+    }
 }
 
 /// Memory that [`Kernels::top_k`](crate::Kernels::top_k) keeps between calls: about 8 bytes per score.

@@ -137,6 +137,36 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn long_sequences_hold_the_same_promises(
+        dtype in dtypes(), group in 1_usize..4, d in prop_oneof![Just(8_usize), Just(64)], n in 500_usize..2500, rising in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let mut draw = Draw::new(seed);
+        let queries = draw.values(group * d, 3.0);
+        let mut rows = draw.values(n * 2 * d, 2.0);
+        if rising {
+            // Keys that look more and more like the first query: the largest score is always a late one.
+            for (t, row) in rows.chunks_exact_mut(2 * d).enumerate() {
+                row[..d].iter_mut().zip(&queries).for_each(|(k, q)| *k += q * t as f32 / n as f32);
+            }
+        }
+        let rows = rounded(dtype, &rows);
+        let bytes = stored(dtype, &rows, 0);
+        let (expected, expected_lse) = plain(&queries, d, 0.5, &rows);
+        for kernels in paths() {
+            let whole = attend(kernels, dtype, &queries, d, 0.5, &[Run::new(bytes.as_ptr(), n)]);
+            close("attention", &whole.0, &expected, 2e-5);
+            close("lse", &whole.1, &expected_lse, 1e-5);
+            let runs = cut(&mut draw, &bytes, n, 2 * d * dtype.bytes());
+            prop_assert_eq!(&attend(kernels, dtype, &queries, d, 0.5, &runs), &whole);
+        }
+    }
+}
+
 #[test]
 fn no_rows_give_nothing() {
     for kernels in paths() {

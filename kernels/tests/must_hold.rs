@@ -135,3 +135,9 @@ fn paths_have_names_and_scalar_is_everywhere() {
 fn a_block_that_is_too_short_is_refused() {
     Kernels::best().score_columns(Dtype::F16, &[1.0, 2.0], 1, &[0; 4], 4, &mut [0.0; 4], 4);
 }
+
+#[test]
+#[should_panic(expected = "score_columns: 8 places")]
+fn a_stride_that_would_wrap_around_is_refused() {
+    Kernels::best().score_columns(Dtype::F16, &[1.0; 3], 3, &[0; 8], 4, &mut [0.0; 8], 1 << 63);
+}

@@ -35,18 +35,12 @@ impl Kernels {
     ) {
         assert!(d > 0 && columns("attend", queries, group) == d, "attend: queries are [{group}][{d}]");
         assert!(out.len() == group * d && lse.len() == group, "attend: out is [{group}][{d}], lse [{group}]");
-        let n: usize = runs.iter().map(|run| run.rows).sum();
-        if n == 0 {
+        if runs.iter().all(|run| run.rows == 0) {
             out.fill(0.0);
             return lse.fill(f32::NEG_INFINITY);
         }
-        let needed = group * n + group;
-        if scratch.weights.len() < needed {
-            scratch.weights.resize(needed, 0.0);
-        }
-        let (weights, norms) = scratch.weights[..needed].split_at_mut(group * n);
         // Passed on to the caller; the lengths were checked.
-        dispatch!(self, unsafe attend(dtype, queries, d, scale, runs, weights, norms, out, lse));
+        dispatch!(self, unsafe attend(dtype, queries, d, scale, runs, scratch, out, lse));
     }
 
     /// Raw dot products of a group of queries with the keys of all rows, in their order: `out[h * out_stride + t] = q_h·k_t`.

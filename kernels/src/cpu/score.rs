@@ -24,11 +24,7 @@ impl Kernels {
         out_stride: usize,
     ) {
         let dims = columns("score_columns", queries, group);
-        assert!(
-            block.len() >= dims * tokens * dtype.bytes(),
-            "score_columns: block of {} bytes",
-            block.len()
-        );
+        check_block("score_columns", block, dims, tokens, dtype);
         check_out("score_columns", group, tokens, out, out_stride);
         if dims == 0 {
             (0..group).for_each(|h| out[h * out_stride..][..tokens].fill(0.0));
@@ -111,11 +107,7 @@ impl Kernels {
         assert!(rows.len().is_multiple_of(d_in), "project_columns: {} values in rows of {d_in}", rows.len());
         let n = rows.len() / d_in;
         assert!(first <= tokens && n <= tokens - first, "project_columns: columns {first} + {n} of {tokens}");
-        assert!(
-            block.len() >= d_out * tokens * dtype.bytes(),
-            "project_columns: block of {} bytes",
-            block.len()
-        );
+        check_block("project_columns", block, d_out, tokens, dtype);
         dispatch!(self, project_columns(rows, a, d_out, dtype, block, tokens, first));
     }
 }
@@ -130,8 +122,17 @@ pub(super) fn columns(what: &str, matrix: &[f32], group: usize) -> usize {
     matrix.len() / group
 }
 
+/// That a block holds `[dims][tokens]` values.
+fn check_block(what: &str, block: &[u8], dims: usize, tokens: usize, dtype: Dtype) {
+    let needed = dims.checked_mul(tokens).and_then(|values| values.checked_mul(dtype.bytes()));
+    let fits = needed.is_some_and(|needed| needed <= block.len());
+    assert!(fits, "{what}: block of {} bytes for [{dims}][{tokens}] values of {dtype}", block.len());
+}
+
 /// That `out` has room for `n` values per query.
 pub(super) fn check_out(what: &str, group: usize, n: usize, out: &[f32], stride: usize) {
     assert!(group == 1 || stride >= n, "{what}: a stride of {stride} for {n} scores");
-    assert!(out.len() >= (group - 1) * stride + n, "{what}: {} places for [{group}][{n}] scores", out.len());
+    let needed = (group - 1).checked_mul(stride).and_then(|before| before.checked_add(n));
+    let fits = needed.is_some_and(|needed| needed <= out.len());
+    assert!(fits, "{what}: {} places for [{group}][{n}] scores, {stride} apart", out.len());
 }

@@ -4,7 +4,7 @@ use super::convert::read;
 use super::reduce::{exp_sum, max};
 use super::score::dot_stored;
 use crate::dtype::Dtype;
-use crate::run::Run;
+use crate::run::{AttendScratch, Run};
 
 /// Every row of the runs, in order, as bytes.
 ///
@@ -38,8 +38,7 @@ pub(in crate::cpu) unsafe fn scores(
 }
 
 /// # Safety
-/// As [`Kernels::attend`](crate::Kernels::attend). `weights` holds `[group][n]` values, n the rows of all runs, not zero; `norms` holds
-/// `[group]`.
+/// As [`Kernels::attend`](crate::Kernels::attend), of one row at least.
 #[allow(clippy::too_many_arguments)]
 pub(in crate::cpu) unsafe fn attend(
     dtype: Dtype,
@@ -47,12 +46,12 @@ pub(in crate::cpu) unsafe fn attend(
     d: usize,
     scale: f32,
     runs: &[Run],
-    weights: &mut [f32],
-    norms: &mut [f32],
+    scratch: &mut AttendScratch,
     out: &mut [f32],
     lse: &mut [f32],
 ) {
-    let n = weights.len() / lse.len();
+    let n: usize = runs.iter().map(|run| run.rows).sum();
+    let (weights, norms) = scratch.room(lse.len() * (n + 1)).split_at_mut(lse.len() * n);
     // SAFETY: passed on to the caller.
     unsafe { scores(dtype, queries, d, runs, weights, n) };
     out.fill(0.0);

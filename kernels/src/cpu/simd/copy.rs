@@ -20,7 +20,7 @@ pub(super) unsafe fn copy_runs<S: Simd>(s: S, runs: &[CopyRun]) {
     for (i, run) in runs.iter().enumerate() {
         if let Some(next) = runs.get(i + AHEAD.0) {
             for at in (0..next.bytes.min(AHEAD.1)).step_by(LINE) {
-                super::prefetch(next.src.wrapping_add(at));
+                super::prefetch::<true>(next.src.wrapping_add(at));
             }
         }
         // SAFETY: the caller promises readable sources and writable destinations that do not overlap.

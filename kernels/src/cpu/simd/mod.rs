@@ -12,17 +12,22 @@ mod copy;
 mod elementwise;
 mod paths;
 mod reduce;
+mod rows;
 mod score;
 mod stored;
 mod top_k;
+mod values;
 
 pub(super) use paths::{avx2 as avx2_path, avx512 as avx512_path};
 
-/// Asks for a cache line; any address will do.
+/// Asks for a cache line, to be near (NEAR) or in the second-level cache; any address will do.
 #[inline(always)]
-fn prefetch(line: *const u8) {
+fn prefetch<const NEAR: bool>(line: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
     // SAFETY: a prefetch reads nothing, whatever the address; SSE is part of x86-64.
-    unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast()) }
+    unsafe {
+        if NEAR { _mm_prefetch::<_MM_HINT_T0>(line.cast()) } else { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
+    }
 }
 
 /// Makes stores around the cache visible in order.

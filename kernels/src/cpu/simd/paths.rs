@@ -1,7 +1,7 @@
 //! One compiled copy of every kernel per instruction set: functions for whose whole body the compiler may use the instructions.
 
 use crate::dtype::Dtype;
-use crate::run::{CopyRun, Run, TopKScratch};
+use crate::run::{AttendScratch, CopyRun, Run, TopKScratch};
 
 macro_rules! path {
     ($module:ident, $features:literal, $simd:path) => {
@@ -54,7 +54,7 @@ macro_rules! path {
                 dtype: Dtype, queries: &[f32], d: usize, runs: &[Run], out: &mut [f32], out_stride: usize,
             ) {
                 // SAFETY: passed on to the caller.
-                unsafe { kernels::attend::scores(simd(), dtype, queries, d, 1.0, runs, out, out_stride) }
+                unsafe { kernels::attend::scores(simd(), dtype, queries, d, runs, out, out_stride) }
             }
 
             /// # Safety
@@ -62,11 +62,11 @@ macro_rules! path {
             #[target_feature(enable = $features)]
             #[allow(clippy::too_many_arguments)]
             pub(in crate::cpu) unsafe fn attend(
-                dtype: Dtype, queries: &[f32], d: usize, scale: f32, runs: &[Run], weights: &mut [f32], norms: &mut [f32],
+                dtype: Dtype, queries: &[f32], d: usize, scale: f32, runs: &[Run], scratch: &mut AttendScratch,
                 out: &mut [f32], lse: &mut [f32],
             ) {
                 // SAFETY: passed on to the caller.
-                unsafe { kernels::attend::attend(simd(), dtype, queries, d, scale, runs, weights, norms, out, lse) }
+                unsafe { kernels::attend::attend(simd(), dtype, queries, d, scale, runs, scratch, out, lse) }
             }
 
             /// # Safety
