@@ -70,7 +70,7 @@ impl Decoder {
         let mut done = 0;
         let mut last = Vec::new();
         for chunk in tokens.chunks(self.options.chunk_tokens) {
-            self.prefill_chunk(backend, sequence, chunk)?;
+            rayon::scope(|_| self.prefill_chunk(backend, sequence, chunk))?;
             let first = done;
             done += chunk.len();
             match &mut options.logits {

@@ -52,6 +52,17 @@ impl Decoder {
         let positions: Vec<usize> = batch.iter().map(|sequence| backend.tokens(sequence)).collect();
         self.check(tokens, positions.iter().max().map_or(0, |longest| longest + 1))?;
 
+        // On one of rayon's own threads a product begins at once, and another thread joins in when it can.
+        rayon::scope(|_| self.step_here(backend, batch, tokens, &positions))
+    }
+
+    fn step_here<B: KvBackend>(
+        &mut self,
+        backend: &mut B,
+        batch: &mut [&mut B::Sequence],
+        tokens: &[u32],
+        positions: &[usize],
+    ) -> Result<StepOutput, ForwardError<B::Error>> {
         let begin = Instant::now();
         let mut watch = Stopwatch(begin);
         let mut timing = StepTiming::default();
@@ -62,7 +73,7 @@ impl Decoder {
         let table = model.rope.table(positions.iter().copied());
         buffers.resize(model, rows);
         buffers.embed(model, tokens);
-        backend.begin_step(batch, &positions)?;
+        backend.begin_step(batch, positions)?;
         for (layer, weights) in model.weights.layers.iter().enumerate() {
             // The next layer's hint goes first, so that it has the whole of this layer to be answered.
             let next = layer + 1;
@@ -76,7 +87,7 @@ impl Decoder {
                 norm_rows(model, &buffers.x, norm, &mut buffers.normed);
                 ahead.query.forward(&buffers.normed, rows, &mut buffers.hint);
                 rotate_rows(&table, &mut buffers.hint, config.query_width());
-                backend.hint(next, batch, &positions, &buffers.hint)?;
+                backend.hint(next, batch, positions, &buffers.hint)?;
                 timing.hint += watch.lap();
             }
             norm_rows(model, &buffers.x, &weights.attention_norm, &mut buffers.normed);
@@ -87,15 +98,15 @@ impl Decoder {
             rotate_rows(&table, &mut buffers.k, config.kv_width());
             timing.linear += watch.lap();
 
-            backend.append(layer, batch, &positions, &buffers.k, &buffers.v)?;
+            backend.append(layer, batch, positions, &buffers.k, &buffers.v)?;
             timing.append += watch.lap();
-            backend.attend(layer, batch, &positions, &buffers.q, &mut buffers.attended)?;
+            backend.attend(layer, batch, positions, &buffers.q, &mut buffers.attended)?;
             timing.attend += watch.lap();
 
             weights.output.forward(&buffers.attended, rows, &mut buffers.delta);
             buffers.add_and_feed_forward(model, layer, rows);
         }
-        for (sequence, position) in batch.iter_mut().zip(&positions) {
+        for (sequence, position) in batch.iter_mut().zip(positions) {
             backend.commit(sequence, position + 1)?;
         }
         backend.end_step(batch)?;

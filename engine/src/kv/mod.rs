@@ -24,9 +24,11 @@ use crate::config::ModelConfig;
 /// overwrites what the failed one left behind.
 ///
 /// Shapes: `Hq` query heads, `Hkv` KV heads, `d` values per head, all f32, row-major; K is after RoPE.
-pub trait KvBackend {
+///
+/// Calls come one at a time, but from whichever of rayon's threads runs the pass: hence `Send`.
+pub trait KvBackend: Send {
     /// One sequence's cache.
-    type Sequence;
+    type Sequence: Send;
     /// What can go wrong.
     type Error: std::error::Error + Send + Sync + 'static;
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::quantized::k_quants::{self, BlockQ8_0, GgmlType};
+use candle_core::quantized::k_quants::{BlockQ8_0, GgmlType};
 use kvoyant_kernels::Kernels;
 use rayon::prelude::*;
 
@@ -10,6 +10,9 @@ use super::gemm::{Mat, Threads, product};
 
 /// Batches up to this size multiply with Q8_0, larger ones with f32 (see `examples/linear_speed.rs`).
 const Q8_MAX_BATCH: usize = 16;
+
+/// Outputs that one task computes: some microseconds of work.
+const TASK_OUTPUTS: usize = 64;
 
 /// Rows that one task quantises.
 const QUANTISE_ROWS: usize = 256;
@@ -78,12 +81,23 @@ impl Linear {
     /// # Panics
     /// When the lengths do not fit.
     pub fn forward(&self, x: &[f32], rows: usize, out: &mut [f32]) {
+        self.multiply(x, rows, out, rows <= Q8_MAX_BATCH);
+    }
+
+    /// [`Linear::forward`], but with Q8_0 at any batch size if there is Q8_0; to measure where that stops paying.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn forward_as_stored(&self, x: &[f32], rows: usize, out: &mut [f32]) {
+        self.multiply(x, rows, out, true);
+    }
+
+    fn multiply(&self, x: &[f32], rows: usize, out: &mut [f32], q8: bool) {
         assert_eq!(x.len(), rows * self.inputs);
         assert_eq!(out.len(), rows * self.outputs);
         match &self.q8 {
-            Some(blocks) if rows <= Q8_MAX_BATCH => {
-                k_quants::matmul((rows, self.inputs, self.outputs), x, blocks, out)
-                    .expect("the lengths were checked, and this product has no other failure");
+            Some(blocks) if q8 => {
+                q8_product(x, rows, blocks, self.inputs, out);
             }
             _ => {
                 let x = Mat::new(x, rows, self.inputs, self.inputs);
@@ -95,6 +109,37 @@ impl Linear {
             let kernels = Kernels::best();
             out.chunks_exact_mut(self.outputs).for_each(|row| kernels.add(row, bias));
         }
+    }
+}
+
+/// `out[t] = W x[t]` with `W` in blocks, row by row.
+///
+/// The dot products are candle's; the loop around them is not, because candle's own waits for a second thread at every product, and that
+/// thread may have lost its core to the process that keeps the cache.
+fn q8_product(x: &[f32], rows: usize, weight: &[BlockQ8_0], inputs: usize, out: &mut [f32]) {
+    let row_blocks = inputs / BlockQ8_0::BLCK_SIZE;
+    let mut x8 = vec![BlockQ8_0::zeros(); rows * row_blocks];
+    BlockQ8_0::from_float(x, &mut x8);
+    let dot = |output: usize, row: usize| {
+        let weight = &weight[output * row_blocks..][..row_blocks];
+        BlockQ8_0::vec_dot(inputs, weight, &x8[row * row_blocks..][..row_blocks])
+    };
+    if rows == 1 {
+        out.par_chunks_mut(TASK_OUTPUTS).enumerate().for_each(|(task, out)| {
+            out.iter_mut().enumerate().for_each(|(i, out)| *out = dot(task * TASK_OUTPUTS + i, 0));
+        });
+        return;
+    }
+    // A weight is read once for all rows, so results come by output first.
+    let outputs = out.len() / rows;
+    let mut by_output = vec![0.0; out.len()];
+    by_output.par_chunks_mut(TASK_OUTPUTS * rows).enumerate().for_each(|(task, results)| {
+        for (i, results) in results.chunks_exact_mut(rows).enumerate() {
+            results.iter_mut().enumerate().for_each(|(row, out)| *out = dot(task * TASK_OUTPUTS + i, row));
+        }
+    });
+    for (row, out) in out.chunks_exact_mut(outputs).enumerate() {
+        out.iter_mut().zip(by_output.chunks_exact(rows)).for_each(|(out, results)| *out = results[row]);
     }
 }
 

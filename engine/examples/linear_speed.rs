@@ -1,0 +1,40 @@
+//! Where Q8_0 stops paying: one linear layer by batch size, in Q8_0 and in f32.
+//!
+//! `cargo run --release -p kvoyant-engine --example linear_speed -- [OUTPUTS] [INPUTS]`
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvoyant_engine::{Linear, SplitMix64};
+
+/// Layers gone through in turn, so that weights come from memory as in a model.
+const LAYERS: usize = 60;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let outputs: usize = arguments.next().map_or(Ok(1536), |text| text.parse())?;
+    let inputs: usize = arguments.next().map_or(Ok(576), |text| text.parse())?;
+    let mut random = SplitMix64::new(1);
+    let weight = Arc::new((0..outputs * inputs).map(|_| random.normal()).collect::<Vec<f32>>());
+    let make = |q8| -> Vec<Linear> {
+        (0..LAYERS).map(|_| Linear::new(Arc::new(weight.to_vec()), None, outputs, inputs, q8)).collect()
+    };
+    let kinds = [("q8_0", make(true)), ("f32", make(false))];
+    println!("{outputs} x {inputs}, microseconds a layer");
+    for rows in [1, 2, 4, 8, 12, 16, 24, 32, 64] {
+        let x: Vec<f32> = (0..rows * inputs).map(|_| random.normal()).collect();
+        let mut out = vec![0.0; rows * outputs];
+        print!("batch {rows:3}");
+        for (name, layers) in &kinds {
+            let mut best = f64::MAX;
+            for _ in 0..5 {
+                let begin = Instant::now();
+                layers.iter().for_each(|layer| layer.forward_as_stored(&x, rows, &mut out));
+                best = best.min(begin.elapsed().as_secs_f64() * 1e6 / LAYERS as f64);
+            }
+            print!("   {name} {best:7.1}");
+        }
+        println!();
+    }
+    Ok(())
+}
