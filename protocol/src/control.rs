@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::layout::Limits;
+use crate::memory::MemoryError;
 use crate::wire::SequenceId;
 use crate::{MAGIC, VERSION};
 
@@ -250,6 +251,12 @@ pub enum Failure {
     Internal(String),
 }
 
+impl From<MemoryError> for Failure {
+    fn from(error: MemoryError) -> Self {
+        Self::Internal(error.to_string())
+    }
+}
+
 fn advice(closing: &[SequenceId]) -> String {
     if closing.is_empty() {
         return "no sequence of this session would free enough: raise the daemon's arena size".into();
@@ -326,10 +333,7 @@ mod tests {
         let mut bytes = encode(&ToDaemon::Mapped);
         bytes[8] = 9;
         let error = decode::<ToDaemon>(&bytes).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "the peer speaks version 9 of the protocol and this side version 1"
-        );
+        assert_eq!(error.to_string(), "the peer speaks version 9 of the protocol and this side version 1");
         bytes[0] = 0;
         assert_eq!(decode::<ToDaemon>(&bytes), Err(ControlError::NotKvoyant));
         assert_eq!(decode::<ToDaemon>(b"GET /"), Err(ControlError::NotKvoyant));

@@ -6,7 +6,7 @@
 //! store and no wake-up is lost.
 
 use std::io;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use crate::memory::SharedMapping;
@@ -64,6 +64,45 @@ impl Word<'_> {
     }
 }
 
+/// A word of this process's own that threads ring to wake one sleeper, who can watch it beside shared words.
+#[derive(Debug, Default)]
+pub struct Bell {
+    rung: AtomicU32,
+    sleeping: AtomicBool,
+}
+
+impl Bell {
+    /// Rings: what was done before is seen by whoever wakes. A system call only if somebody sleeps.
+    pub fn ring(&self) {
+        self.rung.fetch_add(1, Ordering::SeqCst);
+        if self.sleeping.load(Ordering::SeqCst) {
+            // SAFETY: the word lives as long as `self` is borrowed.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_futex,
+                    self.rung.as_ptr(),
+                    libc::FUTEX_WAKE,
+                    1,
+                    std::ptr::null::<libc::timespec>(),
+                    std::ptr::null::<u32>(),
+                    0,
+                )
+            };
+        }
+    }
+
+    /// Value to compare with later.
+    #[must_use]
+    pub fn seen(&self) -> u32 {
+        self.rung.load(Ordering::SeqCst)
+    }
+
+    /// Says whether somebody sleeps on it. Look for work again after saying so.
+    pub fn say_sleeping(&self, sleeping: bool) {
+        self.sleeping.store(sleeping, Ordering::SeqCst);
+    }
+}
+
 /// Orders a store before a later load, as both sides of a sleep need.
 pub fn publish_before_looking() {
     fence(Ordering::SeqCst);
@@ -88,14 +127,16 @@ struct FutexWaitv {
     reserved: u32,
 }
 
-/// Sleeps until any word differs from the value seen, a wake-up comes, or the timeout passes. At most the first
-/// [`WAIT_ANY_MAX`] words are watched. Needs Linux 5.16; on an older kernel it returns `Unsupported`.
-pub fn wait_any(words: &[(Word<'_>, u32)], timeout: Duration) -> io::Result<()> {
+/// Sleeps until the bell or any word differs from the value seen, a wake-up comes, or the timeout passes. The bell
+/// and the first [`WAIT_ANY_MAX`]` - 1` words are watched. Needs Linux 5.16; on an older kernel it returns
+/// `Unsupported`.
+pub fn wait_any(bell: (&Bell, u32), words: &[(Word<'_>, u32)], timeout: Duration) -> io::Result<()> {
     const FUTEX_32: u32 = 2;
-    let mut waiters =
-        [FutexWaitv { value: 0, address: 0, flags: FUTEX_32, reserved: 0 }; WAIT_ANY_MAX];
-    let count = words.len().min(WAIT_ANY_MAX);
-    for (waiter, (word, seen)) in waiters.iter_mut().zip(words) {
+    let mut waiters = [FutexWaitv { value: 0, address: 0, flags: FUTEX_32, reserved: 0 }; WAIT_ANY_MAX];
+    let count = (words.len() + 1).min(WAIT_ANY_MAX);
+    waiters[0].value = u64::from(bell.1);
+    waiters[0].address = bell.0.rung.as_ptr() as u64;
+    for (waiter, (word, seen)) in waiters[1..].iter_mut().zip(words) {
         waiter.value = u64::from(*seen);
         waiter.address = word.memory.futex_word(word.offset) as u64;
     }
@@ -112,8 +153,8 @@ pub fn wait_any(words: &[(Word<'_>, u32)], timeout: Duration) -> io::Result<()> 
         until.tv_nsec -= 1_000_000_000;
         until.tv_sec = until.tv_sec.saturating_add(1);
     }
-    // SAFETY: `waiters[..count]` is initialised and every address is an aligned word of a mapping that the
-    // borrows in `words` keep alive; `until` outlives the call.
+    // SAFETY: `waiters[..count]` is initialised and every address is an aligned word that the borrows of
+    // `bell` and `words` keep alive; `until` outlives the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_futex_waitv,
@@ -187,6 +228,7 @@ mod tests {
     fn waiting_on_many_words_ends_when_one_of_them_changes() {
         let file = Memfd::create("test", 4096).unwrap();
         let map = file.map(false).unwrap();
+        let bell = Bell::default();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 loop {
@@ -194,7 +236,7 @@ mod tests {
                     if words.iter().any(|(word, _)| word.load() != 0) {
                         break;
                     }
-                    if wait_any(&words, Duration::from_secs(60)).is_err() {
+                    if wait_any((&bell, 0), &words, Duration::from_secs(60)).is_err() {
                         std::thread::sleep(Duration::from_millis(1));
                     }
                 }
@@ -207,11 +249,33 @@ mod tests {
     }
 
     #[test]
+    fn a_bell_wakes_its_sleeper() {
+        let bell = Bell::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                loop {
+                    bell.say_sleeping(true);
+                    let seen = bell.seen();
+                    if seen != 0 {
+                        break;
+                    }
+                    if wait_any((&bell, seen), &[], Duration::from_secs(60)).is_err() {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                }
+            });
+            std::thread::sleep(Duration::from_millis(20));
+            bell.ring();
+        });
+        assert_eq!(bell.seen(), 1);
+    }
+
+    #[test]
     fn waiting_ends_at_the_timeout() {
         let map = Memfd::create("test", 4096).unwrap().map(false).unwrap();
         let word = Word { memory: &map, offset: 0 };
         word.wait(0, Duration::from_millis(5));
-        let _ = wait_any(&[(word, 0)], Duration::from_millis(5));
+        let _ = wait_any((&Bell::default(), 0), &[(word, 0)], Duration::from_millis(5));
         assert!(!spin(Duration::from_millis(1), || false));
     }
 }

@@ -63,13 +63,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self {
-            ring_slots: 16,
-            batch_max: 64,
-            hint_bytes: 1 << 20,
-            table_bytes: 1 << 20,
-            sequences_max: 1024,
-        }
+        Self { ring_slots: 16, batch_max: 64, hint_bytes: 1 << 20, table_bytes: 1 << 20, sequences_max: 1024 }
     }
 }
 

@@ -65,6 +65,12 @@ fn os(what: &'static str) -> impl Fn(nix::Error) -> MemoryError {
 pub struct Seals(SealFlag);
 
 impl Seals {
+    /// No seals: what a peer will seal only later.
+    #[must_use]
+    pub fn none() -> Self {
+        Self(SealFlag::empty())
+    }
+
     /// The size is fixed; both sides may write (arena extents).
     #[must_use]
     pub fn fixed_size() -> Self {
@@ -119,12 +125,7 @@ impl Memfd {
         if found & seals.0.bits() == seals.0.bits() {
             Ok(())
         } else {
-            Err(MemoryError::BadSeals {
-                found,
-                wanted: seals.0.bits(),
-                len: self.len,
-                wanted_len: self.len,
-            })
+            Err(MemoryError::BadSeals { found, wanted: seals.0.bits(), len: self.len, wanted_len: self.len })
         }
     }
 
@@ -418,8 +419,7 @@ mod tests {
         ));
         let short = Memfd::create("test", 4096).unwrap();
         short.seal(Seals::fixed_size()).unwrap();
-        let error =
-            Memfd::from_peer(short.try_clone().unwrap(), 8192, Seals::fixed_size()).unwrap_err();
+        let error = Memfd::from_peer(short.try_clone().unwrap(), 8192, Seals::fixed_size()).unwrap_err();
         assert!(error.to_string().contains("4096 bytes where"), "{error}");
         let (pipe, _other) = nix::unistd::pipe().unwrap();
         assert!(matches!(Memfd::from_peer(pipe, 4096, Seals::fixed_size()), Err(MemoryError::Os { .. })));

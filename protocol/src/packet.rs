@@ -6,8 +6,8 @@ use std::path::Path;
 
 use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, bind,
-    connect, listen, recvmsg, sendmsg, socket,
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
+    bind, connect, listen, recvmsg, sendmsg, socket,
 };
 
 /// Largest message, in bytes. What is larger travels in a memfd.
@@ -42,6 +42,12 @@ pub fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     listen(&socket, Backlog::new(64)?)?;
     Ok(socket)
+}
+
+/// Who is at the other end, as the kernel says: process id and user id.
+pub fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, u32)> {
+    let credentials = nix::sys::socket::getsockopt(&socket, nix::sys::socket::sockopt::PeerCredentials)?;
+    Ok((credentials.pid(), credentials.uid()))
 }
 
 /// Sends one message.
@@ -107,13 +113,8 @@ mod tests {
     use std::os::fd::AsFd;
 
     fn pair() -> (OwnedFd, OwnedFd) {
-        nix::sys::socket::socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap()
+        nix::sys::socket::socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .unwrap()
     }
 
     #[test]

@@ -100,7 +100,8 @@ impl Producer {
     /// [`Producer::publish`].
     pub fn stage(&mut self, ours: &SharedMapping, descriptor: &Descriptor) {
         let offset = self.layout.descriptor(self.tail);
-        ours.write(offset, descriptor).unwrap_or_else(|error| unreachable!("a slot of our own ring: {error}"));
+        ours.write(offset, descriptor)
+            .unwrap_or_else(|error| unreachable!("a slot of our own ring: {error}"));
         self.tail = self.tail.wrapping_add(1);
     }
 
@@ -215,7 +216,9 @@ mod tests {
     }
 
     fn pair(ring_slots: u32) -> Pair {
-        let layout = Layout::new(Limits { ring_slots, hint_bytes: 64, table_bytes: 4096, ..Limits::default() }).unwrap();
+        let layout =
+            Layout::new(Limits { ring_slots, hint_bytes: 64, table_bytes: 4096, ..Limits::default() })
+                .unwrap();
         let map = |bytes| Memfd::create("test", bytes).unwrap().map(false).unwrap();
         Pair { layout, c2d: map(layout.c2d_bytes), d2c: map(layout.d2c_bytes) }
     }

@@ -13,8 +13,20 @@ use crate::ring::Descriptor;
 pub const ALL_LAYERS: u16 = u16::MAX;
 
 /// Handle of a sequence: its slot and how often the slot was used before.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
-#[derive(serde::Serialize, serde::Deserialize)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Pod,
+    Zeroable,
+    serde::Serialize,
+    serde::Deserialize,
+)]
 #[repr(C)]
 pub struct SequenceId {
     /// Slot in the session's table.
@@ -359,11 +371,7 @@ pub enum CompletionError {
 
 impl Completion {
     /// Parses a private copy of a descriptor.
-    pub fn parse(
-        descriptor: &Descriptor,
-        limits: &Limits,
-        boot_id: u64,
-    ) -> Result<Self, CompletionError> {
+    pub fn parse(descriptor: &Descriptor, limits: &Limits, boot_id: u64) -> Result<Self, CompletionError> {
         let raw: RawCompletion = bytemuck::pod_read_unaligned(descriptor);
         let ticket = raw.ticket;
         let status = Status::from_code(raw.status)
@@ -545,10 +553,7 @@ mod tests {
         let good = Request { release_through: 0, operation: Operation::Release }.encode();
         let mut reserved = good;
         reserved[63] = 1;
-        assert!(matches!(
-            Request::parse(&reserved, &limits()),
-            Err(RequestError::ReservedBits { .. })
-        ));
+        assert!(matches!(Request::parse(&reserved, &limits()), Err(RequestError::ReservedBits { .. })));
         let mut unknown = good;
         (unknown[0], unknown[4]) = (99, 1);
         assert_eq!(Request::parse(&unknown, &limits()), Err(RequestError::UnknownOperation(99)));

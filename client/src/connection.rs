@@ -1,0 +1,236 @@
+//! Connecting, the handshake, and control messages.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kvoyant_kernels::Dtype;
+use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::layout::{Layout, Limits};
+use kvoyant_protocol::memory::{Memfd, Seals};
+use kvoyant_protocol::packet;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::error::Error;
+use crate::memory::{Geometry, Memory};
+use crate::model::Model;
+use crate::rings::Rings;
+
+/// How a client connects.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// A name for the daemon's logs and `kvoyant status`.
+    pub name: String,
+    /// Sizes of rings and tables.
+    pub limits: Limits,
+    /// How long a wait polls before it sleeps. Polling costs the core; a wake-up costs microseconds on bare metal
+    /// and tens of them in a virtual machine.
+    pub spin: Duration,
+    /// How long to wait for the answer to a control message.
+    pub control_timeout: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            name: std::env::args().next().unwrap_or_default().rsplit('/').next().unwrap_or_default().into(),
+            limits: Limits::default(),
+            spin: Duration::from_micros(if cores >= 8 { 200 } else { 10 }),
+            control_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A message and what came with it.
+struct Received {
+    message: ToClient,
+    fds: Vec<OwnedFd>,
+}
+
+/// The control socket: one request at a time.
+#[derive(Debug)]
+pub(crate) struct Control {
+    socket: Mutex<OwnedFd>,
+    /// For looking at the socket without waiting for its turn.
+    watch: OwnedFd,
+    timeout: Duration,
+}
+
+impl Control {
+    fn send(&self, socket: BorrowedFd<'_>, message: &ToDaemon, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        packet::send(socket, &encode(message), fds).map_err(|error| match error.kind() {
+            std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => Error::DaemonGone,
+            _ => Error::Io(error),
+        })
+    }
+
+    fn receive(&self, socket: BorrowedFd<'_>) -> Result<Received, Error> {
+        let timeout = PollTimeout::try_from(self.timeout).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(socket, PollFlags::POLLIN)];
+        loop {
+            match poll(&mut fds, timeout) {
+                Ok(0) => return Err(Error::Deadline { ticket: 0, waited: self.timeout }),
+                Ok(_) => break,
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(Error::Io(errno.into())),
+            }
+        }
+        let packet = packet::receive(socket).map_err(|error| match error.kind() {
+            std::io::ErrorKind::ConnectionReset => Error::DaemonGone,
+            _ => Error::Io(error),
+        })?;
+        if packet.bytes.is_empty() {
+            return Err(Error::DaemonGone);
+        }
+        match decode(&packet.bytes)? {
+            ToClient::Failed(failure) => Err(Error::Failed(failure)),
+            message => Ok(Received { message, fds: packet.fds }),
+        }
+    }
+
+    fn call(&self, message: &ToDaemon, fds: &[BorrowedFd<'_>]) -> Result<Received, Error> {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        // If the daemon has said why it ends the session, that is what the caller should hear.
+        if let Err(error) = self.send(socket.as_fd(), message, fds) {
+            return Err(self.last_words(socket.as_fd()).unwrap_or(error));
+        }
+        self.receive(socket.as_fd())
+    }
+
+    fn last_words(&self, socket: BorrowedFd<'_>) -> Option<Error> {
+        match self.receive(socket) {
+            Err(error @ Error::Failed(_)) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// Sends a request, takes in new memory, and returns the answer.
+    pub(crate) fn request(&self, message: &ToDaemon, memory: &Memory) -> Result<ToClient, Error> {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = self.send(socket.as_fd(), message, &[]) {
+            return Err(self.last_words(socket.as_fd()).unwrap_or(error));
+        }
+        loop {
+            let Received { message, fds } = self.receive(socket.as_fd())?;
+            match message {
+                ToClient::Memory { kind, first, bytes } => memory.add(kind, first, bytes, fds)?,
+                answer => return Ok(answer),
+            }
+        }
+    }
+
+    /// Whether the daemon has hung up; if it said why, that.
+    pub(crate) fn gone(&self) -> Option<Error> {
+        let mut fds = [PollFd::new(self.watch.as_fd(), PollFlags::POLLIN)];
+        let polled = poll(&mut fds, PollTimeout::ZERO);
+        let events = fds[0].revents().unwrap_or(PollFlags::empty());
+        if !matches!(polled, Ok(1)) || !events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
+            return None;
+        }
+        let socket = self.socket.try_lock().ok()?;
+        Some(self.last_words(socket.as_fd()).unwrap_or(Error::DaemonGone))
+    }
+}
+
+/// A connection to the daemon, without a model yet.
+#[derive(Debug)]
+pub struct Client {
+    control: Control,
+    rings: Rings,
+    session: u64,
+}
+
+impl Client {
+    /// Connects and goes through the handshake.
+    ///
+    /// # Errors
+    /// [`Error::Connect`] if nobody listens there or we may not; [`Error::Control`] if the daemon is of another
+    /// version (it says both); [`Error::Failed`] if it has no room for another session.
+    pub fn connect(path: &Path, options: Options) -> Result<Self, Error> {
+        let layout = Layout::new(options.limits)?;
+        let socket =
+            packet::connect_to(path).map_err(|source| Error::Connect { path: path.to_path_buf(), source })?;
+        let watch = socket.try_clone()?;
+        let control = Control { socket: Mutex::new(socket), watch, timeout: options.control_timeout };
+        let hello = ToDaemon::Hello { features: features::ALL, name: options.name, limits: options.limits };
+        let Received { message, fds } = control.call(&hello, &[])?;
+        let ToClient::Welcome { session, boot_id, limits, .. } = message else {
+            return Err(Error::Broken(format!("{message:?} came instead of a welcome")));
+        };
+        if limits != options.limits {
+            return Err(Error::Broken(format!("the daemon changed the limits to {limits:?}")));
+        }
+        let [c2d, d2c] = <[OwnedFd; 2]>::try_from(fds)
+            .map_err(|fds| Error::Broken(format!("a welcome came with {} descriptors", fds.len())))?;
+        // The daemon seals this one once we have mapped it.
+        let c2d = Memfd::from_peer(c2d, layout.c2d_bytes, Seals::none())?.map(true)?;
+        let d2c = Memfd::from_peer(d2c, layout.d2c_bytes, Seals::frozen_for_readers())?.map_read_only()?;
+        match control.call(&ToDaemon::Mapped, &[])?.message {
+            ToClient::Sealed => {}
+            other => return Err(Error::Broken(format!("{other:?} came instead of the seal"))),
+        }
+        Ok(Self { control, rings: Rings::new(layout, c2d, d2c, boot_id, options.spin), session })
+    }
+
+    /// Number of the session, as in `kvoyant status`.
+    #[must_use]
+    pub fn session(&self) -> u64 {
+        self.session
+    }
+
+    /// Registers the session's model. `artifact` is what a method was calibrated to, as safetensors.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] with [`Failure::BadModel`] or [`Failure::BadMethod`] that say what does not fit.
+    pub fn register(self, spec: ModelSpec, artifact: Option<&[u8]>) -> Result<Model, Error> {
+        let dtype = Dtype::from_code(spec.dtype).ok_or_else(|| {
+            Error::Failed(Failure::BadModel(format!("storage type {} is not known", spec.dtype)))
+        })?;
+        let mut spec = spec;
+        spec.artifact_bytes = artifact.map(|bytes| bytes.len() as u64);
+        let file = artifact.map(artifact_file).transpose()?;
+        let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+        let Received { message, fds } = self.control.call(&ToDaemon::Register(spec.clone()), &fds)?;
+        let ToClient::Registered { device, mode, page_rows, slab_bytes } = message else {
+            return Err(Error::Broken(format!("{message:?} came instead of a registration")));
+        };
+        let slab = match (mode, fds.into_iter().next()) {
+            (Mode::InPlace, _) => None,
+            (Mode::Slab, Some(fd)) => {
+                let file = Memfd::from_peer(fd, slab_bytes as usize, Seals::frozen_for_readers())?;
+                Some(file.map_read_only()?)
+            }
+            (Mode::Slab, None) => return Err(Error::Broken("no slab came with the registration".into())),
+        };
+        let geometry = Geometry {
+            layers: spec.layers as usize,
+            query_heads: spec.query_heads as usize,
+            kv_heads: spec.kv_heads as usize,
+            head_dim: spec.head_dim as usize,
+            dtype,
+            page_rows: page_rows as usize,
+        };
+        if geometry.page_rows == 0 || geometry.row_bytes() == 0 {
+            return Err(Error::Broken("the daemon gave pages of no rows".into()));
+        }
+        let memory = Memory::new(geometry, slab);
+        Ok(Model::new(Arc::new(crate::model::Inner {
+            control: self.control,
+            rings: self.rings,
+            memory,
+            geometry,
+            spec,
+            device,
+            mode,
+        })))
+    }
+}
+
+fn artifact_file(bytes: &[u8]) -> Result<Memfd, Error> {
+    let file = Memfd::create("kvoyant-artifact", bytes.len())?;
+    file.map(false)?.write(0, bytes)?;
+    file.seal(Seals::fixed_size())?;
+    Ok(file)
+}

@@ -1,0 +1,106 @@
+//! What can go wrong, and what to do.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kvoyant_protocol::control::{ControlError, Failure};
+use kvoyant_protocol::layout::LimitError;
+use kvoyant_protocol::memory::MemoryError;
+use kvoyant_protocol::ring::RingError;
+use kvoyant_protocol::wire::{CompletionError, Status};
+use thiserror::Error;
+
+/// An error of the client library.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The daemon's socket cannot be connected to.
+    #[error("cannot connect to {}: {source}; {}", path.display(), advice(source))]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The daemon speaks another protocol, or another version of it.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The daemon did not do what was asked. The session goes on unless this is [`Failure::Protocol`].
+    #[error(transparent)]
+    Failed(#[from] Failure),
+    /// The daemon has gone. What the session's extents hold can still be read.
+    #[error("the daemon has gone")]
+    DaemonGone,
+    /// The answer did not come in time. It may still come: wait again, or go on without.
+    #[error("ticket {ticket} was not answered within {waited:?}")]
+    Deadline {
+        /// The ticket.
+        ticket: u64,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// The daemon answered that it could not.
+    #[error("layer {layer} was not answered: {status}")]
+    NotReady {
+        /// The layer.
+        layer: u16,
+        /// Why.
+        status: Status,
+    },
+    /// All tickets are in use: answers have to be dropped before more can be asked for.
+    #[error("{slots} answers are held or under way, which is this session's ring_slots; drop some")]
+    TooManyInFlight {
+        /// How many there may be.
+        slots: u32,
+    },
+    /// A batch, hint or row of the wrong size.
+    #[error("{what} has {found} where {wanted} are needed")]
+    Size {
+        /// What it is.
+        what: &'static str,
+        /// Its size.
+        found: usize,
+        /// Its right size, or the most that is allowed.
+        wanted: usize,
+    },
+    /// Rows at positions that the sequence has no room for.
+    #[error("position {position} is beyond the {room} tokens that the sequence has room for; reserve more")]
+    NoRoom {
+        /// The position.
+        position: usize,
+        /// The room.
+        room: usize,
+    },
+    /// Limits that cannot be.
+    #[error(transparent)]
+    Limits(#[from] LimitError),
+    /// Shared memory that could not be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The daemon broke the protocol.
+    #[error("the daemon broke the protocol: {0}")]
+    Broken(String),
+    /// A socket error.
+    #[error("socket error: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+impl From<RingError> for Error {
+    fn from(error: RingError) -> Self {
+        Self::Broken(error.to_string())
+    }
+}
+
+impl From<CompletionError> for Error {
+    fn from(error: CompletionError) -> Self {
+        Self::Broken(error.to_string())
+    }
+}
+
+fn advice(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "is kvoyantd running, and is this its socket?",
+        std::io::ErrorKind::ConnectionRefused => "a daemon left this socket behind; start kvoyantd",
+        std::io::ErrorKind::PermissionDenied => "join the socket's group, or run as its user",
+        _ => "check the path",
+    }
+}

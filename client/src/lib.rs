@@ -1,0 +1,43 @@
+//! Kvoyant from an inference engine's side: connect, register a model, keep sequences in the daemon, ask for the
+//! rows of the next layer while this one runs.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), kvoyant_client::Error> {
+//! # let (model_spec, hint, keys, values) = (unimplemented(), vec![0.0f32; 576], vec![0.0f32; 192], vec![0.0f32; 192]);
+//! # fn unimplemented() -> kvoyant_client::ModelSpec { panic!() }
+//! use std::time::Duration;
+//! use kvoyant_client::{Client, Member, Options};
+//!
+//! let model = Client::connect("/run/kvoyant/kvoyantd.sock".as_ref(), Options::default())?.register(model_spec, None)?;
+//! let sequence = model.open(0, 2048)?;
+//! sequence.write(0, 0, &keys, &values)?;            // one token's K and V of one layer, straight into its pages
+//! model.append(&[(&sequence, 1)])?;                 // … of all layers: now they are there
+//! let pending = model.speculate(2, &[Member { sequence: &sequence, position: 1, hint: &hint }])?;
+//! let ready = pending.wait(Duration::from_secs(1))?; // the rows of layer 2 that matter
+//! let mut runs = Vec::new();
+//! ready.runs(0, 0, &mut runs);                      // member 0, KV head 0
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Everything can be used from several threads at once. A daemon that dies turns every call into
+//! [`Error::DaemonGone`] within its deadline, never into a hang.
+#![forbid(unsafe_code)]
+
+mod connection;
+mod error;
+mod memory;
+mod model;
+mod ready;
+mod rings;
+mod sequence;
+
+pub use connection::{Client, Options};
+pub use error::Error;
+pub use kvoyant_kernels::{Dtype, Run};
+pub use kvoyant_protocol::control::{Failure, Mode, ModelSpec};
+pub use kvoyant_protocol::layout::Limits;
+pub use kvoyant_protocol::wire::{Completion, SequenceId, Status};
+pub use model::{Member, Model};
+pub use ready::{Pending, Ready, RowRun};
+pub use sequence::Sequence;

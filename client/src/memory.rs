@@ -1,0 +1,129 @@
+//! The session's memory as mapped here: extents to write, page tables and the slab to read.
+
+use std::sync::{Arc, RwLock, RwLockReadGuard};
+
+use kvoyant_kernels::Dtype;
+use kvoyant_protocol::EXTENT_BYTES;
+use kvoyant_protocol::control::MemoryKind;
+use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
+
+use crate::error::Error;
+
+/// Sizes of a registered model's rows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Geometry {
+    pub layers: usize,
+    pub query_heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub dtype: Dtype,
+    pub page_rows: usize,
+}
+
+impl Geometry {
+    /// Bytes of a row: K then V.
+    pub(crate) fn row_bytes(&self) -> usize {
+        2 * self.head_dim * self.dtype.bytes()
+    }
+
+    fn pages_per_extent(&self) -> usize {
+        EXTENT_BYTES / (self.page_rows * self.row_bytes())
+    }
+
+    /// Extent and offset of a row from its locator.
+    fn locate(&self, row: u32) -> (usize, usize) {
+        let (page, row) = (row as usize / self.page_rows, row as usize % self.page_rows);
+        let per_extent = self.pages_per_extent();
+        let offset = (page % per_extent) * self.page_rows * self.row_bytes() + row * self.row_bytes();
+        (page / per_extent, offset)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Maps {
+    extents: Vec<Arc<SharedMapping>>,
+    tables: Vec<Arc<SharedMapping>>,
+}
+
+/// All mappings of a session.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    geometry: Geometry,
+    maps: RwLock<Maps>,
+    slab: Option<SharedMapping>,
+}
+
+impl Memory {
+    pub(crate) fn new(geometry: Geometry, slab: Option<SharedMapping>) -> Self {
+        Self { geometry, maps: RwLock::default(), slab }
+    }
+
+    fn maps(&self) -> RwLockReadGuard<'_, Maps> {
+        self.maps.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Maps new memory.
+    pub(crate) fn add(
+        &self,
+        kind: MemoryKind,
+        first: u32,
+        bytes: u64,
+        fds: Vec<std::os::fd::OwnedFd>,
+    ) -> Result<(), Error> {
+        let mut maps = self.maps.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let list = match kind {
+            MemoryKind::Extents => &mut maps.extents,
+            MemoryKind::Tables => &mut maps.tables,
+        };
+        if list.len() != first as usize || fds.is_empty() {
+            return Err(Error::Broken(format!("{kind:?} {first} came after {}", list.len())));
+        }
+        for fd in fds {
+            let map = match kind {
+                MemoryKind::Extents => Memfd::from_peer(fd, EXTENT_BYTES, Seals::fixed_size())?.map(false)?,
+                MemoryKind::Tables => {
+                    Memfd::from_peer(fd, bytes as usize, Seals::frozen_for_readers())?.map_read_only()?
+                }
+            };
+            list.push(Arc::new(map));
+        }
+        Ok(())
+    }
+
+    /// A file of page tables.
+    pub(crate) fn table(&self, file: u32) -> Result<Arc<SharedMapping>, Error> {
+        self.maps()
+            .tables
+            .get(file as usize)
+            .cloned()
+            .ok_or_else(|| Error::Broken(format!("table file {file} was never sent")))
+    }
+
+    /// Writes bytes of whole rows from this row on. They must lie in one page.
+    pub(crate) fn write(&self, row: u32, bytes: &[u8]) -> Result<(), Error> {
+        let (extent, offset) = self.geometry.locate(row);
+        let maps = self.maps();
+        let map = maps
+            .extents
+            .get(extent)
+            .ok_or_else(|| Error::Broken(format!("extent {extent} was never sent")))?;
+        Ok(map.write(offset, bytes)?)
+    }
+
+    /// Address of rows, in the slab or in the extents.
+    pub(crate) fn address(&self, row: u32, rows: u32, in_slab: bool) -> Result<*const u8, MemoryError> {
+        let row_bytes = self.geometry.row_bytes();
+        let bytes = rows as usize * row_bytes;
+        if in_slab {
+            return match &self.slab {
+                Some(slab) => slab.address(row as usize * row_bytes, bytes).map(<*mut u8>::cast_const),
+                None => Err(MemoryError::OutOfBounds { offset: row as usize * row_bytes, bytes, len: 0 }),
+            };
+        }
+        let (extent, offset) = self.geometry.locate(row);
+        match self.maps().extents.get(extent) {
+            Some(map) => map.address(offset, bytes).map(<*mut u8>::cast_const),
+            None => Err(MemoryError::OutOfBounds { offset, bytes, len: 0 }),
+        }
+    }
+}

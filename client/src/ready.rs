@@ -1,0 +1,139 @@
+//! Answers: waited for, read, released.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvoyant_kernels::Run;
+use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, Status};
+
+use crate::error::Error;
+use crate::model::Inner;
+
+/// A speculation under way. Dropping it gives it up.
+#[derive(Debug)]
+pub struct Pending {
+    inner: Arc<Inner>,
+    ticket: u64,
+    taken: bool,
+}
+
+impl Pending {
+    pub(crate) fn new(inner: Arc<Inner>, ticket: u64) -> Self {
+        Self { inner, ticket, taken: false }
+    }
+
+    /// Its ticket.
+    #[must_use]
+    pub fn ticket(&self) -> u64 {
+        self.ticket
+    }
+
+    /// Waits for the answer, polling a little and then sleeping.
+    ///
+    /// # Errors
+    /// [`Error::Deadline`] if it does not come in time, [`Error::DaemonGone`] if it never will,
+    /// [`Error::NotReady`] with the daemon's reason.
+    pub fn wait(mut self, deadline: Duration) -> Result<Ready, Error> {
+        let completion = self.inner.rings.wait(&self.inner.control, self.ticket, deadline)?;
+        self.taken = true;
+        let (heads, runs) = if completion.status == Status::Ready {
+            self.inner.rings.table(&completion, self.inner.geometry.kv_heads)?
+        } else {
+            (Vec::new(), Vec::new())
+        };
+        // From here on, dropping releases.
+        let ready = Ready { inner: Arc::clone(&self.inner), completion, heads, runs };
+        match completion.status {
+            Status::Ready => Ok(ready),
+            status => Err(Error::NotReady { layer: completion.layer, status }),
+        }
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if !self.taken {
+            self.inner.rings.abandon(self.ticket);
+        }
+    }
+}
+
+/// Rows of one head that follow one another, in memory and in the sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowRun {
+    /// Position of the first row's token.
+    pub token: usize,
+    /// How many rows.
+    pub rows: usize,
+    /// Whether they lie in the device's slab; else in the session's extents.
+    pub in_slab: bool,
+}
+
+/// An answer: for each member and KV head, the rows to attend to. Dropping it releases its slots.
+#[derive(Debug)]
+pub struct Ready {
+    inner: Arc<Inner>,
+    completion: Completion,
+    heads: Vec<HeadEntry>,
+    runs: Vec<BlockRun>,
+}
+
+impl Ready {
+    /// What the daemon said of it: rows, hits, bytes, times.
+    #[must_use]
+    pub fn completion(&self) -> &Completion {
+        &self.completion
+    }
+
+    /// Members of the batch.
+    #[must_use]
+    pub fn members(&self) -> usize {
+        self.completion.batch as usize
+    }
+
+    fn entry(&self, member: usize, kv_head: usize) -> &HeadEntry {
+        &self.heads[member * self.inner.geometry.kv_heads + kv_head]
+    }
+
+    fn blocks(&self, member: usize, kv_head: usize) -> &[BlockRun] {
+        let entry = self.entry(member, kv_head);
+        &self.runs[entry.first_run as usize..(entry.first_run + entry.runs) as usize]
+    }
+
+    /// Rows of one member's head.
+    #[must_use]
+    pub fn rows(&self, member: usize, kv_head: usize) -> usize {
+        self.entry(member, kv_head).rows as usize
+    }
+
+    /// Rows that the head keeps on the device in this layer, selected or not.
+    #[must_use]
+    pub fn resident(&self, member: usize, kv_head: usize) -> usize {
+        self.entry(member, kv_head).resident as usize
+    }
+
+    /// Which tokens they are, in rising order.
+    pub fn tokens(&self, member: usize, kv_head: usize) -> impl Iterator<Item = RowRun> + '_ {
+        self.blocks(member, kv_head).iter().map(|run| RowRun {
+            token: run.token as usize,
+            rows: run.rows() as usize,
+            in_slab: run.in_slab(),
+        })
+    }
+
+    /// Adds the runs of rows of one member's head, in token order, for an attention kernel. They are readable for
+    /// as long as this answer lives. Runs that do not lie in the session's memory (which no honest daemon sends)
+    /// are left out.
+    pub fn runs(&self, member: usize, kv_head: usize, runs: &mut Vec<Run>) {
+        runs.extend(self.blocks(member, kv_head).iter().filter_map(|run| {
+            let address = self.inner.memory.address(run.row, run.rows(), run.in_slab()).ok()?;
+            Some(Run { rows_ptr: address, rows: run.rows() as usize })
+        }));
+    }
+}
+
+impl Drop for Ready {
+    fn drop(&mut self) {
+        self.inner.rings.release(self.completion.ticket);
+    }
+}

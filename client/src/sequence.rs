@@ -1,0 +1,247 @@
+//! A sequence: rows are written straight into its pages, and can be read there whatever the daemon does.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvoyant_kernels::{Kernels, Run};
+use kvoyant_protocol::control::{NO_PAGE, TableRef, ToClient, ToDaemon};
+use kvoyant_protocol::memory::SharedMapping;
+use kvoyant_protocol::wire::SequenceId;
+
+use crate::error::Error;
+use crate::model::Inner;
+
+#[derive(Debug)]
+struct State {
+    table: TableRef,
+    map: Arc<SharedMapping>,
+    room: usize,
+    tokens: usize,
+}
+
+/// An open sequence. Dropping it closes it.
+#[derive(Debug)]
+pub struct Sequence {
+    inner: Arc<Inner>,
+    id: SequenceId,
+    state: Mutex<State>,
+    open: bool,
+}
+
+impl Sequence {
+    pub(crate) fn new(
+        inner: Arc<Inner>,
+        id: SequenceId,
+        table: TableRef,
+        room: u32,
+        tokens: usize,
+    ) -> Result<Self, Error> {
+        let map = inner.memory.table(table.file)?;
+        check_table(&inner, &table, &map)?;
+        let state = Mutex::new(State { table, map, room: room as usize, tokens });
+        Ok(Self { inner, id, state, open: true })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its handle, as the daemon names it.
+    #[must_use]
+    pub fn id(&self) -> SequenceId {
+        self.id
+    }
+
+    /// Tokens appended so far.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.state().tokens
+    }
+
+    /// Tokens that it has room for.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.state().room
+    }
+
+    pub(crate) fn moved(&self, table: TableRef, room: u32) -> Result<(), Error> {
+        let map = self.inner.memory.table(table.file)?;
+        check_table(&self.inner, &table, &map)?;
+        let mut state = self.state();
+        (state.table, state.map, state.room) = (table, map, room as usize);
+        Ok(())
+    }
+
+    /// Counts appended tokens; returns the position of the first of them.
+    pub(crate) fn advance(&self, count: usize) -> Result<usize, Error> {
+        let mut state = self.state();
+        let position = state.tokens;
+        if position + count > state.room {
+            return Err(Error::NoRoom { position: position + count, room: state.room });
+        }
+        state.tokens += count;
+        Ok(position)
+    }
+
+    /// Row locator of a token, if its page is there.
+    fn locate(&self, state: &State, layer: usize, kv_head: usize, token: usize) -> Option<u32> {
+        let geometry = &self.inner.geometry;
+        let capacity = state.table.capacity as usize;
+        let (page, row) = (token / geometry.page_rows, token % geometry.page_rows);
+        if page >= capacity || layer >= geometry.layers || kv_head >= geometry.kv_heads {
+            return None;
+        }
+        let word = (layer * geometry.kv_heads + kv_head) * capacity + page;
+        let page = state.map.load_u32(state.table.offset as usize + word * 4);
+        (page != NO_PAGE).then(|| page.wrapping_mul(geometry.page_rows as u32).wrapping_add(row as u32))
+    }
+
+    /// Writes rows of one layer and KV head, in the model's storage type, from a position on: `[rows][2 · head dim]`,
+    /// K then V. They count once they are appended.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] if the positions are beyond what was reserved.
+    pub fn write_rows(
+        &self,
+        layer: usize,
+        kv_head: usize,
+        position: usize,
+        rows: &[u8],
+    ) -> Result<(), Error> {
+        let row_bytes = self.inner.geometry.row_bytes();
+        if !rows.len().is_multiple_of(row_bytes) {
+            return Err(Error::Size { what: "rows (bytes)", found: rows.len(), wanted: row_bytes });
+        }
+        let state = self.state();
+        let (count, page_rows) = (rows.len() / row_bytes, self.inner.geometry.page_rows);
+        if position < state.tokens || position + count > state.room {
+            return Err(Error::NoRoom { position: position + count, room: state.room });
+        }
+        let mut at = 0;
+        while at < count {
+            let token = position + at;
+            let part = (count - at).min(page_rows - token % page_rows);
+            let row = self
+                .locate(&state, layer, kv_head, token)
+                .ok_or(Error::NoRoom { position: token, room: state.room })?;
+            self.inner.memory.write(row, &rows[at * row_bytes..(at + part) * row_bytes])?;
+            at += part;
+        }
+        Ok(())
+    }
+
+    /// Writes one token's K and V of one layer, `[KV heads][head dim]` f32 each, rounded to the storage type.
+    pub fn write(&self, layer: usize, position: usize, keys: &[f32], values: &[f32]) -> Result<(), Error> {
+        let geometry = self.inner.geometry;
+        let wanted = geometry.kv_heads * geometry.head_dim;
+        for (what, found) in [("keys (values)", keys.len()), ("values", values.len())] {
+            if found != wanted {
+                return Err(Error::Size { what, found, wanted });
+            }
+        }
+        let half = geometry.row_bytes() / 2;
+        let mut row = vec![0; 2 * half];
+        let heads = keys.chunks_exact(geometry.head_dim).zip(values.chunks_exact(geometry.head_dim));
+        for (kv_head, (key, value)) in heads.enumerate() {
+            Kernels::best().from_f32(geometry.dtype, key, &mut row[..half]);
+            Kernels::best().from_f32(geometry.dtype, value, &mut row[half..]);
+            self.write_rows(layer, kv_head, position, &row)?;
+        }
+        Ok(())
+    }
+
+    /// Runs of rows in the session's own extents: what this process can always read itself. Tokens that the daemon
+    /// no longer keeps (a method's pool may drop some) are left out.
+    ///
+    /// The runs are valid until the sequence is truncated, closed or written to there.
+    pub fn local_runs(&self, layer: usize, kv_head: usize, tokens: Range<usize>, runs: &mut Vec<Run>) {
+        let state = self.state();
+        let geometry = &self.inner.geometry;
+        let (page_rows, row_bytes) = (geometry.page_rows, geometry.row_bytes());
+        let mut token = tokens.start;
+        while token < tokens.end {
+            let count = (tokens.end - token).min(page_rows - token % page_rows);
+            let address = self
+                .locate(&state, layer, kv_head, token)
+                .and_then(|row| self.inner.memory.address(row, count as u32, false).ok());
+            if let Some(address) = address {
+                match runs.last_mut() {
+                    Some(last) if last.rows_ptr.wrapping_add(last.rows * row_bytes) == address => {
+                        last.rows += count;
+                    }
+                    _ => runs.push(Run { rows_ptr: address, rows: count }),
+                }
+            }
+            token += count;
+        }
+    }
+
+    /// Opens a copy of this sequence, perhaps with another method. Pages are shared until one of the two writes,
+    /// so both must reserve before they do.
+    pub fn fork(&self, method: Option<usize>) -> Result<Self, Error> {
+        let method = method.map(|method| method as u16);
+        let message = ToDaemon::Fork { parent: self.id, method };
+        let mut state = self.state();
+        match self.inner.control.request(&message, &self.inner.memory)? {
+            ToClient::Opened { sequence, table, room } => {
+                state.room = state.tokens;
+                let tokens = state.tokens;
+                drop(state);
+                Self::new(Arc::clone(&self.inner), sequence, table, room, tokens)
+            }
+            other => Err(Error::Broken(format!("{other:?} came instead of a fork"))),
+        }
+    }
+
+    /// Drops every row from this token on.
+    pub fn truncate(&self, tokens: usize) -> Result<(), Error> {
+        let message = ToDaemon::Truncate { sequence: self.id, tokens: tokens as u32 };
+        let mut state = self.state();
+        match self.inner.control.request(&message, &self.inner.memory)? {
+            ToClient::Done => {
+                state.tokens = state.tokens.min(tokens);
+                state.room = state.tokens;
+                Ok(())
+            }
+            other => Err(Error::Broken(format!("{other:?} came instead of an end"))),
+        }
+    }
+
+    /// Closes it and says whether that went well.
+    pub fn close(mut self) -> Result<(), Error> {
+        self.close_now()
+    }
+
+    pub(crate) fn leave_open(mut self) -> SequenceId {
+        self.open = false;
+        self.id
+    }
+
+    fn close_now(&mut self) -> Result<(), Error> {
+        if !std::mem::replace(&mut self.open, false) {
+            return Ok(());
+        }
+        let message = ToDaemon::Close { sequences: vec![self.id] };
+        match self.inner.control.request(&message, &self.inner.memory)? {
+            ToClient::Done => Ok(()),
+            other => Err(Error::Broken(format!("{other:?} came instead of an end"))),
+        }
+    }
+}
+
+fn check_table(inner: &Inner, table: &TableRef, map: &SharedMapping) -> Result<(), Error> {
+    let heads = inner.geometry.layers * inner.geometry.kv_heads;
+    let bytes = heads * table.capacity as usize * 4;
+    if table.offset.is_multiple_of(4) {
+        map.address(table.offset as usize, bytes)?;
+        return Ok(());
+    }
+    Err(Error::Broken(format!("a page table at odd offset {}", table.offset)))
+}
+
+impl Drop for Sequence {
+    fn drop(&mut self) {
+        // A daemon that is gone has closed it already, and there is nobody to tell.
+        let _ = self.close_now();
+    }
+}

@@ -1,0 +1,308 @@
+//! Configuration: a TOML file, then the environment, then flags, each overriding what comes before it.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use figment::Figment;
+use figment::providers::{Env, Format, Serialized, Toml};
+use kvoyant_protocol::EXTENT_BYTES;
+use kvoyant_protocol::control::Mode;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::device::host::Shape;
+
+/// Everything that can be set. Every key is also an environment variable `KVOYANT_<KEY>` and, with dashes, a flag.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Control socket that clients connect to.
+    pub socket: PathBuf,
+    /// Admin socket.
+    pub admin_socket: PathBuf,
+    /// Host memory for KV, all sessions together. Rounded down to extents of 64 MiB.
+    pub arena: ByteSize,
+    /// Whether to lock the arena into memory as far as the memlock limit allows.
+    pub pin: bool,
+    /// Device: `host`.
+    pub device: String,
+    /// Whether the host device answers in place instead of copying into a slab.
+    pub in_place: bool,
+    /// Slab of one session, in slab mode.
+    pub slab: ByteSize,
+    /// How many times as many rows as are selected a head keeps on the device.
+    pub keep: f64,
+    /// Threads that copy, in slab mode.
+    pub copy_threads: usize,
+    /// Bandwidth of the simulated link in GB/s; 0: not shaped.
+    pub shape_gbps: f64,
+    /// Latency of the simulated link in µs.
+    pub shape_latency_us: u64,
+    /// Lanes: threads that select and plan.
+    pub lanes: usize,
+    /// Cores that lanes are pinned to, one each; empty: not pinned.
+    pub lane_cpus: Vec<usize>,
+    /// How long an idle lane polls before it sleeps, in µs.
+    pub spin_us: u64,
+    /// Sessions open at once.
+    pub max_sessions: u32,
+    /// Log filter, as `tracing` takes it: `info`, `kvoyant_daemon=debug`, …
+    pub log: String,
+}
+
+/// Where sockets go by default: the service's runtime folder, or the user's.
+fn runtime_folder() -> PathBuf {
+    if nix::unistd::geteuid().is_root() {
+        return "/run/kvoyant".into();
+    }
+    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from).join("kvoyant")
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let folder = runtime_folder();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            socket: folder.join("kvoyantd.sock"),
+            admin_socket: folder.join("admin.sock"),
+            arena: ByteSize::gib(4),
+            pin: true,
+            device: "host".into(),
+            in_place: false,
+            slab: ByteSize::mib(256),
+            keep: 2.0,
+            copy_threads: 1,
+            shape_gbps: 0.0,
+            shape_latency_us: 0,
+            lanes: (cores / 8).max(1),
+            lane_cpus: Vec::new(),
+            // A sleeping lane costs a wake-up (microseconds on bare metal, tens of them in a virtual machine); a
+            // polling one costs a core, which small machines need for the model.
+            spin_us: if cores >= 8 { 200 } else { 20 },
+            max_sessions: 64,
+            log: "info".into(),
+        }
+    }
+}
+
+/// A configuration that cannot be used.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// A file, variable or flag that does not parse, or an unknown key.
+    #[error("bad configuration: {0}")]
+    Parse(Box<figment::Error>),
+    /// The file is not there.
+    #[error("configuration file {0} does not exist")]
+    NoFile(PathBuf),
+    /// A value that makes no sense.
+    #[error("bad configuration: {key} = {value}: {reason}")]
+    Value {
+        /// Which key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// The file that is read when none is named, if it exists.
+pub const DEFAULT_FILE: &str = "/etc/kvoyant/kvoyantd.toml";
+
+impl Config {
+    /// Reads the file (or [`DEFAULT_FILE`], if it exists), the environment and the flags, and checks the result.
+    pub fn load<F: Serialize>(file: Option<&Path>, flags: F) -> Result<Self, ConfigError> {
+        let mut figment = Figment::from(Serialized::defaults(Self::default()));
+        if let Some(file) = file {
+            if !file.exists() {
+                return Err(ConfigError::NoFile(file.to_path_buf()));
+            }
+            figment = figment.merge(Toml::file_exact(file));
+        } else if Path::new(DEFAULT_FILE).exists() {
+            figment = figment.merge(Toml::file_exact(DEFAULT_FILE));
+        }
+        // Variables of the same prefix that are no keys belong to other programs (`KVOYANT_KERNELS`).
+        let keys: Vec<String> = serde_json::to_value(Self::default())
+            .ok()
+            .and_then(|value| value.as_object().map(|map| map.keys().cloned().collect()))
+            .unwrap_or_default();
+        let environment =
+            Env::prefixed("KVOYANT_").filter(move |key| keys.iter().any(|known| key == known.as_str()));
+        let config: Self = figment
+            .merge(environment)
+            .merge(Serialized::globals(flags))
+            .extract()
+            .map_err(|error| ConfigError::Parse(Box::new(error)))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks what types cannot.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let bad =
+            |key, value: String, reason: &str| Err(ConfigError::Value { key, value, reason: reason.into() });
+        if self.arena.as_u64() < EXTENT_BYTES as u64 {
+            return bad("arena", self.arena.to_string(), "it must hold at least one extent of 64 MiB");
+        }
+        if self.device != "host" {
+            return bad("device", self.device.clone(), "this build has the device `host`");
+        }
+        if !(1..=256).contains(&self.lanes) {
+            return bad("lanes", self.lanes.to_string(), "it must be 1 to 256");
+        }
+        if !self.lane_cpus.is_empty() && self.lane_cpus.len() != self.lanes {
+            let reason = format!("name one core for each of the {} lanes, or none", self.lanes);
+            return bad("lane_cpus", format!("{:?}", self.lane_cpus), &reason);
+        }
+        if !(1..=64).contains(&self.copy_threads) {
+            return bad("copy_threads", self.copy_threads.to_string(), "it must be 1 to 64");
+        }
+        if !(self.shape_gbps >= 0.0 && self.shape_gbps.is_finite()) {
+            return bad("shape_gbps", self.shape_gbps.to_string(), "it must be a bandwidth in GB/s, or 0");
+        }
+        if !(1.0..=1e6).contains(&self.keep) {
+            return bad("keep", self.keep.to_string(), "it must be at least 1");
+        }
+        if self.slab.as_u64() < 1 << 20 {
+            return bad("slab", self.slab.to_string(), "it must be at least 1 MiB");
+        }
+        if self.max_sessions == 0 {
+            return bad("max_sessions", "0".into(), "it must be at least 1");
+        }
+        for (key, path) in [("socket", &self.socket), ("admin_socket", &self.admin_socket)] {
+            if path.as_os_str().len() > 107 {
+                return bad(key, path.display().to_string(), "a socket's path may have 107 bytes at most");
+            }
+        }
+        if self.socket == self.admin_socket {
+            return bad(
+                "admin_socket",
+                self.socket.display().to_string(),
+                "it is the control socket as well",
+            );
+        }
+        Ok(())
+    }
+
+    /// How the host device answers.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        if self.in_place { Mode::InPlace } else { Mode::Slab }
+    }
+
+    /// The simulated link.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        Shape {
+            gbps: (self.shape_gbps > 0.0).then_some(self.shape_gbps),
+            latency: Duration::from_micros(self.shape_latency_us),
+        }
+    }
+}
+
+/// The same keys as flags.
+#[derive(Debug, Clone, Default, clap::Args, Serialize)]
+pub struct Flags {
+    /// Control socket that clients connect to
+    #[arg(long, value_name = "PATH")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Admin socket
+    #[arg(long, value_name = "PATH")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin_socket: Option<PathBuf>,
+    /// Host memory for KV, all sessions together, e.g. 64GiB
+    #[arg(long, value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub arena: Option<ByteSize>,
+    /// Lock the arena into memory as far as the memlock limit allows
+    #[arg(long, value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pin: Option<bool>,
+    /// Device that attention runs on: host
+    #[arg(long, value_name = "DEVICE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// Answer with pointers into the session's own memory instead of copying into a slab
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_place: Option<bool>,
+    /// Slab of one session, in slab mode
+    #[arg(long, value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slab: Option<ByteSize>,
+    /// How many times as many rows as are selected a head keeps on the device
+    #[arg(long, value_name = "FACTOR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep: Option<f64>,
+    /// Threads that copy, in slab mode
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub copy_threads: Option<usize>,
+    /// Simulate a link of this bandwidth in GB/s (0: as fast as memory)
+    #[arg(long, value_name = "GB/S")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shape_gbps: Option<f64>,
+    /// Simulate a link of this latency in µs
+    #[arg(long, value_name = "US")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shape_latency_us: Option<u64>,
+    /// Threads that select and plan
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lanes: Option<usize>,
+    /// Cores to pin the lanes to, e.g. 2,3
+    #[arg(long, value_name = "CORES", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lane_cpus: Option<Vec<usize>>,
+    /// How long an idle lane polls before it sleeps, in µs
+    #[arg(long, value_name = "US")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spin_us: Option<u64>,
+    /// Sessions open at once
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_sessions: Option<u32>,
+    /// Log filter: error, warn, info, debug, or per module
+    #[arg(long, value_name = "FILTER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_override_the_file_and_the_file_overrides_the_defaults() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("kvoyantd.toml");
+        std::fs::write(&file, "arena = \"1GiB\"\nlanes = 3\n").unwrap();
+        let flags = Flags { lanes: Some(2), ..Flags::default() };
+        let config = Config::load(Some(&file), flags).unwrap();
+        assert_eq!((config.arena, config.lanes), (ByteSize::gib(1), 2));
+        assert_eq!(config.keep, Config::default().keep);
+    }
+
+    #[test]
+    fn unknown_keys_missing_files_and_bad_values_are_refused_in_one_sentence() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("kvoyantd.toml");
+        std::fs::write(&file, "areena = \"1GiB\"\n").unwrap();
+        let error = Config::load(Some(&file), Flags::default()).unwrap_err().to_string();
+        assert!(error.contains("areena"), "{error}");
+        let missing = Config::load(Some(&folder.path().join("no")), Flags::default()).unwrap_err();
+        assert!(matches!(missing, ConfigError::NoFile(_)));
+        for flags in [
+            Flags { arena: Some(ByteSize::mib(1)), ..Flags::default() },
+            Flags { lanes: Some(0), ..Flags::default() },
+            Flags { lane_cpus: Some(vec![1, 2]), lanes: Some(1), ..Flags::default() },
+            Flags { shape_gbps: Some(-1.0), ..Flags::default() },
+            Flags { device: Some("tpu".into()), ..Flags::default() },
+            Flags { keep: Some(0.5), ..Flags::default() },
+        ] {
+            assert!(matches!(Config::load(None, flags), Err(ConfigError::Value { .. })));
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! The control plane's side of a session: handshake, registration, and passing control messages to the lane.
+//!
+//! Everything here runs on one thread and waits for nobody but its own client and its own lane.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::layout::{Layout, d2c};
+use kvoyant_protocol::memory::{Memfd, MemoryError, Seals};
+use kvoyant_protocol::packet::{self, Packet};
+use thiserror::Error;
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::sync::oneshot;
+
+use crate::config::Config;
+use crate::device::Device;
+use crate::lane::model::ModelState;
+use crate::lane::session::LaneSession;
+use crate::lane::{Command, Ending, LaneHandle, Reply};
+use crate::status::{Registry, SessionStatus};
+use crate::tiers::arena::ArenaBudget;
+
+/// How long a client may take for each step of the handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Largest artifact that a client may send, in bytes.
+const ARTIFACT_BYTES_MAX: u64 = 4 << 30;
+
+/// What all sessions share.
+#[derive(Debug)]
+pub struct Plane {
+    config: Config,
+    lanes: Vec<LaneHandle>,
+    device: Arc<dyn Device>,
+    budget: Arc<ArenaBudget>,
+    registry: Arc<Registry>,
+    boot_id: u64,
+    next_session: AtomicU64,
+}
+
+impl Plane {
+    /// Puts it together.
+    #[must_use]
+    pub fn new(
+        config: Config,
+        lanes: Vec<LaneHandle>,
+        device: Arc<dyn Device>,
+        budget: Arc<ArenaBudget>,
+        registry: Arc<Registry>,
+        boot_id: u64,
+    ) -> Self {
+        Self { config, lanes, device, budget, registry, boot_id, next_session: AtomicU64::new(1) }
+    }
+}
+
+/// Why a session ended.
+#[derive(Debug, Error)]
+enum Ended {
+    #[error("the client has gone")]
+    HungUp,
+    #[error("{0}")]
+    Protocol(String),
+    #[error("{0}")]
+    Refused(Failure),
+    #[error("socket error: {0}")]
+    Io(#[from] io::Error),
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
+    #[error("the client took more than {} s for the handshake", HANDSHAKE_TIMEOUT.as_secs())]
+    TooSlow,
+}
+
+/// A control socket.
+struct Socket(UnixStream);
+
+impl Socket {
+    async fn receive(&self) -> Result<(ToDaemon, Vec<OwnedFd>), Ended> {
+        let packet = loop {
+            self.0.readable().await?;
+            match self.0.try_io(Interest::READABLE, || packet::receive(self.0.as_fd())) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                packet => break packet,
+            }
+        };
+        let Packet { bytes, fds } = match packet {
+            Ok(packet) => packet,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(Ended::HungUp),
+            Err(error) => return Err(error.into()),
+        };
+        if bytes.is_empty() {
+            return Err(Ended::HungUp);
+        }
+        let message = decode(&bytes).map_err(|error| Ended::Protocol(error.to_string()))?;
+        Ok((message, fds))
+    }
+
+    async fn send(&self, message: &ToClient, fds: &[OwnedFd]) -> Result<(), Ended> {
+        let bytes = encode(message);
+        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        loop {
+            self.0.writable().await?;
+            match self.0.try_io(Interest::WRITABLE, || packet::send(self.0.as_fd(), &bytes, &fds)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(Ended::HungUp),
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    async fn reply(&self, reply: Reply) -> Result<(), Ended> {
+        for announcement in &reply.announcements {
+            self.send(&announcement.message, &announcement.fds).await?;
+        }
+        self.send(&reply.message, &reply.fds).await
+    }
+}
+
+/// Serves one client until it leaves, breaks the protocol, or the daemon stops.
+pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
+    let socket = Socket(socket);
+    let (pid, uid) = packet::peer(socket.0.as_fd()).unwrap_or((0, u32::MAX));
+    let result = match handshake(&plane, &socket, pid, uid).await {
+        Ok(session) => {
+            let result = run(&plane, &socket, &session).await;
+            let (done, gone) = oneshot::channel();
+            plane.lanes[session.status.lane].send(Command::Detach(session.status.id, done));
+            let _ = gone.await;
+            plane.registry.remove(session.status.id);
+            result
+        }
+        Err(error) => Err(error),
+    };
+    match result {
+        Ok(()) | Err(Ended::HungUp) => tracing::info!(pid, uid, "session ended"),
+        Err(error) => {
+            tracing::warn!(pid, uid, "session ended: {error}");
+            let failure = match error {
+                Ended::Refused(failure) => failure,
+                other => Failure::Protocol(other.to_string()),
+            };
+            // It may be gone, or not read: this is a courtesy.
+            let bytes = encode(&ToClient::Failed(failure));
+            let _ = packet::send(socket.0.as_fd(), &bytes, &[]);
+        }
+    }
+}
+
+struct Session {
+    status: Arc<SessionStatus>,
+    ending: Arc<Ending>,
+    sequences_max: u32,
+}
+
+async fn step<T>(future: impl Future<Output = Result<T, Ended>>) -> Result<T, Ended> {
+    tokio::time::timeout(HANDSHAKE_TIMEOUT, future).await.unwrap_or(Err(Ended::TooSlow))
+}
+
+async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result<Session, Ended> {
+    let (message, _) = step(socket.receive()).await?;
+    let ToDaemon::Hello { features: theirs, name, limits } = message else {
+        return Err(Ended::Protocol("the first message must be a hello".into()));
+    };
+    let max = plane.config.max_sessions;
+    if plane.registry.count() >= max as usize {
+        return Err(Ended::Refused(Failure::TooManySessions { max }));
+    }
+    let layout = Layout::new(limits).map_err(|error| Ended::Protocol(error.to_string()))?;
+    let c2d_file = Memfd::create("kvoyant-c2d", layout.c2d_bytes)?;
+    let d2c_file = Memfd::create("kvoyant-d2c", layout.d2c_bytes)?;
+    // The daemon never writes what the client writes, and the client gets what the daemon writes already sealed.
+    let c2d_map = c2d_file.map_read_only()?;
+    let d2c_map = d2c_file.map(true)?;
+    d2c_file.seal(Seals::frozen_for_readers())?;
+    d2c_map.store_u64(d2c::BOOT_ID, plane.boot_id);
+    let id = plane.next_session.fetch_add(1, Ordering::Relaxed);
+    let mode = match plane.device.mode() {
+        Mode::InPlace => features::IN_PLACE,
+        Mode::Slab => features::SLAB,
+    };
+    let common = theirs & (mode | features::DOORBELLS);
+    if common & mode == 0 {
+        return Err(Ended::Protocol(format!(
+            "the client cannot read answers of this device (feature {mode:#x})"
+        )));
+    }
+    let welcome = ToClient::Welcome { features: common, session: id, boot_id: plane.boot_id, limits };
+    socket.send(&welcome, &[c2d_file.try_clone()?, d2c_file.try_clone()?]).await?;
+    let (message, _) = step(socket.receive()).await?;
+    if message != ToDaemon::Mapped {
+        return Err(Ended::Protocol(
+            "after the welcome, the client must say that it has mapped its memory".into(),
+        ));
+    }
+    c2d_file.seal(Seals::frozen_for_readers())?;
+    let lane = (id % plane.lanes.len() as u64) as usize;
+    let name: String = name.chars().filter(|c| !c.is_control()).take(64).collect();
+    let status = Arc::new(SessionStatus::new(id, name, pid, uid, lane));
+    let session = LaneSession::new(id, Arc::clone(&status), layout, c2d_map, d2c_map, plane.boot_id);
+    let ending = Arc::new(Ending::default());
+    plane.lanes[lane].send(Command::Attach(Box::new(session), Arc::clone(&ending)));
+    plane.registry.add(Arc::clone(&status));
+    tracing::info!(session = id, pid, uid, client = status.client, "session began");
+    let session = Session { status, ending, sequences_max: limits.sequences_max };
+    match socket.send(&ToClient::Sealed, &[]).await {
+        Ok(()) => Ok(session),
+        Err(error) => {
+            let (done, gone) = oneshot::channel();
+            plane.lanes[lane].send(Command::Detach(id, done));
+            let _ = gone.await;
+            plane.registry.remove(id);
+            Err(error)
+        }
+    }
+}
+
+async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), Ended> {
+    let mut registered = false;
+    loop {
+        let (message, fds) = tokio::select! {
+            received = socket.receive() => received?,
+            reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+        };
+        let lane = &plane.lanes[session.status.lane];
+        let (answer, answered) = oneshot::channel();
+        match message {
+            ToDaemon::Hello { .. } | ToDaemon::Mapped => {
+                return Err(Ended::Protocol("the handshake is over".into()));
+            }
+            ToDaemon::Register(_) if registered => {
+                return Err(Ended::Protocol("a session registers one model, once".into()));
+            }
+            ToDaemon::Register(spec) => match register(plane, session, spec, fds) {
+                Err(Ended::Refused(failure)) => socket.send(&ToClient::Failed(failure), &[]).await?,
+                Err(ended) => return Err(ended),
+                Ok((model, message, slab)) => {
+                    registered = true;
+                    lane.send(Command::Register(session.status.id, model, answer));
+                    answered.await.map_err(|_| Ended::Protocol("the session has ended".into()))?;
+                    socket.send(&message, &slab).await?;
+                }
+            },
+            message => {
+                lane.send(Command::Control(session.status.id, message, answer));
+                // A session that ends while it is asked drops the question.
+                let reply = tokio::select! {
+                    reply = answered => reply,
+                    reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+                };
+                match reply {
+                    Ok(reply) => socket.reply(reply).await?,
+                    Err(_) => return Err(Ended::Protocol(session.ending.ended().await)),
+                }
+            }
+        }
+    }
+}
+
+type Registered = (Box<ModelState>, ToClient, Vec<OwnedFd>);
+
+fn register(
+    plane: &Plane,
+    session: &Session,
+    spec: ModelSpec,
+    fds: Vec<OwnedFd>,
+) -> Result<Registered, Ended> {
+    let artifact = match (spec.artifact_bytes, fds.into_iter().next()) {
+        (None, _) => None,
+        (Some(bytes), Some(fd)) if (1..=ARTIFACT_BYTES_MAX).contains(&bytes) => {
+            let file = Memfd::from_peer(fd, bytes as usize, Seals::fixed_size())?;
+            let mut copy = vec![0; bytes as usize];
+            file.map_read_only()?.read(0, &mut copy)?;
+            Some(copy)
+        }
+        (Some(bytes), Some(_)) => {
+            let reason = format!("an artifact of {bytes} bytes is outside 1..={ARTIFACT_BYTES_MAX}");
+            return Err(Ended::Refused(Failure::BadMethod(reason)));
+        }
+        (Some(_), None) => return Err(Ended::Protocol("the artifact's memfd did not come".into())),
+    };
+    let model = ModelState::new(
+        spec,
+        artifact.as_deref(),
+        session.sequences_max,
+        Arc::clone(&plane.budget),
+        &*plane.device,
+        plane.config.slab.as_u64() as usize,
+        plane.config.keep,
+    )
+    .map_err(Ended::Refused)?;
+    if let Ok(mut name) = session.status.model.lock() {
+        name.clone_from(&model.spec.name);
+    }
+    let slab = match &model.slab {
+        None => Vec::new(),
+        Some(slab) => vec![slab.slab.file.try_clone()?],
+    };
+    let message = ToClient::Registered {
+        device: plane.device.name().into(),
+        mode: plane.device.mode(),
+        page_rows: model.shape.page_rows as u32,
+        slab_bytes: model.slab.as_ref().map_or(0, |slab| slab.slab.file.len() as u64),
+    };
+    Ok((Box::new(model), message, slab))
+}

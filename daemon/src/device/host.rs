@@ -1,0 +1,184 @@
+//! The host as a device: the embedded default.
+//!
+//! *In place*, answers point into the session's own extents and nothing is copied: how an engine on a CPU gets its
+//! speed. In *slab* mode, rows are copied into a slab by copy threads, as a GPU's copy engines would, optionally
+//! shaped to a bandwidth and a latency: how transfers, overlap and stalls are studied without a GPU.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
+use kvoyant_kernels::Kernels;
+use kvoyant_protocol::control::Mode;
+use kvoyant_protocol::memory::{Memfd, MemoryError, Seals};
+
+use super::{Device, Done, Slab, Transfer};
+
+/// Transfers that may wait for a copy thread.
+const QUEUE: usize = 1024;
+
+/// A simulated link: transfers share its bandwidth one after the other, and each arrives a latency later.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Shape {
+    /// Bandwidth in 10⁹ bytes a second; `None`: as fast as memory is.
+    pub gbps: Option<f64>,
+    /// Latency of a transfer.
+    pub latency: Duration,
+}
+
+impl Shape {
+    /// When a transfer of `bytes` that starts at `now` has arrived, and from when the link is free again.
+    fn schedule(&self, now: Instant, free_at: Instant, bytes: u64) -> (Instant, Instant) {
+        let busy =
+            self.gbps.map_or(Duration::ZERO, |gbps| Duration::from_secs_f64(bytes as f64 / (gbps * 1e9)));
+        let free = now.max(free_at) + busy;
+        (free + self.latency, free)
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct HostDevice {
+    mode: Mode,
+    queue: Option<Sender<Transfer>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl HostDevice {
+    /// A host device. In slab mode it starts `copy_threads` threads.
+    pub fn new(mode: Mode, copy_threads: usize, shape: Shape) -> std::io::Result<Self> {
+        if mode == Mode::InPlace {
+            return Ok(Self { mode, queue: None, threads: Vec::new() });
+        }
+        let (queue, transfers) = bounded(QUEUE);
+        let link = Arc::new(Mutex::new(Instant::now()));
+        let threads = (0..copy_threads.max(1))
+            .map(|index| {
+                let (transfers, link) = (transfers.clone(), Arc::clone(&link));
+                std::thread::Builder::new()
+                    .name(format!("copy-{index}"))
+                    .spawn(move || copy_loop(&transfers, &link, shape))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { mode, queue: Some(queue), threads })
+    }
+}
+
+fn copy_loop(transfers: &Receiver<Transfer>, link: &Mutex<Instant>, shape: Shape) {
+    let kernels = Kernels::best();
+    while let Ok(transfer) = transfers.recv() {
+        let start = Instant::now();
+        let arrives = {
+            let mut free_at = link.lock().unwrap_or_else(PoisonError::into_inner);
+            let (arrives, free) = shape.schedule(start, *free_at, transfer.bytes);
+            *free_at = free;
+            arrives
+        };
+        // SAFETY: the lane made every run from offsets that it checked against mappings which `transfer.memory`
+        // keeps alive. Sources are extents, which only the session's client writes; destinations are slab slots
+        // that no other transfer and no answer uses until this one is reported. A client that writes to a source
+        // meanwhile gets torn rows in its own slab and nothing else.
+        unsafe { kernels.copy_runs(&transfer.copies) };
+        let ahead = arrives.saturating_duration_since(Instant::now());
+        if !ahead.is_zero() {
+            std::thread::sleep(ahead);
+        }
+        let Transfer { session, ticket, mut copies, report, .. } = transfer;
+        copies.clear();
+        report.push(Done { session, ticket, copies, finished: Instant::now() });
+    }
+}
+
+impl Device for HostDevice {
+    fn name(&self) -> &'static str {
+        "host"
+    }
+
+    fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    fn slab(&self, bytes: usize) -> Result<Slab, MemoryError> {
+        let file = Memfd::create("kvoyant-slab", bytes)?;
+        let memory = Arc::new(file.map(false)?);
+        file.seal(Seals::frozen_for_readers())?;
+        Ok(Slab { file, memory })
+    }
+
+    fn submit(&self, transfer: Transfer) -> Result<(), Transfer> {
+        match &self.queue {
+            None => Err(transfer),
+            Some(queue) => queue.try_send(transfer).map_err(|error| match error {
+                TrySendError::Full(transfer) | TrySendError::Disconnected(transfer) => transfer,
+            }),
+        }
+    }
+}
+
+impl Drop for HostDevice {
+    fn drop(&mut self) {
+        self.queue = None;
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a copy thread panicked");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Report, SessionMemory};
+    use kvoyant_kernels::CopyRun;
+    use kvoyant_protocol::futex::Bell;
+
+    #[test]
+    fn a_shaped_link_serves_one_transfer_after_the_other_and_adds_its_latency_once_each() {
+        let shape = Shape { gbps: Some(1.0), latency: Duration::from_micros(10) };
+        let now = Instant::now();
+        let (first, free) = shape.schedule(now, now, 1_000_000);
+        assert_eq!(first - now, Duration::from_micros(1010));
+        let (second, _) = shape.schedule(now, free, 1_000_000);
+        assert_eq!(second - now, Duration::from_micros(2010));
+    }
+
+    #[test]
+    fn copies_arrive_whole_and_are_reported_once() {
+        let device = HostDevice::new(Mode::Slab, 2, Shape::default()).unwrap();
+        let slab = device.slab(1 << 20).unwrap();
+        let source = Arc::new(Memfd::create("test", 1 << 20).unwrap().map(false).unwrap());
+        let data: Vec<u8> = (0..1 << 20).map(|i| (i % 251) as u8).collect();
+        source.write(0, &data).unwrap();
+        let memory = Arc::new(SessionMemory::default());
+        memory.keep(Arc::clone(&source));
+        memory.keep(Arc::clone(&slab.memory));
+        let report = Arc::new(Report::new(Arc::new(Bell::default())));
+        for ticket in 0..16 {
+            let offset = ticket as usize * 65536;
+            let copies = vec![CopyRun {
+                src: source.address(offset, 65536).unwrap(),
+                dst: slab.memory.address((1 << 20) - 65536 - offset, 65536).unwrap(),
+                bytes: 65536,
+            }];
+            let (memory, report) = (Arc::clone(&memory), Arc::clone(&report));
+            device.submit(Transfer { session: 1, ticket, copies, bytes: 65536, memory, report }).unwrap();
+        }
+        let mut tickets = Vec::new();
+        while tickets.len() < 16 {
+            match report.pop() {
+                Some(done) => tickets.push(done.ticket),
+                None => std::thread::yield_now(),
+            }
+        }
+        tickets.sort_unstable();
+        assert_eq!(tickets, (0..16).collect::<Vec<_>>());
+        let mut back = vec![0; 1 << 20];
+        slab.memory.read(0, &mut back).unwrap();
+        for block in 0..16 {
+            assert_eq!(back[(15 - block) * 65536..][..65536], data[block * 65536..][..65536]);
+        }
+        assert!(slab.file.map(false).is_err(), "a client may only read a slab");
+    }
+}

@@ -1,0 +1,344 @@
+//! Lanes: threads that validate, select, plan, hand over to the device and report.
+//!
+//! A session belongs to one lane for its life, with everything that is its own, so a lane takes no locks. It polls
+//! the request rings of its sessions, its queue of commands from the control plane and its queue of ended
+//! transfers; when all are empty it polls a little longer, then sleeps on all of them at once.
+
+pub mod digests;
+pub mod model;
+pub mod select;
+pub mod sequences;
+pub mod session;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender, unbounded};
+use kvoyant_protocol::control::{Failure, ToClient, ToDaemon};
+use kvoyant_protocol::futex::{Bell, Word, publish_before_looking, spin, wait_any};
+use tokio::sync::{Notify, oneshot};
+
+use crate::device::{Device, Report};
+use crate::lane::model::{Announcement, ModelState};
+use crate::lane::session::{LaneSession, SessionError, Tools};
+
+/// Requests of one session that a lane handles before it looks at the next one.
+const FAIR_SHARE: u32 = 32;
+
+/// How long a lane sleeps at most, so that a lost wake-up could only ever cost this much.
+const SLEEP_MAX: Duration = Duration::from_millis(100);
+
+/// An answer to a control request.
+#[derive(Debug)]
+pub struct Reply {
+    /// New memory, to be sent first.
+    pub announcements: Vec<Announcement>,
+    /// The answer.
+    pub message: ToClient,
+    /// Descriptors that go with the answer.
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Reply {
+    /// An answer with nothing beside it.
+    #[must_use]
+    pub fn plain(message: ToClient) -> Self {
+        Self { announcements: Vec::new(), message, fds: Vec::new() }
+    }
+}
+
+/// How a lane tells the control plane that a session has to end.
+#[derive(Debug, Default)]
+pub struct Ending {
+    reason: std::sync::OnceLock<String>,
+    notify: Notify,
+}
+
+impl Ending {
+    fn end(&self, error: &SessionError) {
+        if self.reason.set(error.to_string()).is_ok() {
+            self.notify.notify_one();
+        }
+    }
+
+    /// Waits until the session has to end, and says why.
+    pub async fn ended(&self) -> String {
+        self.notify.notified().await;
+        self.reason.get().cloned().unwrap_or_default()
+    }
+}
+
+/// From the control plane to a lane.
+#[derive(Debug)]
+pub enum Command {
+    /// Serve this session.
+    Attach(Box<LaneSession>, Arc<Ending>),
+    /// Its model is built.
+    Register(u64, Box<ModelState>, oneshot::Sender<Reply>),
+    /// A control message about sequences.
+    Control(u64, ToDaemon, oneshot::Sender<Reply>),
+    /// The client is gone. Answered once all its memory has been given back.
+    Detach(u64, oneshot::Sender<()>),
+    /// End the lane once every session's transfers have ended.
+    Stop,
+}
+
+/// A running lane, from outside.
+#[derive(Debug)]
+pub struct LaneHandle {
+    commands: Sender<Command>,
+    bell: Arc<Bell>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl LaneHandle {
+    /// Starts a lane; `cpu` pins it to a core.
+    pub fn start(
+        index: usize,
+        cpu: Option<usize>,
+        spin_for: Duration,
+        device: Arc<dyn Device>,
+    ) -> std::io::Result<Self> {
+        let (commands, inbox) = unbounded();
+        let bell = Arc::new(Bell::default());
+        let report = Arc::new(Report::new(Arc::clone(&bell)));
+        let lane = Lane { inbox, bell: Arc::clone(&bell), report, device, sessions: Vec::new(), spin_for };
+        let thread = std::thread::Builder::new().name(format!("lane-{index}")).spawn(move || {
+            if let Some(cpu) = cpu {
+                pin(cpu);
+            }
+            lane.run();
+        })?;
+        Ok(Self { commands, bell, thread: Some(thread) })
+    }
+
+    /// Hands over a command.
+    pub fn send(&self, command: Command) {
+        // The lane only ends on `Stop`, which is sent last, by `drop`.
+        let _ = self.commands.send(command);
+        self.bell.ring();
+    }
+}
+
+impl Drop for LaneHandle {
+    fn drop(&mut self) {
+        self.send(Command::Stop);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a lane panicked");
+        }
+    }
+}
+
+fn pin(cpu: usize) {
+    let mut set = nix::sched::CpuSet::new();
+    let pinned =
+        set.set(cpu).and_then(|()| nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set));
+    if let Err(error) = pinned {
+        tracing::warn!("cannot pin a lane to core {cpu} ({error}); it runs unpinned");
+    }
+}
+
+#[derive(Debug)]
+struct Attached {
+    session: Box<LaneSession>,
+    ending: Arc<Ending>,
+    broken: bool,
+    detaching: Option<oneshot::Sender<()>>,
+}
+
+#[derive(Debug)]
+struct Lane {
+    inbox: Receiver<Command>,
+    bell: Arc<Bell>,
+    report: Arc<Report>,
+    device: Arc<dyn Device>,
+    sessions: Vec<Attached>,
+    spin_for: Duration,
+}
+
+impl Lane {
+    fn run(mut self) {
+        let mut stopping = false;
+        loop {
+            let rung = self.bell.seen();
+            let mut busy = false;
+            while let Ok(command) = self.inbox.try_recv() {
+                busy = true;
+                stopping |= matches!(command, Command::Stop);
+                self.command(command);
+            }
+            while let Some(done) = self.report.pop() {
+                busy = true;
+                if let Some(attached) = self.sessions.iter_mut().find(|a| a.session.id == done.session) {
+                    let result = attached.session.transferred(done);
+                    attached.check(result);
+                }
+            }
+            let mut armed = false;
+            let tools = Tools { device: &*self.device, report: &self.report };
+            for attached in &mut self.sessions {
+                if !attached.broken && attached.detaching.is_none() {
+                    let result = attached.session.poll(tools, FAIR_SHARE);
+                    busy |= attached.check(result).unwrap_or(false);
+                    armed |= attached.session.armed;
+                }
+            }
+            self.reap();
+            if stopping && self.sessions.iter().all(|attached| !attached.session.in_transfer()) {
+                return;
+            }
+            if !busy && !self.spin(rung) {
+                if armed {
+                    // A write from a GPU wakes nobody, so an armed doorbell is polled.
+                    std::thread::yield_now();
+                } else {
+                    self.sleep(rung);
+                }
+            }
+        }
+    }
+
+    fn words(&self) -> impl Iterator<Item = (Word<'_>, u32)> {
+        let serving = |attached: &&Attached| !attached.broken && attached.detaching.is_none();
+        self.sessions.iter().filter(serving).map(|attached| attached.session.word())
+    }
+
+    fn anything_new(&self, rung: u32) -> bool {
+        self.bell.seen() != rung || self.words().any(|(word, seen)| word.load() != seen)
+    }
+
+    fn spin(&self, rung: u32) -> bool {
+        spin(self.spin_for, || self.anything_new(rung))
+    }
+
+    fn sleep(&mut self, rung: u32) {
+        for attached in &mut self.sessions {
+            attached.session.refresh_if_dirty();
+        }
+        self.bell.say_sleeping(true);
+        for attached in &self.sessions {
+            attached.session.say_sleeping(true);
+        }
+        publish_before_looking();
+        if !self.anything_new(rung) {
+            let words: Vec<_> = self.words().collect();
+            // More rings than can be watched at once are looked at every so often.
+            let watched = words.len() < kvoyant_protocol::futex::WAIT_ANY_MAX;
+            let timeout = if watched { SLEEP_MAX } else { Duration::from_millis(1) };
+            if wait_any((&self.bell, rung), &words, timeout).is_err() {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+        for attached in &self.sessions {
+            attached.session.say_sleeping(false);
+        }
+        self.bell.say_sleeping(false);
+    }
+
+    fn find(&mut self, id: u64) -> Option<&mut Attached> {
+        self.sessions.iter_mut().find(|attached| attached.session.id == id)
+    }
+
+    fn command(&mut self, command: Command) {
+        let device = Arc::clone(&self.device);
+        let report = Arc::clone(&self.report);
+        let tools = Tools { device: &*device, report: &report };
+        match command {
+            Command::Stop => {}
+            Command::Attach(session, ending) => {
+                self.sessions.push(Attached { session, ending, broken: false, detaching: None });
+            }
+            Command::Register(id, model, reply) => {
+                if let Some(attached) = self.find(id) {
+                    attached.session.model = Some(model);
+                    let _ = reply.send(Reply::plain(ToClient::Done));
+                }
+            }
+            Command::Control(id, message, reply) => {
+                if let Some(attached) = self.find(id) {
+                    let drained = attached.session.drain(tools);
+                    if attached.check(drained).is_some() {
+                        let answer = attached.session.control(&message);
+                        attached.session.refresh_status();
+                        let _ = reply.send(answer);
+                    }
+                }
+            }
+            Command::Detach(id, done) => {
+                if let Some(attached) = self.find(id) {
+                    attached.detaching = Some(done);
+                }
+            }
+        }
+    }
+
+    /// Drops sessions whose client is gone and whose transfers have ended.
+    fn reap(&mut self) {
+        let gone = |a: &mut Attached| a.detaching.is_some() && !a.session.in_transfer();
+        for attached in self.sessions.extract_if(.., gone) {
+            let Attached { session, detaching, .. } = attached;
+            drop(session);
+            if let Some(done) = detaching {
+                let _ = done.send(());
+            }
+        }
+    }
+}
+
+impl Attached {
+    /// Ends the session on an error.
+    fn check<T>(&mut self, result: Result<T, SessionError>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.broken = true;
+                self.ending.end(&error);
+                None
+            }
+        }
+    }
+}
+
+impl LaneSession {
+    fn control(&mut self, message: &ToDaemon) -> Reply {
+        let released = self.released_through();
+        let Some(model) = &mut self.model else {
+            let failure = Failure::Protocol("a model must be registered first".into());
+            return Reply::plain(ToClient::Failed(failure));
+        };
+        let result = match message {
+            ToDaemon::Open { method, tokens } => model.open(*method, *tokens).and_then(|id| model.opened(id)),
+            ToDaemon::Fork { parent, method } => model.fork(*parent, *method).and_then(|id| model.opened(id)),
+            ToDaemon::Reserve { sequences } => model.reserve(sequences).and_then(|()| {
+                let tables = sequences.iter().map(|(id, _)| model.table_of(*id)).collect::<Result<_, _>>()?;
+                Ok(ToClient::Reserved { tables })
+            }),
+            ToDaemon::Truncate { sequence, tokens } => {
+                model.truncate(*sequence, *tokens, released).map(|()| ToClient::Done)
+            }
+            ToDaemon::Close { sequences } => {
+                sequences.iter().try_for_each(|id| model.close(*id)).map(|()| ToClient::Done)
+            }
+            other => Err(Failure::Protocol(format!("{other:?} is not a request about sequences"))),
+        };
+        model.settle(released);
+        match model.announce() {
+            Ok(announcements) => {
+                let message = result.unwrap_or_else(ToClient::Failed);
+                Reply { announcements, message, fds: Vec::new() }
+            }
+            Err(error) => Reply::plain(ToClient::Failed(Failure::Internal(error.to_string()))),
+        }
+    }
+}
+
+impl ModelState {
+    fn opened(&self, sequence: kvoyant_protocol::wire::SequenceId) -> Result<ToClient, Failure> {
+        let (table, room) = self.table_of(sequence)?;
+        Ok(ToClient::Opened { sequence, table, room })
+    }
+}

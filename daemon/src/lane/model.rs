@@ -1,0 +1,250 @@
+//! A session's registered model and all memory that belongs to it.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kvoyant_kernels::Dtype;
+use kvoyant_methods::infinigen::SkewArtifact;
+use kvoyant_methods::{Artifact, Fingerprint, Method, MethodSpec, Scratch, Selection, Shape};
+use kvoyant_protocol::EXTENT_BYTES;
+use kvoyant_protocol::control::{Failure, MemoryKind, Mode, ModelSpec, ToClient};
+use kvoyant_protocol::memory::MemoryError;
+
+use crate::device::{Device, SessionMemory, Slab};
+use crate::lane::digests::DigestPool;
+use crate::lane::sequences::SequenceSlot;
+use crate::tiers::arena::{ArenaBudget, PageGeometry, SessionArena};
+use crate::tiers::heap::{Heap, Region};
+use crate::tiers::residency::{PlaceScratch, Placed, SlabPages};
+
+/// Rows of a page unless the session asks for something else: at head dimension 128 in f16, a page is 16 KiB.
+pub const PAGE_ROWS: u32 = 32;
+
+/// Pages must be whole 4 KiB blocks, so that one page is one direct read.
+const BLOCK: usize = 4096;
+
+/// Bytes of a file of page tables or digests.
+const HEAP_FILE_BYTES: usize = 8 << 20;
+
+/// Bytes of a sequence's record in the directory.
+pub(crate) const RECORD_BYTES: usize = 64;
+
+/// New memory of a session that its client has not got yet.
+#[derive(Debug)]
+pub struct Announcement {
+    /// The message that goes with the descriptors.
+    pub message: ToClient,
+    /// One per extent or table file.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// A slab and who owns its pages.
+#[derive(Debug)]
+pub struct SlabState {
+    /// Memory of the slab.
+    pub slab: Slab,
+    /// Free pages.
+    pub pages: SlabPages,
+    /// Pages that nobody owns any more but that answers up to a ticket may still name.
+    pub limbo: Vec<(u64, Vec<u32>)>,
+}
+
+/// Buffers that are kept from one request to the next, so that the hot path allocates nothing once they have grown.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    pub(crate) selection: Selection,
+    pub(crate) scratch: Scratch,
+    pub(crate) hint: Vec<f32>,
+    pub(crate) rows: Vec<u8>,
+    pub(crate) keys: Vec<f32>,
+    pub(crate) state: Vec<u8>,
+    pub(crate) placed: Vec<Placed>,
+    pub(crate) place: PlaceScratch,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct ModelState {
+    /// What the client registered.
+    pub spec: ModelSpec,
+    /// Shape as methods see it.
+    pub shape: Shape,
+    /// Methods by index.
+    pub methods: Vec<Box<dyn Method>>,
+    /// Pages of rows.
+    pub arena: SessionArena,
+    /// Page tables: the client reads them.
+    pub tables: Heap,
+    /// Digests, method state, counters, the sequence directory: nobody else sees them.
+    pub meta: Heap,
+    /// `sequences_max` records of [`RECORD_BYTES`]: what is open, and where its tables lie.
+    pub directory: Region,
+    /// Digest blocks, one pool for each kind of digest.
+    pub pools: Vec<DigestPool>,
+    /// Open sequences.
+    pub sequences: Vec<SequenceSlot>,
+    /// The device's slab; `None` in place.
+    pub slab: Option<SlabState>,
+    /// What transfers hold on to.
+    pub memory: Arc<SessionMemory>,
+    /// How many times as many rows as are selected a head keeps on the device.
+    pub keep: f64,
+    /// See [`Buffers`].
+    pub buffers: Buffers,
+    pub(crate) seeds: u64,
+    announced_extents: usize,
+    announced_tables: usize,
+}
+
+impl ModelState {
+    /// Checks a specification, builds its methods and makes its memory.
+    pub fn new(
+        spec: ModelSpec,
+        artifact: Option<&[u8]>,
+        sequences_max: u32,
+        budget: Arc<ArenaBudget>,
+        device: &dyn Device,
+        slab_bytes: usize,
+        keep: f64,
+    ) -> Result<Self, Failure> {
+        let shape = shape_of(&spec)?;
+        let row_bytes = 2 * shape.head_dim * shape.dtype.bytes();
+        let geometry = PageGeometry { page_rows: shape.page_rows, row_bytes };
+        let artifact = artifact
+            .map(|bytes| SkewArtifact::from_bytes(bytes).map(|skew| Artifact::Skew(Arc::new(skew))))
+            .transpose()
+            .map_err(|error| Failure::BadMethod(error.to_string()))?;
+        if spec.methods.is_empty() {
+            return Err(Failure::BadMethod("a model needs at least one method".into()));
+        }
+        let methods = spec
+            .methods
+            .iter()
+            .map(|text| {
+                let method: MethodSpec = text.parse().map_err(|error| format!("{error}"))?;
+                kvoyant_methods::build(&method, &shape, artifact.as_ref()).map_err(|error| format!("{error}"))
+            })
+            .collect::<Result<Vec<_>, String>>()
+            .map_err(Failure::BadMethod)?;
+        let memory = Arc::new(SessionMemory::default());
+        let slab = match device.mode() {
+            Mode::InPlace => None,
+            Mode::Slab => {
+                let pages = (slab_bytes / geometry.page_bytes()).max(1);
+                let slab = device.slab(pages * geometry.page_bytes())?;
+                memory.keep(Arc::clone(&slab.memory));
+                Some(SlabState { slab, pages: SlabPages::new(pages, shape.page_rows), limbo: Vec::new() })
+            }
+        };
+        let mut meta = Heap::new("kvoyant-meta", HEAP_FILE_BYTES);
+        let directory = meta.allocate(sequences_max as usize * RECORD_BYTES)?;
+        let mut sequences = Vec::new();
+        sequences.resize_with(sequences_max as usize, SequenceSlot::default);
+        Ok(Self {
+            spec,
+            shape,
+            methods,
+            arena: SessionArena::new(budget, geometry),
+            tables: Heap::new("kvoyant-tables", HEAP_FILE_BYTES),
+            meta,
+            directory,
+            pools: Vec::new(),
+            sequences,
+            slab,
+            memory,
+            keep,
+            buffers: Buffers::default(),
+            seeds: 0,
+            announced_extents: 0,
+            announced_tables: 0,
+        })
+    }
+
+    /// Whether the daemon keeps rows of this layer at all. Sliding-window layers stay in the engine.
+    #[must_use]
+    pub fn keeps(&self, layer: usize) -> bool {
+        !self.spec.sliding_layers.contains(&(layer as u32))
+    }
+
+    /// Whether rows of this layer are selected. Dense layers are kept but read whole.
+    #[must_use]
+    pub fn speculates(&self, layer: usize) -> bool {
+        layer >= self.shape.dense_layers && layer < self.shape.layers && self.keeps(layer)
+    }
+
+    /// Bytes of digests in use.
+    #[must_use]
+    pub fn digest_bytes(&self) -> usize {
+        self.pools.iter().map(|pool| pool.blocks.used_bytes()).sum()
+    }
+
+    /// Memory that the client has not got yet, in messages of as many descriptors as fit.
+    pub fn announce(&mut self) -> Result<Vec<Announcement>, MemoryError> {
+        const AT_ONCE: usize = kvoyant_protocol::packet::FDS_MAX;
+        let mut list = Vec::new();
+        while self.announced_extents < self.arena.extents() {
+            let first = self.announced_extents;
+            let end = self.arena.extents().min(first + AT_ONCE);
+            for extent in first..end {
+                self.memory.keep(Arc::clone(self.arena.memory(extent)));
+            }
+            let fds = (first..end).map(|extent| self.arena.extent_fd(extent)).collect::<Result<_, _>>()?;
+            let kind = MemoryKind::Extents;
+            let message = ToClient::Memory { kind, first: first as u32, bytes: EXTENT_BYTES as u64 };
+            list.push(Announcement { message, fds });
+            self.announced_extents = end;
+        }
+        while self.announced_tables < self.tables.files() {
+            // Files may differ in length, so each goes alone.
+            let first = self.announced_tables;
+            let bytes = self.tables.file_len(first) as u64;
+            let message = ToClient::Memory { kind: MemoryKind::Tables, first: first as u32, bytes };
+            list.push(Announcement { message, fds: vec![self.tables.file_fd(first)?] });
+            self.announced_tables = first + 1;
+        }
+        Ok(list)
+    }
+}
+
+fn shape_of(spec: &ModelSpec) -> Result<Shape, Failure> {
+    let bad = |reason: String| Failure::BadModel(reason);
+    let dtype = Dtype::from_code(spec.dtype)
+        .ok_or_else(|| bad(format!("storage type {} is not known", spec.dtype)))?;
+    let within = |name: &str, value: u32, min: u32, max: u32| {
+        if (min..=max).contains(&value) {
+            Ok(value as usize)
+        } else {
+            Err(bad(format!("{name} = {value} is outside {min}..={max}")))
+        }
+    };
+    let head_dim = within("head_dim", spec.head_dim, 1, 1024)?;
+    let row_bytes = 2 * head_dim * dtype.bytes();
+    let page_rows = match spec.page_rows {
+        // The smallest multiple of the default whose pages are whole blocks.
+        0 => (1..=BLOCK as u32)
+            .map(|factor| (factor * PAGE_ROWS) as usize)
+            .find(|rows| (rows * row_bytes).is_multiple_of(BLOCK))
+            .unwrap_or(PAGE_ROWS as usize),
+        rows => within("page_rows", rows, 1, 4096)?,
+    };
+    if !(page_rows * row_bytes).is_multiple_of(BLOCK) {
+        return Err(bad(format!(
+            "pages of {page_rows} rows of {row_bytes} bytes are no multiple of {BLOCK} bytes"
+        )));
+    }
+    let fingerprint: Fingerprint = spec.fingerprint.parse().map_err(|error| bad(format!("{error}")))?;
+    let shape = Shape {
+        layers: within("layers", spec.layers, 1, 1024)?,
+        query_heads: within("query_heads", spec.query_heads, 1, 1024)?,
+        kv_heads: within("kv_heads", spec.kv_heads, 1, 1024)?,
+        head_dim,
+        page_rows,
+        sinks: within("sinks", spec.sinks, 0, 1 << 20)?,
+        window: within("window", spec.window, 1, 1 << 20)?,
+        dense_layers: within("dense_layers", spec.dense_layers, 0, 1024)?,
+        dtype,
+        fingerprint,
+    };
+    shape.check().map_err(|error| bad(error.to_string()))?;
+    Ok(shape)
+}

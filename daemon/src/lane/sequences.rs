@@ -1,0 +1,481 @@
+//! Sequences: opened, forked, given room, truncated, closed.
+//!
+//! A sequence has a page table `[layer][KV head][capacity]` in a file that the client reads, so that it can write
+//! rows straight into their pages. A fork shares all pages; before one of the two writes to a shared page,
+//! `reserve` gives it a copy. All calls here come over the control socket, not on the hot path.
+
+use kvoyant_protocol::control::{Failure, NO_PAGE, TableRef};
+use kvoyant_protocol::memory::MemoryError;
+use kvoyant_protocol::wire::SequenceId;
+
+use crate::lane::digests::DigestSet;
+use crate::lane::model::{ModelState, RECORD_BYTES};
+use crate::tiers::heap::Region;
+use crate::tiers::residency::SlotSet;
+
+/// Most tokens a sequence may have.
+pub const TOKENS_MAX: u32 = 1 << 26;
+
+/// What one layer of a sequence has on the device.
+#[derive(Debug, Default)]
+pub struct LayerSlots {
+    /// One set for each KV head; empty until the layer is first speculated.
+    pub heads: Vec<SlotSet>,
+    /// Ticket of the last answer that named its rows.
+    pub last_ticket: u64,
+}
+
+/// An open sequence.
+#[derive(Debug)]
+pub struct Sequence {
+    /// Index of its method.
+    pub method: usize,
+    /// Stays with the sequence and its forks, for methods that draw.
+    pub seed: u64,
+    /// Its page table.
+    pub table: Region,
+    /// Pages that each head's part of the table can hold.
+    pub capacity: usize,
+    /// Pages that each head has.
+    pub pages: usize,
+    /// Tokens up to which rows may be written.
+    pub room: usize,
+    /// Rows appended, per layer.
+    pub lens: Vec<u32>,
+    /// Statistics of the prompt's queries, `[layer][KV head][head dim]` f32.
+    pub observation: Option<Region>,
+    /// Layers whose statistics have come.
+    pub observed: Vec<bool>,
+    /// Digests, one set for each kind that its method, or a fork's, reads.
+    pub digests: Vec<DigestSet>,
+    /// What is on the device, per layer.
+    pub residency: Vec<LayerSlots>,
+}
+
+impl Sequence {
+    /// Tokens that every layer has.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.lens.iter().copied().min().unwrap_or(0) as usize
+    }
+
+    fn tokens_max(&self) -> usize {
+        self.lens.iter().copied().max().unwrap_or(0) as usize
+    }
+
+    fn table_ref(&self) -> TableRef {
+        TableRef { file: self.table.file, offset: self.table.offset as u64, capacity: self.capacity as u32 }
+    }
+}
+
+/// A place for a sequence.
+#[derive(Debug, Default)]
+pub struct SequenceSlot {
+    /// How often the slot was used before.
+    pub generation: u32,
+    /// The sequence, while one is open.
+    pub sequence: Option<Sequence>,
+}
+
+impl ModelState {
+    /// An open sequence by its handle.
+    pub fn sequence(&self, id: SequenceId) -> Result<&Sequence, Failure> {
+        self.sequences
+            .get(id.slot as usize)
+            .filter(|slot| slot.generation == id.generation)
+            .and_then(|slot| slot.sequence.as_ref())
+            .ok_or(Failure::NoSuchSequence(id))
+    }
+
+    pub(crate) fn sequence_mut(&mut self, id: SequenceId) -> Result<&mut Sequence, Failure> {
+        self.sequences
+            .get_mut(id.slot as usize)
+            .filter(|slot| slot.generation == id.generation)
+            .and_then(|slot| slot.sequence.as_mut())
+            .ok_or(Failure::NoSuchSequence(id))
+    }
+
+    /// How many sequences are open.
+    #[must_use]
+    pub fn open_sequences(&self) -> usize {
+        self.sequences.iter().filter(|slot| slot.sequence.is_some()).count()
+    }
+
+    fn heads(&self) -> usize {
+        self.shape.layers * self.shape.kv_heads
+    }
+
+    /// Every (layer, head) whose rows are kept, as an index `layer * kv_heads + head`.
+    fn kept_heads(&self) -> Vec<usize> {
+        (0..self.heads()).filter(|head| self.keeps(head / self.shape.kv_heads)).collect()
+    }
+
+    fn free_slot(&self) -> Result<usize, Failure> {
+        let max = self.sequences.len() as u32;
+        self.sequences
+            .iter()
+            .position(|slot| slot.sequence.is_none())
+            .ok_or(Failure::TooManySequences { max })
+    }
+
+    fn install(&mut self, slot: usize, sequence: Sequence) -> SequenceId {
+        self.sequences[slot].sequence = Some(sequence);
+        let id = SequenceId { slot: slot as u32, generation: self.sequences[slot].generation };
+        self.record(id);
+        id
+    }
+
+    fn method_index(&self, method: u16) -> Result<usize, Failure> {
+        let method = usize::from(method);
+        if method < self.methods.len() {
+            return Ok(method);
+        }
+        Err(Failure::BadMethod(format!(
+            "method {method} is not one of the {} registered",
+            self.methods.len()
+        )))
+    }
+
+    /// Opens an empty sequence with room for `tokens`.
+    pub fn open(&mut self, method: u16, tokens: u32) -> Result<SequenceId, Failure> {
+        let method = self.method_index(method)?;
+        let slot = self.free_slot()?;
+        let table = self.tables.allocate(0)?;
+        self.seeds += 1;
+        let layers = self.shape.layers;
+        let mut residency = Vec::new();
+        residency.resize_with(layers, LayerSlots::default);
+        let sequence = Sequence {
+            method,
+            seed: self.seeds,
+            table,
+            capacity: 0,
+            pages: 0,
+            room: 0,
+            lens: vec![0; layers],
+            observation: None,
+            observed: vec![false; layers],
+            digests: Vec::new(),
+            residency,
+        };
+        let id = self.install(slot, sequence);
+        let ready = self
+            .ensure_digests(id, method)
+            .map_err(Failure::from)
+            .and_then(|()| self.reserve(&[(id, tokens)]));
+        if let Err(failure) = ready {
+            self.close(id)?;
+            return Err(failure);
+        }
+        Ok(id)
+    }
+
+    /// Opens a copy of a sequence, perhaps with another method. Neither of the two has room to write until it is
+    /// given some.
+    pub fn fork(&mut self, parent: SequenceId, method: Option<u16>) -> Result<SequenceId, Failure> {
+        let method = match method {
+            Some(method) => self.method_index(method)?,
+            None => self.sequence(parent)?.method,
+        };
+        self.sequence(parent)?;
+        let slot = self.free_slot()?;
+        self.ensure_digests(parent, method)?;
+        let key = self.methods[method].digest_key();
+        let (rows, kept) = (self.shape.page_rows, self.kept_heads());
+        let sequence = self.sequence(parent)?;
+        let (tokens, capacity, from) = (sequence.tokens_max(), sequence.capacity, sequence.table);
+        let (seed, lens, observed) = (sequence.seed, sequence.lens.clone(), sequence.observed.clone());
+        let observation = sequence.observation;
+        let pages = tokens.div_ceil(rows);
+        let table = self.tables.allocate(from.len)?;
+        let bytes = self.tables.get(from).to_vec();
+        self.tables.get_mut(table).copy_from_slice(&bytes);
+        for head in kept {
+            for page in 0..capacity {
+                let index = head * capacity + page;
+                if page < pages {
+                    self.arena.share(self.tables.word(table, index));
+                } else {
+                    self.tables.set_word(table, index, NO_PAGE);
+                }
+            }
+        }
+        let observation = match observation {
+            None => None,
+            Some(from) => {
+                let region = self.meta.allocate(from.len)?;
+                let bytes = self.meta.get(from).to_vec();
+                self.meta.get_mut(region).copy_from_slice(&bytes);
+                Some(region)
+            }
+        };
+        let digests = match key {
+            None => Vec::new(),
+            Some(key) => self.share_digests(parent, key)?,
+        };
+        // Its pages are shared now: the parent may not write to them either until it asks for room again.
+        self.sequence_mut(parent)?.room = tokens;
+        let mut residency = Vec::new();
+        residency.resize_with(self.shape.layers, LayerSlots::default);
+        Ok(self.install(
+            slot,
+            Sequence {
+                method,
+                seed,
+                table,
+                capacity,
+                pages,
+                room: tokens,
+                lens,
+                observation,
+                observed,
+                digests,
+                residency,
+            },
+        ))
+    }
+
+    /// Gives sequences room to write: private pages up to so many tokens each. All of them or none.
+    pub fn reserve(&mut self, list: &[(SequenceId, u32)]) -> Result<(), Failure> {
+        let rows = self.shape.page_rows;
+        let kept = self.kept_heads();
+        let mut needed = 0;
+        for (id, tokens) in list {
+            if *tokens > TOKENS_MAX {
+                return Err(Failure::BadModel(format!("{tokens} tokens are more than {TOKENS_MAX}")));
+            }
+            let sequence = self.sequence(*id)?;
+            needed += (*tokens as usize).div_ceil(rows).saturating_sub(sequence.pages) * kept.len();
+            let first = sequence.tokens() / rows;
+            for head in &kept {
+                needed += (first..sequence.pages)
+                    .filter(|page| {
+                        self.arena
+                            .is_shared(self.tables.word(sequence.table, head * sequence.capacity + page))
+                    })
+                    .count();
+            }
+        }
+        match self.arena.reserve(needed) {
+            Ok(Ok(())) => {}
+            Ok(Err(full)) => return Err(self.backpressure(needed, full.missing_pages)),
+            Err(error) => return Err(error.into()),
+        }
+        for (id, tokens) in list {
+            self.grow(*id, *tokens as usize, &kept)?;
+            self.record(*id);
+        }
+        Ok(())
+    }
+
+    fn grow(&mut self, id: SequenceId, tokens: usize, kept: &[usize]) -> Result<(), MemoryError> {
+        let rows = self.shape.page_rows;
+        let pages = tokens.div_ceil(rows);
+        self.grow_table(id, pages)?;
+        let Ok(sequence) = self.sequence(id) else { return Ok(()) };
+        let (table, capacity, have) = (sequence.table, sequence.capacity, sequence.pages);
+        let lens = sequence.lens.clone();
+        let first = sequence.tokens() / rows;
+        let mut buffer = std::mem::take(&mut self.buffers.rows);
+        for &head in kept {
+            for page in first..have {
+                let index = head * capacity + page;
+                let shared = self.tables.word(table, index);
+                if self.arena.is_shared(shared) {
+                    let Some(own) = self.arena.take() else { unreachable!("pages were reserved") };
+                    let filled =
+                        (lens[head / self.shape.kv_heads] as usize).saturating_sub(page * rows).min(rows);
+                    self.arena.copy_rows(shared, own, filled, &mut buffer)?;
+                    self.arena.release(shared);
+                    self.tables.set_word(table, index, own);
+                }
+            }
+            for page in have..pages {
+                let Some(own) = self.arena.take() else { unreachable!("pages were reserved") };
+                self.tables.set_word(table, head * capacity + page, own);
+            }
+        }
+        self.buffers.rows = buffer;
+        if let Ok(sequence) = self.sequence_mut(id) {
+            sequence.pages = have.max(pages);
+            sequence.room = sequence.pages * rows;
+        }
+        Ok(())
+    }
+
+    /// Moves a page table to a larger region if `pages` do not fit.
+    fn grow_table(&mut self, id: SequenceId, pages: usize) -> Result<(), MemoryError> {
+        let heads = self.heads();
+        let Ok(sequence) = self.sequence(id) else { return Ok(()) };
+        let (old, old_capacity) = (sequence.table, sequence.capacity);
+        if pages <= old_capacity {
+            return Ok(());
+        }
+        let capacity = pages.next_power_of_two().max(8);
+        let table = self.tables.allocate(heads * capacity * 4)?;
+        for head in 0..heads {
+            for page in 0..capacity {
+                let word = if page < old_capacity {
+                    self.tables.word(old, head * old_capacity + page)
+                } else {
+                    NO_PAGE
+                };
+                self.tables.set_word(table, head * capacity + page, word);
+            }
+        }
+        self.tables.release(old);
+        if let Ok(sequence) = self.sequence_mut(id) {
+            (sequence.table, sequence.capacity) = (table, capacity);
+        }
+        self.grow_digests(id, old_capacity, capacity)
+    }
+
+    /// What to tell a client when `needed` pages cannot be had: sequences that, closed, would free what is missing.
+    fn backpressure(&self, needed: usize, missing: usize) -> Failure {
+        let kept = self.kept_heads();
+        let mut owners: Vec<(usize, SequenceId)> = Vec::new();
+        for (slot, entry) in self.sequences.iter().enumerate() {
+            let Some(sequence) = &entry.sequence else { continue };
+            let own = kept
+                .iter()
+                .flat_map(|head| (0..sequence.pages).map(move |page| head * sequence.capacity + page))
+                .filter(|index| !self.arena.is_shared(self.tables.word(sequence.table, *index)))
+                .count();
+            owners.push((own, SequenceId { slot: slot as u32, generation: entry.generation }));
+        }
+        owners.sort_unstable_by(|a, b| b.cmp(a));
+        let mut freed = 0;
+        let mut closing: Vec<_> = owners
+            .into_iter()
+            .take_while(|(own, _)| {
+                let more = freed < missing;
+                freed += own;
+                more
+            })
+            .map(|(_, id)| id)
+            .collect();
+        if freed < missing {
+            closing.clear();
+        }
+        let page_bytes = self.arena.geometry().page_bytes() as u64;
+        Failure::Backpressure {
+            needed_bytes: needed as u64 * page_bytes,
+            free_bytes: (needed - missing) as u64 * page_bytes,
+            arena_bytes: self.arena.budget().total_bytes(),
+            closing,
+        }
+    }
+
+    /// Drops every row from token `tokens` on.
+    pub fn truncate(&mut self, id: SequenceId, tokens: u32, released_through: u64) -> Result<(), Failure> {
+        let rows = self.shape.page_rows;
+        let kept = self.kept_heads();
+        let sequence = self.sequence(id)?;
+        let (table, capacity, have) = (sequence.table, sequence.capacity, sequence.pages);
+        let pages = (tokens as usize).div_ceil(rows).min(have);
+        for head in kept {
+            for page in pages..have {
+                let index = head * capacity + page;
+                let own = self.tables.word(table, index);
+                self.arena.release(own);
+                self.tables.set_word(table, index, NO_PAGE);
+            }
+        }
+        let sequence = self.sequence_mut(id)?;
+        sequence.pages = pages;
+        for len in &mut sequence.lens {
+            *len = (*len).min(tokens);
+        }
+        // The tail page may be shared, so room has to be asked for again.
+        sequence.room = sequence.room.min(sequence.tokens_max());
+        let mut residency = std::mem::take(&mut sequence.residency);
+        for layer in &mut residency {
+            if layer.last_ticket > released_through {
+                self.clear_slots(layer);
+            } else {
+                layer.heads.iter_mut().for_each(|head| head.truncate(tokens));
+            }
+        }
+        self.sequence_mut(id)?.residency = residency;
+        self.truncate_digests(id, tokens)?;
+        self.record(id);
+        Ok(())
+    }
+
+    /// Closes a sequence and gives back all that it alone owned.
+    pub fn close(&mut self, id: SequenceId) -> Result<(), Failure> {
+        self.sequence(id)?;
+        let kept = self.kept_heads();
+        let slot = &mut self.sequences[id.slot as usize];
+        slot.generation = slot.generation.wrapping_add(1);
+        let Some(sequence) = slot.sequence.take() else { return Err(Failure::NoSuchSequence(id)) };
+        for head in kept {
+            for page in 0..sequence.pages {
+                self.arena.release(self.tables.word(sequence.table, head * sequence.capacity + page));
+            }
+        }
+        self.tables.release(sequence.table);
+        if let Some(region) = sequence.observation {
+            self.meta.release(region);
+        }
+        for mut layer in sequence.residency {
+            self.clear_slots(&mut layer);
+        }
+        for set in sequence.digests {
+            self.release_digests(&set);
+        }
+        let record = id.slot as usize * RECORD_BYTES;
+        self.meta.get_mut(self.directory)[record..record + RECORD_BYTES].fill(0);
+        Ok(())
+    }
+
+    /// Gives a layer's slab pages back once no unread answer can name them.
+    pub(crate) fn clear_slots(&mut self, layer: &mut LayerSlots) {
+        let pages: Vec<u32> = layer.heads.iter_mut().flat_map(SlotSet::clear).collect();
+        if let Some(slab) = &mut self.slab
+            && !pages.is_empty()
+        {
+            slab.limbo.push((layer.last_ticket, pages));
+        }
+    }
+
+    /// Moves slab pages that no unread answer names any more from limbo to the free ones.
+    pub fn settle(&mut self, released_through: u64) {
+        let Some(slab) = &mut self.slab else { return };
+        if slab.limbo.is_empty() {
+            return;
+        }
+        let pages = &mut slab.pages;
+        slab.limbo.retain_mut(|(ticket, list)| {
+            if *ticket > released_through {
+                return true;
+            }
+            pages.give_back(list.drain(..));
+            false
+        });
+    }
+
+    /// Page table and room of a sequence, for its client.
+    pub fn table_of(&self, id: SequenceId) -> Result<(TableRef, u32), Failure> {
+        let sequence = self.sequence(id)?;
+        Ok((sequence.table_ref(), sequence.room as u32))
+    }
+
+    /// Writes the sequence's record into the directory, from which all of it can be found again.
+    pub(crate) fn record(&mut self, id: SequenceId) {
+        let Ok(sequence) = self.sequence(id) else { return };
+        let words: [u64; 8] = [
+            1 | u64::from(id.generation) << 32,
+            sequence.method as u64,
+            sequence.seed,
+            sequence.tokens() as u64,
+            u64::from(sequence.table.file) << 32 | sequence.capacity as u64,
+            sequence.table.offset as u64,
+            sequence.digests.first().map_or(0, |set| u64::from(set.table.file) << 32 | set.table.len as u64),
+            sequence.digests.first().map_or(0, |set| set.table.offset as u64),
+        ];
+        let record = id.slot as usize * RECORD_BYTES;
+        self.meta.get_mut(self.directory)[record..record + RECORD_BYTES]
+            .copy_from_slice(bytemuck::cast_slice(&words));
+    }
+}

@@ -1,0 +1,516 @@
+//! A session as its lane sees it: two rings, a model, and answers on their way.
+//!
+//! Whatever a client does wrong here ends this session, with a reason, and no other.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use kvoyant_protocol::control::Failure;
+use kvoyant_protocol::layout::{Layout, d2c};
+use kvoyant_protocol::memory::{MemoryError, SharedMapping};
+use kvoyant_protocol::ring::{Consumer, Producer, RingError};
+use kvoyant_protocol::wire::{
+    Append, BatchEntry, Completion, Observe, Operation, Request, RequestError, STATS, SequenceId, Speculate,
+    Stat, Status,
+};
+use thiserror::Error;
+
+use crate::device::{Device, Done, Report, Transfer};
+use crate::lane::model::ModelState;
+use crate::lane::select::{Answer, Turn};
+use crate::lane::sequences::Sequence;
+use crate::status::SessionStatus;
+
+/// Why a session ends.
+#[derive(Debug, Error)]
+pub enum SessionError {
+    /// Ring indices that cannot be.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// A descriptor that cannot be.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// Memory that could not be had, or an access outside it.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A request before a model was registered.
+    #[error("a request came before a model was registered")]
+    NoModel,
+    /// A sequence that is not open.
+    #[error("{0}")]
+    Sequence(Failure),
+    /// A layer that the model does not have.
+    #[error("layer {layer} is not one of those that can be {verb} (the model has {layers})")]
+    Layer {
+        /// The layer.
+        layer: u16,
+        /// What was to be done.
+        verb: &'static str,
+        /// Layers of the model.
+        layers: usize,
+    },
+    /// Tickets out of order.
+    #[error(
+        "ticket {ticket} with release through {released} cannot follow ticket {last} with {released_before}"
+    )]
+    Ticket {
+        /// The ticket.
+        ticket: u64,
+        /// What it releases.
+        released: u64,
+        /// The ticket before.
+        last: u64,
+        /// What was released before.
+        released_before: u64,
+    },
+    /// Rows appended elsewhere than at the end, or beyond the room.
+    #[error(
+        "{count} rows at {position} of sequence {sequence} cannot be appended in layer {layer}: it has {len} and room for {room}"
+    )]
+    Append {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// Which layer.
+        layer: usize,
+        /// First row.
+        position: u32,
+        /// Rows.
+        count: u32,
+        /// Rows it has.
+        len: u32,
+        /// Rows it has room for.
+        room: usize,
+    },
+    /// A hint or other payload of the wrong size or place.
+    #[error("a payload of {bytes} bytes at {offset} does not fit: {wanted} bytes within {have} are needed")]
+    Payload {
+        /// Where it is said to begin.
+        offset: usize,
+        /// Its size.
+        bytes: usize,
+        /// What its size must be.
+        wanted: usize,
+        /// Bytes of all payloads.
+        have: usize,
+    },
+    /// Completions that nobody reads.
+    #[error("the completion ring is full: answers were released without being read")]
+    CompletionsFull,
+}
+
+/// An answer on its way.
+#[derive(Debug)]
+struct Flight {
+    completion: Completion,
+    planned: Instant,
+    waiting: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct LaneSession {
+    /// Number of the session.
+    pub id: u64,
+    /// What others may see of it.
+    pub status: Arc<SessionStatus>,
+    layout: Layout,
+    c2d: SharedMapping,
+    d2c: SharedMapping,
+    requests: Consumer,
+    completions: Producer,
+    boot_id: u64,
+    /// The registered model.
+    pub model: Option<Box<ModelState>>,
+    last_ticket: u64,
+    released_through: u64,
+    flights: VecDeque<Flight>,
+    in_transfer: usize,
+    stats: [u64; STATS],
+    batch: Vec<BatchEntry>,
+    answer: Answer,
+    spare_copies: Vec<Vec<kvoyant_kernels::CopyRun>>,
+    /// Whether a request waits for its doorbell, so that the lane must poll.
+    pub armed: bool,
+    dirty: bool,
+    seen: Option<(u32, Instant)>,
+}
+
+/// What a session needs from its lane to work.
+#[derive(Debug, Clone, Copy)]
+pub struct Tools<'a> {
+    /// Where copies go.
+    pub device: &'a dyn Device,
+    /// Where their ends are reported.
+    pub report: &'a Arc<Report>,
+}
+
+impl LaneSession {
+    /// A session over two mapped and sealed memfds.
+    #[must_use]
+    pub fn new(
+        id: u64,
+        status: Arc<SessionStatus>,
+        layout: Layout,
+        c2d: SharedMapping,
+        d2c: SharedMapping,
+        boot_id: u64,
+    ) -> Self {
+        Self {
+            id,
+            status,
+            layout,
+            c2d,
+            d2c,
+            requests: Consumer::requests(layout),
+            completions: Producer::completions(layout),
+            boot_id,
+            model: None,
+            last_ticket: 0,
+            released_through: 0,
+            flights: VecDeque::with_capacity(layout.limits.ring_slots as usize),
+            in_transfer: 0,
+            stats: [0; STATS],
+            batch: Vec::new(),
+            answer: Answer::default(),
+            spare_copies: Vec::new(),
+            armed: false,
+            dirty: true,
+            seen: None,
+        }
+    }
+
+    /// The word to sleep on, and the value that means "nothing new".
+    pub fn word(&self) -> (kvoyant_protocol::futex::Word<'_>, u32) {
+        self.requests.word(&self.c2d)
+    }
+
+    /// Says to the client whether its lane sleeps.
+    pub fn say_sleeping(&self, sleeping: bool) {
+        self.requests.say_sleeping(&self.d2c, sleeping);
+    }
+
+    /// Last ticket whose answer is not read any more.
+    #[must_use]
+    pub fn released_through(&self) -> u64 {
+        self.released_through
+    }
+
+    /// Whether copies are on their way. The session's memory must stay until they are not.
+    #[must_use]
+    pub fn in_transfer(&self) -> bool {
+        self.in_transfer > 0
+    }
+
+    /// Handles up to `most` requests; true if there was one.
+    pub fn poll(&mut self, tools: Tools<'_>, most: u32) -> Result<bool, SessionError> {
+        self.armed = false;
+        let available = self.requests.available(&self.c2d)?;
+        let mut handled = 0;
+        while handled < available.min(most) {
+            let index = self.requests.index();
+            let arrived = match self.seen {
+                Some((seen, at)) if seen == index => at,
+                _ => Instant::now(),
+            };
+            let descriptor = self.requests.peek(&self.c2d);
+            let request = Request::parse(&descriptor, &self.layout.limits)?;
+            if let Operation::Speculate(speculate) = request.operation
+                && speculate.doorbell
+                && self.c2d.load_u32(self.layout.doorbell(index)) != speculate.ticket as u32
+            {
+                self.seen = Some((index, arrived));
+                self.armed = true;
+                break;
+            }
+            self.handle(&request, index, arrived, tools)?;
+            self.requests.advance(&self.d2c);
+            handled += 1;
+        }
+        Ok(handled > 0)
+    }
+
+    /// Handles every request that is there, doorbells aside: what a control request says comes after it.
+    pub fn drain(&mut self, tools: Tools<'_>) -> Result<(), SessionError> {
+        while self.poll(tools, u32::MAX)? {}
+        Ok(())
+    }
+
+    fn handle(
+        &mut self,
+        request: &Request,
+        index: u32,
+        arrived: Instant,
+        tools: Tools<'_>,
+    ) -> Result<(), SessionError> {
+        self.release(request.release_through)?;
+        match request.operation {
+            Operation::Release => Ok(()),
+            Operation::Speculate(speculate) => self.speculate(&speculate, index, arrived, tools),
+            Operation::Append(append) => self.append(&append, index),
+            Operation::Observe(observe) => self.observe(&observe, index),
+        }
+    }
+
+    fn release(&mut self, through: u64) -> Result<(), SessionError> {
+        if through < self.released_through || through > self.last_ticket {
+            return Err(SessionError::Ticket {
+                ticket: self.last_ticket,
+                released: through,
+                last: self.last_ticket,
+                released_before: self.released_through,
+            });
+        }
+        self.released_through = through;
+        if let Some(model) = &mut self.model {
+            model.settle(through);
+        }
+        Ok(())
+    }
+
+    fn read_batch(&mut self, index: u32, members: u32) -> Result<(), SessionError> {
+        self.batch.clear();
+        self.batch.resize(members as usize, bytemuck::Zeroable::zeroed());
+        let bytes = bytemuck::cast_slice_mut(&mut self.batch);
+        Ok(self.c2d.read(self.layout.batch(index), bytes)?)
+    }
+
+    fn speculate(
+        &mut self,
+        request: &Speculate,
+        index: u32,
+        arrived: Instant,
+        tools: Tools<'_>,
+    ) -> Result<(), SessionError> {
+        let began = Instant::now();
+        let (ticket, slots) = (request.ticket, u64::from(self.layout.limits.ring_slots));
+        if ticket != self.last_ticket + 1 || ticket - self.released_through > slots {
+            return Err(SessionError::Ticket {
+                ticket,
+                released: self.released_through,
+                last: self.last_ticket,
+                released_before: self.released_through,
+            });
+        }
+        self.last_ticket = ticket;
+        self.read_batch(index, request.batch)?;
+        let model = self.model.as_mut().ok_or(SessionError::NoModel)?;
+        let layer = usize::from(request.layer);
+        if !model.speculates(layer) {
+            return Err(SessionError::Layer {
+                layer: request.layer,
+                verb: "speculated",
+                layers: model.shape.layers,
+            });
+        }
+        self.answer.clear();
+        let values = model.shape.query_heads * model.shape.head_dim;
+        let mut status = Status::Ready;
+        for entry in &self.batch {
+            let offset = entry.value as usize;
+            let have = request.hint_bytes as usize;
+            let inside =
+                offset.is_multiple_of(4) && offset.checked_add(values * 4).is_some_and(|end| end <= have);
+            model.buffers.hint.clear();
+            if model.sequence(entry.sequence).is_ok_and(|s| model.methods[s.method].needs().hint) {
+                if !inside {
+                    return Err(SessionError::Payload { offset, bytes: have, wanted: values * 4, have });
+                }
+                model.buffers.hint.resize(values, 0.0);
+                let into = bytemuck::cast_slice_mut(&mut model.buffers.hint);
+                self.c2d.read(self.layout.hints(index) + offset, into)?;
+            }
+            let turn = Turn { ticket, released_through: self.released_through };
+            if let Err(failed) = model.speculate(layer, entry, turn, &mut self.answer) {
+                status = failed;
+                break;
+            }
+        }
+        if status == Status::Ready && self.answer.table_bytes() > self.layout.limits.table_bytes as usize {
+            status = Status::TableFull;
+        }
+        let table_bytes = if status == Status::Ready { self.write_table(ticket)? } else { 0 };
+        let planned = Instant::now();
+        let nanos = |from: Instant, to: Instant| (to - from).as_nanos().min(u128::from(u32::MAX)) as u32;
+        let completion = Completion {
+            status,
+            layer: request.layer,
+            batch: request.batch,
+            ticket,
+            bytes_moved: self.answer.bytes,
+            rows_selected: self.answer.rows,
+            rows_hit: self.answer.hits,
+            rows_in_place: self.answer.in_place,
+            rows_resident: self.answer.resident,
+            queue_ns: nanos(arrived, began),
+            select_ns: nanos(began, planned),
+            transfer_ns: 0,
+            table_bytes,
+            boot_id: self.boot_id,
+        };
+        // Rows that were given slots must be copied there even if this answer failed: the slots count as resident.
+        let waiting = !self.answer.copies.is_empty();
+        self.flights.push_back(Flight { completion, planned, waiting });
+        if waiting {
+            self.transfer(ticket, tools);
+        }
+        self.post_ready()
+    }
+
+    fn transfer(&mut self, ticket: u64, tools: Tools<'_>) {
+        let Some(model) = &self.model else { return };
+        let spare = self.spare_copies.pop().unwrap_or_default();
+        let copies = std::mem::replace(&mut self.answer.copies, spare);
+        let mut transfer = Transfer {
+            session: self.id,
+            ticket,
+            copies,
+            bytes: self.answer.bytes,
+            memory: Arc::clone(&model.memory),
+            report: Arc::clone(tools.report),
+        };
+        self.in_transfer += 1;
+        // The device's queue is longer than all rings together in any sane configuration; should it be full all
+        // the same, the copy threads are busy, and a lane that waits for them stalls nobody who is not stalled.
+        while let Err(back) = tools.device.submit(transfer) {
+            transfer = back;
+            std::thread::yield_now();
+        }
+    }
+
+    fn write_table(&mut self, ticket: u64) -> Result<u32, SessionError> {
+        let at = self.layout.table(ticket);
+        let heads: &[u8] = bytemuck::cast_slice(&self.answer.heads);
+        self.d2c.write(at, heads)?;
+        self.d2c.write(at + heads.len(), bytemuck::cast_slice(&self.answer.runs))?;
+        Ok(self.answer.table_bytes() as u32)
+    }
+
+    /// Takes note of an ended transfer.
+    pub fn transferred(&mut self, done: Done) -> Result<(), SessionError> {
+        self.in_transfer -= 1;
+        self.spare_copies.push(done.copies);
+        for flight in &mut self.flights {
+            if flight.completion.ticket == done.ticket {
+                let took = done.finished.saturating_duration_since(flight.planned).as_nanos();
+                flight.completion.transfer_ns = took.min(u128::from(u32::MAX)) as u32;
+                flight.waiting = false;
+            }
+        }
+        self.post_ready()
+    }
+
+    /// Posts what is ready, in the order of tickets: the timeline word never runs backwards.
+    fn post_ready(&mut self) -> Result<(), SessionError> {
+        let mut posted = false;
+        while self.flights.front().is_some_and(|flight| !flight.waiting) {
+            if self.completions.room(&self.c2d)? == 0 {
+                return Err(SessionError::CompletionsFull);
+            }
+            let Some(flight) = self.flights.pop_front() else { break };
+            let completion = flight.completion;
+            self.completions.stage(&self.d2c, &completion.encode());
+            self.d2c.store_u64(d2c::TIMELINE, completion.timeline());
+            self.count(Stat::Speculations, 1);
+            self.count(Stat::RowsSelected, u64::from(completion.rows_selected));
+            self.count(Stat::RowsHit, u64::from(completion.rows_hit));
+            self.count(Stat::RowsInPlace, u64::from(completion.rows_in_place));
+            self.count(Stat::BytesMoved, completion.bytes_moved);
+            self.count(Stat::SelectNs, u64::from(completion.select_ns));
+            self.count(Stat::TransferNs, u64::from(completion.transfer_ns));
+            posted = true;
+        }
+        if posted {
+            self.completions.publish(&self.d2c, &self.c2d);
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, stat: Stat, by: u64) {
+        let value = &mut self.stats[stat as usize];
+        *value += by;
+        self.d2c.store_u64(d2c::STATS + stat as usize * 8, *value);
+        self.status.stats[stat as usize].store(*value, Ordering::Relaxed);
+    }
+
+    fn append(&mut self, request: &Append, index: u32) -> Result<(), SessionError> {
+        self.read_batch(index, request.batch)?;
+        let batch = std::mem::take(&mut self.batch);
+        let model = self.model.as_mut().ok_or(SessionError::NoModel)?;
+        let layers = match request.layer {
+            None => 0..model.shape.layers,
+            Some(layer) if usize::from(layer) < model.shape.layers => {
+                usize::from(layer)..usize::from(layer) + 1
+            }
+            Some(layer) => {
+                return Err(SessionError::Layer { layer, verb: "appended to", layers: model.shape.layers });
+            }
+        };
+        let mut rows = 0;
+        for entry in &batch {
+            let (id, position, count) = (entry.sequence, entry.position, entry.value);
+            for layer in layers.clone() {
+                let sequence = model.sequence_mut(id).map_err(SessionError::Sequence)?;
+                let (len, room) = (sequence.lens[layer], sequence.room);
+                let end = position.checked_add(count);
+                if position != len || end.is_none_or(|end| end as usize > room) {
+                    return Err(SessionError::Append { sequence: id, layer, position, count, len, room });
+                }
+                sequence.lens[layer] = len + count;
+                model.build_layer(id, layer)?;
+            }
+            rows += u64::from(count) * (layers.len() * model.shape.kv_heads) as u64;
+            if request.layer.is_none() {
+                model.record(id);
+            }
+        }
+        self.batch = batch;
+        self.dirty = true;
+        self.count(Stat::RowsAppended, rows);
+        Ok(())
+    }
+
+    fn observe(&mut self, request: &Observe, index: u32) -> Result<(), SessionError> {
+        self.read_batch(index, 1)?;
+        let model = self.model.as_mut().ok_or(SessionError::NoModel)?;
+        let layer = usize::from(request.layer);
+        if layer >= model.shape.layers {
+            let layers = model.shape.layers;
+            return Err(SessionError::Layer { layer: request.layer, verb: "observed", layers });
+        }
+        let values = model.shape.kv_heads * model.shape.head_dim;
+        let bytes = request.payload_bytes as usize;
+        if bytes != values * 4 {
+            return Err(SessionError::Payload { offset: 0, bytes, wanted: values * 4, have: bytes });
+        }
+        let mut sums = vec![0.0f32; values];
+        self.c2d.read(self.layout.hints(index), bytemuck::cast_slice_mut(&mut sums))?;
+        let id = self.batch[0].sequence;
+        model.sequence(id).map_err(SessionError::Sequence)?;
+        Ok(model.observe(id, layer, &sums)?)
+    }
+
+    /// As [`LaneSession::refresh_status`], if anything was appended since.
+    pub fn refresh_if_dirty(&mut self) {
+        if std::mem::take(&mut self.dirty) {
+            self.refresh_status();
+        }
+    }
+
+    /// Writes what is open and used to the status that others read.
+    pub fn refresh_status(&self) {
+        let Some(model) = &self.model else { return };
+        let set =
+            |cell: &std::sync::atomic::AtomicU64, value: usize| cell.store(value as u64, Ordering::Relaxed);
+        set(&self.status.sequences, model.open_sequences());
+        set(&self.status.pages, model.arena.used_pages());
+        set(&self.status.page_bytes, model.arena.geometry().page_bytes());
+        set(&self.status.extents, model.arena.extents());
+        set(&self.status.digest_bytes, model.digest_bytes());
+        set(&self.status.slab_pages, model.slab.as_ref().map_or(0, |slab| slab.pages.used()));
+        let tokens =
+            model.sequences.iter().filter_map(|slot| slot.sequence.as_ref()).map(Sequence::tokens).sum();
+        set(&self.status.tokens, tokens);
+    }
+}

@@ -1,0 +1,67 @@
+//! The Kvoyant daemon: it owns the host memory that KV caches live in, predicts with a session's method which rows
+//! the next layer will need, and has them on the device before it asks.
+//!
+//! | room | what lives there |
+//! |---|---|
+//! | [`config`] | file, environment, flags |
+//! | [`server`] | starting, stopping, the listening sockets |
+//! | [`control`] | the control plane's side of a session: handshake, registration, control messages |
+//! | [`lane`] | threads that validate, select, plan, transfer and complete |
+//! | [`tiers`] | arena, page tables, digests, residency |
+//! | [`device`] | where attention runs, and how bytes get there |
+//! | [`admin`], [`status`] | what operators see |
+//!
+//! `kvoyantd` and `kvoyant serve` are the same [`main`](fn@main).
+
+pub mod admin;
+pub mod config;
+pub mod control;
+pub mod device;
+pub mod lane;
+pub mod server;
+pub mod status;
+pub mod tiers;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use tracing_subscriber::EnvFilter;
+
+/// Arguments of the daemon.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Args {
+    /// Configuration file (TOML); default: /etc/kvoyant/kvoyantd.toml, if it exists
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Check the configuration, print it and exit
+    #[arg(long)]
+    pub check: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub flags: config::Flags,
+}
+
+/// Runs the daemon until it is told to stop; errors are one sentence on stderr and a non-zero exit.
+#[must_use]
+pub fn main(args: &Args) -> ExitCode {
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kvoyantd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+    let config = config::Config::load(args.config.as_deref(), args.flags.clone())?;
+    let filter = EnvFilter::try_new(&config.log)
+        .map_err(|error| format!("bad configuration: log = {}: {error}", config.log))?;
+    if args.check {
+        println!("{}", serde_json::to_string_pretty(&config)?);
+        return Ok(());
+    }
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init().ok();
+    server::run(&config)?;
+    Ok(())
+}

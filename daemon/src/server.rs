@@ -1,0 +1,209 @@
+//! Starting and stopping: the runtime folder, the lock, the sockets, the lanes, the control plane.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvoyant_protocol::EXTENT_BYTES;
+use kvoyant_protocol::control::Mode;
+use kvoyant_protocol::packet;
+use nix::fcntl::{Flock, FlockArg};
+use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::admin;
+use crate::config::Config;
+use crate::control::{Plane, serve_session};
+use crate::device::Device;
+use crate::device::host::HostDevice;
+use crate::lane::LaneHandle;
+use crate::status::Registry;
+use crate::tiers::arena::ArenaBudget;
+
+/// Why the daemon could not start or go on.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// A folder, lock or socket that cannot be made.
+    #[error("cannot {what} {}: {source}; {advice}", path.display())]
+    Path {
+        /// What was tried.
+        what: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// Another daemon has the socket.
+    #[error("another daemon serves {} already; stop it, or give this one another socket with --socket", .0.display())]
+    InUse(PathBuf),
+    /// Threads or the runtime could not be started.
+    #[error("cannot start: {0}")]
+    Start(io::Error),
+}
+
+/// A listening socket and the lock that makes it ours. Dropping it removes both from the file system.
+#[derive(Debug)]
+struct Endpoint {
+    path: PathBuf,
+    lock: PathBuf,
+    _held: Flock<File>,
+}
+
+const FOLDER_ADVICE: &str =
+    "choose another place with --socket and --admin-socket, or make the folder writable";
+
+impl Endpoint {
+    /// Takes the lock beside `path` and removes a socket that a dead daemon left there.
+    fn claim(path: &Path) -> Result<Self, ServerError> {
+        let fail = |what, path: &Path, source| ServerError::Path {
+            what,
+            path: path.to_path_buf(),
+            source,
+            advice: FOLDER_ADVICE,
+        };
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o750)
+                .create(folder)
+                .map_err(|source| fail("create the folder", folder, source))?;
+        }
+        let mut lock = path.as_os_str().to_owned();
+        lock.push(".lock");
+        let lock = PathBuf::from(lock);
+        let held = loop {
+            let file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(&lock)
+                .map_err(|source| fail("create the lock", &lock, source))?;
+            let held =
+                Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+                    nix::errno::Errno::EWOULDBLOCK => ServerError::InUse(path.to_path_buf()),
+                    errno => fail("lock", &lock, errno.into()),
+                })?;
+            // A daemon that stops removes its lock: ours counts only if it is still the one on the path.
+            let same =
+                |a: &std::fs::Metadata, b: &std::fs::Metadata| a.ino() == b.ino() && a.dev() == b.dev();
+            match (held.metadata(), std::fs::metadata(&lock)) {
+                (Ok(ours), Ok(current)) if same(&ours, &current) => break held,
+                _ => {}
+            }
+        };
+        match std::fs::remove_file(path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(fail("remove the old socket", path, source))
+            }
+            _ => Ok(Self { path: path.to_path_buf(), lock, _held: held }),
+        }
+    }
+
+    fn ready(&self) -> Result<(), ServerError> {
+        // Whoever may enter the folder and is in its group may connect.
+        std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(0o660)).map_err(|source| {
+            ServerError::Path {
+                what: "set the mode of",
+                path: self.path.clone(),
+                source,
+                advice: FOLDER_ADVICE,
+            }
+        })
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+        let _ = std::fs::remove_file(&self.lock);
+    }
+}
+
+/// Runs the daemon until SIGTERM or SIGINT.
+pub fn run(config: &Config) -> Result<(), ServerError> {
+    // The admin socket comes first, so that whoever finds the control socket finds a whole daemon.
+    let admin_end = Endpoint::claim(&config.admin_socket)?;
+    let control_end = Endpoint::claim(&config.socket)?;
+    let bind = |what, path: &Path| {
+        let path = path.to_path_buf();
+        move |source| ServerError::Path { what, path, source, advice: FOLDER_ADVICE }
+    };
+    let device: Arc<dyn Device> = Arc::new(
+        HostDevice::new(config.mode(), config.copy_threads, config.shape()).map_err(ServerError::Start)?,
+    );
+    let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
+    let budget = Arc::new(ArenaBudget::new(arena, config.pin));
+    let lanes: Vec<_> = (0..config.lanes)
+        .map(|index| {
+            let cpu = config.lane_cpus.get(index).copied();
+            LaneHandle::start(index, cpu, Duration::from_micros(config.spin_us), Arc::clone(&device))
+        })
+        .collect::<Result<_, _>>()
+        .map_err(ServerError::Start)?;
+    let boot_id = boot_id();
+    let mode = match config.mode() {
+        Mode::InPlace => "in-place",
+        Mode::Slab => "slab",
+    };
+    let registry =
+        Arc::new(Registry::new(Arc::clone(&budget), device.name(), mode.into(), lanes.len(), boot_id));
+    let plane = Arc::new(Plane::new(config.clone(), lanes, device, budget, Arc::clone(&registry), boot_id));
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::Start)?;
+    runtime.block_on(async {
+        let admin = tokio::net::UnixListener::bind(&config.admin_socket)
+            .map_err(bind("listen on", &config.admin_socket))?;
+        admin_end.ready()?;
+        let listener = packet::listen_at(&config.socket).map_err(bind("listen on", &config.socket))?;
+        // Sequenced packets, but readiness and accepting are the same as on a stream.
+        let listener = std::os::unix::net::UnixListener::from(listener);
+        listener.set_nonblocking(true).map_err(ServerError::Start)?;
+        let listener = tokio::net::UnixListener::from_std(listener).map_err(ServerError::Start)?;
+        control_end.ready()?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(ServerError::Start)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(ServerError::Start)?;
+        tracing::info!(
+            socket = %config.socket.display(),
+            arena = %config.arena,
+            device = config.device,
+            mode,
+            "ready"
+        );
+        let sessions = tokio::task::LocalSet::new();
+        sessions
+            .run_until(async {
+                tokio::task::spawn_local(admin::serve(admin, registry));
+                loop {
+                    tokio::select! {
+                        _ = terminate.recv() => break,
+                        _ = interrupt.recv() => break,
+                        accepted = listener.accept() => match accepted {
+                            Ok((socket, _)) => {
+                                tokio::task::spawn_local(serve_session(Arc::clone(&plane), socket));
+                            }
+                            Err(error) => {
+                                tracing::warn!("cannot accept a connection: {error}");
+                                tokio::time::sleep(Duration::from_millis(50)).await;
+                            }
+                        },
+                    }
+                }
+            })
+            .await;
+        tracing::info!("stopping");
+        Ok(())
+    })
+    // Leaving drops every session's socket, then (with the last reference to the plane) the lanes, which wait for
+    // transfers under way, then the device, and at last the sockets' names.
+}
+
+fn boot_id() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // The standard library's hasher keys are random for each process.
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}

@@ -1,0 +1,260 @@
+//! What the daemon shows of itself: counters that lanes write and the admin socket reads.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use kvoyant_protocol::wire::{STATS, Stat};
+use serde::{Deserialize, Serialize};
+
+use crate::tiers::arena::ArenaBudget;
+
+/// One session's counters. Lanes write, anybody reads.
+#[derive(Debug)]
+pub struct SessionStatus {
+    /// Number of the session.
+    pub id: u64,
+    /// Name that the client gave.
+    pub client: String,
+    /// Process of the client, as the kernel says.
+    pub pid: i32,
+    /// User of the client, as the kernel says.
+    pub uid: u32,
+    /// Lane that serves it.
+    pub lane: usize,
+    /// Model that it registered.
+    pub model: Mutex<String>,
+    /// Open sequences.
+    pub sequences: AtomicU64,
+    /// Tokens in them.
+    pub tokens: AtomicU64,
+    /// Pages in use.
+    pub pages: AtomicU64,
+    /// Bytes of a page.
+    pub page_bytes: AtomicU64,
+    /// Extents.
+    pub extents: AtomicU64,
+    /// Bytes of digests.
+    pub digest_bytes: AtomicU64,
+    /// Pages of the slab in use.
+    pub slab_pages: AtomicU64,
+    /// Counters in the order of [`Stat`].
+    pub stats: [AtomicU64; STATS],
+}
+
+impl SessionStatus {
+    /// A new session's counters.
+    #[must_use]
+    pub fn new(id: u64, client: String, pid: i32, uid: u32, lane: usize) -> Self {
+        Self {
+            id,
+            client,
+            pid,
+            uid,
+            lane,
+            model: Mutex::new(String::new()),
+            sequences: AtomicU64::new(0),
+            tokens: AtomicU64::new(0),
+            pages: AtomicU64::new(0),
+            page_bytes: AtomicU64::new(0),
+            extents: AtomicU64::new(0),
+            digest_bytes: AtomicU64::new(0),
+            slab_pages: AtomicU64::new(0),
+            stats: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
+    }
+
+    fn report(&self) -> SessionReport {
+        let get = |cell: &AtomicU64| cell.load(Ordering::Relaxed);
+        let stat = |stat: Stat| get(&self.stats[stat as usize]);
+        SessionReport {
+            id: self.id,
+            client: self.client.clone(),
+            pid: self.pid,
+            uid: self.uid,
+            lane: self.lane,
+            model: self.model.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            sequences: get(&self.sequences),
+            tokens: get(&self.tokens),
+            pages: get(&self.pages),
+            page_bytes: get(&self.page_bytes),
+            kv_bytes: get(&self.pages) * get(&self.page_bytes),
+            extents: get(&self.extents),
+            digest_bytes: get(&self.digest_bytes),
+            slab_bytes: get(&self.slab_pages) * get(&self.page_bytes),
+            speculations: stat(Stat::Speculations),
+            rows_selected: stat(Stat::RowsSelected),
+            rows_hit: stat(Stat::RowsHit),
+            rows_in_place: stat(Stat::RowsInPlace),
+            rows_appended: stat(Stat::RowsAppended),
+            bytes_moved: stat(Stat::BytesMoved),
+            select_ns: stat(Stat::SelectNs),
+            transfer_ns: stat(Stat::TransferNs),
+        }
+    }
+}
+
+/// All sessions, and what the daemon is.
+#[derive(Debug)]
+pub struct Registry {
+    sessions: Mutex<BTreeMap<u64, Arc<SessionStatus>>>,
+    budget: Arc<ArenaBudget>,
+    device: &'static str,
+    mode: String,
+    lanes: usize,
+    boot_id: u64,
+    started: Instant,
+}
+
+impl Registry {
+    /// An empty registry.
+    #[must_use]
+    pub fn new(
+        budget: Arc<ArenaBudget>,
+        device: &'static str,
+        mode: String,
+        lanes: usize,
+        boot_id: u64,
+    ) -> Self {
+        let sessions = Mutex::default();
+        Self { sessions, budget, device, mode, lanes, boot_id, started: Instant::now() }
+    }
+
+    fn sessions(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Arc<SessionStatus>>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a session.
+    pub fn add(&self, status: Arc<SessionStatus>) {
+        self.sessions().insert(status.id, status);
+    }
+
+    /// Removes a session.
+    pub fn remove(&self, id: u64) {
+        self.sessions().remove(&id);
+    }
+
+    /// How many sessions there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.sessions().len()
+    }
+
+    /// Everything, at this moment.
+    #[must_use]
+    pub fn report(&self) -> StatusReport {
+        let sessions: Vec<_> = self.sessions().values().map(|session| session.report()).collect();
+        let sum = |value: fn(&SessionReport) -> u64| sessions.iter().map(value).sum();
+        StatusReport {
+            version: env!("CARGO_PKG_VERSION").into(),
+            protocol: kvoyant_protocol::VERSION,
+            boot_id: format!("{:016x}", self.boot_id),
+            uptime_s: self.started.elapsed().as_secs_f64(),
+            device: self.device.into(),
+            mode: self.mode.clone(),
+            lanes: self.lanes,
+            arena: ArenaReport {
+                total_bytes: self.budget.total_bytes(),
+                used_bytes: self.budget.used_bytes(),
+                locked_bytes: self.budget.locked_bytes(),
+            },
+            totals: Totals {
+                sessions: sessions.len() as u64,
+                sequences: sum(|s| s.sequences),
+                tokens: sum(|s| s.tokens),
+                pages: sum(|s| s.pages),
+                kv_bytes: sum(|s| s.kv_bytes),
+                digest_bytes: sum(|s| s.digest_bytes),
+                slab_bytes: sum(|s| s.slab_bytes),
+                bytes_moved: sum(|s| s.bytes_moved),
+            },
+            sessions,
+        }
+    }
+}
+
+/// The daemon's status, as the admin socket gives it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StatusReport {
+    /// Version of the daemon.
+    pub version: String,
+    /// Version of the protocol.
+    pub protocol: u32,
+    /// Changes with every start, hex.
+    pub boot_id: String,
+    /// Seconds since its start.
+    pub uptime_s: f64,
+    /// Name of the device.
+    pub device: String,
+    /// `slab` or `in-place`.
+    pub mode: String,
+    /// Lanes.
+    pub lanes: usize,
+    /// Host memory.
+    pub arena: ArenaReport,
+    /// All sessions together.
+    pub totals: Totals,
+    /// Each session.
+    pub sessions: Vec<SessionReport>,
+}
+
+/// Host memory for KV.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArenaReport {
+    /// What sessions may have together.
+    pub total_bytes: u64,
+    /// What they have in extents.
+    pub used_bytes: u64,
+    /// Of that, locked into memory.
+    pub locked_bytes: u64,
+}
+
+/// Sums over all sessions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Sessions.
+    pub sessions: u64,
+    /// Open sequences.
+    pub sequences: u64,
+    /// Tokens in them; what forks share counts for each.
+    pub tokens: u64,
+    /// Pages in use; what forks share counts once.
+    pub pages: u64,
+    /// Bytes of those pages.
+    pub kv_bytes: u64,
+    /// Bytes of digests.
+    pub digest_bytes: u64,
+    /// Bytes of slab pages in use.
+    pub slab_bytes: u64,
+    /// Bytes copied to devices since the sessions began.
+    pub bytes_moved: u64,
+}
+
+/// One session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the fields are those of SessionStatus and Stat")]
+pub struct SessionReport {
+    pub id: u64,
+    pub client: String,
+    pub pid: i32,
+    pub uid: u32,
+    pub lane: usize,
+    pub model: String,
+    pub sequences: u64,
+    pub tokens: u64,
+    pub pages: u64,
+    pub page_bytes: u64,
+    pub kv_bytes: u64,
+    pub extents: u64,
+    pub digest_bytes: u64,
+    pub slab_bytes: u64,
+    pub speculations: u64,
+    pub rows_selected: u64,
+    pub rows_hit: u64,
+    pub rows_in_place: u64,
+    pub rows_appended: u64,
+    pub bytes_moved: u64,
+    pub select_ns: u64,
+    pub transfer_ns: u64,
+}

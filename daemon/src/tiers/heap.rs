@@ -1,0 +1,175 @@
+//! Regions of daemon-owned files, addressed by offset.
+//!
+//! Page tables, digests, method state and counters live here and not on the process's heap, so that they can be
+//! kept by whoever holds the files when the process goes: a region is found again by file and offset.
+
+use std::os::fd::OwnedFd;
+
+use kvoyant_protocol::memory::{MemoryError, OwnedFile};
+
+/// A region of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Region {
+    /// Which file of the heap.
+    pub file: u32,
+    /// Offset in bytes, a multiple of [`ALIGN`].
+    pub offset: usize,
+    /// Length in bytes, as asked for.
+    pub len: usize,
+}
+
+/// Alignment of every region.
+pub const ALIGN: usize = 64;
+
+/// A heap of regions in files of its own.
+#[derive(Debug)]
+pub struct Heap {
+    name: &'static str,
+    file_bytes: usize,
+    files: Vec<OwnedFile>,
+    /// Free spans as (file, offset, length), sorted and never adjacent.
+    free: Vec<(u32, usize, usize)>,
+    used_bytes: usize,
+}
+
+impl Heap {
+    /// An empty heap whose files have `file_bytes` each, or more where one region needs more.
+    #[must_use]
+    pub fn new(name: &'static str, file_bytes: usize) -> Self {
+        Self { name, file_bytes, files: Vec::new(), free: Vec::new(), used_bytes: 0 }
+    }
+
+    /// How many files there are.
+    #[must_use]
+    pub fn files(&self) -> usize {
+        self.files.len()
+    }
+
+    /// Length of a file in bytes.
+    #[must_use]
+    pub fn file_len(&self, file: usize) -> usize {
+        self.files[file].bytes().len()
+    }
+
+    /// A descriptor of a file; whoever gets it can only read.
+    pub fn file_fd(&self, file: usize) -> Result<OwnedFd, MemoryError> {
+        self.files[file].file().try_clone()
+    }
+
+    /// Bytes in regions.
+    #[must_use]
+    pub fn used_bytes(&self) -> usize {
+        self.used_bytes
+    }
+
+    /// Takes a zeroed region.
+    pub fn allocate(&mut self, len: usize) -> Result<Region, MemoryError> {
+        let span = len.max(1).next_multiple_of(ALIGN);
+        let at = match self.free.iter().position(|(_, _, free)| *free >= span) {
+            Some(at) => at,
+            None => {
+                let bytes = self.file_bytes.max(span).next_multiple_of(4096);
+                self.files.push(OwnedFile::create(self.name, bytes)?);
+                self.free.push((self.files.len() as u32 - 1, 0, bytes));
+                self.free.len() - 1
+            }
+        };
+        let (file, offset, free) = self.free[at];
+        if free == span {
+            self.free.remove(at);
+        } else {
+            self.free[at] = (file, offset + span, free - span);
+        }
+        self.used_bytes += span;
+        let region = Region { file, offset, len };
+        self.get_mut(region).fill(0);
+        Ok(region)
+    }
+
+    /// Gives a region back.
+    pub fn release(&mut self, region: Region) {
+        let span = region.len.max(1).next_multiple_of(ALIGN);
+        self.used_bytes -= span;
+        let key = (region.file, region.offset);
+        let at = self.free.partition_point(|(file, offset, _)| (*file, *offset) < key);
+        self.free.insert(at, (region.file, region.offset, span));
+        let joins = |a: (u32, usize, usize), b: (u32, usize, usize)| a.0 == b.0 && a.1 + a.2 == b.1;
+        if at + 1 < self.free.len() && joins(self.free[at], self.free[at + 1]) {
+            self.free[at].2 += self.free[at + 1].2;
+            self.free.remove(at + 1);
+        }
+        if at > 0 && joins(self.free[at - 1], self.free[at]) {
+            self.free[at - 1].2 += self.free[at].2;
+            self.free.remove(at);
+        }
+    }
+
+    /// Bytes of a region.
+    #[must_use]
+    pub fn get(&self, region: Region) -> &[u8] {
+        &self.files[region.file as usize].bytes()[region.offset..region.offset + region.len]
+    }
+
+    /// Bytes of a region, to write.
+    pub fn get_mut(&mut self, region: Region) -> &mut [u8] {
+        let file = &mut self.files[region.file as usize];
+        &mut file.bytes_mut()[region.offset..region.offset + region.len]
+    }
+
+    /// The 32-bit word with this index in a region.
+    #[must_use]
+    pub fn word(&self, region: Region, index: usize) -> u32 {
+        let bytes = &self.get(region)[index * 4..index * 4 + 4];
+        bytes.try_into().map_or(0, u32::from_le_bytes)
+    }
+
+    /// Publishes a 32-bit word of a region to readers in other processes.
+    pub fn set_word(&mut self, region: Region, index: usize, value: u32) {
+        debug_assert!(index * 4 + 4 <= region.len);
+        self.files[region.file as usize].publish_u32(region.offset + index * 4, value.to_le());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn regions_never_overlap_and_all_space_returns(
+            moves in proptest::collection::vec((any::<bool>(), 1usize..9000, any::<prop::sample::Index>()), 1..80),
+        ) {
+            let mut heap = Heap::new("test", 16 << 10);
+            let mut live: Vec<(Region, u8)> = Vec::new();
+            for (step, (take, len, index)) in moves.into_iter().enumerate() {
+                if take || live.is_empty() {
+                    let region = heap.allocate(len).unwrap();
+                    prop_assert!(heap.get(region).iter().all(|byte| *byte == 0), "a new region is zeroed");
+                    heap.get_mut(region).fill(step as u8 | 1);
+                    live.push((region, step as u8 | 1));
+                } else {
+                    let (region, _) = live.swap_remove(index.index(live.len()));
+                    heap.release(region);
+                }
+                for (region, fill) in &live {
+                    prop_assert!(heap.get(*region).iter().all(|byte| byte == fill), "a region was overwritten");
+                }
+            }
+            for (region, _) in live {
+                heap.release(region);
+            }
+            prop_assert_eq!(heap.used_bytes(), 0);
+            prop_assert_eq!(heap.free.len(), heap.files(), "free spans of a file join again");
+        }
+    }
+
+    #[test]
+    fn words_are_stored_little_endian_by_index() {
+        let mut heap = Heap::new("test", 4096);
+        let region = heap.allocate(12).unwrap();
+        heap.set_word(region, 2, 0x0102_0304);
+        assert_eq!(heap.get(region)[8..], [4, 3, 2, 1]);
+        assert_eq!((heap.word(region, 2), heap.word(region, 0)), (0x0102_0304, 0));
+    }
+}

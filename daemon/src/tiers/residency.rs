@@ -1,0 +1,277 @@
+//! Which rows of a KV head lie in which slots of a device slab.
+//!
+//! A slab is cut into pages of P row slots. A [`SlotSet`] (one per sequence, layer and KV head) owns some of them
+//! and keeps a sorted list of the tokens that lie there. [`SlotSet::place`] turns a selection into slots: what is
+//! resident stays where it is, and only the rest gets a slot and has to be copied.
+//!
+//! What to give up when the set is full: the rows whose last selection is longest ago, by step and then by token,
+//! so the answer never depends on a clock.
+
+use kvoyant_methods::TokenRange;
+
+/// Free pages of one slab.
+#[derive(Debug)]
+pub struct SlabPages {
+    free: Vec<u32>,
+    total: usize,
+    page_rows: usize,
+}
+
+impl SlabPages {
+    /// A slab of `pages` pages of `page_rows` slots.
+    #[must_use]
+    pub fn new(pages: usize, page_rows: usize) -> Self {
+        Self { free: (0..pages as u32).rev().collect(), total: pages, page_rows }
+    }
+
+    /// Pages that nobody owns.
+    #[must_use]
+    pub fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Pages that somebody owns.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.total - self.free.len()
+    }
+
+    /// Takes pages back.
+    pub fn give_back(&mut self, pages: impl IntoIterator<Item = u32>) {
+        self.free.extend(pages);
+        debug_assert!(self.free.len() <= self.total);
+    }
+}
+
+/// Where one selected row is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placed {
+    /// Position of its token.
+    pub token: u32,
+    /// Its slot (slab page times P plus slot in page); `None`: the slab has no room for it.
+    pub slot: Option<u32>,
+    /// Whether it still has to be copied there.
+    pub fresh: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Resident {
+    token: u32,
+    slot: u32,
+    used: u64,
+}
+
+/// The slots of one KV head.
+#[derive(Debug, Default)]
+pub struct SlotSet {
+    rows: Vec<Resident>,
+    free: Vec<u32>,
+    pages: Vec<u32>,
+    step: u64,
+}
+
+/// Buffers that a lane keeps for all its placements.
+#[derive(Debug, Default)]
+pub struct PlaceScratch {
+    merged: Vec<Resident>,
+    victims: Vec<(u64, u32)>,
+}
+
+impl SlotSet {
+    /// Rows that lie in slots.
+    #[must_use]
+    pub fn resident(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Pages that it owns.
+    #[must_use]
+    pub fn pages(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Gives up everything and returns its pages.
+    pub fn clear(&mut self) -> std::vec::Drain<'_, u32> {
+        self.rows.clear();
+        self.free.clear();
+        self.pages.drain(..)
+    }
+
+    /// Forgets tokens from `tokens` on: they were truncated.
+    pub fn truncate(&mut self, tokens: u32) {
+        let keep = self.rows.partition_point(|row| row.token < tokens);
+        self.free.extend(self.rows.drain(keep..).map(|row| row.slot));
+    }
+
+    /// Slots that `wanted` rows of which none is resident would need beyond what the set has.
+    #[must_use]
+    pub fn pages_wanted(&self, wanted: usize, page_rows: usize) -> usize {
+        wanted.div_ceil(page_rows).saturating_sub(self.pages.len())
+    }
+
+    /// Finds or makes a place for every wanted row.
+    ///
+    /// `wanted` is sorted and disjoint. The set may grow to `keep_rows` rows, or to what is wanted if that is
+    /// more, as far as the slab has pages. `evict`: rows that are not wanted now may be given up (not while an
+    /// earlier answer that names them is still being read).
+    pub fn place(
+        &mut self,
+        wanted: &[TokenRange],
+        keep_rows: usize,
+        evict: bool,
+        slab: &mut SlabPages,
+        scratch: &mut PlaceScratch,
+        out: &mut Vec<Placed>,
+    ) {
+        self.step += 1;
+        let step = self.step;
+        let start = out.len();
+        // Merge: mark what is there, list what is not.
+        let mut at = 0;
+        for token in wanted.iter().flat_map(|range| range.first..range.end()) {
+            while at < self.rows.len() && self.rows[at].token < token {
+                at += 1;
+            }
+            let hit = self.rows.get_mut(at).filter(|row| row.token == token);
+            let slot = hit.map(|row| {
+                row.used = step;
+                row.slot
+            });
+            out.push(Placed { token, slot, fresh: slot.is_none() });
+        }
+        let total = out.len() - start;
+        let missing = out[start..].iter().filter(|placed| placed.fresh).count();
+        if missing == 0 {
+            return;
+        }
+        let page_rows = slab.page_rows;
+        let limit = keep_rows.max(total);
+        while self.free.len() < missing && self.pages.len() * page_rows < limit {
+            let Some(page) = slab.free.pop() else { break };
+            self.pages.push(page);
+            let first = page * page_rows as u32;
+            self.free.extend(first..first + page_rows as u32);
+        }
+        if self.free.len() < missing && evict {
+            self.evict(missing - self.free.len(), step, scratch);
+        }
+        // Lowest slots first, so that neighbours in the sequence become neighbours in the slab.
+        self.free.sort_unstable_by(|a, b| b.cmp(a));
+        scratch.merged.clear();
+        let mut old = self.rows.iter().copied().peekable();
+        for placed in &mut out[start..] {
+            while let Some(row) = old.next_if(|row| row.token < placed.token) {
+                scratch.merged.push(row);
+            }
+            if placed.fresh {
+                placed.slot = self.free.pop();
+                placed.fresh = placed.slot.is_some();
+                if let Some(slot) = placed.slot {
+                    scratch.merged.push(Resident { token: placed.token, slot, used: step });
+                }
+            }
+        }
+        scratch.merged.extend(old);
+        std::mem::swap(&mut self.rows, &mut scratch.merged);
+    }
+
+    /// Gives up the `count` rows that were selected longest ago, if as many are not selected now.
+    fn evict(&mut self, count: usize, step: u64, scratch: &mut PlaceScratch) {
+        let victims = &mut scratch.victims;
+        victims.clear();
+        victims.extend(self.rows.iter().filter(|row| row.used < step).map(|row| (row.used, row.token)));
+        let count = count.min(victims.len());
+        if count == 0 {
+            return;
+        }
+        let (_, last, _) = victims.select_nth_unstable(count - 1);
+        let last = *last;
+        let free = &mut self.free;
+        self.rows.retain(|row| {
+            let stays = row.used == step || (row.used, row.token) > last;
+            if !stays {
+                free.push(row.slot);
+            }
+            stays
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    fn ranges(tokens: &BTreeSet<u32>) -> Vec<TokenRange> {
+        tokens.iter().map(|&first| TokenRange { first, count: 1 }).collect()
+    }
+
+    #[test]
+    fn only_rows_that_are_not_resident_are_fresh() {
+        let mut slab = SlabPages::new(4, 8);
+        let (mut set, mut scratch, mut out) = (SlotSet::default(), PlaceScratch::default(), Vec::new());
+        let first = [TokenRange { first: 10, count: 4 }];
+        set.place(&first, 16, true, &mut slab, &mut scratch, &mut out);
+        assert!(out.iter().all(|placed| placed.fresh));
+        let slots: Vec<_> = out.iter().map(|placed| placed.slot.unwrap()).collect();
+        assert!(slots.windows(2).all(|pair| pair[1] == pair[0] + 1), "neighbours stay neighbours: {slots:?}");
+        out.clear();
+        let second = [TokenRange { first: 12, count: 4 }];
+        set.place(&second, 16, true, &mut slab, &mut scratch, &mut out);
+        let fresh: Vec<_> = out.iter().filter(|p| p.fresh).map(|p| p.token).collect();
+        assert_eq!(fresh, [14, 15]);
+        assert_eq!(set.resident(), 6);
+    }
+
+    #[test]
+    fn a_slab_without_room_leaves_rows_unplaced_and_touches_no_leased_row() {
+        let mut slab = SlabPages::new(1, 4);
+        let (mut set, mut scratch, mut out) = (SlotSet::default(), PlaceScratch::default(), Vec::new());
+        set.place(&[TokenRange { first: 0, count: 4 }], 4, true, &mut slab, &mut scratch, &mut out);
+        out.clear();
+        set.place(&[TokenRange { first: 4, count: 2 }], 4, false, &mut slab, &mut scratch, &mut out);
+        assert!(out.iter().all(|placed| placed.slot.is_none() && !placed.fresh));
+        assert_eq!(set.resident(), 4);
+        out.clear();
+        set.place(&[TokenRange { first: 4, count: 2 }], 4, true, &mut slab, &mut scratch, &mut out);
+        assert!(out.iter().all(|placed| placed.fresh));
+        set.truncate(5);
+        assert_eq!(set.resident(), 3, "token 5 is gone, and tokens 0 and 1 gave way");
+        let pages: Vec<_> = set.clear().collect();
+        slab.give_back(pages);
+        assert_eq!(slab.free(), 1);
+    }
+
+    proptest! {
+        /// A model of the slab: what a slot holds is what was copied there last. Every answer must name slots
+        /// that hold the right tokens, no slot twice, and fresh rows only where the model has something else.
+        #[test]
+        fn a_slot_always_holds_the_token_that_the_answer_says(
+            steps in proptest::collection::vec(proptest::collection::btree_set(0u32..120, 0..30), 1..40),
+            pages in 1usize..12, keep in 0usize..64,
+        ) {
+            let mut slab = SlabPages::new(pages, 8);
+            let (mut set, mut scratch) = (SlotSet::default(), PlaceScratch::default());
+            let mut content: BTreeMap<u32, u32> = BTreeMap::new();
+            for wanted in steps {
+                let mut out = Vec::new();
+                set.place(&ranges(&wanted), keep, true, &mut slab, &mut scratch, &mut out);
+                prop_assert_eq!(out.iter().map(|p| p.token).collect::<BTreeSet<_>>(), wanted.clone());
+                let mut seen = BTreeSet::new();
+                for placed in out {
+                    let Some(slot) = placed.slot else { continue };
+                    prop_assert!(seen.insert(slot), "slot {} was given twice", slot);
+                    if placed.fresh {
+                        content.insert(slot, placed.token);
+                    }
+                    prop_assert_eq!(content.get(&slot), Some(&placed.token));
+                }
+                let room = pages * 8;
+                prop_assert!(seen.len() == wanted.len().min(room), "as much as fits is placed");
+                prop_assert!(set.resident() + set.free.len() == set.pages() * 8);
+                prop_assert!(set.pages() + slab.free() == pages);
+            }
+        }
+    }
+}
