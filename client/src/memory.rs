@@ -110,6 +110,17 @@ impl Memory {
         Ok(map.write(offset, bytes)?)
     }
 
+    /// Reads bytes of whole rows from this row on. They must lie in one page.
+    pub(crate) fn read(&self, row: u32, bytes: &mut [u8]) -> Result<(), Error> {
+        let (extent, offset) = self.geometry.locate(row);
+        let maps = self.maps();
+        let map = maps
+            .extents
+            .get(extent)
+            .ok_or_else(|| Error::Broken(format!("extent {extent} was never sent")))?;
+        Ok(map.read(offset, bytes)?)
+    }
+
     /// Address of rows, in the slab or in the extents.
     pub(crate) fn address(&self, row: u32, rows: u32, in_slab: bool) -> Result<*const u8, MemoryError> {
         let row_bytes = self.geometry.row_bytes();

@@ -176,6 +176,39 @@ impl Sequence {
         }
     }
 
+    /// Copies rows of the session's own extents out, in the storage type: `[tokens][2 · head dim]`, K then V.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] where the sequence has no page.
+    pub fn read_rows(
+        &self,
+        layer: usize,
+        kv_head: usize,
+        tokens: Range<usize>,
+        rows: &mut [u8],
+    ) -> Result<(), Error> {
+        let state = self.state();
+        let (page_rows, row_bytes) = (self.inner.geometry.page_rows, self.inner.geometry.row_bytes());
+        if rows.len() != tokens.len() * row_bytes {
+            return Err(Error::Size {
+                what: "rows (bytes)",
+                found: rows.len(),
+                wanted: tokens.len() * row_bytes,
+            });
+        }
+        let mut at = 0;
+        while at < tokens.len() {
+            let token = tokens.start + at;
+            let part = (tokens.len() - at).min(page_rows - token % page_rows);
+            let row = self
+                .locate(&state, layer, kv_head, token)
+                .ok_or(Error::NoRoom { position: token, room: state.room })?;
+            self.inner.memory.read(row, &mut rows[at * row_bytes..(at + part) * row_bytes])?;
+            at += part;
+        }
+        Ok(())
+    }
+
     /// Opens a copy of this sequence, perhaps with another method. Pages are shared until one of the two writes,
     /// so both must reserve before they do.
     pub fn fork(&self, method: Option<usize>) -> Result<Self, Error> {

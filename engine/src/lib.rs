@@ -6,6 +6,7 @@
 //! | turn text into tokens and back | [`Tokenizer`], [`ChatTemplate`], [`TextStream`] |
 //! | run it | [`Decoder::prefill`], [`Decoder::step`] or [`generate()`] |
 //! | keep K and V in this process | [`DenseKv`] |
+//! | keep K and V in the daemon | [`DaemonKv`] |
 //! | keep K and V elsewhere | implement [`KvBackend`] |
 //! | choose tokens | [`Sampler`] |
 //! | test without a download | [`synthetic`] |
@@ -46,7 +47,10 @@ pub use config::{Architecture, ModelConfig, RopeScaling};
 pub use decoder::{Decoder, DecoderOptions, HintNorm, Logits, PrefillOptions, StepOutput, StepTiming};
 pub use error::{ForwardError, LoadError, TextError};
 pub use generate::{GenerateError, GenerateOptions, Generated, StopReason, generate};
-pub use kv::{DenseKv, DenseSequence, Dtype, HeadRows, KvBackend, KvShape};
+pub use kv::{
+    DaemonError, DaemonKv, DaemonOptions, DaemonSequence, DenseKv, DenseSequence, Dtype, HeadRows, KvBackend, KvShape,
+    StepStats,
+};
 pub use load::{LoadOptions, sha256_file};
 pub use model::Model;
 pub use random::SplitMix64;

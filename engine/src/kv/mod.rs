@@ -1,11 +1,13 @@
 //! Where K and V live: the seam between the decoder and whatever keeps its cache.
 
 mod attend;
+mod daemon;
 mod dense;
 mod rows;
 
 use std::ops::Range;
 
+pub use daemon::{DaemonError, DaemonKv, DaemonOptions, DaemonSequence, StepStats};
 pub use dense::{DenseKv, DenseSequence};
 pub use kvoyant_kernels::Dtype;
 pub use rows::HeadRows;
