@@ -7,8 +7,8 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use kvoyant_engine::{
-    Decoder, DecoderOptions, DenseKv, Dtype, GenerateOptions, KvShape, LoadOptions, Message, Model, PrefillOptions,
-    Sampler, generate,
+    Decoder, DecoderOptions, DenseKv, Dtype, GenerateOptions, KvShape, LoadOptions, Message, Model,
+    PrefillOptions, Sampler, generate,
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

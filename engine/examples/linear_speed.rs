@@ -2,7 +2,6 @@
 //!
 //! `cargo run --release -p kvoyant-engine --example linear_speed -- [OUTPUTS] [INPUTS]`
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use kvoyant_engine::{Linear, SplitMix64};
@@ -15,9 +14,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let outputs: usize = arguments.next().map_or(Ok(1536), |text| text.parse())?;
     let inputs: usize = arguments.next().map_or(Ok(576), |text| text.parse())?;
     let mut random = SplitMix64::new(1);
-    let weight = Arc::new((0..outputs * inputs).map(|_| random.normal()).collect::<Vec<f32>>());
+    let weight: Vec<f32> = (0..outputs * inputs).map(|_| random.normal()).collect();
     let make = |q8| -> Vec<Linear> {
-        (0..LAYERS).map(|_| Linear::new(Arc::new(weight.to_vec()), None, outputs, inputs, q8)).collect()
+        (0..LAYERS).map(|_| Linear::new(&weight, None, outputs, inputs, q8)).collect()
     };
     let kinds = [("q8_0", make(true)), ("f32", make(false))];
     println!("{outputs} x {inputs}, microseconds a layer");

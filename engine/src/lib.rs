@@ -48,8 +48,8 @@ pub use decoder::{Decoder, DecoderOptions, HintNorm, Logits, PrefillOptions, Ste
 pub use error::{ForwardError, LoadError, TextError};
 pub use generate::{GenerateError, GenerateOptions, Generated, StopReason, generate};
 pub use kv::{
-    DaemonError, DaemonKv, DaemonOptions, DaemonSequence, DenseKv, DenseSequence, Dtype, HeadRows, KvBackend, KvShape,
-    StepStats,
+    DaemonError, DaemonKv, DaemonOptions, DaemonSequence, DenseKv, DenseSequence, Dtype, HeadRows, KvBackend,
+    KvShape, StepStats,
 };
 pub use load::{LoadOptions, sha256_file};
 pub use model::Model;
@@ -57,4 +57,4 @@ pub use random::SplitMix64;
 pub use rope::{Rope, RopeTable};
 pub use sampling::{Sampler, SamplerOptions, argmax, log_probability};
 pub use tokenizer::{TextStream, Tokenizer};
-pub use weights::{Linear, WeightsMode};
+pub use weights::{Linear, Precision, WeightsMode};

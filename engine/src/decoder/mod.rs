@@ -15,6 +15,7 @@ pub use step::StepOutput;
 
 use crate::error::ForwardError;
 use crate::model::Model;
+use crate::weights::Precision;
 
 /// Tokens of one prefill chunk: large enough for the GEMMs to be near their best, small enough for the scores of a block to stay in
 /// cache (see `examples/prefill_speed.rs`).
@@ -164,16 +165,16 @@ impl Buffers {
     }
 
     /// The feed-forward of a layer and both of its additions: `x += delta; x += mlp(norm(x))`.
-    fn add_and_feed_forward(&mut self, model: &Model, layer: usize, rows: usize) {
+    fn add_and_feed_forward(&mut self, model: &Model, layer: usize, rows: usize, precision: Precision) {
         let weights = &model.weights.layers[layer];
         let config = &model.config;
         let kernels = Kernels::best();
         for_rows(&mut self.x, config.hidden_size, &self.delta, |x, delta| kernels.add(x, delta));
         norm_rows(model, &self.x, &weights.mlp_norm, &mut self.normed);
-        weights.gate.forward(&self.normed, rows, &mut self.gate);
-        weights.up.forward(&self.normed, rows, &mut self.up);
+        weights.gate.forward(&self.normed, rows, &mut self.gate, precision);
+        weights.up.forward(&self.normed, rows, &mut self.up, precision);
         for_rows(&mut self.gate, config.intermediate_size, &self.up, |gate, up| kernels.silu_mul(gate, up));
-        weights.down.forward(&self.gate, rows, &mut self.delta);
+        weights.down.forward(&self.gate, rows, &mut self.delta, precision);
         for_rows(&mut self.x, config.hidden_size, &self.delta, |x, delta| kernels.add(x, delta));
     }
 }
@@ -198,10 +199,10 @@ fn norm_rows(model: &Model, x: &[f32], weight: &[f32], out: &mut [f32]) {
 }
 
 /// Final norm and output matrix of `rows` rows of the residual stream.
-fn logits(model: &Model, x: &[f32], rows: usize) -> Vec<f32> {
+fn logits(model: &Model, x: &[f32], rows: usize, precision: Precision) -> Vec<f32> {
     let mut normed = vec![0.0; x.len()];
     norm_rows(model, x, &model.weights.final_norm, &mut normed);
     let mut logits = vec![0.0; rows * model.config.vocabulary];
-    model.weights.head.forward(&normed, rows, &mut logits);
+    model.weights.head.forward(&normed, rows, &mut logits, precision);
     logits
 }

@@ -9,6 +9,7 @@ use super::{Decoder, PARALLEL_ROWS, logits, norm_rows};
 use crate::error::ForwardError;
 use crate::kv::KvBackend;
 use crate::rope::RopeTable;
+use crate::weights::Precision;
 
 /// Rows of logits computed at a time when all are wanted: 32 × a vocabulary of 50,000 is 6 MB.
 const LOGIT_ROWS: usize = 32;
@@ -97,7 +98,7 @@ impl Decoder {
     /// Logits of rows `first..first + rows` of the chunk whose residual stream is in the buffers.
     fn logits_of(&self, first: usize, rows: usize) -> Vec<f32> {
         let hidden = self.model.config().hidden_size;
-        logits(&self.model, &self.buffers.x[first * hidden..(first + rows) * hidden], rows)
+        logits(&self.model, &self.buffers.x[first * hidden..(first + rows) * hidden], rows, Precision::F32)
     }
 
     fn prefill_chunk<B: KvBackend>(
@@ -116,9 +117,9 @@ impl Decoder {
         buffers.embed(model, tokens);
         for (layer, weights) in model.weights.layers.iter().enumerate() {
             norm_rows(model, &buffers.x, &weights.attention_norm, &mut buffers.normed);
-            weights.query.forward(&buffers.normed, rows, &mut buffers.q);
-            weights.key.forward(&buffers.normed, rows, &mut buffers.k);
-            weights.value.forward(&buffers.normed, rows, &mut buffers.v);
+            weights.query.forward(&buffers.normed, rows, &mut buffers.q, Precision::F32);
+            weights.key.forward(&buffers.normed, rows, &mut buffers.k, Precision::F32);
+            weights.value.forward(&buffers.normed, rows, &mut buffers.v, Precision::F32);
             rotate_rows(&table, &mut buffers.q, config.query_width());
             rotate_rows(&table, &mut buffers.k, config.kv_width());
 
@@ -140,8 +141,8 @@ impl Decoder {
                 values: &buffers.values,
             };
             causal::attend(chunk, &mut buffers.attended);
-            weights.output.forward(&buffers.attended, rows, &mut buffers.delta);
-            buffers.add_and_feed_forward(model, layer, rows);
+            weights.output.forward(&buffers.attended, rows, &mut buffers.delta, Precision::F32);
+            buffers.add_and_feed_forward(model, layer, rows, Precision::F32);
         }
         backend.commit(sequence, start + rows)?;
         Ok(())

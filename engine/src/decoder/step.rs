@@ -6,6 +6,7 @@ use super::prefill::rotate_rows;
 use super::{Decoder, HintNorm, StepTiming, logits, norm_rows};
 use crate::error::ForwardError;
 use crate::kv::KvBackend;
+use crate::weights::Precision;
 
 /// What a decode step gives.
 #[derive(Debug, Clone, Default)]
@@ -85,15 +86,15 @@ impl Decoder {
                     HintNorm::Previous => &weights.attention_norm,
                 };
                 norm_rows(model, &buffers.x, norm, &mut buffers.normed);
-                ahead.query.forward(&buffers.normed, rows, &mut buffers.hint);
+                ahead.query.forward(&buffers.normed, rows, &mut buffers.hint, Precision::Fast);
                 rotate_rows(&table, &mut buffers.hint, config.query_width());
                 backend.hint(next, batch, positions, &buffers.hint)?;
                 timing.hint += watch.lap();
             }
             norm_rows(model, &buffers.x, &weights.attention_norm, &mut buffers.normed);
-            weights.query.forward(&buffers.normed, rows, &mut buffers.q);
-            weights.key.forward(&buffers.normed, rows, &mut buffers.k);
-            weights.value.forward(&buffers.normed, rows, &mut buffers.v);
+            weights.query.forward(&buffers.normed, rows, &mut buffers.q, Precision::Fast);
+            weights.key.forward(&buffers.normed, rows, &mut buffers.k, Precision::Fast);
+            weights.value.forward(&buffers.normed, rows, &mut buffers.v, Precision::Fast);
             rotate_rows(&table, &mut buffers.q, config.query_width());
             rotate_rows(&table, &mut buffers.k, config.kv_width());
             timing.linear += watch.lap();
@@ -103,14 +104,14 @@ impl Decoder {
             backend.attend(layer, batch, positions, &buffers.q, &mut buffers.attended)?;
             timing.attend += watch.lap();
 
-            weights.output.forward(&buffers.attended, rows, &mut buffers.delta);
-            buffers.add_and_feed_forward(model, layer, rows);
+            weights.output.forward(&buffers.attended, rows, &mut buffers.delta, Precision::Fast);
+            buffers.add_and_feed_forward(model, layer, rows, Precision::Fast);
         }
         for (sequence, position) in batch.iter_mut().zip(positions) {
             backend.commit(sequence, position + 1)?;
         }
         backend.end_step(batch)?;
-        let logits = logits(model, &buffers.x, rows);
+        let logits = logits(model, &buffers.x, rows, Precision::Fast);
         timing.linear += watch.lap();
         timing.total = begin.elapsed();
         Ok(StepOutput { logits, timing })

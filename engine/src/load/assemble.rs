@@ -1,7 +1,5 @@
 //! From a configuration and named tensors to weights: the same for every file format.
 
-use std::sync::Arc;
-
 use rayon::prelude::*;
 
 use super::names::{LayerTensor, TensorName};
@@ -44,18 +42,17 @@ pub(crate) fn assemble(
         WeightsMode::Q8_0 => true,
     };
     let (vocabulary, hidden) = (config.vocabulary, config.hidden_size);
-    let embedding = Arc::new(source.tensor(TensorName::Embedding, &[vocabulary, hidden])?);
+    let embedding = source.tensor(TensorName::Embedding, &[vocabulary, hidden])?;
     let head = if config.tied_embeddings {
-        Arc::clone(&embedding)
+        Linear::new(&embedding, None, vocabulary, hidden, q8)
     } else {
-        Arc::new(source.tensor(TensorName::Head, &[vocabulary, hidden])?)
+        Linear::new(&source.tensor(TensorName::Head, &[vocabulary, hidden])?, None, vocabulary, hidden, q8)
     };
     let layers = (0..config.layers)
         .into_par_iter()
         .map(|layer| read_layer(&config, source, layer, q8))
         .collect::<Result<_, _>>()?;
     let final_norm = source.tensor(TensorName::FinalNorm, &[hidden])?;
-    let head = Linear::new(head, None, vocabulary, hidden, q8);
     let rope = Rope::new(&config);
     let weights = Weights { embedding, layers, final_norm, head };
     Ok(Model { name, config, rope, weights, tokenizer, chat_template })
@@ -71,7 +68,7 @@ fn read_layer(
     let read = |tensor, shape: &[usize]| source.tensor(TensorName::Layer(layer, tensor), shape);
     let linear = |tensor, bias: Option<LayerTensor>, outputs, inputs| -> Result<Linear, LoadError> {
         let bias = bias.map(|bias| read(bias, &[outputs])).transpose()?;
-        Ok(Linear::new(Arc::new(read(tensor, &[outputs, inputs])?), bias, outputs, inputs, q8))
+        Ok(Linear::new(&read(tensor, &[outputs, inputs])?, bias, outputs, inputs, q8))
     };
     let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
     let (query, kv) = (config.query_width(), config.kv_width());

@@ -1,7 +1,5 @@
 //! One linear layer.
 
-use std::sync::Arc;
-
 use candle_core::quantized::k_quants::{BlockQ8_0, GgmlType};
 use kvoyant_kernels::Kernels;
 use rayon::prelude::*;
@@ -9,20 +7,33 @@ use rayon::prelude::*;
 use super::gemm::{Mat, Threads, product};
 
 /// Batches up to this size multiply with Q8_0, larger ones with f32 (see `examples/linear_speed.rs`).
-const Q8_MAX_BATCH: usize = 16;
+const Q8_MAX_BATCH: usize = 4;
 
 /// Outputs that one task computes: some microseconds of work.
 const TASK_OUTPUTS: usize = 64;
 
+/// Columns that one task transposes: a cache line of each row.
+const TRANSPOSE_COLUMNS: usize = 16;
+
 /// Rows that one task quantises.
 const QUANTISE_ROWS: usize = 256;
+
+/// Which of its copies a layer multiplies with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    /// f32: what a prefill does, where products are large and what they compute is kept.
+    F32,
+    /// Q8_0 for small batches, if there is Q8_0: what a decode step does, which waits for memory.
+    Fast,
+}
 
 /// `y = x Wᵀ + b` with `W: [outputs, inputs]`.
 pub struct Linear {
     outputs: usize,
     inputs: usize,
-    weight: Arc<Vec<f32>>,
-    /// The same in blocks of 32 values with one scale, row by row.
+    /// Transposed, `[inputs, outputs]`: so the product reads it as it lies, without packing, which is what small batches live by.
+    transposed: Vec<f32>,
+    /// `weight` in blocks of 32 values with one scale, row by row.
     q8: Option<Vec<BlockQ8_0>>,
     bias: Option<Vec<f32>>,
 }
@@ -43,17 +54,11 @@ impl Linear {
     ///
     /// # Panics
     /// When the lengths do not fit.
-    pub fn new(
-        weight: Arc<Vec<f32>>,
-        bias: Option<Vec<f32>>,
-        outputs: usize,
-        inputs: usize,
-        q8: bool,
-    ) -> Self {
+    pub fn new(weight: &[f32], bias: Option<Vec<f32>>, outputs: usize, inputs: usize, q8: bool) -> Self {
         assert_eq!(weight.len(), outputs * inputs);
         assert!(bias.as_ref().is_none_or(|bias| bias.len() == outputs));
-        let q8 = (q8 && inputs.is_multiple_of(BlockQ8_0::BLCK_SIZE)).then(|| quantise(&weight, inputs));
-        Self { outputs, inputs, weight, q8, bias }
+        let q8 = (q8 && inputs.is_multiple_of(BlockQ8_0::BLCK_SIZE)).then(|| quantise(weight, inputs));
+        Self { outputs, inputs, transposed: transpose(weight, inputs), q8, bias }
     }
 
     /// Values of one output row.
@@ -66,9 +71,14 @@ impl Linear {
         self.q8.is_some()
     }
 
-    /// The weights in f32, `[outputs, inputs]`.
-    pub fn weight(&self) -> &[f32] {
-        &self.weight
+    /// Values of one input row.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// A copy of the weights in f32, `[outputs, inputs]`.
+    pub fn weight(&self) -> Vec<f32> {
+        transpose(&self.transposed, self.outputs)
     }
 
     /// The bias, `[outputs]`.
@@ -80,11 +90,11 @@ impl Linear {
     ///
     /// # Panics
     /// When the lengths do not fit.
-    pub fn forward(&self, x: &[f32], rows: usize, out: &mut [f32]) {
-        self.multiply(x, rows, out, rows <= Q8_MAX_BATCH);
+    pub fn forward(&self, x: &[f32], rows: usize, out: &mut [f32], precision: Precision) {
+        self.multiply(x, rows, out, precision == Precision::Fast && rows <= Q8_MAX_BATCH);
     }
 
-    /// [`Linear::forward`], but with Q8_0 at any batch size if there is Q8_0; to measure where that stops paying.
+    /// The product with Q8_0 at any batch size, if there is Q8_0; to measure where that stops paying.
     ///
     /// # Panics
     /// When the lengths do not fit.
@@ -101,8 +111,8 @@ impl Linear {
             }
             _ => {
                 let x = Mat::new(x, rows, self.inputs, self.inputs);
-                let weight = Mat::new(&self.weight, self.outputs, self.inputs, self.inputs);
-                product(x, weight.transposed(), 1.0, out, self.outputs, Threads::All);
+                let weight = Mat::new(&self.transposed, self.inputs, self.outputs, self.outputs);
+                product(x, weight, 1.0, out, self.outputs, Threads::All);
             }
         }
         if let Some(bias) = &self.bias {
@@ -143,6 +153,20 @@ fn q8_product(x: &[f32], rows: usize, weight: &[BlockQ8_0], inputs: usize, out: 
     }
 }
 
+/// The transpose of rows of `columns` values.
+fn transpose(matrix: &[f32], columns: usize) -> Vec<f32> {
+    let rows = matrix.len() / columns;
+    let mut out = vec![0.0; matrix.len()];
+    out.par_chunks_mut(TRANSPOSE_COLUMNS * rows).enumerate().for_each(|(task, out)| {
+        let first = task * TRANSPOSE_COLUMNS;
+        for (r, row) in matrix.chunks_exact(columns).enumerate() {
+            let block = &row[first..columns.min(first + TRANSPOSE_COLUMNS)];
+            block.iter().enumerate().for_each(|(c, value)| out[c * rows + r] = *value);
+        }
+    });
+    out
+}
+
 /// Every row in blocks of 32.
 fn quantise(weight: &[f32], inputs: usize) -> Vec<BlockQ8_0> {
     let mut blocks = vec![BlockQ8_0::zeros(); weight.len() / BlockQ8_0::BLCK_SIZE];
@@ -163,24 +187,27 @@ mod tests {
     fn q8_0_is_near_f32_and_large_batches_use_f32() {
         let (outputs, inputs) = (12, 96);
         let mut random = SplitMix64::new(7);
-        let weight = Arc::new((0..outputs * inputs).map(|_| random.normal()).collect::<Vec<f32>>());
+        let weight: Vec<f32> = (0..outputs * inputs).map(|_| random.normal()).collect();
         let bias: Vec<f32> = (0..outputs).map(|_| random.normal()).collect();
-        let exact = Linear::new(weight.clone(), Some(bias.clone()), outputs, inputs, false);
-        let quantised = Linear::new(weight, Some(bias), outputs, inputs, true);
+        let exact = Linear::new(&weight, Some(bias.clone()), outputs, inputs, false);
+        let quantised = Linear::new(&weight, Some(bias), outputs, inputs, true);
+        assert_eq!(exact.weight(), weight);
         for rows in [1, 3, Q8_MAX_BATCH + 1] {
             let x: Vec<f32> = (0..rows * inputs).map(|_| random.normal()).collect();
             let (mut a, mut b) = (vec![0.0; rows * outputs], vec![0.0; rows * outputs]);
-            exact.forward(&x, rows, &mut a);
-            quantised.forward(&x, rows, &mut b);
+            exact.forward(&x, rows, &mut a, Precision::Fast);
+            quantised.forward(&x, rows, &mut b, Precision::Fast);
             let worst = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 0.5, "{worst}");
             assert_eq!(worst == 0.0, rows > Q8_MAX_BATCH);
+            quantised.forward(&x, rows, &mut b, Precision::F32);
+            assert_eq!(a, b);
         }
     }
 
     #[test]
     fn a_width_that_is_no_multiple_of_a_block_stays_f32() {
-        let linear = Linear::new(Arc::new(vec![1.0; 2 * 20]), None, 2, 20, true);
+        let linear = Linear::new(&[1.0; 2 * 20], None, 2, 20, true);
         assert!(!linear.is_quantised());
     }
 }

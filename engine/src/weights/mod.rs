@@ -3,7 +3,7 @@
 pub(crate) mod gemm;
 mod linear;
 
-pub use linear::Linear;
+pub use linear::{Linear, Precision};
 
 /// How linear layers are stored and multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -44,7 +44,7 @@ pub(crate) struct LayerWeights {
 #[derive(Debug)]
 pub(crate) struct Weights {
     /// `[vocabulary, hidden]`.
-    pub(crate) embedding: std::sync::Arc<Vec<f32>>,
+    pub(crate) embedding: Vec<f32>,
     /// In order.
     pub(crate) layers: Vec<LayerWeights>,
     /// Norm before the output matrix, `[hidden]`.
