@@ -1,0 +1,199 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use kvoyant_methods::{Budget, MethodSpec};
+
+/// Keeps the KV cache of long-context language models, and fetches what attention will need.
+#[derive(Debug, Parser)]
+#[command(name = "kvoyant", version, about, max_term_width = 110)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What `kvoyant` does.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Be the daemon (the same as `kvoyantd`)
+    Serve(ServeArgs),
+    /// Say what a running daemon holds
+    Status(StatusArgs),
+    /// Get the demo's model into the cache folder, and print its path
+    FetchModel,
+    /// Run a real model over long texts with every method, and compare them
+    Demo(DemoArgs),
+    /// Answer a prompt
+    Run(RunArgs),
+}
+
+/// `serve`.
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The daemon's own arguments
+    #[command(flatten)]
+    pub(crate) daemon: kvoyant_daemon::Args,
+    /// End when the process with this id, which must be the parent, ends
+    #[arg(long, hide = true, value_name = "PID")]
+    pub(crate) die_with_parent: Option<u32>,
+}
+
+/// `status`.
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The daemon's admin socket
+    #[arg(long, value_name = "PATH")]
+    pub(crate) admin: Option<PathBuf>,
+}
+
+/// Which model.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// A GGUF file, a folder with a Hugging Face checkpoint, or `tiny` (random weights, made in memory);
+    /// without it, SmolLM2-135M-Instruct, fetched once
+    #[arg(long, value_name = "FILE|DIR|tiny")]
+    pub(crate) model: Option<PathBuf>,
+}
+
+/// The daemon that `demo` and `run` start for themselves.
+#[derive(Debug, Args)]
+pub(crate) struct OwnDaemonArgs {
+    /// Let rows be read where they lie instead of copying them: nothing moves
+    #[arg(long)]
+    pub(crate) in_place: bool,
+    /// Slow copies down to this bandwidth, in GB/s
+    #[arg(long, value_name = "GB/s", conflicts_with = "in_place", value_parser = positive)]
+    pub(crate) shape_gbps: Option<f64>,
+    /// Delay every transfer by this much, in microseconds
+    #[arg(long, value_name = "µs", conflicts_with = "in_place")]
+    pub(crate) shape_latency_us: Option<u64>,
+}
+
+impl OwnDaemonArgs {
+    /// The same as arguments of `serve`.
+    pub(crate) fn for_serve(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        if self.in_place {
+            all.push("--in-place".to_owned());
+        }
+        if let Some(gbps) = self.shape_gbps {
+            all.extend(["--shape-gbps".to_owned(), gbps.to_string()]);
+        }
+        if let Some(latency) = self.shape_latency_us {
+            all.extend(["--shape-latency-us".to_owned(), latency.to_string()]);
+        }
+        all
+    }
+}
+
+/// `demo`.
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Which model
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Tokens of each context
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    pub(crate) context: usize,
+    /// Hide the needles in this text, and continue it, instead of our own ones
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: Option<PathBuf>,
+    /// Print JSON instead of the table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Seed of the texts and needles
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// The daemon
+    #[command(flatten)]
+    pub(crate) daemon: OwnDaemonArgs,
+}
+
+/// `run`.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("what").required(true).args(["prompt", "file"]))]
+pub(crate) struct RunArgs {
+    /// Which model
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// The prompt
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
+    /// A file with the prompt; `-` is standard input
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// How rows are selected: full, infinigen, quest, window, random, with options as `name:key=value,…`
+    #[arg(long, value_name = "METHOD", default_value = "infinigen", conflicts_with = "attention")]
+    pub(crate) method: MethodSpec,
+    /// Rows that a selection may hold per KV head: a number, or a share of the sequence (`6%`)
+    #[arg(long, value_name = "N|%", conflicts_with = "attention")]
+    pub(crate) budget: Option<Budget>,
+    /// `dense` attends over everything in this process, without a daemon
+    #[arg(long, value_enum)]
+    pub(crate) attention: Option<Attention>,
+    /// Longest answer
+    #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_tokens: u32,
+    /// Give the prompt to the model as it is, without its chat template
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// Draw tokens at this temperature instead of taking the most probable one
+    #[arg(long, value_name = "T", value_parser = positive)]
+    pub(crate) temperature: Option<f64>,
+    /// Draw among the most probable tokens of this total probability only
+    #[arg(long, value_name = "P", requires = "temperature", value_parser = probability)]
+    pub(crate) top_p: Option<f64>,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Say on stderr where each token's time went
+    #[arg(long)]
+    pub(crate) stats: bool,
+    /// Use the daemon at this socket instead of starting one
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["in_place", "shape_gbps", "shape_latency_us", "attention"])]
+    pub(crate) socket: Option<PathBuf>,
+    /// The daemon that it starts
+    #[command(flatten)]
+    pub(crate) daemon: OwnDaemonArgs,
+}
+
+/// Kinds of attention besides the daemon's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Attention {
+    /// Over all rows, in this process.
+    Dense,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
+        _ => Err("it must be a number above 0".into()),
+    }
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    positive(text).ok().filter(|p| *p <= 1.0).ok_or_else(|| "it must be above 0 and at most 1".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_run_needs_a_prompt_or_a_file_and_not_both() {
+        assert!(Cli::try_parse_from(["kvoyant", "run"]).is_err());
+        assert!(Cli::try_parse_from(["kvoyant", "run", "--prompt", "a", "--file", "b"]).is_err());
+        assert!(Cli::try_parse_from(["kvoyant", "run", "--prompt", "a"]).is_ok());
+    }
+}

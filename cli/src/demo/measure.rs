@@ -1,0 +1,215 @@
+//! One row of the table: all questions and continuations through one method.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use kvoyant_engine::{
+    DaemonError, DaemonKv, DaemonSequence, Decoder, DenseKv, DenseSequence, ForwardError, KvBackend,
+    StepStats,
+};
+
+use super::compare::{Agreement, LogProbs};
+use super::decode::{Clock, answers, forced};
+use super::plan::Plan;
+use super::prepare::{Forks, Prepared};
+use super::report::Row;
+use super::tasks::{Question, Task, is_right};
+
+/// Of so many steps of a continuation one is looked at closely; its time does not count.
+const MASS_EVERY: usize = 4;
+
+/// What every row is asked and compared with.
+#[derive(Debug)]
+pub(crate) struct Asked<'a> {
+    questions: Vec<&'a Question>,
+    /// The last token of each question: a row's first step.
+    last: Vec<u32>,
+    /// What continuations feed, and one token more.
+    truths: Vec<&'a [u32]>,
+    /// What dense predicts, `[step][continuation]`.
+    dense: Vec<Vec<LogProbs>>,
+}
+
+/// What one row did.
+struct Outcome {
+    said: Vec<String>,
+    agreement: Agreement,
+    clock: Clock,
+}
+
+impl<'a> Asked<'a> {
+    /// All that `plan` asks.
+    pub(crate) fn new(plan: &'a Plan) -> Self {
+        let all = || plan.contexts.iter().flat_map(|context| &context.questions);
+        Self {
+            questions: all().map(|(question, _)| question).collect(),
+            last: all().map(|(_, tokens)| tokens[tokens.len() - 1]).collect(),
+            truths: plan.continued.iter().flat_map(|text| text.truths()).collect(),
+            dense: Vec::new(),
+        }
+    }
+
+    /// How many questions there are.
+    pub(crate) fn questions(&self) -> usize {
+        self.questions.len()
+    }
+
+    /// Sequences of the largest batch.
+    pub(crate) fn batch_max(&self) -> usize {
+        self.questions.len().max(self.truths.len())
+    }
+
+    /// The row `dense`: plain attention in this process. Its predictions are what others are compared with.
+    ///
+    /// # Errors
+    /// As [`Decoder::step`].
+    pub(crate) fn dense_row(
+        &mut self,
+        decoder: &mut Decoder,
+        kv: &mut DenseKv,
+        prepared: &mut Prepared<DenseSequence>,
+    ) -> Result<Row, ForwardError<<DenseKv as KvBackend>::Error>> {
+        let mut clock = Clock::default();
+        let mut questions = forks(kv, &mut prepared.questions)?;
+        let said = answers(decoder, kv, &mut questions, &self.last, &mut clock)?;
+        let mut texts = forks(kv, &mut prepared.texts)?;
+        let mut agreement = Agreement::default();
+        let predicted = &mut self.dense;
+        forced(
+            decoder,
+            kv,
+            &mut texts,
+            &self.truths,
+            &mut clock,
+            |_, _| true,
+            |_, _, logits| {
+                predicted.push(logits.iter().map(|(logits, _)| LogProbs::of(logits)).collect());
+                for ((_, truth), dense) in logits.iter().zip(&predicted[predicted.len() - 1]) {
+                    agreement.add(dense, dense, *truth);
+                }
+            },
+        )?;
+        // Everything lies where attention reads it, and nothing is asked of a daemon.
+        let everything = Costs {
+            attention_mass: 1.0,
+            kv_moved_share: 0.0,
+            bytes_per_token: 0.0,
+            hit_rate: None,
+            stall_share: 0.0,
+            resident_share: 1.0,
+        };
+        Ok(self.row("dense", None, &Outcome { said, agreement, clock }, everything))
+    }
+
+    /// A row through the daemon's method number `method`.
+    ///
+    /// # Errors
+    /// As [`Decoder::step`], or the daemon's own in forking.
+    pub(crate) fn row_of(
+        &self,
+        decoder: &mut Decoder,
+        kv: &mut DaemonKv,
+        prepared: &mut Prepared<DaemonSequence>,
+        method: usize,
+        name: &str,
+    ) -> Result<Row, ForwardError<DaemonError>> {
+        kv.take_stats();
+        let mut clock = Clock::default();
+        let mut questions = forks_with(kv, &mut prepared.questions, method)?;
+        let said = answers(decoder, kv, &mut questions, &self.last, &mut clock)?;
+        kv.close(questions)?;
+        let mut stats = kv.take_stats();
+        let mut waited = stats.wait;
+
+        let mut texts = forks_with(kv, &mut prepared.texts, method)?;
+        let mut agreement = Agreement::default();
+        let measured = |step: usize| step % MASS_EVERY == 0;
+        let before = |kv: &mut DaemonKv, step| {
+            kv.measure_mass(measured(step));
+            !measured(step)
+        };
+        forced(decoder, kv, &mut texts, &self.truths, &mut clock, before, |kv, step, logits| {
+            let of_step = kv.take_stats();
+            stats += of_step;
+            if !measured(step) {
+                waited += of_step.wait;
+            }
+            for ((logits, truth), dense) in logits.iter().zip(&self.dense[step]) {
+                agreement.add(dense, &LogProbs::of(logits), *truth);
+            }
+        })?;
+        kv.measure_mass(false);
+        kv.close(texts)?;
+        let costs = Costs::of(kv, &stats, waited, &clock);
+        let budget = kv.methods()[method].budget().and_then(kvoyant_methods::Budget::as_share);
+        Ok(self.row(name, budget, &Outcome { said, agreement, clock }, costs))
+    }
+
+    fn row(&self, method: &str, budget: Option<f64>, outcome: &Outcome, costs: Costs) -> Row {
+        Row {
+            method: method.to_owned(),
+            budget,
+            tasks: self.accuracy(&outcome.said),
+            tokens_equal_dense: outcome.agreement.equal(),
+            kl_to_dense: outcome.agreement.kl(),
+            perplexity: outcome.agreement.perplexity(),
+            attention_mass: costs.attention_mass,
+            kv_moved_share: costs.kv_moved_share,
+            bytes_per_token: costs.bytes_per_token,
+            ms_per_token: outcome.clock.ms_per_token(),
+            hit_rate: costs.hit_rate,
+            stall_share: costs.stall_share,
+            resident_share: costs.resident_share,
+        }
+    }
+
+    fn accuracy(&self, said: &[String]) -> BTreeMap<String, f64> {
+        Task::ALL
+            .iter()
+            .map(|task| {
+                let asked = || self.questions.iter().zip(said).filter(|(question, _)| question.task == *task);
+                let right = asked().filter(|(question, said)| is_right(said, &question.answer)).count();
+                (task.name().to_owned(), right as f64 / asked().count().max(1) as f64)
+            })
+            .collect()
+    }
+}
+
+/// The columns that have to do with moving rows.
+struct Costs {
+    attention_mass: f64,
+    kv_moved_share: f64,
+    bytes_per_token: f64,
+    hit_rate: Option<f64>,
+    stall_share: f64,
+    resident_share: f64,
+}
+
+impl Costs {
+    fn of(kv: &DaemonKv, stats: &StepStats, waited: Duration, clock: &Clock) -> Self {
+        let shape = kv.shape();
+        let selected_layers = (0..shape.layers).filter(|layer| kv.speculates(*layer)).count();
+        let held_bytes = stats.context_tokens as f64 * shape.token_bytes() as f64;
+        let selected_rows = stats.context_tokens as f64 * (selected_layers * shape.kv_heads) as f64;
+        Self {
+            attention_mass: stats.attention_mass().unwrap_or(1.0),
+            kv_moved_share: stats.bytes_moved as f64 / held_bytes.max(1.0),
+            bytes_per_token: stats.bytes_moved as f64 / stats.tokens.max(1) as f64,
+            hit_rate: stats.hit_rate(),
+            stall_share: waited.as_secs_f64() / clock.timing.total.as_secs_f64().max(f64::MIN_POSITIVE),
+            resident_share: stats.rows_resident as f64 / selected_rows.max(1.0),
+        }
+    }
+}
+
+fn forks<B: Forks>(kv: &mut B, of: &mut [B::Sequence]) -> Result<Vec<B::Sequence>, B::Error> {
+    of.iter_mut().map(|sequence| kv.fork(sequence)).collect()
+}
+
+fn forks_with(
+    kv: &DaemonKv,
+    of: &mut [DaemonSequence],
+    method: usize,
+) -> Result<Vec<DaemonSequence>, DaemonError> {
+    of.iter_mut().map(|sequence| kv.fork(sequence, Some(method))).collect()
+}

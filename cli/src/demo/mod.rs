@@ -1,0 +1,150 @@
+//! `kvoyant demo`: a real model over long texts, with every method, against dense attention.
+//!
+//! | room | job |
+//! |---|---|
+//! | [`plan`], [`tasks`] | what is asked |
+//! | [`prepare`] | reading it once |
+//! | [`decode`], [`measure`], [`compare`] | one row: answers and continuations |
+//! | [`report`], [`table`], [`why`] | what is shown |
+
+mod compare;
+mod decode;
+mod measure;
+mod plan;
+mod prepare;
+mod report;
+mod table;
+mod tasks;
+mod why;
+
+use std::convert::Infallible;
+use std::time::Instant;
+
+use kvoyant_engine::{DaemonError, DaemonKv, Decoder, DecoderOptions, ForwardError};
+use kvoyant_kernels::Path as KernelPath;
+use kvoyant_methods::{MethodSpec, SpecError};
+
+use self::measure::Asked;
+use self::plan::{Plan, PlanError};
+use self::report::Report;
+use self::why::Effort;
+use crate::args::DemoArgs;
+use crate::calibrate::CalibrateError;
+use crate::machine::Machine;
+use crate::model::{self, ModelError};
+use crate::private_daemon::{self, PrivateDaemon};
+use crate::progress::Progress;
+use crate::session::{self, SessionError};
+
+/// The rows after `dense`: what each is called, and the daemon's method.
+const ROWS: &[(&str, &str)] = &[
+    ("full", "full"),
+    ("infinigen", "infinigen:budget=3%"),
+    ("infinigen", "infinigen:budget=6%"),
+    ("infinigen", "infinigen:budget=12%"),
+    ("infinigen-alpha", "infinigen:alpha=5"),
+    ("quest", "quest:budget=3%"),
+    ("quest", "quest:budget=6%"),
+    ("quest", "quest:budget=12%"),
+    ("window", "window"),
+    ("random", "random:budget=12%"),
+];
+
+/// How much of the largest batch's KV the device can hold: a cache, as a GPU's would be, not a second copy.
+const SLAB_SHARE: f64 = 0.3;
+
+/// What the demo cannot go on without.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DemoError {
+    /// No model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Nothing to ask.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// No calibration.
+    #[error(transparent)]
+    Calibrate(#[from] CalibrateError),
+    /// No daemon.
+    #[error(transparent)]
+    Start(#[from] private_daemon::DaemonError),
+    /// No session.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// A row's method is none.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// Plain attention failed.
+    #[error(transparent)]
+    Dense(#[from] ForwardError<Infallible>),
+    /// The daemon failed on the way.
+    #[error("{error}; the daemon's last words: {said}")]
+    Daemon {
+        /// What failed.
+        error: ForwardError<DaemonError>,
+        /// What it said.
+        said: String,
+    },
+    /// The result cannot be written.
+    #[error("the result is no JSON: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+/// Runs the demo; what belongs on stdout.
+///
+/// # Errors
+/// If anything is missing or fails.
+pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
+    let progress = Progress::new();
+    let chosen = model::open(&args.model, progress)?;
+    let model = chosen.model;
+    let plan = Plan::new(&model, args.context, args.text.as_deref(), args.seed)?;
+    let mut asked = Asked::new(&plan);
+    let methods = ROWS.iter().map(|(_, spec)| spec.parse()).collect::<Result<Vec<MethodSpec>, _>>()?;
+    let longest = args.context + plan::ROOM_TOKENS;
+    let options = session::options(&model, methods, longest, asked.batch_max(), progress)?;
+
+    let shape = session::shape(&model);
+    let batch_tokens = asked.batch_max() * args.context;
+    let mut arguments = args.daemon.for_serve();
+    arguments.extend(session::sizes(
+        &shape,
+        plan.prefill_tokens() + 2 * asked.batch_max() * plan::ROOM_TOKENS,
+        (batch_tokens as f64 * SLAB_SHARE) as usize,
+    ));
+    let daemon = PrivateDaemon::start(&arguments)?;
+    let failed = |error| DemoError::Daemon { error, said: daemon.last_words() };
+    let mut kv: DaemonKv = session::connect(&model, &daemon.socket(), options)?;
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+
+    let since = Instant::now();
+    let mut prepared = prepare::read(&mut decoder, &mut kv, &plan, progress).map_err(failed)?;
+    let effort = Effort {
+        texts: plan.contexts.len() + plan.continued.len(),
+        context: args.context,
+        prefill_seconds: since.elapsed().as_secs_f64(),
+        prefill_tokens: plan.prefill_tokens(),
+        questions: asked.questions(),
+        tiny: chosen.tiny,
+    };
+
+    let step = progress.step("answering: dense", ROWS.len() as u64 + 1);
+    let (mut dense, mut copied) =
+        prepare::copy(&mut kv, &prepared, &shape).map_err(|error| failed(error.into()))?;
+    let mut rows = vec![asked.dense_row(&mut decoder, &mut dense, &mut copied)?];
+    drop((dense, copied));
+    for (method, (name, spec)) in ROWS.iter().enumerate() {
+        step.advance(1);
+        step.rename(format!("answering: {spec}"));
+        rows.push(asked.row_of(&mut decoder, &mut kv, &mut prepared, method, name).map_err(failed)?);
+    }
+    drop(step);
+
+    if args.json {
+        let kernels = KernelPath::best().to_string();
+        let report = Report { machine: Machine::this(&kernels), rows };
+        return Ok(serde_json::to_string_pretty(&report)? + "\n");
+    }
+    let colour = console::Term::stdout().is_term() && console::colors_enabled();
+    Ok(format!("{}\n{}\n", table::render(&rows, colour), why::sentences(&rows, &effort).join("\n")))
+}

@@ -1,0 +1,83 @@
+//! Two or three sentences under the table: what was read, and what the answers cost.
+
+use super::report::Row;
+use super::tasks::Task;
+
+/// What the sentences need to know besides the rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Effort {
+    /// Texts that were read.
+    pub(crate) texts: usize,
+    /// Tokens of each.
+    pub(crate) context: usize,
+    /// Seconds that reading took.
+    pub(crate) prefill_seconds: f64,
+    /// Tokens read.
+    pub(crate) prefill_tokens: usize,
+    /// Questions asked of every row.
+    pub(crate) questions: usize,
+    /// The weights are random.
+    pub(crate) tiny: bool,
+}
+
+/// The sentences, one a line.
+pub(crate) fn sentences(rows: &[Row], effort: &Effort) -> Vec<String> {
+    let mut all = Vec::new();
+    if effort.tiny {
+        all.push(
+            "This model's weights are random: its answers and its perplexity mean nothing. Agreement with dense, \
+             bytes and times are real."
+                .to_owned(),
+        );
+    }
+    all.push(format!(
+        "{} texts of {} tokens were read once ({} tokens in {:.0} s); {} questions and {} rows forked that cache \
+         instead of reading it again.",
+        effort.texts,
+        effort.context,
+        effort.prefill_tokens,
+        effort.prefill_seconds,
+        effort.questions,
+        rows.len(),
+    ));
+    let find = |method: &str| {
+        rows.iter()
+            .filter(|row| row.method == method)
+            .max_by(|a, b| a.budget.partial_cmp(&b.budget).unwrap_or(std::cmp::Ordering::Equal))
+    };
+    if let (Some(full), Some(infinigen)) = (find("full"), find("infinigen"))
+        && let Some(budget) = infinigen.budget
+    {
+        all.push(format!(
+            "Reading {:.0} % of the rows beside sinks and window, infinigen covered {:.0} % of the attention and gave \
+             dense's next token in {:.0} % of cases, for {} MB a token where full moved {}.",
+            budget * 100.0,
+            infinigen.attention_mass * 100.0,
+            infinigen.tokens_equal_dense * 100.0,
+            megabytes(infinigen.bytes_per_token),
+            megabytes(full.bytes_per_token),
+        ));
+    }
+    if let (Some(dense), Some(random), false) = (find("dense"), find("random"), effort.tiny)
+        && let Some(budget) = random.budget
+    {
+        all.push(format!(
+            "As many random rows ({:.0} %) answered {} of the {} questions that dense answered: which rows are read \
+             decides, not how many.",
+            budget * 100.0,
+            right(random, effort.questions),
+            right(dense, effort.questions),
+        ));
+    }
+    all
+}
+
+/// Questions that a row answered right; both tasks have equally many.
+fn right(row: &Row, questions: usize) -> usize {
+    let each = questions as f64 / Task::ALL.len() as f64;
+    row.tasks.values().map(|accuracy| (accuracy * each).round() as usize).sum()
+}
+
+fn megabytes(bytes: f64) -> String {
+    format!("{:.1}", bytes / 1e6)
+}

@@ -1,0 +1,66 @@
+//! Kvoyant's command line: the daemon, and what one does with it.
+#![forbid(unsafe_code)]
+
+mod args;
+mod cache;
+mod calibrate;
+mod cleanup;
+mod demo;
+mod fetch;
+mod fingerprint;
+mod machine;
+mod model;
+mod private_daemon;
+mod progress;
+mod run;
+mod serve;
+mod session;
+mod status;
+mod texts;
+
+use std::error::Error;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+use crate::progress::Progress;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match &cli.command {
+        // The daemon has its own signals and its own words.
+        Command::Serve(args) => return serve::main(args),
+        Command::Status(args) => status::text(args).map_err(Into::into).and_then(|text| print(&text)),
+        Command::FetchModel => fetch_model(),
+        Command::Demo(args) => guarded(|| demo::run(args).map_err(Into::into)).and_then(|text| print(&text)),
+        Command::Run(args) => guarded(|| run::run(args).map_err(Into::into)),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Does `work` so that a signal leaves nothing behind.
+fn guarded<T>(work: impl FnOnce() -> Result<T, Box<dyn Error>>) -> Result<T, Box<dyn Error>> {
+    cleanup::on_signals()?;
+    work()
+}
+
+fn fetch_model() -> Result<(), Box<dyn Error>> {
+    let path = guarded(|| Ok(fetch::model(&fetch::SMOLLM2, Progress::new())?))?;
+    print(&format!("{}\n", path.display()))
+}
+
+/// Writes to stdout; a reader that has seen enough is no error.
+fn print(text: &str) -> Result<(), Box<dyn Error>> {
+    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}

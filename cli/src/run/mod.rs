@@ -1,0 +1,196 @@
+//! `kvoyant run`: one prompt, one answer.
+
+mod prompt;
+mod stats;
+
+use std::convert::Infallible;
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+
+use kvoyant_engine::{
+    DaemonError, Decoder, DecoderOptions, DenseKv, ForwardError, GenerateError, GenerateOptions, HintNorm,
+    KvBackend, Logits, Model, PrefillOptions, Sampler, SamplerOptions, StopReason, generate,
+};
+use kvoyant_methods::{HintNorm as MethodNorm, MethodSpec};
+
+use self::prompt::PromptError;
+use self::stats::Times;
+use crate::args::{Attention, RunArgs};
+use crate::calibrate::CalibrateError;
+use crate::model::{self, ModelError};
+use crate::private_daemon::{self, PrivateDaemon};
+use crate::progress::Progress;
+use crate::session::{self, SessionError};
+
+/// What `run` cannot go on without.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RunError {
+    /// No prompt.
+    #[error(transparent)]
+    Prompt(#[from] PromptError),
+    /// `--budget` for a method that has none.
+    #[error("the method {method} has no budget: leave --budget away, or choose infinigen, quest or random")]
+    NoBudget {
+        /// Which method.
+        method: &'static str,
+    },
+    /// No model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// No calibration.
+    #[error(transparent)]
+    Calibrate(#[from] CalibrateError),
+    /// No daemon.
+    #[error(transparent)]
+    Start(#[from] private_daemon::DaemonError),
+    /// No session.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// Plain attention failed.
+    #[error(transparent)]
+    Dense(#[from] AnswerError<Infallible>),
+    /// The daemon failed on the way.
+    #[error(transparent)]
+    Daemon(#[from] AnswerError<DaemonError>),
+}
+
+/// Why an answer broke off.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AnswerError<E: std::error::Error + 'static> {
+    /// Reading the prompt failed.
+    #[error(transparent)]
+    Prefill(#[from] ForwardError<E>),
+    /// Decoding failed.
+    #[error(transparent)]
+    Generate(#[from] GenerateError<E>),
+    /// Standard output failed.
+    #[error("the answer cannot be written: {0}")]
+    Output(io::Error),
+}
+
+/// Answers the prompt on stdout.
+///
+/// # Errors
+/// If anything is missing or fails.
+pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
+    let progress = Progress::on_a_terminal();
+    let method = method(args)?;
+    let text = prompt::text(args)?;
+    let model = model::open(&args.model, progress)?.model;
+    let tokens = prompt::tokens(text, args.raw, &model)?;
+    let most = (tokens.len() + args.max_tokens as usize).min(model.config().context_tokens);
+
+    if args.attention == Some(Attention::Dense) {
+        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+        let mut kv = DenseKv::new(session::shape(&model));
+        let mut sequence = kv.sequence();
+        let times = answer(args, &mut decoder, &mut kv, &mut sequence, &tokens, progress)?;
+        if args.stats {
+            stats::print(&times, None);
+        }
+        return Ok(());
+    }
+
+    let options = session::options(&model, vec![method.clone()], most, 1, progress)?;
+    // It must live as long as the session.
+    let own = match &args.socket {
+        Some(_) => None,
+        None => Some(PrivateDaemon::start(&serve_arguments(args, &model, most))?),
+    };
+    let socket = match (&args.socket, &own) {
+        (Some(path), _) => path.clone(),
+        (None, Some(daemon)) => daemon.socket(),
+        (None, None) => unreachable!("without a socket there is a daemon of our own"),
+    };
+    let mut kv = session::connect(&model, &socket, options)?;
+    let mut decoder = Decoder::new(
+        model.clone(),
+        DecoderOptions { hint_norm: hint_norm(&method), ..DecoderOptions::default() },
+    );
+    let mut sequence = kv.sequence(0).map_err(SessionError::from)?;
+    let times = answer(args, &mut decoder, &mut kv, &mut sequence, &tokens, progress)?;
+    if args.stats {
+        let held = kv.shape().token_bytes();
+        stats::print(&times, Some((&method, kv.take_stats(), held)));
+    }
+    Ok(())
+}
+
+/// The method with its budget.
+fn method(args: &RunArgs) -> Result<MethodSpec, RunError> {
+    match args.budget {
+        None => Ok(args.method.clone()),
+        Some(budget) => {
+            let method = args.method.clone().with_budget(budget);
+            if method.budget().is_none() {
+                return Err(RunError::NoBudget { method: method.name() });
+            }
+            Ok(method)
+        }
+    }
+}
+
+/// The norm that the method's hints want.
+fn hint_norm(method: &MethodSpec) -> HintNorm {
+    match method {
+        MethodSpec::Infinigen(spec) if spec.hint_norm == MethodNorm::Previous => HintNorm::Previous,
+        _ => HintNorm::Own,
+    }
+}
+
+/// A daemon that holds one sequence of `most` tokens, all of it on the device if it is to be copied at all.
+fn serve_arguments(args: &RunArgs, model: &Model, most: usize) -> Vec<String> {
+    let mut all = args.daemon.for_serve();
+    all.extend(session::sizes(&session::shape(model), most, most));
+    all
+}
+
+/// Reads the prompt and writes the answer.
+fn answer<B: KvBackend>(
+    args: &RunArgs,
+    decoder: &mut Decoder,
+    kv: &mut B,
+    sequence: &mut B::Sequence,
+    tokens: &[u32],
+    progress: Progress,
+) -> Result<Times, AnswerError<B::Error>> {
+    let mut times = Times::new(tokens.len());
+    let step = progress.step("reading the prompt", tokens.len() as u64);
+    let mut report = |done: usize, _| {
+        step.set(done as u64);
+        ControlFlow::Continue(())
+    };
+    let options = PrefillOptions { logits: Logits::Last, progress: Some(&mut report) };
+    let logits = decoder.prefill(kv, sequence, tokens, options)?;
+    times.read();
+    drop(step);
+
+    let mut sampler = Sampler::new(SamplerOptions {
+        temperature: args.temperature.unwrap_or(0.0) as f32,
+        top_p: args.top_p.unwrap_or(1.0) as f32,
+        seed: args.seed,
+    });
+    let options = GenerateOptions { max_tokens: args.max_tokens as usize, ..GenerateOptions::default() };
+    let mut out = io::stdout().lock();
+    let mut failed = None;
+    let mut say = |text: &str| match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(error) => {
+            failed = Some(error);
+            ControlFlow::Break(())
+        }
+    };
+    let made = generate(decoder, kv, sequence, logits, &mut sampler, options, &mut |text, timing| {
+        times.token(*timing);
+        say(text)
+    })?;
+    if made.stop != StopReason::Interrupted {
+        // Whether the line's end can be written is known by `failed`.
+        let _ = say("\n");
+    }
+    match failed {
+        // A reader that has seen enough is no error.
+        Some(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(AnswerError::Output(error)),
+        _ => Ok(times),
+    }
+}

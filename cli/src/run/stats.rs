@@ -1,0 +1,106 @@
+//! `--stats`: where each token's time went, on stderr.
+
+use std::time::{Duration, Instant};
+
+use kvoyant_engine::{StepStats, StepTiming};
+use kvoyant_methods::MethodSpec;
+
+/// The times of one answer.
+#[derive(Debug)]
+pub(crate) struct Times {
+    begun: Instant,
+    prompt_tokens: usize,
+    prefill: Duration,
+    /// One for each decode step.
+    steps: Vec<StepTiming>,
+}
+
+impl Times {
+    /// From now on, for a prompt of that many tokens.
+    pub(crate) fn new(prompt_tokens: usize) -> Self {
+        Self { begun: Instant::now(), prompt_tokens, prefill: Duration::ZERO, steps: Vec::new() }
+    }
+
+    /// The prompt is read.
+    pub(crate) fn read(&mut self) {
+        self.prefill = self.begun.elapsed();
+    }
+
+    /// A token came; the first is the prefill's and has no step.
+    pub(crate) fn token(&mut self, timing: StepTiming) {
+        if timing != StepTiming::default() && self.steps.last() != Some(&timing) {
+            self.steps.push(timing);
+        }
+    }
+}
+
+/// Prints the times, and what the daemon did where there was one: its method, counters, and the bytes of a token's KV.
+pub(crate) fn print(times: &Times, daemon: Option<(&MethodSpec, StepStats, usize)>) {
+    for line in lines(times, daemon) {
+        eprintln!("{line}");
+    }
+}
+
+fn lines(times: &Times, daemon: Option<(&MethodSpec, StepStats, usize)>) -> Vec<String> {
+    let prefill = times.prefill.as_secs_f64();
+    let speed = times.prompt_tokens as f64 / prefill.max(f64::MIN_POSITIVE);
+    let mut all =
+        vec![format!("prompt: {} tokens in {prefill:.2} s ({speed:.0} tokens/s)", times.prompt_tokens)];
+    if times.steps.is_empty() {
+        return all;
+    }
+    all.push(format!(
+        "{:>5} {:>9} {:>9} {:>9} {:>9} {:>9}   (ms)",
+        "token", "total", "linear", "hint", "append", "attention"
+    ));
+    all.extend(times.steps.iter().enumerate().map(|(i, step)| row(&(i + 2).to_string(), step, 1.0)));
+    let mut sum = StepTiming::default();
+    times.steps.iter().for_each(|step| sum += *step);
+    let n = times.steps.len() as f64;
+    all.push(row("mean", &sum, n));
+    if let Some((method, stats, token_bytes)) = daemon {
+        let held = stats.context_tokens as f64 * token_bytes as f64;
+        let hits = stats
+            .hit_rate()
+            .map_or_else(|| "nothing selected".to_owned(), |hits| format!("{:.0} % hits", hits * 100.0));
+        all.push(format!(
+            "{method}: of attention {:.2} ms a token waiting for rows; {:.2} MB a token moved ({:.1} % of the KV), {hits}; \
+             the daemon's own time {:.2} ms selecting, {:.2} ms transferring",
+            millis(stats.wait) / n,
+            stats.bytes_moved as f64 / 1e6 / n,
+            stats.bytes_moved as f64 / held.max(1.0) * 100.0,
+            millis(stats.select) / n,
+            millis(stats.transfer) / n,
+        ));
+    }
+    all
+}
+
+fn row(name: &str, step: &StepTiming, n: f64) -> String {
+    let [total, linear, hint, append, attend] =
+        [step.total, step.linear, step.hint, step.append, step.attend].map(|time| millis(time) / n);
+    format!("{name:>5} {total:>9.2} {linear:>9.2} {hint:>9.2} {append:>9.2} {attend:>9.2}")
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_step_has_a_line_and_the_mean_follows() {
+        let mut times = Times::new(10);
+        times.read();
+        times.token(StepTiming::default());
+        for ms in [10, 20] {
+            let total = Duration::from_millis(ms);
+            times.token(StepTiming { total, linear: total, ..StepTiming::default() });
+        }
+        let all = lines(&times, None);
+        assert_eq!(all.len(), 5, "{all:#?}");
+        assert!(all[4].contains("mean") && all[4].contains("15.00"), "{}", all[4]);
+    }
+}

@@ -1,0 +1,168 @@
+//! `kvoyant status`: what a running daemon holds.
+
+use std::fmt::Write;
+
+use kvoyant_daemon::admin::{AdminError, fetch_status};
+use kvoyant_daemon::config::Config;
+use kvoyant_daemon::status::{SessionReport, StatusReport};
+
+use crate::args::StatusArgs;
+
+/// The daemon's status as text or JSON, with a line's end.
+///
+/// # Errors
+/// If the daemon cannot be asked.
+pub(crate) fn text(args: &StatusArgs) -> Result<String, AdminError> {
+    let path = args.admin.clone().unwrap_or_else(|| Config::default().admin_socket);
+    let report = fetch_status(&path)?;
+    if args.json {
+        let json = serde_json::to_string_pretty(&report);
+        return json
+            .map(|json| json + "\n")
+            .map_err(|error| AdminError::Answer { path, reason: error.to_string() });
+    }
+    Ok(words(&report))
+}
+
+/// The report for people.
+fn words(report: &StatusReport) -> String {
+    let mut out = String::new();
+    let arena = &report.arena;
+    let _ = writeln!(
+        out,
+        "kvoyantd {} (protocol {}, boot {}), up {}",
+        report.version,
+        report.protocol,
+        report.boot_id,
+        duration(report.uptime_s)
+    );
+    let _ = writeln!(
+        out,
+        "device     {} ({}), {}",
+        report.device,
+        report.mode,
+        counted(report.lanes as u64, "lane")
+    );
+    let _ = writeln!(
+        out,
+        "arena      {} of {} in use, {} locked into memory",
+        bytes(arena.used_bytes),
+        bytes(arena.total_bytes),
+        bytes(arena.locked_bytes)
+    );
+    let totals = &report.totals;
+    let _ = writeln!(
+        out,
+        "holds      {}, {}, {} tokens, {} ({} of KV, {} of digests), {} on the device",
+        counted(totals.sessions, "session"),
+        counted(totals.sequences, "sequence"),
+        totals.tokens,
+        counted(totals.pages, "page"),
+        bytes(totals.kv_bytes),
+        bytes(totals.digest_bytes),
+        bytes(totals.slab_bytes)
+    );
+    let _ = writeln!(out, "moved      {}", bytes(totals.bytes_moved));
+    if report.sessions.is_empty() {
+        return out;
+    }
+    let _ = writeln!(
+        out,
+        "\n{:>7}  {:<20} {:>8} {:>9} {:>9} {:>10} {:>10} {:>6}",
+        "session", "client", "pid", "sequences", "tokens", "KV", "moved", "hits"
+    );
+    for session in &report.sessions {
+        let _ = writeln!(out, "{}", line(session));
+    }
+    out
+}
+
+fn line(session: &SessionReport) -> String {
+    let hits = match session.rows_selected {
+        0 => "–".to_owned(),
+        all => format!("{:.0} %", session.rows_hit as f64 / all as f64 * 100.0),
+    };
+    // A client chooses its own name: what could steer a terminal is not passed on.
+    let name: String = session.client.chars().filter(|c| !c.is_control()).take(20).collect();
+    format!(
+        "{:>7}  {name:<20} {:>8} {:>9} {:>9} {:>10} {:>10} {hits:>6}",
+        session.id,
+        session.pid,
+        session.sequences,
+        session.tokens,
+        bytes(session.kv_bytes),
+        bytes(session.bytes_moved),
+    )
+}
+
+fn counted(n: u64, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+fn bytes(n: u64) -> String {
+    indicatif::HumanBytes(n).to_string()
+}
+
+fn duration(seconds: f64) -> String {
+    indicatif::HumanDuration(std::time::Duration::from_secs_f64(seconds.max(0.0))).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvoyant_daemon::status::{ArenaReport, Totals};
+
+    #[test]
+    fn the_words_name_every_session_and_no_control_character_gets_through() {
+        let session = SessionReport {
+            id: 7,
+            client: "engine\x1b[2J".into(),
+            pid: 4242,
+            uid: 0,
+            lane: 0,
+            model: "tiny".into(),
+            sequences: 2,
+            tokens: 100,
+            pages: 3,
+            page_bytes: 4096,
+            kv_bytes: 12_288,
+            extents: 1,
+            digest_bytes: 10,
+            slab_bytes: 0,
+            speculations: 1,
+            rows_selected: 8,
+            rows_hit: 6,
+            rows_in_place: 0,
+            rows_appended: 1,
+            bytes_moved: 0,
+            select_ns: 0,
+            transfer_ns: 0,
+        };
+        let report = StatusReport {
+            version: "1.2.3".into(),
+            protocol: 1,
+            boot_id: "00ff".into(),
+            uptime_s: 61.0,
+            device: "host".into(),
+            mode: "slab".into(),
+            lanes: 1,
+            arena: ArenaReport { total_bytes: 1 << 30, used_bytes: 64 << 20, locked_bytes: 0 },
+            totals: Totals {
+                sessions: 1,
+                sequences: 2,
+                tokens: 100,
+                pages: 3,
+                kv_bytes: 12_288,
+                digest_bytes: 10,
+                slab_bytes: 0,
+                bytes_moved: 0,
+            },
+            sessions: vec![session],
+        };
+        let text = words(&report);
+        for part in ["1.2.3", "1 session,", "2 sequences", "4242", "75 %", "64.00 MiB of 1.00 GiB"] {
+            assert!(text.contains(part), "{part} is not in\n{text}");
+        }
+        assert!(!text.contains('\x1b'));
+    }
+}
