@@ -27,6 +27,8 @@ pub struct Options {
     /// How long a wait polls before it sleeps. Polling costs the core; a wake-up costs microseconds on bare metal
     /// and tens of them in a virtual machine.
     pub spin: Duration,
+    /// How long a speculation waits for earlier answers to be dropped when all tickets are in use.
+    pub ticket_timeout: Duration,
     /// How long to wait for the answer to a control message.
     pub control_timeout: Duration,
 }
@@ -38,6 +40,7 @@ impl Default for Options {
             name: std::env::args().next().unwrap_or_default().rsplit('/').next().unwrap_or_default().into(),
             limits: Limits::default(),
             spin: Duration::from_micros(if cores >= 8 { 200 } else { 10 }),
+            ticket_timeout: Duration::from_secs(1),
             control_timeout: Duration::from_secs(30),
         }
     }
@@ -171,7 +174,11 @@ impl Client {
             ToClient::Sealed => {}
             other => return Err(Error::Broken(format!("{other:?} came instead of the seal"))),
         }
-        Ok(Self { control, rings: Rings::new(layout, c2d, d2c, boot_id, options.spin), session })
+        Ok(Self {
+            control,
+            rings: Rings::new(layout, c2d, d2c, boot_id, (options.spin, options.ticket_timeout)),
+            session,
+        })
     }
 
     /// Number of the session, as in `kvoyant status`.

@@ -121,6 +121,15 @@ impl Memory {
         Ok(map.read(offset, bytes)?)
     }
 
+    /// Reads whole rows from this row on, out of the slab or of an extent.
+    pub(crate) fn read_run(&self, row: u32, in_slab: bool, bytes: &mut [u8]) -> Result<(), Error> {
+        match &self.slab {
+            Some(slab) if in_slab => Ok(slab.read(row as usize * self.geometry.row_bytes(), bytes)?),
+            None if in_slab => Err(Error::Broken("an answer names a slab that was never sent".into())),
+            _ => self.read(row, bytes),
+        }
+    }
+
     /// Address of rows, in the slab or in the extents.
     pub(crate) fn address(&self, row: u32, rows: u32, in_slab: bool) -> Result<*const u8, MemoryError> {
         let row_bytes = self.geometry.row_bytes();

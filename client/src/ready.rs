@@ -132,6 +132,23 @@ impl Ready {
     }
 }
 
+impl Ready {
+    /// Copies one member's rows of a head out, in token order and in the storage type: `[rows][2 · head dim]`, K
+    /// then V. For whoever would rather not take addresses.
+    ///
+    /// # Errors
+    /// A run outside the session's memory.
+    pub fn copy_rows(&self, member: usize, kv_head: usize, rows: &mut Vec<u8>) -> Result<(), Error> {
+        let row_bytes = self.inner.geometry.row_bytes();
+        for run in self.blocks(member, kv_head) {
+            let at = rows.len();
+            rows.resize(at + run.rows() as usize * row_bytes, 0);
+            self.inner.memory.read_run(run.row, run.in_slab(), &mut rows[at..])?;
+        }
+        Ok(())
+    }
+}
+
 impl Drop for Ready {
     fn drop(&mut self) {
         self.inner.rings.release(self.completion.ticket);

@@ -43,6 +43,7 @@ pub(crate) struct Rings {
     d2c: SharedMapping,
     boot_id: u64,
     spin: Duration,
+    ticket_timeout: Duration,
     submit: Mutex<Submit>,
     receive: Mutex<Receive>,
     sleepers: Mutex<u32>,
@@ -58,7 +59,7 @@ impl Rings {
         c2d: SharedMapping,
         d2c: SharedMapping,
         boot_id: u64,
-        spin: Duration,
+        (spin, ticket_timeout): (Duration, Duration),
     ) -> Self {
         Self {
             layout,
@@ -66,6 +67,7 @@ impl Rings {
             d2c,
             boot_id,
             spin,
+            ticket_timeout,
             submit: Mutex::new(Submit {
                 producer: Producer::requests(layout),
                 last_ticket: 0,
@@ -129,10 +131,23 @@ impl Rings {
     ) -> Result<u64, Error> {
         self.check_batch(members.len())?;
         let limits = self.layout.limits;
-        let mut submit = self.room(lock(&self.submit), control)?;
-        if submit.last_ticket - submit.released_through >= u64::from(limits.ring_slots) {
-            return Err(Error::TooManyInFlight { slots: limits.ring_slots });
-        }
+        // Tickets are released in order, so one answer that another thread still reads can hold up all later ones.
+        let since = Instant::now();
+        let mut submit = loop {
+            self.collect()?;
+            let submit = self.room(lock(&self.submit), control)?;
+            if submit.last_ticket - submit.released_through < u64::from(limits.ring_slots) {
+                break submit;
+            }
+            drop(submit);
+            if since.elapsed() >= self.ticket_timeout {
+                return Err(Error::TooManyInFlight { slots: limits.ring_slots });
+            }
+            if let Some(error) = control.gone() {
+                return Err(error);
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        };
         let index = submit.producer.next_index();
         let batch = members.len() as u32;
         let (at, hints) = (self.layout.batch(index), self.layout.hints(index));
@@ -212,6 +227,11 @@ impl Rings {
         } else {
             receive.abandoned.insert(ticket);
         }
+    }
+
+    /// Takes in what has come.
+    pub(crate) fn collect(&self) -> Result<(), Error> {
+        self.take(&mut lock(&self.receive))
     }
 
     fn take(&self, receive: &mut Receive) -> Result<(), Error> {

@@ -1,0 +1,88 @@
+//! A model that is only numbers: every value says where it belongs, so that any row can be checked by itself.
+
+use kvoyant_client::{Dtype, Error, Model, ModelSpec, Ready, Sequence};
+
+/// Decoder layers.
+pub const LAYERS: usize = 3;
+/// KV heads.
+pub const KV_HEADS: usize = 2;
+/// Query heads.
+pub const QUERY_HEADS: usize = 4;
+/// Values of a head.
+pub const HEAD_DIM: usize = 32;
+/// First tokens that are never selected.
+pub const SINKS: usize = 4;
+/// Recent tokens that are never selected.
+pub const WINDOW: usize = 16;
+
+/// What to register.
+#[must_use]
+pub fn spec(methods: &[&str]) -> ModelSpec {
+    ModelSpec {
+        name: "fake".into(),
+        fingerprint: "0".repeat(32),
+        layers: LAYERS as u32,
+        query_heads: QUERY_HEADS as u32,
+        kv_heads: KV_HEADS as u32,
+        head_dim: HEAD_DIM as u32,
+        dtype: Dtype::F32.code(),
+        page_rows: 0,
+        sinks: SINKS as u32,
+        window: WINDOW as u32,
+        dense_layers: 1,
+        sliding_layers: Vec::new(),
+        methods: methods.iter().map(ToString::to_string).collect(),
+        artifact_bytes: None,
+    }
+}
+
+/// The row of a token: K then V, exact in f32.
+#[must_use]
+pub fn row(seed: usize, layer: usize, head: usize, token: usize) -> Vec<f32> {
+    (0..2 * HEAD_DIM)
+        .map(|j| (seed * 1_000_003 + layer * 100_003 + head * 50_021 + token * 67 + j) as f32)
+        .collect()
+}
+
+/// Writes rows `sequence.tokens()..tokens` of all layers and appends them. The sequence has room.
+///
+/// # Errors
+/// The client's.
+pub fn fill(model: &Model, sequence: &Sequence, seed: usize, tokens: usize) -> Result<(), Error> {
+    let first = sequence.tokens();
+    for layer in 0..LAYERS {
+        for head in 0..KV_HEADS {
+            let rows: Vec<u8> = (first..tokens)
+                .flat_map(|token| row(seed, layer, head, token))
+                .flat_map(f32::to_le_bytes)
+                .collect();
+            sequence.write_rows(layer, head, first, &rows)?;
+        }
+    }
+    model.append(&[(sequence, tokens - first)])
+}
+
+/// Checks every row of one member's answer against what was written, and returns how many there were.
+///
+/// # Errors
+/// What is wrong.
+pub fn check(ready: &Ready, member: usize, seed: usize, layer: usize) -> Result<usize, String> {
+    let mut rows = 0;
+    for head in 0..KV_HEADS {
+        let mut bytes = Vec::new();
+        ready.copy_rows(member, head, &mut bytes).map_err(|error| error.to_string())?;
+        let values: Vec<f32> =
+            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let tokens = ready.tokens(member, head).flat_map(|run| run.token..run.token + run.rows);
+        for (token, found) in tokens.zip(values.chunks_exact(2 * HEAD_DIM)) {
+            if found != row(seed, layer, head, token) {
+                return Err(format!("head {head} token {token} holds {:?} …", &found[..2]));
+            }
+            rows += 1;
+        }
+        if rows == 0 || values.len() != ready.rows(member, head) * 2 * HEAD_DIM {
+            return Err(format!("head {head} has {} values", values.len()));
+        }
+    }
+    Ok(rows)
+}

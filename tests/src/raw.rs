@@ -1,0 +1,149 @@
+//! A client without the client library, which says whatever a test wants it to say.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::Instant;
+
+use kvoyant_protocol::control::{ControlError, ModelSpec, ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::layout::{Layout, Limits};
+use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
+use kvoyant_protocol::packet;
+use kvoyant_protocol::ring::Descriptor;
+use kvoyant_protocol::wire::{BatchEntry, Request, SequenceId};
+
+use crate::PATIENCE;
+
+/// A session by hand.
+#[derive(Debug)]
+pub struct Raw {
+    socket: OwnedFd,
+    /// Where everything lies.
+    pub layout: Layout,
+    /// What we write.
+    pub c2d: SharedMapping,
+    /// The file behind it.
+    pub c2d_file: Memfd,
+    /// What the daemon writes.
+    pub d2c: SharedMapping,
+    /// Running index of the next request.
+    pub tail: u32,
+}
+
+impl Raw {
+    /// A connection that has said nothing yet.
+    ///
+    /// # Panics
+    /// If nobody listens.
+    #[must_use]
+    pub fn socket(path: &Path) -> OwnedFd {
+        packet::connect_to(path).expect("a connection")
+    }
+
+    /// Goes through the handshake and registers a model.
+    ///
+    /// # Panics
+    /// If the daemon refuses.
+    #[must_use]
+    pub fn connect(path: &Path, spec: ModelSpec) -> Self {
+        let limits = Limits { ring_slots: 8, ..Limits::default() };
+        let layout = Layout::new(limits).expect("limits");
+        let socket = Self::socket(path);
+        let hello = ToDaemon::Hello { features: features::ALL, name: "raw".into(), limits };
+        packet::send(socket.as_fd(), &encode(&hello), &[]).expect("a hello");
+        let welcome = packet::receive(socket.as_fd()).expect("a welcome");
+        let [c2d, d2c] = <[OwnedFd; 2]>::try_from(welcome.fds).expect("two memfds");
+        let c2d_file = Memfd::from_peer(c2d, layout.c2d_bytes, Seals::none()).expect("c2d");
+        let c2d = c2d_file.map(false).expect("a map");
+        let d2c = Memfd::from_peer(d2c, layout.d2c_bytes, Seals::frozen_for_readers()).expect("d2c");
+        let d2c = d2c.map_read_only().expect("a map");
+        let mut raw = Self { socket, layout, c2d, c2d_file, d2c, tail: 0 };
+        assert_eq!(raw.call(&ToDaemon::Mapped).expect("an answer"), ToClient::Sealed);
+        let registered = raw.call(&ToDaemon::Register(spec)).expect("an answer");
+        assert!(matches!(registered, ToClient::Registered { .. }), "{registered:?}");
+        raw
+    }
+
+    /// Sends bytes as they are.
+    pub fn say(&mut self, bytes: &[u8]) {
+        let _ = packet::send(self.socket.as_fd(), bytes, &[]);
+    }
+
+    /// The next message, memory left out. An error if the daemon has closed.
+    ///
+    /// # Errors
+    /// A message that does not parse; [`ControlError::NotKvoyant`] if the connection was closed.
+    pub fn hear(&mut self) -> Result<ToClient, ControlError> {
+        loop {
+            let packet = packet::receive(self.socket.as_fd()).map_err(|_| ControlError::NotKvoyant)?;
+            match decode(&packet.bytes)? {
+                ToClient::Memory { .. } => {}
+                message => return Ok(message),
+            }
+        }
+    }
+
+    /// Sends a message and waits for the answer.
+    ///
+    /// # Errors
+    /// As for [`Raw::hear`].
+    pub fn call(&mut self, message: &ToDaemon) -> Result<ToClient, ControlError> {
+        self.say(&encode(message));
+        self.hear()
+    }
+
+    /// Opens a sequence.
+    ///
+    /// # Panics
+    /// If the daemon refuses.
+    pub fn open(&mut self, tokens: u32) -> SequenceId {
+        match self.call(&ToDaemon::Open { method: 0, tokens }) {
+            Ok(ToClient::Opened { sequence, .. }) => sequence,
+            other => panic!("{other:?} came instead of a sequence"),
+        }
+    }
+
+    /// Writes a descriptor and its batch table, and publishes it.
+    ///
+    /// # Panics
+    /// If the ring's own memory is not there.
+    pub fn push_raw(&mut self, descriptor: &Descriptor, batch: &[BatchEntry]) {
+        for (i, entry) in batch.iter().enumerate() {
+            let at = self.layout.batch(self.tail) + i * size_of::<BatchEntry>();
+            self.c2d.write_pod(at, entry).expect("a batch table");
+        }
+        self.c2d.write(self.layout.descriptor(self.tail), descriptor).expect("a slot");
+        self.tail = self.tail.wrapping_add(1);
+        self.publish(self.tail);
+    }
+
+    /// As [`Raw::push_raw`], for a request that can be encoded.
+    pub fn push(&mut self, request: &Request, batch: &[BatchEntry]) {
+        self.push_raw(&request.encode(), batch);
+    }
+
+    /// Publishes a ring index, and wakes the lane.
+    pub fn publish(&mut self, tail: u32) {
+        use kvoyant_protocol::{futex, layout};
+        self.c2d.store_u32(layout::c2d::REQUEST_TAIL, tail);
+        futex::publish_before_looking();
+        futex::Word { memory: &self.c2d, offset: layout::c2d::REQUEST_TAIL }.wake();
+    }
+
+    /// Waits until the daemon's timeline has come to a ticket.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn wait_for_ticket(&self, ticket: u64) {
+        let since = Instant::now();
+        while self.timeline() < ticket {
+            assert!(since.elapsed() < PATIENCE, "ticket {ticket} was never answered");
+            std::thread::yield_now();
+        }
+    }
+
+    /// The last ticket that was answered.
+    #[must_use]
+    pub fn timeline(&self) -> u64 {
+        self.d2c.load_u64(kvoyant_protocol::layout::d2c::TIMELINE) >> 8
+    }
+}
