@@ -253,7 +253,8 @@ fn several_processes_and_several_threads_of_one_session_work_at_once() {
 fn answers_that_are_held_or_given_up_free_their_tickets() {
     let daemon = Daemon::start(DAEMON, &["--shape-latency-us", "20000"]);
     let limits = Limits { ring_slots: 4, ..Limits::default() };
-    let client = Client::connect(&daemon.socket(), Options { limits, ..Options::default() }).unwrap();
+    let options = Options { limits, ticket_timeout: Duration::ZERO, ..Options::default() };
+    let client = Client::connect(&daemon.socket(), options).unwrap();
     let model = client.register(fake::spec(&["random:budget=20%"]), None).unwrap();
     let sequence = model.open(0, 300).unwrap();
     fake::fill(&model, &sequence, 2, 300).unwrap();
