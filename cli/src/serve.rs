@@ -1,5 +1,6 @@
 //! `kvoyant serve`: the daemon, in this process.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use nix::sys::prctl::set_pdeathsig;
@@ -25,9 +26,11 @@ pub(crate) fn main(args: &ServeArgs) -> ExitCode {
         }
     }
     let code = kvoyant_daemon::main(&args.daemon);
-    if let (Some(parent), Some(socket)) = (args.die_with_parent, &args.daemon.flags.socket)
-        && i32::try_from(parent).map(Pid::from_raw) != Ok(getppid())
-        && let Some(folder) = socket.parent()
+    // A daemon that failed leaves its words for the parent. Whether the parent is still there cannot be asked: of a
+    // killed process the threads die one after the other, and it counts as there until the last one has.
+    if code == ExitCode::SUCCESS
+        && args.die_with_parent.is_some()
+        && let Some(folder) = args.daemon.flags.socket.as_deref().and_then(Path::parent)
     {
         // Only what the parent put there; a folder that holds anything else stays.
         let _ = std::fs::remove_file(folder.join(LOG_FILE));

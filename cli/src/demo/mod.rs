@@ -146,5 +146,5 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
         return Ok(serde_json::to_string_pretty(&report)? + "\n");
     }
     let colour = console::Term::stdout().is_term() && console::colors_enabled();
-    Ok(format!("{}\n{}\n", table::render(&rows, colour), why::sentences(&rows, &effort).join("\n")))
+    Ok(format!("{}\n{}", table::render(&rows, colour), why::lines(&rows, &effort)))
 }

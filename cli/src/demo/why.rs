@@ -3,6 +3,9 @@
 use super::report::Row;
 use super::tasks::Task;
 
+/// Columns of a line: as wide as the table.
+const WIDTH: usize = 103;
+
 /// What the sentences need to know besides the rows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Effort {
@@ -20,8 +23,32 @@ pub(crate) struct Effort {
     pub(crate) tiny: bool,
 }
 
-/// The sentences, one a line.
-pub(crate) fn sentences(rows: &[Row], effort: &Effort) -> Vec<String> {
+/// The sentences, each on lines of its own.
+pub(crate) fn lines(rows: &[Row], effort: &Effort) -> String {
+    sentences(rows, effort).iter().map(|sentence| wrap(sentence)).collect()
+}
+
+/// Lines of at most [`WIDTH`] columns, broken at spaces.
+fn wrap(sentence: &str) -> String {
+    let mut out = String::new();
+    let mut width = 0;
+    for word in sentence.split(' ') {
+        let length = word.chars().count();
+        if width > 0 && width + 1 + length > WIDTH {
+            out.push('\n');
+            width = 0;
+        } else if width > 0 {
+            out.push(' ');
+            width += 1;
+        }
+        out.push_str(word);
+        width += length;
+    }
+    out.push('\n');
+    out
+}
+
+fn sentences(rows: &[Row], effort: &Effort) -> Vec<String> {
     let mut all = Vec::new();
     if effort.tiny {
         all.push(
@@ -80,4 +107,17 @@ fn right(row: &Row, questions: usize) -> usize {
 
 fn megabytes(bytes: f64) -> String {
     format!("{:.1}", bytes / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrapped_sentences_keep_their_words_and_fit() {
+        let sentence = "word ".repeat(100);
+        let wrapped = wrap(sentence.trim());
+        assert!(wrapped.lines().all(|line| line.len() <= WIDTH && !line.ends_with(' ')), "{wrapped}");
+        assert_eq!(wrapped.split_whitespace().count(), 100);
+    }
 }
