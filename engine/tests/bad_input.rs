@@ -169,6 +169,9 @@ fn architectures_and_settings_that_are_not_implemented_are_named() {
     for (key, value) in [
         ("num_attention_heads", serde_json::json!(3)),
         ("num_hidden_layers", 0.into()),
+        ("num_hidden_layers", 100_000_000.into()),
+        ("head_dim", 200_000_000.into()),
+        ("rope_theta", (-1.0).into()),
         ("vocab_size", u64::MAX.into()),
         ("hidden_size", "wide".into()),
     ] {

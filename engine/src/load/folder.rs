@@ -19,7 +19,9 @@ use crate::tokenizer::Tokenizer;
 const DEFAULT_ROPE_THETA: f32 = 10_000.0;
 
 /// No size in a configuration is larger; so products of two do not overflow.
-const MAX_SIZE: usize = 1 << 28;
+pub(super) const MAX_SIZE: usize = 1 << 28;
+/// No model has more layers; so a file that says so is not believed before its tensors are looked for.
+pub(super) const MAX_LAYERS: usize = 1 << 14;
 
 /// config.json, as far as it matters here.
 #[derive(Deserialize)]
@@ -114,12 +116,18 @@ fn config_from_json(text: &str, path: &Path) -> Result<ModelConfig, LoadError> {
     if let Some((key, value)) = sizes.into_iter().find(|(_, value)| !(1..=MAX_SIZE).contains(value)) {
         return Err(malformed(format!("{key} is {value}")));
     }
+    if json.num_hidden_layers > MAX_LAYERS {
+        return Err(malformed(format!("num_hidden_layers is {}", json.num_hidden_layers)));
+    }
     let query_heads = json.num_attention_heads;
     let kv_heads = json.num_key_value_heads.unwrap_or(query_heads);
     let head_dim = json.head_dim.unwrap_or(json.hidden_size / query_heads);
     check_heads(query_heads, kv_heads, head_dim).map_err(malformed)?;
     let rope = json.rope_parameters.as_ref();
     let theta = json.rope_theta.or_else(|| float(rope?, "rope_theta")).unwrap_or(DEFAULT_ROPE_THETA);
+    if theta.is_nan() || theta <= 0.0 || json.rms_norm_eps.is_nan() || json.rms_norm_eps < 0.0 {
+        return Err(malformed(format!("rope_theta is {theta}, rms_norm_eps is {}", json.rms_norm_eps)));
+    }
     let attention_bias = json.attention_bias.unwrap_or(false);
     Ok(ModelConfig {
         architecture,
@@ -148,6 +156,9 @@ pub(super) fn check_heads(query_heads: usize, kv_heads: usize, head_dim: usize) 
     }
     if head_dim == 0 || !head_dim.is_multiple_of(2) {
         return Err(format!("a head of {head_dim} values cannot be rotated in pairs"));
+    }
+    if query_heads.checked_mul(head_dim).is_none_or(|width| width > MAX_SIZE) {
+        return Err(format!("{query_heads} heads of {head_dim} values are too wide"));
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::LoadOptions;
 use super::assemble::{Parts, TensorSource, assemble};
-use super::folder::check_heads;
+use super::folder::{MAX_LAYERS, MAX_SIZE, check_heads};
 use super::gguf_header::{Header, Value};
 use super::gguf_tensors::{GgufTensors, HeadCounts};
 use super::names::TensorName;
@@ -20,8 +20,6 @@ use crate::tokenizer::{Tokenizer, VocabularySpec};
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 /// Divisors of Llama 3's rotary frequencies, `[head_dim / 2]`.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
-/// No size in a file is larger; so products of two do not overflow.
-const MAX_SIZE: i128 = 1 << 28;
 
 /// Loads a file.
 pub(super) fn load(path: &Path, options: &LoadOptions) -> Result<Model, LoadError> {
@@ -90,7 +88,9 @@ impl<'a> Metadata<'a> {
     fn size(self, key: &str) -> Result<Option<usize>, LoadError> {
         match self.get(key) {
             None => Ok(None),
-            Some(Value::Integer(number @ 1..=MAX_SIZE)) => Ok(Some(*number as usize)),
+            Some(Value::Integer(number)) if (1..=MAX_SIZE as i128).contains(number) => {
+                Ok(Some(*number as usize))
+            }
             Some(other) => {
                 let value = match other {
                     Value::Integer(number) => number.to_string(),
@@ -133,6 +133,13 @@ impl<'a> Metadata<'a> {
             }
         }
         let layers = self.needed_size(&key("block_count"))?;
+        if layers > MAX_LAYERS {
+            return unsupported(
+                "block_count",
+                layers.to_string(),
+                &format!("at most {MAX_LAYERS} layers are"),
+            );
+        }
         let vocabulary = match self.get("tokenizer.ggml.tokens") {
             Some(Value::Texts(tokens)) => tokens.len(),
             _ => self.needed_size(&key("vocab_size"))?,
