@@ -201,3 +201,34 @@ fn the_induction_circuit_recalls_when_the_right_rows_come_and_not_when_random_on
         assert!(right[2] <= 4 && right[3] <= 4, "{methods:?}: {right:?}");
     }
 }
+
+#[test]
+fn a_pool_bounds_what_a_sequence_keeps_and_gives_pages_back() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 1000);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let mut kv =
+        connect(&daemon, &model, Dtype::F16, &["infinigen:budget=10%", "infinigen:budget=10%,pool=50%"]);
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+    let mut pages = Vec::new();
+    for method in 0..2 {
+        let mut sequence = kv.sequence(method).unwrap();
+        decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
+        for token in [1, 2, 3, 4] {
+            let out = decoder.step(&mut kv, &mut [&mut sequence], &[token]).unwrap();
+            assert!(out.logits.iter().all(|logit| logit.is_finite()));
+        }
+        // Truncation and going on must work with a pool too.
+        kv.truncate(&mut sequence, 1002).unwrap();
+        decoder.step(&mut kv, &mut [&mut sequence], &[3]).unwrap();
+        let status = daemon.wait_for("the tokens", |status| status.totals.tokens == 1003);
+        pages.push(status.totals.pages);
+        drop(sequence);
+        daemon.wait_for("no pages", |status| status.totals.pages == 0 && status.totals.digest_bytes == 0);
+    }
+    let config = model.config();
+    let heads = (config.layers * config.kv_heads) as u64;
+    assert_eq!(pages[0], heads * 1003u64.div_ceil(32));
+    // One layer of four is dense and keeps everything; of the others, half of the 31 whole pages can go.
+    assert!(pages[1] < pages[0] * 3 / 4, "{pages:?}");
+}

@@ -424,7 +424,8 @@ impl ModelState {
                 for head in 0..total {
                     let bytes = self.meta.get_mut(part(pool, head, pool_bytes));
                     self.methods[set.method].on_truncate(tokens as usize, bytes);
-                    for page in keep..capacity {
+                    // Of the page that was cut, too few dead rows count from now on: it stays, which is the safe side.
+                    for page in tokens as usize / rows..capacity {
                         self.meta.set_word(dead, head * capacity + page, 0);
                     }
                 }

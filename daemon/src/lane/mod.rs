@@ -106,6 +106,7 @@ impl LaneHandle {
         let report = Arc::new(Report::new(Arc::clone(&bell)));
         let lane = Lane { inbox, bell: Arc::clone(&bell), report, device, sessions: Vec::new(), spin_for };
         let thread = std::thread::Builder::new().name(format!("lane-{index}")).spawn(move || {
+            let _bomb = Bomb;
             if let Some(cpu) = cpu {
                 pin(cpu);
             }
@@ -125,10 +126,22 @@ impl LaneHandle {
 impl Drop for LaneHandle {
     fn drop(&mut self) {
         self.send(Command::Stop);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("a lane panicked");
+        if let Some(thread) = self.thread.take() {
+            // It cannot have panicked: see `Bomb`.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Ends the process when its lane panics: a daemon with a dead lane would leave that lane's clients waiting, while a
+/// dead daemon is an error that they see at once, and its supervisor restarts it.
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a lane panicked, which is a defect of the daemon; it ends");
+            std::process::abort();
         }
     }
 }

@@ -177,7 +177,12 @@ impl ModelState {
             Some(method) => self.method_index(method)?,
             None => self.sequence(parent)?.method,
         };
-        self.sequence(parent)?;
+        let from = self.sequence(parent)?.method;
+        if from != method && self.methods[from].needs().pool {
+            return Err(Failure::BadMethod(format!(
+                "sequence {parent} uses a pool, which may have dropped rows: its forks keep its method"
+            )));
+        }
         let slot = self.free_slot()?;
         self.ensure_digests(parent, method)?;
         let key = self.methods[method].digest_key();
@@ -193,10 +198,11 @@ impl ModelState {
         for head in kept {
             for page in 0..capacity {
                 let index = head * capacity + page;
-                if page < pages {
-                    self.arena.share(self.tables.word(table, index));
-                } else {
+                let word = self.tables.word(table, index);
+                if page >= pages {
                     self.tables.set_word(table, index, NO_PAGE);
+                } else if word != NO_PAGE {
+                    self.arena.share(word);
                 }
             }
         }
@@ -249,10 +255,8 @@ impl ModelState {
             let first = sequence.tokens() / rows;
             for head in &kept {
                 needed += (first..sequence.pages)
-                    .filter(|page| {
-                        self.arena
-                            .is_shared(self.tables.word(sequence.table, head * sequence.capacity + page))
-                    })
+                    .map(|page| self.tables.word(sequence.table, head * sequence.capacity + page))
+                    .filter(|page| *page == NO_PAGE || self.arena.is_shared(*page))
                     .count();
             }
         }
@@ -281,7 +285,11 @@ impl ModelState {
             for page in first..have {
                 let index = head * capacity + page;
                 let shared = self.tables.word(table, index);
-                if self.arena.is_shared(shared) {
+                if shared == NO_PAGE {
+                    // A pool gave it up, and a truncation came back to it.
+                    let Some(own) = self.arena.take() else { unreachable!("pages were reserved") };
+                    self.tables.set_word(table, index, own);
+                } else if self.arena.is_shared(shared) {
                     let Some(own) = self.arena.take() else { unreachable!("pages were reserved") };
                     let filled =
                         (lens[head / self.shape.kv_heads] as usize).saturating_sub(page * rows).min(rows);
@@ -377,8 +385,10 @@ impl ModelState {
             for page in pages..have {
                 let index = head * capacity + page;
                 let own = self.tables.word(table, index);
-                self.arena.release(own);
-                self.tables.set_word(table, index, NO_PAGE);
+                if own != NO_PAGE {
+                    self.arena.release(own);
+                    self.tables.set_word(table, index, NO_PAGE);
+                }
             }
         }
         let sequence = self.sequence_mut(id)?;
@@ -411,7 +421,10 @@ impl ModelState {
         let Some(sequence) = slot.sequence.take() else { return Err(Failure::NoSuchSequence(id)) };
         for head in kept {
             for page in 0..sequence.pages {
-                self.arena.release(self.tables.word(sequence.table, head * sequence.capacity + page));
+                let own = self.tables.word(sequence.table, head * sequence.capacity + page);
+                if own != NO_PAGE {
+                    self.arena.release(own);
+                }
             }
         }
         self.tables.release(sequence.table);

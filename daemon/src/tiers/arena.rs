@@ -119,7 +119,7 @@ struct Extent {
 /// A page could not be had because the arena is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ArenaFull {
-    /// Pages that were asked for beyond those that are free.
+    /// Pages that were asked for beyond those that could be had.
     pub missing_pages: usize,
 }
 
@@ -220,6 +220,10 @@ impl SessionArena {
 
     /// Makes sure that `pages` pages are free, with new extents where needed.
     pub fn reserve(&mut self, pages: usize) -> Result<Result<(), ArenaFull>, MemoryError> {
+        // A request that cannot be met takes nothing.
+        if pages > self.obtainable_pages() {
+            return Ok(Err(ArenaFull { missing_pages: pages - self.obtainable_pages() }));
+        }
         while self.free.len() < pages {
             if !self.budget.take_extent() {
                 return Ok(Err(ArenaFull { missing_pages: pages - self.free.len() }));
@@ -263,10 +267,10 @@ impl SessionArena {
         self.references[page as usize] += 1;
     }
 
-    /// Whether a page has more than one owner.
+    /// Whether a page has more than one owner. What is no page has none.
     #[must_use]
     pub fn is_shared(&self, page: u32) -> bool {
-        self.references[page as usize] > 1
+        self.references.get(page as usize).is_some_and(|references| *references > 1)
     }
 
     /// Drops an owner; true if that was the last one.
