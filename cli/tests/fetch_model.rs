@@ -156,7 +156,7 @@ fn an_interrupted_download_leaves_nothing() {
     let mut child =
         kvoyant(home.path()).arg("fetch-model").env("PATH", bin).stderr(Stdio::null()).spawn().unwrap();
     let since = Instant::now();
-    while std::fs::read_to_string(&started).is_ok_and(|pid| !pid.is_empty()) == false {
+    while !std::fs::read_to_string(&started).is_ok_and(|pid| !pid.is_empty()) {
         assert!(since.elapsed() < Duration::from_secs(20), "the download never began");
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kvoyant_kernels::Dtype;
+use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToClient, ToDaemon, decode, encode, features};
-use kvoyant_protocol::layout::{Layout, Limits};
+use kvoyant_protocol::layout::{Layout, Limits, PageGeometry};
 use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::packet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -217,10 +218,13 @@ impl Client {
             kv_heads: spec.kv_heads as usize,
             head_dim: spec.head_dim as usize,
             dtype,
-            page_rows: page_rows as usize,
+            pages: PageGeometry {
+                page_rows: page_rows as usize,
+                row_bytes: 2 * spec.head_dim as usize * dtype.bytes(),
+            },
         };
-        if geometry.page_rows == 0 || geometry.row_bytes() == 0 {
-            return Err(Error::Broken("the daemon gave pages of no rows".into()));
+        if !(1..=EXTENT_BYTES).contains(&geometry.pages.page_bytes()) {
+            return Err(Error::Broken(format!("the daemon gave pages of {page_rows} rows")));
         }
         let memory = Memory::new(geometry, slab);
         Ok(Model::new(Arc::new(crate::model::Inner {

@@ -5,6 +5,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard};
 use kvoyant_kernels::Dtype;
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::MemoryKind;
+use kvoyant_protocol::layout::PageGeometry;
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
 
 use crate::error::Error;
@@ -17,25 +18,13 @@ pub(crate) struct Geometry {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub dtype: Dtype,
-    pub page_rows: usize,
+    pub pages: PageGeometry,
 }
 
 impl Geometry {
     /// Bytes of a row: K then V.
     pub(crate) fn row_bytes(&self) -> usize {
-        2 * self.head_dim * self.dtype.bytes()
-    }
-
-    fn pages_per_extent(&self) -> usize {
-        EXTENT_BYTES / (self.page_rows * self.row_bytes())
-    }
-
-    /// Extent and offset of a row from its locator.
-    fn locate(&self, row: u32) -> (usize, usize) {
-        let (page, row) = (row as usize / self.page_rows, row as usize % self.page_rows);
-        let per_extent = self.pages_per_extent();
-        let offset = (page % per_extent) * self.page_rows * self.row_bytes() + row * self.row_bytes();
-        (page / per_extent, offset)
+        self.pages.row_bytes
     }
 }
 
@@ -101,7 +90,7 @@ impl Memory {
 
     /// Writes bytes of whole rows from this row on. They must lie in one page.
     pub(crate) fn write(&self, row: u32, bytes: &[u8]) -> Result<(), Error> {
-        let (extent, offset) = self.geometry.locate(row);
+        let (extent, offset) = self.geometry.pages.locate(row);
         let maps = self.maps();
         let map = maps
             .extents
@@ -112,7 +101,7 @@ impl Memory {
 
     /// Reads bytes of whole rows from this row on. They must lie in one page.
     pub(crate) fn read(&self, row: u32, bytes: &mut [u8]) -> Result<(), Error> {
-        let (extent, offset) = self.geometry.locate(row);
+        let (extent, offset) = self.geometry.pages.locate(row);
         let maps = self.maps();
         let map = maps
             .extents
@@ -140,7 +129,7 @@ impl Memory {
                 None => Err(MemoryError::OutOfBounds { offset: row as usize * row_bytes, bytes, len: 0 }),
             };
         }
-        let (extent, offset) = self.geometry.locate(row);
+        let (extent, offset) = self.geometry.pages.locate(row);
         match self.maps().extents.get(extent) {
             Some(map) => map.address(offset, bytes).map(<*mut u8>::cast_const),
             None => Err(MemoryError::OutOfBounds { offset, bytes, len: 0 }),

@@ -66,7 +66,7 @@ impl Model {
     /// Rows of a page.
     #[must_use]
     pub fn page_rows(&self) -> usize {
-        self.inner.geometry.page_rows
+        self.inner.geometry.pages.page_rows
     }
 
     /// A counter of this session, as the daemon publishes it.

@@ -87,13 +87,13 @@ impl Sequence {
     fn locate(&self, state: &State, layer: usize, kv_head: usize, token: usize) -> Option<u32> {
         let geometry = &self.inner.geometry;
         let capacity = state.table.capacity as usize;
-        let (page, row) = (token / geometry.page_rows, token % geometry.page_rows);
+        let (page, row) = (token / geometry.pages.page_rows, token % geometry.pages.page_rows);
         if page >= capacity || layer >= geometry.layers || kv_head >= geometry.kv_heads {
             return None;
         }
         let word = (layer * geometry.kv_heads + kv_head) * capacity + page;
         let page = state.map.load_u32(state.table.offset as usize + word * 4);
-        (page != NO_PAGE).then(|| page.wrapping_mul(geometry.page_rows as u32).wrapping_add(row as u32))
+        (page != NO_PAGE).then(|| page.wrapping_mul(geometry.pages.page_rows as u32).wrapping_add(row as u32))
     }
 
     /// Writes rows of one layer and KV head, in the model's storage type, from a position on: `[rows][2 · head dim]`,
@@ -113,7 +113,7 @@ impl Sequence {
             return Err(Error::Size { what: "rows (bytes)", found: rows.len(), wanted: row_bytes });
         }
         let state = self.state();
-        let (count, page_rows) = (rows.len() / row_bytes, self.inner.geometry.page_rows);
+        let (count, page_rows) = (rows.len() / row_bytes, self.inner.geometry.pages.page_rows);
         if position < state.tokens || position + count > state.room {
             return Err(Error::NoRoom { position: position + count, room: state.room });
         }
@@ -157,7 +157,7 @@ impl Sequence {
     pub fn local_runs(&self, layer: usize, kv_head: usize, tokens: Range<usize>, runs: &mut Vec<Run>) {
         let state = self.state();
         let geometry = &self.inner.geometry;
-        let (page_rows, row_bytes) = (geometry.page_rows, geometry.row_bytes());
+        let (page_rows, row_bytes) = (geometry.pages.page_rows, geometry.row_bytes());
         let mut token = tokens.start;
         while token < tokens.end {
             let count = (tokens.end - token).min(page_rows - token % page_rows);
@@ -188,7 +188,7 @@ impl Sequence {
         rows: &mut [u8],
     ) -> Result<(), Error> {
         let state = self.state();
-        let (page_rows, row_bytes) = (self.inner.geometry.page_rows, self.inner.geometry.row_bytes());
+        let (page_rows, row_bytes) = (self.inner.geometry.pages.page_rows, self.inner.geometry.row_bytes());
         if rows.len() != tokens.len() * row_bytes {
             return Err(Error::Size {
                 what: "rows (bytes)",

@@ -6,6 +6,8 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::EXTENT_BYTES;
+
 /// Bytes of a request or a completion.
 pub const DESCRIPTOR_BYTES: usize = 64;
 /// Bytes of one entry of a batch table.
@@ -175,6 +177,39 @@ impl Layout {
     }
 }
 
+/// Sizes of one model's rows, pages and extents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageGeometry {
+    /// Rows of a page, P.
+    pub page_rows: usize,
+    /// Bytes of a row: K then V.
+    pub row_bytes: usize,
+}
+
+impl PageGeometry {
+    /// Bytes of a page.
+    #[must_use]
+    pub fn page_bytes(&self) -> usize {
+        self.page_rows * self.row_bytes
+    }
+
+    /// Pages of an extent. What does not divide is left over at its end.
+    #[must_use]
+    pub fn pages_per_extent(&self) -> usize {
+        EXTENT_BYTES / self.page_bytes()
+    }
+
+    /// Extent and offset in it of a row, from its locator (page id times P plus row in page).
+    #[must_use]
+    pub fn locate(&self, row: u32) -> (usize, usize) {
+        let row = row as usize;
+        let (page, row_in_page) = (row / self.page_rows, row % self.page_rows);
+        let per_extent = self.pages_per_extent();
+        let offset = (page % per_extent) * self.page_bytes() + row_in_page * self.row_bytes;
+        (page / per_extent, offset)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,6 +242,14 @@ mod tests {
             prop_assert!(tables_at[slots as usize - 1] + tables as usize <= layout.d2c_bytes);
             prop_assert_eq!(layout.table(0), layout.table(u64::from(slots)));
         }
+    }
+
+    #[test]
+    fn a_locator_leads_to_its_row() {
+        let geometry = PageGeometry { page_rows: 32, row_bytes: 320 };
+        assert_eq!(geometry.pages_per_extent(), 6553);
+        assert_eq!(geometry.locate(33), (0, 32 * 320 + 320));
+        assert_eq!(geometry.locate(6553 * 32), (1, 0));
     }
 
     #[test]

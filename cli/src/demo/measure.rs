@@ -10,7 +10,7 @@ use kvoyant_engine::{
 
 use super::compare::{Agreement, LogProbs};
 use super::decode::{Clock, answers, forced};
-use super::plan::Plan;
+use super::plan::{Continued, Plan};
 use super::prepare::{Forks, Prepared};
 use super::report::Row;
 use super::tasks::{Question, Task, is_right};
@@ -44,7 +44,7 @@ impl<'a> Asked<'a> {
         Self {
             questions: all().map(|(question, _)| question).collect(),
             last: all().map(|(_, tokens)| tokens[tokens.len() - 1]).collect(),
-            truths: plan.continued.iter().flat_map(|text| text.truths()).collect(),
+            truths: plan.continued.iter().flat_map(Continued::truths).collect(),
             dense: Vec::new(),
         }
     }
@@ -123,7 +123,7 @@ impl<'a> Asked<'a> {
 
         let mut texts = forks_with(kv, &mut prepared.texts, method)?;
         let mut agreement = Agreement::default();
-        let measured = |step: usize| step % MASS_EVERY == 0;
+        let measured = |step: usize| step.is_multiple_of(MASS_EVERY);
         let before = |kv: &mut DaemonKv, step| {
             kv.measure_mass(measured(step));
             !measured(step)
@@ -176,6 +176,7 @@ impl<'a> Asked<'a> {
 }
 
 /// The columns that have to do with moving rows.
+#[derive(Clone, Copy)]
 struct Costs {
     attention_mass: f64,
     kv_moved_share: f64,

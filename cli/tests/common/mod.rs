@@ -4,14 +4,14 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 /// The binary with a home of its own, so that no test sees the user's cache.
-pub fn kvoyant(home: &Path) -> Command {
+pub(crate) fn kvoyant(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvoyant"));
     command.env("HOME", home).env("XDG_CACHE_HOME", home.join("cache")).env("TMPDIR", home);
     command
 }
 
 /// Runs it and returns (exit code, stdout, stderr).
-pub fn run(command: &mut Command) -> (Option<i32>, String, String) {
+pub(crate) fn run(command: &mut Command) -> (Option<i32>, String, String) {
     let Output { status, stdout, stderr } = command.output().expect("the binary starts");
     let text = |bytes| String::from_utf8(bytes).expect("its output is UTF-8");
     (status.code(), text(stdout), text(stderr))
@@ -19,7 +19,7 @@ pub fn run(command: &mut Command) -> (Option<i32>, String, String) {
 
 /// Every file and folder below `folder`, as relative paths.
 #[allow(dead_code, reason = "each test binary uses its own part")]
-pub fn everything_below(folder: &Path) -> Vec<String> {
+pub(crate) fn everything_below(folder: &Path) -> Vec<String> {
     let mut all = Vec::new();
     let mut todo = vec![folder.to_owned()];
     while let Some(next) = todo.pop() {

@@ -55,7 +55,7 @@ impl Answer {
         };
         match self.runs[first_run..].last_mut() {
             Some(last) if joins(last) => {
-                *last = BlockRun::new(last.row, last.token, last.rows() + rows, in_slab)
+                *last = BlockRun::new(last.row, last.token, last.rows() + rows, in_slab);
             }
             _ => self.runs.push(BlockRun::new(row, token, rows, in_slab)),
         }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use kvoyant_protocol::EXTENT_BYTES;
+pub use kvoyant_protocol::layout::PageGeometry;
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
 
 /// What all sessions may have together, and whether it is to be locked into memory.
@@ -121,39 +122,6 @@ struct Extent {
 pub struct ArenaFull {
     /// Pages that were asked for beyond those that could be had.
     pub missing_pages: usize,
-}
-
-/// Sizes of one model's rows, pages and extents.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PageGeometry {
-    /// Rows of a page, P.
-    pub page_rows: usize,
-    /// Bytes of a row: K then V.
-    pub row_bytes: usize,
-}
-
-impl PageGeometry {
-    /// Bytes of a page.
-    #[must_use]
-    pub fn page_bytes(&self) -> usize {
-        self.page_rows * self.row_bytes
-    }
-
-    /// Pages of an extent. What does not divide is left over at its end.
-    #[must_use]
-    pub fn pages_per_extent(&self) -> usize {
-        EXTENT_BYTES / self.page_bytes()
-    }
-
-    /// Extent and offset in it of a row, from its locator (page id times P plus row in page).
-    #[must_use]
-    pub fn locate(&self, row: u32) -> (usize, usize) {
-        let row = row as usize;
-        let (page, row_in_page) = (row / self.page_rows, row % self.page_rows);
-        let per_extent = self.pages_per_extent();
-        let offset = (page % per_extent) * self.page_bytes() + row_in_page * self.row_bytes;
-        (page / per_extent, offset)
-    }
 }
 
 /// The extents and pages of one session.
@@ -339,14 +307,6 @@ mod tests {
         assert_eq!(budget.free_bytes(), 0);
         drop(arena);
         assert_eq!(budget.used_bytes(), 0);
-    }
-
-    #[test]
-    fn a_locator_leads_to_its_row() {
-        let geometry = PageGeometry { page_rows: 32, row_bytes: 320 };
-        assert_eq!(geometry.pages_per_extent(), 6553);
-        assert_eq!(geometry.locate(33), (0, 32 * 320 + 320));
-        assert_eq!(geometry.locate(6553 * 32), (1, 0));
     }
 
     proptest! {
