@@ -1,6 +1,6 @@
 //! The handshake and the control messages: everything that is not on the hot path.
 //!
-//! Every message starts with [`MAGIC`](crate::MAGIC) and [`VERSION`](crate::VERSION), so that two sides of
+//! Every message starts with [`MAGIC`] and [`VERSION`], so that two sides of
 //! different versions can still say so; the rest is one [`ToDaemon`] or [`ToClient`].
 //!
 //! ```text

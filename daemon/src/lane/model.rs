@@ -77,7 +77,7 @@ pub struct ModelState {
     pub tables: Heap,
     /// Digests, method state, counters, the sequence directory: nobody else sees them.
     pub meta: Heap,
-    /// `sequences_max` records of [`RECORD_BYTES`]: what is open, and where its tables lie.
+    /// `sequences_max` records of 64 bytes: what is open, and where its tables lie.
     pub directory: Region,
     /// Digest blocks, one pool for each kind of digest.
     pub pools: Vec<DigestPool>,
