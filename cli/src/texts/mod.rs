@@ -133,9 +133,10 @@ impl Filler {
     }
 }
 
-/// Our own documents and the licence, in one text: what the demo continues word by word.
+/// The licence and our own documents, in one text: what the demo continues word by word. The licence comes first,
+/// because it never changes, and numbers at the default length should not either.
 pub(crate) fn documents() -> String {
-    [include_str!("../../../LICENSE-APACHE")].join("\n\n")
+    [include_str!("../../../LICENSE-APACHE"), include_str!("../../../README.md")].join("\n\n")
 }
 
 #[cfg(test)]
