@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -60,10 +61,28 @@ pub(crate) struct Control {
     /// For looking at the socket without waiting for its turn.
     watch: OwnedFd,
     timeout: Duration,
+    /// Set when an answer did not come as it should: the next one on the socket might be its, so there is no next.
+    broken: AtomicBool,
 }
 
 impl Control {
+    /// How long control messages, and requests that find the ring full, may take.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Marks the connection as unusable after anything but an answer.
+    fn settle<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        if !matches!(result, Ok(_) | Err(Error::Failed(_))) {
+            self.broken.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
     fn send(&self, socket: BorrowedFd<'_>, message: &ToDaemon, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(Error::DaemonGone);
+        }
         packet::send(socket, &encode(message), fds).map_err(|error| match error.kind() {
             std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => Error::DaemonGone,
             _ => Error::Io(error),
@@ -100,7 +119,7 @@ impl Control {
         if let Err(error) = self.send(socket.as_fd(), message, fds) {
             return Err(self.last_words(socket.as_fd()).unwrap_or(error));
         }
-        self.receive(socket.as_fd())
+        self.settle(self.receive(socket.as_fd()))
     }
 
     fn last_words(&self, socket: BorrowedFd<'_>) -> Option<Error> {
@@ -117,9 +136,11 @@ impl Control {
             return Err(self.last_words(socket.as_fd()).unwrap_or(error));
         }
         loop {
-            let Received { message, fds } = self.receive(socket.as_fd())?;
+            let Received { message, fds } = self.settle(self.receive(socket.as_fd()))?;
             match message {
-                ToClient::Memory { kind, first, bytes } => memory.add(kind, first, bytes, fds)?,
+                ToClient::Memory { kind, first, bytes } => {
+                    self.settle(memory.add(kind, first, bytes, fds))?;
+                }
                 answer => return Ok(answer),
             }
         }
@@ -157,7 +178,12 @@ impl Client {
         let socket =
             packet::connect_to(path).map_err(|source| Error::Connect { path: path.to_path_buf(), source })?;
         let watch = socket.try_clone()?;
-        let control = Control { socket: Mutex::new(socket), watch, timeout: options.control_timeout };
+        let control = Control {
+            socket: Mutex::new(socket),
+            watch,
+            timeout: options.control_timeout,
+            broken: AtomicBool::new(false),
+        };
         let hello = ToDaemon::Hello { features: features::ALL, name: options.name, limits: options.limits };
         let Received { message, fds } = control.call(&hello, &[])?;
         let ToClient::Welcome { session, boot_id, limits, .. } = message else {
@@ -168,8 +194,8 @@ impl Client {
         }
         let [c2d, d2c] = <[OwnedFd; 2]>::try_from(fds)
             .map_err(|fds| Error::Broken(format!("a welcome came with {} descriptors", fds.len())))?;
-        // The daemon seals this one once we have mapped it.
-        let c2d = Memfd::from_peer(c2d, layout.c2d_bytes, Seals::none())?.map(true)?;
+        // Its size is sealed; the daemon forbids further writable mappings once we have ours.
+        let c2d = Memfd::from_peer(c2d, layout.c2d_bytes, Seals::size_only())?.map(true)?;
         let d2c = Memfd::from_peer(d2c, layout.d2c_bytes, Seals::frozen_for_readers())?.map_read_only()?;
         match control.call(&ToDaemon::Mapped, &[])?.message {
             ToClient::Sealed => {}

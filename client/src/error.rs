@@ -30,7 +30,8 @@ pub enum Error {
     /// The daemon has gone. What the session's extents hold can still be read.
     #[error("the daemon has gone")]
     DaemonGone,
-    /// The answer did not come in time. It may still come: wait again, or go on without.
+    /// The answer did not come in time. It has been given up: go on without it, or ask again. Ticket 0: not a
+    /// speculation, but a control message, or a request that found the ring full.
     #[error("ticket {ticket} was not answered within {waited:?}")]
     Deadline {
         /// The ticket.

@@ -75,6 +75,15 @@ impl Model {
         self.inner.rings.stat(stat)
     }
 
+    fn layer(&self, layer: usize) -> Result<u16, Error> {
+        match u16::try_from(layer) {
+            Ok(narrowed) if layer < self.inner.geometry.layers => Ok(narrowed),
+            _ => {
+                Err(Error::Size { what: "a layer's index", found: layer, wanted: self.inner.geometry.layers })
+            }
+        }
+    }
+
     /// Opens an empty sequence with room for `tokens`. `method` is an index into the registered methods.
     ///
     /// # Errors
@@ -85,7 +94,7 @@ impl Model {
             found: method,
             wanted: u16::MAX.into(),
         })?;
-        let message = ToDaemon::Open { method, tokens: tokens as u32 };
+        let message = ToDaemon::Open { method, tokens: narrow("tokens", tokens)? };
         match self.inner.control.request(&message, &self.inner.memory)? {
             ToClient::Opened { sequence, table, room } => {
                 Sequence::new(Arc::clone(&self.inner), sequence, table, room, 0)
@@ -102,7 +111,10 @@ impl Model {
         // So many that a message stays far below its largest size.
         const AT_ONCE: usize = 1024;
         for part in sequences.chunks(AT_ONCE) {
-            let list = part.iter().map(|(sequence, tokens)| (sequence.id(), *tokens as u32)).collect();
+            let list = part
+                .iter()
+                .map(|(sequence, tokens)| Ok((sequence.id(), narrow("tokens", *tokens)?)))
+                .collect::<Result<_, Error>>()?;
             let message = ToDaemon::Reserve { sequences: list };
             match self.inner.control.request(&message, &self.inner.memory)? {
                 ToClient::Reserved { tables } if tables.len() == part.len() => {
@@ -118,6 +130,9 @@ impl Model {
 
     /// Says that the next rows of every layer have been written: so many tokens of each sequence.
     pub fn append(&self, sequences: &[(&Sequence, usize)]) -> Result<(), Error> {
+        for (sequence, count) in sequences {
+            sequence.check_room(*count)?;
+        }
         let entries = sequences
             .iter()
             .map(|(sequence, count)| {
@@ -136,7 +151,7 @@ impl Model {
             return Err(Error::Size { what: "statistics of a layer (values)", found: sums.len(), wanted });
         }
         let entry = BatchEntry { sequence: sequence.id(), position: 0, value: 0 };
-        self.inner.rings.observe(&self.inner.control, layer as u16, entry, sums)
+        self.inner.rings.observe(&self.inner.control, self.layer(layer)?, entry, sums)
     }
 
     /// Asks for the rows of a layer for a whole batch. Members join and leave from one call to the next.
@@ -153,7 +168,8 @@ impl Model {
                 BatchEntry { sequence: member.sequence.id(), position: member.position as u32, value: 0 };
             (entry, member.hint)
         });
-        let ticket = self.inner.rings.speculate(&self.inner.control, layer as u16, entries, 0)?;
+        let layer = self.layer(layer)?;
+        let ticket = self.inner.rings.speculate(&self.inner.control, layer, entries, 0)?;
         Ok(Pending::new(Arc::clone(&self.inner), ticket))
     }
 
@@ -169,4 +185,9 @@ impl Model {
         }
         Ok(())
     }
+}
+
+/// A number as it goes over the wire.
+pub(crate) fn narrow(what: &'static str, value: usize) -> Result<u32, Error> {
+    u32::try_from(value).map_err(|_| Error::Size { what, found: value, wanted: u32::MAX as usize })
 }

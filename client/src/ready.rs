@@ -43,6 +43,12 @@ impl Pending {
         };
         // From here on, dropping releases.
         let ready = Ready { inner: Arc::clone(&self.inner), completion, heads, runs };
+        for run in &ready.runs {
+            self.inner
+                .memory
+                .address(run.row, run.rows(), run.in_slab())
+                .map_err(|error| Error::Broken(format!("a run of an answer lies nowhere: {error}")))?;
+        }
         match completion.status {
             Status::Ready => Ok(ready),
             status => Err(Error::NotReady { layer: completion.layer, status }),
@@ -122,8 +128,7 @@ impl Ready {
     }
 
     /// Adds the runs of rows of one member's head, in token order, for an attention kernel. They are readable for
-    /// as long as this answer lives. Runs that do not lie in the session's memory (which no honest daemon sends)
-    /// are left out.
+    /// as long as this answer lives.
     pub fn runs(&self, member: usize, kv_head: usize, runs: &mut Vec<Run>) {
         runs.extend(self.blocks(member, kv_head).iter().filter_map(|run| {
             let address = self.inner.memory.address(run.row, run.rows(), run.in_slab()).ok()?;

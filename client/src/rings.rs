@@ -95,8 +95,13 @@ impl Rings {
         mut submit: MutexGuard<'a, Submit>,
         control: &Control,
     ) -> Result<MutexGuard<'a, Submit>, Error> {
+        let since = Instant::now();
         while submit.producer.room(&self.d2c)? == 0 {
             drop(submit);
+            let waited = since.elapsed();
+            if waited >= control.timeout() {
+                return Err(Error::Deadline { ticket: 0, waited });
+            }
             // The lane is behind by a whole ring: that is milliseconds, and sleeping gives it the core.
             std::thread::sleep(Duration::from_micros(50));
             if let Some(error) = control.gone() {

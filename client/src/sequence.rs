@@ -72,6 +72,14 @@ impl Sequence {
         Ok(())
     }
 
+    pub(crate) fn check_room(&self, count: usize) -> Result<(), Error> {
+        let state = self.state();
+        if state.tokens + count <= state.room {
+            return Ok(());
+        }
+        Err(Error::NoRoom { position: state.tokens + count, room: state.room })
+    }
+
     /// Counts appended tokens; returns the position of the first of them.
     pub(crate) fn advance(&self, count: usize) -> Result<usize, Error> {
         let mut state = self.state();
@@ -212,7 +220,14 @@ impl Sequence {
     /// Opens a copy of this sequence, perhaps with another method. Pages are shared until one of the two writes,
     /// so both must reserve before they do.
     pub fn fork(&self, method: Option<usize>) -> Result<Self, Error> {
-        let method = method.map(|method| method as u16);
+        let narrow = |method| {
+            u16::try_from(method).map_err(|_| Error::Size {
+                what: "a method's index",
+                found: method,
+                wanted: usize::from(u16::MAX),
+            })
+        };
+        let method = method.map(narrow).transpose()?;
         let message = ToDaemon::Fork { parent: self.id, method };
         let mut state = self.state();
         match self.inner.control.request(&message, &self.inner.memory)? {
@@ -228,7 +243,8 @@ impl Sequence {
 
     /// Drops every row from this token on.
     pub fn truncate(&self, tokens: usize) -> Result<(), Error> {
-        let message = ToDaemon::Truncate { sequence: self.id, tokens: tokens as u32 };
+        let message =
+            ToDaemon::Truncate { sequence: self.id, tokens: crate::model::narrow("tokens", tokens)? };
         let mut state = self.state();
         match self.inner.control.request(&message, &self.inner.memory)? {
             ToClient::Done => {

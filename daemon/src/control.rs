@@ -15,7 +15,7 @@ use kvoyant_protocol::packet::{self, Packet};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::config::Config;
 use crate::device::Device;
@@ -28,8 +28,8 @@ use crate::tiers::arena::ArenaBudget;
 /// How long a client may take for each step of the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Largest artifact that a client may send, in bytes.
-const ARTIFACT_BYTES_MAX: u64 = 4 << 30;
+/// What an artifact may have beside its matrices, in bytes.
+const ARTIFACT_HEADER_MAX: u64 = 1 << 20;
 
 /// What all sessions share.
 #[derive(Debug)]
@@ -41,6 +41,7 @@ pub struct Plane {
     registry: Arc<Registry>,
     boot_id: u64,
     next_session: AtomicU64,
+    places: Arc<Semaphore>,
 }
 
 impl Plane {
@@ -54,7 +55,8 @@ impl Plane {
         registry: Arc<Registry>,
         boot_id: u64,
     ) -> Self {
-        Self { config, lanes, device, budget, registry, boot_id, next_session: AtomicU64::new(1) }
+        let places = Arc::new(Semaphore::new(config.max_sessions as usize));
+        Self { config, lanes, device, budget, registry, boot_id, next_session: AtomicU64::new(1), places }
     }
 }
 
@@ -154,6 +156,16 @@ struct Session {
     status: Arc<SessionStatus>,
     ending: Arc<Ending>,
     sequences_max: u32,
+    /// Its place among `max_sessions`.
+    _place: OwnedSemaphorePermit,
+}
+
+/// Runs what may take a while beside the control thread, which serves everybody.
+async fn beside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Ended> + Send + 'static,
+) -> Result<T, Ended> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(Ended::Protocol(format!("the daemon failed: {error}"))))
 }
 
 async fn step<T>(future: impl Future<Output = Result<T, Ended>>) -> Result<T, Ended> {
@@ -166,16 +178,22 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
         return Err(Ended::Protocol("the first message must be a hello".into()));
     };
     let max = plane.config.max_sessions;
-    if plane.registry.count() >= max as usize {
-        return Err(Ended::Refused(Failure::TooManySessions { max }));
-    }
+    let place = Arc::clone(&plane.places)
+        .try_acquire_owned()
+        .map_err(|_| Ended::Refused(Failure::TooManySessions { max }))?;
     let layout = Layout::new(limits).map_err(|error| Ended::Protocol(error.to_string()))?;
-    let c2d_file = Memfd::create("kvoyant-c2d", layout.c2d_bytes)?;
-    let d2c_file = Memfd::create("kvoyant-d2c", layout.d2c_bytes)?;
     // The daemon never writes what the client writes, and the client gets what the daemon writes already sealed.
-    let c2d_map = c2d_file.map_read_only()?;
-    let d2c_map = d2c_file.map(true)?;
-    d2c_file.seal(Seals::frozen_for_readers())?;
+    // Neither can be resized from before the client has it: a file cut short under a mapping ends the process.
+    let (c2d_file, c2d_map, d2c_file, d2c_map) = beside(move || {
+        let c2d_file = Memfd::create("kvoyant-c2d", layout.c2d_bytes)?;
+        let d2c_file = Memfd::create("kvoyant-d2c", layout.d2c_bytes)?;
+        let c2d_map = c2d_file.map_read_only()?;
+        let d2c_map = d2c_file.map(true)?;
+        c2d_file.seal(Seals::size_only())?;
+        d2c_file.seal(Seals::frozen_for_readers())?;
+        Ok((c2d_file, c2d_map, d2c_file, d2c_map))
+    })
+    .await?;
     d2c_map.store_u64(d2c::BOOT_ID, plane.boot_id);
     let id = plane.next_session.fetch_add(1, Ordering::Relaxed);
     let mode = match plane.device.mode() {
@@ -198,14 +216,14 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     }
     c2d_file.seal(Seals::frozen_for_readers())?;
     let lane = (id % plane.lanes.len() as u64) as usize;
-    let name: String = name.chars().filter(|c| !c.is_control()).take(64).collect();
+    let name = printable(&name);
     let status = Arc::new(SessionStatus::new(id, name, pid, uid, lane));
     let session = LaneSession::new(id, Arc::clone(&status), layout, c2d_map, d2c_map, plane.boot_id);
     let ending = Arc::new(Ending::default());
     plane.lanes[lane].send(Command::Attach(Box::new(session), Arc::clone(&ending)));
     plane.registry.add(Arc::clone(&status));
     tracing::info!(session = id, pid, uid, client = status.client, "session began");
-    let session = Session { status, ending, sequences_max: limits.sequences_max };
+    let session = Session { status, ending, sequences_max: limits.sequences_max, _place: place };
     match socket.send(&ToClient::Sealed, &[]).await {
         Ok(()) => Ok(session),
         Err(error) => {
@@ -234,7 +252,7 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
             ToDaemon::Register(_) if registered => {
                 return Err(Ended::Protocol("a session registers one model, once".into()));
             }
-            ToDaemon::Register(spec) => match register(plane, session, spec, fds) {
+            ToDaemon::Register(spec) => match register(plane, session, spec, fds).await {
                 Err(Ended::Refused(failure)) => socket.send(&ToClient::Failed(failure), &[]).await?,
                 Err(ended) => return Err(ended),
                 Ok((model, message, slab)) => {
@@ -262,39 +280,51 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
 
 type Registered = (Box<ModelState>, ToClient, Vec<OwnedFd>);
 
-fn register(
+/// A name that a peer gave, fit for logs and terminals.
+fn printable(name: &str) -> String {
+    name.chars().filter(|c| !c.is_control()).take(64).collect()
+}
+
+async fn register(
     plane: &Plane,
     session: &Session,
     spec: ModelSpec,
     fds: Vec<OwnedFd>,
 ) -> Result<Registered, Ended> {
+    let spec = ModelSpec { name: printable(&spec.name), ..spec };
     let artifact = match (spec.artifact_bytes, fds.into_iter().next()) {
         (None, _) => None,
-        (Some(bytes), Some(fd)) if (1..=ARTIFACT_BYTES_MAX).contains(&bytes) => {
-            let file = Memfd::from_peer(fd, bytes as usize, Seals::fixed_size())?;
-            let mut copy = vec![0; bytes as usize];
-            file.map_read_only()?.read(0, &mut copy)?;
-            Some(copy)
-        }
-        (Some(bytes), Some(_)) => {
-            let reason = format!("an artifact of {bytes} bytes is outside 1..={ARTIFACT_BYTES_MAX}");
-            return Err(Ended::Refused(Failure::BadMethod(reason)));
-        }
         (Some(_), None) => return Err(Ended::Protocol("the artifact's memfd did not come".into())),
+        (Some(bytes), Some(fd)) => {
+            let heads = u64::from(spec.layers).saturating_mul(u64::from(spec.query_heads));
+            let matrix = u64::from(spec.head_dim).saturating_mul(u64::from(spec.head_dim)).saturating_mul(4);
+            let max = heads.saturating_mul(matrix).saturating_add(ARTIFACT_HEADER_MAX);
+            if !(1..=max).contains(&bytes) {
+                let reason = format!("an artifact of {bytes} bytes is outside 1..={max} for this model");
+                return Err(Ended::Refused(Failure::BadMethod(reason)));
+            }
+            Some(Memfd::from_peer(fd, bytes as usize, Seals::fixed_size())?)
+        }
     };
-    let model = ModelState::new(
-        spec,
-        artifact.as_deref(),
-        session.sequences_max,
-        Arc::clone(&plane.budget),
-        &*plane.device,
-        plane.config.slab.as_u64() as usize,
-        plane.config.keep,
-    )
-    .map_err(Ended::Refused)?;
     if let Ok(mut name) = session.status.model.lock() {
-        name.clone_from(&model.spec.name);
+        name.clone_from(&spec.name);
     }
+    let (budget, device) = (Arc::clone(&plane.budget), Arc::clone(&plane.device));
+    let (sequences_max, keep) = (session.sequences_max, plane.config.keep);
+    let slab_bytes = plane.config.slab.as_u64() as usize;
+    let model = beside(move || {
+        let artifact = match artifact {
+            None => None,
+            Some(file) => {
+                let mut copy = vec![0; file.len()];
+                file.map_read_only()?.read(0, &mut copy)?;
+                Some(copy)
+            }
+        };
+        ModelState::new(spec, artifact.as_deref(), sequences_max, budget, &*device, slab_bytes, keep)
+            .map_err(Ended::Refused)
+    })
+    .await?;
     let slab = match &model.slab {
         None => Vec::new(),
         Some(slab) => vec![slab.slab.file.try_clone()?],

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -96,6 +96,12 @@ impl Endpoint {
                 _ => {}
             }
         };
+        // Only a socket can be a dead daemon's.
+        let is_socket = |found: &std::fs::Metadata| found.file_type().is_socket();
+        if std::fs::symlink_metadata(path).is_ok_and(|found| !is_socket(&found)) {
+            let source = io::Error::new(io::ErrorKind::AlreadyExists, "something that is no socket is there");
+            return Err(fail("listen on", path, source));
+        }
         match std::fs::remove_file(path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(fail("remove the old socket", path, source))
@@ -124,6 +130,25 @@ impl Drop for Endpoint {
     }
 }
 
+/// Descriptors that the daemon needs beside those of extents.
+const OTHER_FDS: u64 = 512;
+
+/// Raises the limit of open files as far as it goes, and says if the arena's extents could not all be open.
+fn raise_open_files(arena_bytes: u64) {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let wanted = arena_bytes / EXTENT_BYTES as u64 + OTHER_FDS;
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    if soft < wanted {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, wanted.min(hard), hard);
+    }
+    if hard < wanted {
+        tracing::warn!(
+            "the limit of open files is {hard} and an arena of {arena_bytes} bytes needs {wanted}; raise it with \
+             LimitNOFILE= in the unit or `ulimit -n`"
+        );
+    }
+}
+
 /// Runs the daemon until SIGTERM or SIGINT.
 pub fn run(config: &Config) -> Result<(), ServerError> {
     // The admin socket comes first, so that whoever finds the control socket finds a whole daemon.
@@ -137,6 +162,7 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         HostDevice::new(config.mode(), config.copy_threads, config.shape()).map_err(ServerError::Start)?,
     );
     let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
+    raise_open_files(arena);
     let budget = Arc::new(ArenaBudget::new(arena, config.pin));
     let lanes: Vec<_> = (0..config.lanes)
         .map(|index| {

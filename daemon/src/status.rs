@@ -135,12 +135,6 @@ impl Registry {
         self.sessions().remove(&id);
     }
 
-    /// How many sessions there are.
-    #[must_use]
-    pub fn count(&self) -> usize {
-        self.sessions().len()
-    }
-
     /// Everything, at this moment.
     #[must_use]
     pub fn report(&self) -> StatusReport {

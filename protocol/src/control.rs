@@ -60,7 +60,7 @@ pub struct ModelSpec {
     pub window: u32,
     /// Layers `0..dense_layers` are never speculated.
     pub dense_layers: u32,
-    /// Layers with sliding-window attention: they stay in the engine and are never speculated.
+    /// Layers with sliding-window attention: their rows are kept, and never selected from.
     pub sliding_layers: Vec<u32>,
     /// Selection methods, in their string form; sequences name them by index.
     pub methods: Vec<String>,
@@ -221,6 +221,16 @@ pub enum Failure {
         arena_bytes: u64,
         /// Sequences of this session which, closed, would free enough; empty if none would.
         closing: Vec<SequenceId>,
+    },
+    /// No room for page tables and digests.
+    #[error(
+        "tables and digests need {wanted_bytes} bytes more and {free_bytes} are free for them; close sequences, or raise the daemon's arena size"
+    )]
+    TablesFull {
+        /// Bytes that would be needed, at most.
+        wanted_bytes: u64,
+        /// Bytes that are left.
+        free_bytes: u64,
     },
     /// A handle that is not open.
     #[error("sequence {0} is not open")]

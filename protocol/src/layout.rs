@@ -59,7 +59,7 @@ pub struct Limits {
     pub hint_bytes: u32,
     /// Bytes of the block table of one answer.
     pub table_bytes: u32,
-    /// Sequences open at once, 1..=2^20.
+    /// Sequences open at once, 1..=65,536.
     pub sequences_max: u32,
 }
 
@@ -84,7 +84,7 @@ pub struct LimitError {
 }
 
 /// Largest memfd that a session may ask for, in each direction.
-pub const SESSION_MEMORY_MAX: u64 = 1 << 31;
+pub const SESSION_MEMORY_MAX: u64 = 256 << 20;
 
 /// Offsets and sizes in bytes, from [`Limits`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,7 +117,7 @@ impl Layout {
         check("batch_max", u64::from(limits.batch_max), 1, 4096)?;
         check("hint_bytes", u64::from(limits.hint_bytes), 64, 1 << 28)?;
         check("table_bytes", u64::from(limits.table_bytes), 4096, 1 << 28)?;
-        check("sequences_max", u64::from(limits.sequences_max), 1, 1 << 20)?;
+        check("sequences_max", u64::from(limits.sequences_max), 1, 1 << 16)?;
         let slots = limits.ring_slots as usize;
         let page = |bytes: usize| bytes.next_multiple_of(PAGE);
         let ring_end = HEADER_BYTES + page(slots * DESCRIPTOR_BYTES);

@@ -40,6 +40,14 @@ pub enum MemoryError {
         /// Length of the mapping, in bytes.
         len: usize,
     },
+    /// More memory for tables and digests than the daemon sets aside.
+    #[error("tables and digests need {wanted} bytes more and {free} are free for them")]
+    Budget {
+        /// Bytes that were wanted.
+        wanted: u64,
+        /// Bytes that are left.
+        free: u64,
+    },
     /// A file descriptor that is no sealed memfd of the right size.
     #[error(
         "the peer's memfd has seals {found:#x} and {len} bytes where seals {wanted:#x} and {wanted_len} bytes are needed"
@@ -65,10 +73,10 @@ fn os(what: &'static str) -> impl Fn(nix::Error) -> MemoryError {
 pub struct Seals(SealFlag);
 
 impl Seals {
-    /// No seals: what a peer will seal only later.
+    /// The size is fixed from now on, and more seals may follow (a ring that its writer has yet to map).
     #[must_use]
-    pub fn none() -> Self {
-        Self(SealFlag::empty())
+    pub fn size_only() -> Self {
+        Self(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW)
     }
 
     /// The size is fixed; both sides may write (arena extents).

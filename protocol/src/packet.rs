@@ -16,6 +16,10 @@ pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// Most file descriptors beside one message.
 pub const FDS_MAX: usize = 32;
 
+/// Most that the kernel passes beside one message (`SCM_MAX_FD`). With room for all of them, whatever a peer sends is
+/// received whole and can be closed.
+const KERNEL_FDS_MAX: usize = 253;
+
 /// A message and what came with it.
 #[derive(Debug)]
 pub struct Packet {
@@ -79,7 +83,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io:
 /// of it stays open.
 pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
     let mut bytes = vec![0; MESSAGE_BYTES_MAX];
-    let mut control = cmsg_space!([RawFd; FDS_MAX]);
+    let mut control = cmsg_space!([RawFd; KERNEL_FDS_MAX]);
     let (length, flags, fds) = {
         let mut slices = [IoSliceMut::new(&mut bytes)];
         let message = recvmsg::<UnixAddr>(
@@ -97,7 +101,7 @@ pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
         }
         (message.bytes, message.flags, fds)
     };
-    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) || fds.len() > FDS_MAX {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             format!("a message is larger than {MESSAGE_BYTES_MAX} bytes or {FDS_MAX} descriptors"),
@@ -128,6 +132,28 @@ mod tests {
         assert_eq!(receive(b.as_fd()).unwrap().bytes, b"again");
         drop(a);
         assert!(receive(b.as_fd()).unwrap().bytes.is_empty(), "a closed peer reads as an empty message");
+    }
+
+    #[test]
+    fn no_descriptor_of_a_message_with_too_many_stays_open() {
+        let (a, b) = pair();
+        let file = crate::memory::Memfd::create("test", 4096).unwrap();
+        let raw = vec![file.as_fd().as_raw_fd(); 40];
+        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let before = open();
+        for _ in 0..20 {
+            sendmsg::<UnixAddr>(
+                a.as_raw_fd(),
+                &[IoSlice::new(b"x")],
+                &[ControlMessage::ScmRights(&raw)],
+                MsgFlags::empty(),
+                None,
+            )
+            .unwrap();
+            assert_eq!(receive(b.as_fd()).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
+        // Other tests open and close a few meanwhile; a leak would be hundreds.
+        assert!(open() < before + 200);
     }
 
     #[test]

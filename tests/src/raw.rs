@@ -52,7 +52,7 @@ impl Raw {
         packet::send(socket.as_fd(), &encode(&hello), &[]).expect("a hello");
         let welcome = packet::receive(socket.as_fd()).expect("a welcome");
         let [c2d, d2c] = <[OwnedFd; 2]>::try_from(welcome.fds).expect("two memfds");
-        let c2d_file = Memfd::from_peer(c2d, layout.c2d_bytes, Seals::none()).expect("c2d");
+        let c2d_file = Memfd::from_peer(c2d, layout.c2d_bytes, Seals::size_only()).expect("c2d");
         let c2d = c2d_file.map(false).expect("a map");
         let d2c = Memfd::from_peer(d2c, layout.d2c_bytes, Seals::frozen_for_readers()).expect("d2c");
         let d2c = d2c.map_read_only().expect("a map");

@@ -232,3 +232,20 @@ fn a_pool_bounds_what_a_sequence_keeps_and_gives_pages_back() {
     // One layer of four is dense and keeps everything; of the others, half of the 31 whole pages can go.
     assert!(pages[1] < pages[0] * 3 / 4, "{pages:?}");
 }
+
+#[test]
+fn layers_with_a_sliding_window_are_kept_and_attended_as_without_a_daemon() {
+    let mut config = synthetic::tiny_config();
+    config.sliding_window = (0..config.layers).map(|layer| (layer % 2 == 1).then_some(40)).collect();
+    let model = synthetic::Checkpoint::random(config, 3).model(WeightsMode::F32);
+    let prompt = prompt(&model, 300);
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+    let mut dense = DenseKv::new(KvShape::new(model.config(), Dtype::F16));
+    let mut sequence = dense.sequence();
+    let expected = logits(&mut decoder, &mut dense, &mut sequence, &prompt);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let mut kv = connect(&daemon, &model, Dtype::F16, &["full"]);
+    let mut sequence = kv.sequence(0).unwrap();
+    assert_same(&logits(&mut decoder, &mut kv, &mut sequence, &prompt), &expected);
+    assert!(kv.take_stats().rows_selected > 0);
+}

@@ -1,6 +1,7 @@
 //! The daemon as its clients and operators meet it: answers, limits, bad input, death.
 
 use std::io::BufRead;
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -290,7 +291,6 @@ fn another_version_is_told_both_versions_and_other_protocols_are_told_apart() {
         (encode(&ToDaemon::Mapped), "the first message must be a hello"),
     ] {
         let socket = Raw::socket(&daemon.socket());
-        use std::os::fd::AsFd;
         kvoyant_protocol::packet::send(socket.as_fd(), &bytes, &[]).unwrap();
         let answer = kvoyant_protocol::packet::receive(socket.as_fd()).unwrap();
         let answer: ToClient = kvoyant_protocol::control::decode(&answer.bytes).unwrap();
@@ -425,12 +425,105 @@ fn a_client_that_lies_is_disconnected_with_the_reason_and_its_neighbour_sees_not
 }
 
 #[test]
-fn a_clients_ring_memory_can_be_neither_truncated_nor_mapped_anew() {
-    let daemon = Daemon::start(DAEMON, &[]);
+fn a_clients_ring_memory_can_be_neither_truncated_nor_mapped_anew_at_any_time() {
+    let daemon = Daemon::start(DAEMON, &["--max-sessions", "2"]);
     let raw = Raw::connect(&daemon.socket(), fake::spec(&["full"]));
-    use std::os::fd::AsFd;
     assert!(nix::unistd::ftruncate(raw.c2d_file.as_fd(), 0).is_err());
     assert!(raw.c2d_file.map(false).is_err());
+    // Nor between the welcome and the seal; and who is half way in has a place already.
+    let socket = Raw::socket(&daemon.socket());
+    let hello =
+        || encode(&ToDaemon::Hello { features: u64::MAX, name: "raw".into(), limits: Limits::default() });
+    kvoyant_protocol::packet::send(socket.as_fd(), &hello(), &[]).unwrap();
+    let welcome = kvoyant_protocol::packet::receive(socket.as_fd()).unwrap();
+    for fd in &welcome.fds {
+        assert!(nix::unistd::ftruncate(fd, 0).is_err());
+    }
+    let third = Raw::socket(&daemon.socket());
+    kvoyant_protocol::packet::send(third.as_fd(), &hello(), &[]).unwrap();
+    let answer = kvoyant_protocol::packet::receive(third.as_fd()).unwrap();
+    let answer: ToClient = kvoyant_protocol::control::decode(&answer.bytes).unwrap();
+    assert!(matches!(answer, ToClient::Failed(Failure::TooManySessions { max: 2 })), "{answer:?}");
+}
+
+#[test]
+fn runs_never_cross_from_one_extent_into_the_next() {
+    let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
+    let model = connect(&daemon, &["full"]);
+    // Over 64 MiB of rows: 1,536 bytes a token.
+    let sequence = model.open(0, 60_000).unwrap();
+    fake::fill(&model, &sequence, 1, 60_000).unwrap();
+    for layer in 1..fake::LAYERS {
+        let ready = ask(&model, &sequence, layer);
+        let rows = fake::check(&ready, 0, 1, layer).unwrap();
+        assert_eq!(rows, (60_001 - fake::SINKS - fake::WINDOW) * fake::KV_HEADS);
+        for head in 0..fake::KV_HEADS {
+            let mut runs = Vec::new();
+            ready.runs(0, head, &mut runs);
+            assert_eq!(runs.iter().map(|run| run.rows).sum::<usize>(), ready.rows(0, head));
+        }
+    }
+}
+
+#[test]
+fn a_method_with_a_pool_neither_takes_over_a_sequence_nor_hands_one_on() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    let model = connect(&daemon, &["full", "infinigen:budget=10%,skew=off,pool=30%"]);
+    let plain = model.open(0, 300).unwrap();
+    fake::fill(&model, &plain, 1, 300).unwrap();
+    for (parent, method) in [(&plain, 1), (&model.open(1, 0).unwrap(), 0)] {
+        let error = parent.fork(Some(method)).unwrap_err();
+        assert!(error.to_string().contains("a method with a pool drops rows"), "{error}");
+    }
+    fake::check(&ask(&model, &plain, 1), 0, 1, 1).unwrap();
+    assert_eq!(ask(&model, &plain, 1).rows(0, 0), 301 - fake::SINKS - fake::WINDOW);
+}
+
+#[test]
+fn requests_that_would_take_a_lane_or_memory_for_themselves_are_refused() {
+    let daemon = Daemon::start(DAEMON, &["--arena", "256MiB"]);
+    let mut raw = Raw::connect(&daemon.socket(), fake::spec(&["full"]));
+    let id = raw.open(100);
+    for (message, expected) in [
+        (ToDaemon::Reserve { sequences: vec![(id, 200), (id, 300)] }, "each once"),
+        (ToDaemon::Open { method: 0, tokens: 1 << 27 }, "are more than"),
+        (ToDaemon::Open { method: 0, tokens: 1 << 26 }, "the arena is full"),
+        (ToDaemon::Open { method: 9, tokens: 1 }, "method 9"),
+        (ToDaemon::Fork { parent: SequenceId { slot: 77, generation: 0 }, method: None }, "is not open"),
+    ] {
+        let Ok(ToClient::Failed(failure)) = raw.call(&message) else { panic!("{message:?} was done") };
+        assert!(failure.to_string().contains(expected), "{failure}");
+    }
+    let refusal = |spec| {
+        let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
+        client.register(spec, None).unwrap_err().to_string()
+    };
+    let spec = fake::spec(&["full"]);
+    let wide = kvoyant_client::ModelSpec { layers: 1024, query_heads: 1024, kv_heads: 1024, ..spec.clone() };
+    assert!(refusal(wide).contains("KV heads in all layers"));
+    let many = kvoyant_client::ModelSpec { methods: vec!["full".into(); 65], ..spec.clone() };
+    assert!(refusal(many).contains("65 methods"));
+    let sliding = kvoyant_client::ModelSpec { sliding_layers: vec![3], ..spec };
+    assert!(refusal(sliding).contains("sliding layer 3"));
+    // Forks are free of pages, but not of tables: they end in a typed answer, and closing them helps.
+    let limits = Limits { sequences_max: 1 << 16, ..Limits::default() };
+    let client = Client::connect(&daemon.socket(), Options { limits, ..Options::default() }).unwrap();
+    let model = client.register(fake::spec(&["full"]), None).unwrap();
+    let base = model.open(0, 80_000).unwrap();
+    let mut forks = Vec::new();
+    let error = loop {
+        match base.fork(None) {
+            Ok(fork) => forks.push(fork),
+            Err(error) => break error,
+        }
+    };
+    assert!(
+        matches!(error, Error::Failed(Failure::TablesFull { .. })),
+        "{error} after {} forks",
+        forks.len()
+    );
+    model.close(forks).unwrap();
+    drop(base.fork(None).unwrap());
 }
 
 #[test]

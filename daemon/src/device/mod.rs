@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossbeam::queue::ArrayQueue;
+use crossbeam::queue::SegQueue;
 use kvoyant_kernels::CopyRun;
 use kvoyant_protocol::control::Mode;
 use kvoyant_protocol::futex::Bell;
@@ -63,7 +63,7 @@ pub struct Done {
 /// A lane's queue of ended transfers, and the bell that wakes the lane.
 #[derive(Debug)]
 pub struct Report {
-    queue: ArrayQueue<Done>,
+    queue: SegQueue<Done>,
     bell: Arc<Bell>,
 }
 
@@ -71,17 +71,12 @@ impl Report {
     /// A queue that rings `bell`.
     #[must_use]
     pub fn new(bell: Arc<Bell>) -> Self {
-        Self { queue: ArrayQueue::new(4096), bell }
+        Self { queue: SegQueue::new(), bell }
     }
 
-    /// Reports the end of a transfer.
-    pub fn push(&self, mut done: Done) {
-        // A lane never has more transfers under way than its sessions have ring slots; should the queue be full
-        // all the same, waiting is right, since the lane empties it without asking the device for anything.
-        while let Err(back) = self.queue.push(done) {
-            done = back;
-            std::thread::yield_now();
-        }
+    /// Reports the end of a transfer. It never waits for the lane: a lane may be waiting for the device.
+    pub fn push(&self, done: Done) {
+        self.queue.push(done);
         self.bell.ring();
     }
 

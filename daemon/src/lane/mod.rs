@@ -194,7 +194,7 @@ impl Lane {
             let mut armed = false;
             let tools = Tools { device: &*self.device, report: &self.report };
             for attached in &mut self.sessions {
-                if !attached.broken && attached.detaching.is_none() {
+                if !stopping && !attached.broken && attached.detaching.is_none() {
                     let result = attached.session.poll(tools, FAIR_SHARE);
                     busy |= attached.check(result).unwrap_or(false);
                     armed |= attached.session.armed;
@@ -204,13 +204,11 @@ impl Lane {
             if stopping && self.sessions.iter().all(|attached| !attached.session.in_transfer()) {
                 return;
             }
-            if !busy && !self.spin(rung) {
-                if armed {
-                    // A write from a GPU wakes nobody, so an armed doorbell is polled.
-                    std::thread::yield_now();
-                } else {
-                    self.sleep(rung);
-                }
+            if !busy && armed {
+                // A write from a GPU wakes nobody, so an armed doorbell is polled.
+                std::thread::yield_now();
+            } else if !busy && !self.spin(rung) {
+                self.sleep(rung);
             }
         }
     }
@@ -277,7 +275,9 @@ impl Lane {
                     if attached.check(drained).is_some() {
                         let answer = attached.session.control(&message);
                         attached.session.refresh_status();
-                        let _ = reply.send(answer);
+                        if let Some(answer) = attached.check(answer) {
+                            let _ = reply.send(answer);
+                        }
                     }
                 }
             }
@@ -317,11 +317,13 @@ impl Attached {
 }
 
 impl LaneSession {
-    fn control(&mut self, message: &ToDaemon) -> Reply {
+    /// Does what a control message asks. An error ends the session: something failed half way, or memory of its own
+    /// could not be handed over.
+    fn control(&mut self, message: &ToDaemon) -> Result<Reply, SessionError> {
         let released = self.released_through();
         let Some(model) = &mut self.model else {
-            let failure = Failure::Protocol("a model must be registered first".into());
-            return Reply::plain(ToClient::Failed(failure));
+            let failure = Failure::BadModel("a model must be registered first".into());
+            return Ok(Reply::plain(ToClient::Failed(failure)));
         };
         let result = match message {
             ToDaemon::Open { method, tokens } => model.open(*method, *tokens).and_then(|id| model.opened(id)),
@@ -334,18 +336,18 @@ impl LaneSession {
                 model.truncate(*sequence, *tokens, released).map(|()| ToClient::Done)
             }
             ToDaemon::Close { sequences } => {
-                sequences.iter().try_for_each(|id| model.close(*id)).map(|()| ToClient::Done)
+                // One bad handle must not keep the others open.
+                let closed = sequences.iter().map(|id| model.close(*id));
+                closed.fold(Ok(()), Result::and).map(|()| ToClient::Done)
             }
-            other => Err(Failure::Protocol(format!("{other:?} is not a request about sequences"))),
+            other => Err(Failure::BadModel(format!("{other:?} is not a request about sequences"))),
         };
         model.settle(released);
-        match model.announce() {
-            Ok(announcements) => {
-                let message = result.unwrap_or_else(ToClient::Failed);
-                Reply { announcements, message, fds: Vec::new() }
-            }
-            Err(error) => Reply::plain(ToClient::Failed(Failure::Internal(error.to_string()))),
-        }
+        let message = match result {
+            Err(Failure::Internal(reason)) => return Err(SessionError::HalfWay(reason)),
+            result => result.unwrap_or_else(ToClient::Failed),
+        };
+        Ok(Reply { announcements: model.announce()?, message, fds: Vec::new() })
     }
 }
 

@@ -24,7 +24,13 @@ pub const PAGE_ROWS: u32 = 32;
 const BLOCK: usize = 4096;
 
 /// Bytes of a file of page tables or digests.
-const HEAP_FILE_BYTES: usize = 8 << 20;
+pub(crate) const HEAP_FILE_BYTES: usize = 8 << 20;
+
+/// Most methods that a session may register.
+const METHODS_MAX: usize = 64;
+
+/// Most KV heads of a model, all layers together.
+const HEADS_MAX: usize = 1 << 14;
 
 /// Bytes of a sequence's record in the directory.
 pub(crate) const RECORD_BYTES: usize = 64;
@@ -81,8 +87,10 @@ pub struct ModelState {
     pub directory: Region,
     /// Digest blocks, one pool for each kind of digest.
     pub pools: Vec<DigestPool>,
-    /// Open sequences.
+    /// Places for sequences.
     pub sequences: Vec<SequenceSlot>,
+    /// Which of them are taken.
+    pub open: Vec<u32>,
     /// The device's slab; `None` in place.
     pub slab: Option<SlabState>,
     /// What transfers hold on to.
@@ -91,6 +99,8 @@ pub struct ModelState {
     pub keep: f64,
     /// See [`Buffers`].
     pub buffers: Buffers,
+    /// Which layers rows are selected in.
+    speculated: Vec<bool>,
     pub(crate) seeds: u64,
     announced_extents: usize,
     announced_tables: usize,
@@ -114,8 +124,23 @@ impl ModelState {
             .map(|bytes| SkewArtifact::from_bytes(bytes).map(|skew| Artifact::Skew(Arc::new(skew))))
             .transpose()
             .map_err(|error| Failure::BadMethod(error.to_string()))?;
-        if spec.methods.is_empty() {
-            return Err(Failure::BadMethod("a model needs at least one method".into()));
+        if !(1..=METHODS_MAX).contains(&spec.methods.len()) {
+            let count = spec.methods.len();
+            return Err(Failure::BadMethod(format!(
+                "{count} methods were registered; a model needs at least one method and at most {METHODS_MAX}"
+            )));
+        }
+        let mut speculated: Vec<bool> = (0..shape.layers).map(|layer| layer >= shape.dense_layers).collect();
+        for layer in &spec.sliding_layers {
+            match speculated.get_mut(*layer as usize) {
+                Some(speculated) => *speculated = false,
+                None => {
+                    return Err(Failure::BadModel(format!(
+                        "sliding layer {layer} is not one of {}",
+                        shape.layers
+                    )));
+                }
+            }
         }
         let methods = spec
             .methods
@@ -136,7 +161,7 @@ impl ModelState {
                 Some(SlabState { slab, pages: SlabPages::new(pages, shape.page_rows), limbo: Vec::new() })
             }
         };
-        let mut meta = Heap::new("kvoyant-meta", HEAP_FILE_BYTES);
+        let mut meta = Heap::new("kvoyant-meta", Arc::clone(&budget), HEAP_FILE_BYTES);
         let directory = meta.allocate(sequences_max as usize * RECORD_BYTES)?;
         let mut sequences = Vec::new();
         sequences.resize_with(sequences_max as usize, SequenceSlot::default);
@@ -144,32 +169,36 @@ impl ModelState {
             spec,
             shape,
             methods,
-            arena: SessionArena::new(budget, geometry),
-            tables: Heap::new("kvoyant-tables", HEAP_FILE_BYTES),
+            arena: SessionArena::new(Arc::clone(&budget), geometry),
+            tables: Heap::new("kvoyant-tables", budget, HEAP_FILE_BYTES),
             meta,
             directory,
             pools: Vec::new(),
             sequences,
+            open: Vec::new(),
             slab,
             memory,
             keep,
             buffers: Buffers::default(),
+            speculated,
             seeds: 0,
             announced_extents: 0,
             announced_tables: 0,
         })
     }
 
-    /// Whether the daemon keeps rows of this layer at all. Sliding-window layers stay in the engine.
-    #[must_use]
-    pub fn keeps(&self, layer: usize) -> bool {
-        !self.spec.sliding_layers.contains(&(layer as u32))
-    }
-
-    /// Whether rows of this layer are selected. Dense layers are kept but read whole.
+    /// Whether rows of this layer are selected. Dense and sliding-window layers are kept, and read by the client
+    /// itself.
     #[must_use]
     pub fn speculates(&self, layer: usize) -> bool {
-        layer >= self.shape.dense_layers && layer < self.shape.layers && self.keeps(layer)
+        self.speculated.get(layer).is_some_and(|speculated| *speculated)
+    }
+
+    /// Rows of an extent.
+    #[must_use]
+    pub fn rows_per_extent(&self) -> u32 {
+        let geometry = self.arena.geometry();
+        (geometry.pages_per_extent() * geometry.page_rows) as u32
     }
 
     /// Bytes of digests in use.
@@ -245,6 +274,10 @@ fn shape_of(spec: &ModelSpec) -> Result<Shape, Failure> {
         dtype,
         fingerprint,
     };
+    if shape.layers * shape.kv_heads > HEADS_MAX {
+        let heads = shape.layers * shape.kv_heads;
+        return Err(bad(format!("{heads} KV heads in all layers are more than {HEADS_MAX}")));
+    }
     shape.check().map_err(|error| bad(error.to_string()))?;
     Ok(shape)
 }

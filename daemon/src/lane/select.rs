@@ -32,6 +32,8 @@ pub struct Answer {
     pub resident: u32,
     /// Bytes in `copies`.
     pub bytes: u64,
+    /// Rows of an extent: runs in extents end there, since extents are mapped apart.
+    pub rows_per_extent: u32,
 }
 
 impl Answer {
@@ -50,8 +52,12 @@ impl Answer {
     }
 
     fn push_row(&mut self, first_run: usize, row: u32, token: u32, rows: u32, in_slab: bool) {
+        let apart = !in_slab && row.is_multiple_of(self.rows_per_extent.max(1));
         let joins = |last: &BlockRun| {
-            last.in_slab() == in_slab && last.row + last.rows() == row && last.token + last.rows() == token
+            !apart
+                && last.in_slab() == in_slab
+                && last.row + last.rows() == row
+                && last.token + last.rows() == token
         };
         match self.runs[first_run..].last_mut() {
             Some(last) if joins(last) => {
@@ -144,8 +150,8 @@ impl ModelState {
                     token += count;
                 }
             }
-            answer.rows += total;
-            answer.in_place += total;
+            answer.rows = answer.rows.saturating_add(total);
+            answer.in_place = answer.in_place.saturating_add(total);
             answer.heads.push(HeadEntry {
                 first_run: first_run as u32,
                 runs: (answer.runs.len() - first_run) as u32,
@@ -168,14 +174,17 @@ impl ModelState {
         // Rows that an unread answer names stay where they are.
         let evict = slots.last_ticket <= turn.released_through;
         slots.last_ticket = turn.ticket;
+        let selection = &self.buffers.selection;
+        let short =
+            |(head, set): (usize, &SlotSet)| set.pages_wanted(selection.rows(head), self.shape.page_rows);
+        let short = slots.heads.iter().enumerate().map(short).sum();
+        self.make_room(short, turn);
         let mut result = Ok(());
         for (kv_head, set) in slots.heads.iter_mut().enumerate() {
             let wanted: usize = self.buffers.selection.rows(kv_head);
-            let short = set.pages_wanted(wanted, self.shape.page_rows);
-            self.make_room(short, turn);
             let keep = (wanted as f64 * self.keep) as usize;
             result = result.and(self.place_head(id, layer, kv_head, set, keep, evict, answer));
-            answer.resident += set.resident() as u32;
+            answer.resident = answer.resident.saturating_add(set.resident() as u32);
         }
         self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer] = slots;
         result
@@ -213,7 +222,7 @@ impl ModelState {
             match row.slot {
                 None => {
                     answer.push_row(first_run, locator, row.token, 1, false);
-                    answer.in_place += 1;
+                    answer.in_place = answer.in_place.saturating_add(1);
                 }
                 Some(slot) => {
                     answer.push_row(first_run, slot, row.token, 1, true);
@@ -229,13 +238,13 @@ impl ModelState {
                             .map_err(|_| Status::Failed)?;
                         answer.push_copy(CopyRun { src: src.cast_const(), dst, bytes });
                     } else {
-                        answer.hits += 1;
+                        answer.hits = answer.hits.saturating_add(1);
                     }
                 }
             }
             total += 1;
         }
-        answer.rows += total;
+        answer.rows = answer.rows.saturating_add(total);
         answer.heads.push(HeadEntry {
             first_run: first_run as u32,
             runs: (answer.runs.len() - first_run) as u32,
@@ -254,20 +263,24 @@ impl ModelState {
             if slab.pages.free() >= pages {
                 return;
             }
+            let sequences = &self.sequences;
             let oldest = self
-                .sequences
-                .iter_mut()
-                .filter_map(|slot| slot.sequence.as_mut())
-                .flat_map(|sequence| &mut sequence.residency)
-                .filter(|layer| {
+                .open
+                .iter()
+                .filter_map(|slot| Some((*slot, sequences[*slot as usize].sequence.as_ref()?)))
+                .flat_map(|(slot, sequence)| {
+                    sequence.residency.iter().enumerate().map(move |(layer, slots)| (slot, layer, slots))
+                })
+                .filter(|(_, _, layer)| {
                     layer.last_ticket <= turn.released_through
                         && layer.heads.iter().any(|head| head.pages() > 0)
                 })
-                .min_by_key(|layer| layer.last_ticket);
-            match oldest {
-                None => return,
-                Some(layer) => slab.pages.give_back(layer.heads.iter_mut().flat_map(SlotSet::clear)),
-            }
+                .min_by_key(|(_, _, layer)| layer.last_ticket)
+                .map(|(slot, layer, _)| (slot, layer));
+            let Some((slot, layer)) = oldest else { return };
+            let sequence = self.sequences[slot as usize].sequence.as_mut();
+            let Some(layer) = sequence.map(|sequence| &mut sequence.residency[layer]) else { return };
+            slab.pages.give_back(layer.heads.iter_mut().flat_map(SlotSet::clear));
         }
     }
 }

@@ -9,12 +9,18 @@ use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
 
 use crate::lane::digests::DigestSet;
-use crate::lane::model::{ModelState, RECORD_BYTES};
+use crate::lane::model::{HEAP_FILE_BYTES, ModelState, RECORD_BYTES};
 use crate::tiers::heap::Region;
 use crate::tiers::residency::SlotSet;
 
 /// Most tokens a sequence may have.
 pub const TOKENS_MAX: u32 = 1 << 26;
+
+/// Most sequences that one reservation may name.
+pub const RESERVE_MAX: usize = 1024;
+
+/// Most sequences that a full arena's answer names.
+const CLOSING_MAX: usize = 256;
 
 /// What one layer of a sequence has on the device.
 #[derive(Debug, Default)]
@@ -98,16 +104,18 @@ impl ModelState {
     /// How many sequences are open.
     #[must_use]
     pub fn open_sequences(&self) -> usize {
-        self.sequences.iter().filter(|slot| slot.sequence.is_some()).count()
+        self.open.len()
+    }
+
+    /// Handles of the open sequences.
+    pub fn open_handles(&self) -> impl Iterator<Item = SequenceId> + '_ {
+        self.open
+            .iter()
+            .map(|slot| SequenceId { slot: *slot, generation: self.sequences[*slot as usize].generation })
     }
 
     fn heads(&self) -> usize {
         self.shape.layers * self.shape.kv_heads
-    }
-
-    /// Every (layer, head) whose rows are kept, as an index `layer * kv_heads + head`.
-    fn kept_heads(&self) -> Vec<usize> {
-        (0..self.heads()).filter(|head| self.keeps(head / self.shape.kv_heads)).collect()
     }
 
     fn free_slot(&self) -> Result<usize, Failure> {
@@ -120,6 +128,7 @@ impl ModelState {
 
     fn install(&mut self, slot: usize, sequence: Sequence) -> SequenceId {
         self.sequences[slot].sequence = Some(sequence);
+        self.open.push(slot as u32);
         let id = SequenceId { slot: slot as u32, generation: self.sequences[slot].generation };
         self.record(id);
         id
@@ -140,6 +149,7 @@ impl ModelState {
     pub fn open(&mut self, method: u16, tokens: u32) -> Result<SequenceId, Failure> {
         let method = self.method_index(method)?;
         let slot = self.free_slot()?;
+        self.check_tables(1, 0)?;
         let table = self.tables.allocate(0)?;
         self.seeds += 1;
         let layers = self.shape.layers;
@@ -178,17 +188,22 @@ impl ModelState {
             None => self.sequence(parent)?.method,
         };
         let from = self.sequence(parent)?.method;
-        if from != method && self.methods[from].needs().pool {
+        if from != method && (self.methods[from].needs().pool || self.methods[method].needs().pool) {
             return Err(Failure::BadMethod(format!(
-                "sequence {parent} uses a pool, which may have dropped rows: its forks keep its method"
+                "sequence {parent} cannot be forked from {} to {}: a method with a pool drops rows, so it neither takes \
+                 over a sequence nor hands one on; open one with it",
+                self.methods[from].spec(),
+                self.methods[method].spec()
             )));
         }
         let slot = self.free_slot()?;
+        self.check_tables(2, self.sequence(parent)?.capacity)?;
         self.ensure_digests(parent, method)?;
         let key = self.methods[method].digest_key();
-        let (rows, kept) = (self.shape.page_rows, self.kept_heads());
+        let (rows, kept) = (self.shape.page_rows, 0..self.heads());
         let sequence = self.sequence(parent)?;
         let (tokens, capacity, from) = (sequence.tokens_max(), sequence.capacity, sequence.table);
+        let room = sequence.tokens();
         let (seed, lens, observed) = (sequence.seed, sequence.lens.clone(), sequence.observed.clone());
         let observation = sequence.observation;
         let pages = tokens.div_ceil(rows);
@@ -220,7 +235,7 @@ impl ModelState {
             Some(key) => self.share_digests(parent, key)?,
         };
         // Its pages are shared now: the parent may not write to them either until it asks for room again.
-        self.sequence_mut(parent)?.room = tokens;
+        self.sequence_mut(parent)?.room = room;
         let mut residency = Vec::new();
         residency.resize_with(self.shape.layers, LayerSlots::default);
         Ok(self.install(
@@ -231,7 +246,7 @@ impl ModelState {
                 table,
                 capacity,
                 pages,
-                room: tokens,
+                room,
                 lens,
                 observation,
                 observed,
@@ -244,8 +259,16 @@ impl ModelState {
     /// Gives sequences room to write: private pages up to so many tokens each. All of them or none.
     pub fn reserve(&mut self, list: &[(SequenceId, u32)]) -> Result<(), Failure> {
         let rows = self.shape.page_rows;
-        let kept = self.kept_heads();
+        let kept = 0..self.heads();
         let mut needed = 0;
+        let mut named: Vec<_> = list.iter().map(|(id, _)| *id).collect();
+        named.sort_unstable();
+        if list.len() > RESERVE_MAX || named.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(Failure::BadModel(format!(
+                "a reservation names {} sequences, of which there may be {RESERVE_MAX}, each once",
+                list.len()
+            )));
+        }
         for (id, tokens) in list {
             if *tokens > TOKENS_MAX {
                 return Err(Failure::BadModel(format!("{tokens} tokens are more than {TOKENS_MAX}")));
@@ -253,12 +276,16 @@ impl ModelState {
             let sequence = self.sequence(*id)?;
             needed += (*tokens as usize).div_ceil(rows).saturating_sub(sequence.pages) * kept.len();
             let first = sequence.tokens() / rows;
-            for head in &kept {
+            for head in kept.clone() {
                 needed += (first..sequence.pages)
                     .map(|page| self.tables.word(sequence.table, head * sequence.capacity + page))
                     .filter(|page| *page == NO_PAGE || self.arena.is_shared(*page))
                     .count();
             }
+        }
+        let longest = list.iter().map(|(_, tokens)| (*tokens as usize).div_ceil(rows)).max().unwrap_or(0);
+        if needed <= self.arena.obtainable_pages() {
+            self.check_tables(list.len(), longest)?;
         }
         match self.arena.reserve(needed) {
             Ok(Ok(())) => {}
@@ -266,13 +293,13 @@ impl ModelState {
             Err(error) => return Err(error.into()),
         }
         for (id, tokens) in list {
-            self.grow(*id, *tokens as usize, &kept)?;
+            self.grow(*id, *tokens as usize)?;
             self.record(*id);
         }
         Ok(())
     }
 
-    fn grow(&mut self, id: SequenceId, tokens: usize, kept: &[usize]) -> Result<(), MemoryError> {
+    fn grow(&mut self, id: SequenceId, tokens: usize) -> Result<(), MemoryError> {
         let rows = self.shape.page_rows;
         let pages = tokens.div_ceil(rows);
         self.grow_table(id, pages)?;
@@ -281,7 +308,7 @@ impl ModelState {
         let lens = sequence.lens.clone();
         let first = sequence.tokens() / rows;
         let mut buffer = std::mem::take(&mut self.buffers.rows);
-        for &head in kept {
+        for head in 0..self.heads() {
             for page in first..have {
                 let index = head * capacity + page;
                 let shared = self.tables.word(table, index);
@@ -340,16 +367,16 @@ impl ModelState {
 
     /// What to tell a client when `needed` pages cannot be had: sequences that, closed, would free what is missing.
     fn backpressure(&self, needed: usize, missing: usize) -> Failure {
-        let kept = self.kept_heads();
+        let kept = 0..self.heads();
         let mut owners: Vec<(usize, SequenceId)> = Vec::new();
-        for (slot, entry) in self.sequences.iter().enumerate() {
-            let Some(sequence) = &entry.sequence else { continue };
+        for id in self.open_handles() {
+            let Ok(sequence) = self.sequence(id) else { continue };
             let own = kept
-                .iter()
+                .clone()
                 .flat_map(|head| (0..sequence.pages).map(move |page| head * sequence.capacity + page))
                 .filter(|index| !self.arena.is_shared(self.tables.word(sequence.table, *index)))
                 .count();
-            owners.push((own, SequenceId { slot: slot as u32, generation: entry.generation }));
+            owners.push((own, id));
         }
         owners.sort_unstable_by(|a, b| b.cmp(a));
         let mut freed = 0;
@@ -362,13 +389,14 @@ impl ModelState {
             })
             .map(|(_, id)| id)
             .collect();
-        if freed < missing {
+        // A list that is too long for a message would help nobody either.
+        if freed < missing || closing.len() > CLOSING_MAX {
             closing.clear();
         }
         let page_bytes = self.arena.geometry().page_bytes() as u64;
         Failure::Backpressure {
-            needed_bytes: needed as u64 * page_bytes,
-            free_bytes: (needed - missing) as u64 * page_bytes,
+            needed_bytes: (needed as u64).saturating_mul(page_bytes),
+            free_bytes: ((needed - missing) as u64).saturating_mul(page_bytes),
             arena_bytes: self.arena.budget().total_bytes(),
             closing,
         }
@@ -377,7 +405,7 @@ impl ModelState {
     /// Drops every row from token `tokens` on.
     pub fn truncate(&mut self, id: SequenceId, tokens: u32, released_through: u64) -> Result<(), Failure> {
         let rows = self.shape.page_rows;
-        let kept = self.kept_heads();
+        let kept = 0..self.heads();
         let sequence = self.sequence(id)?;
         let (table, capacity, have) = (sequence.table, sequence.capacity, sequence.pages);
         let pages = (tokens as usize).div_ceil(rows).min(have);
@@ -415,10 +443,11 @@ impl ModelState {
     /// Closes a sequence and gives back all that it alone owned.
     pub fn close(&mut self, id: SequenceId) -> Result<(), Failure> {
         self.sequence(id)?;
-        let kept = self.kept_heads();
+        let kept = 0..self.heads();
         let slot = &mut self.sequences[id.slot as usize];
         slot.generation = slot.generation.wrapping_add(1);
         let Some(sequence) = slot.sequence.take() else { return Err(Failure::NoSuchSequence(id)) };
+        self.open.retain(|slot| *slot != id.slot);
         for head in kept {
             for page in 0..sequence.pages {
                 let own = self.tables.word(sequence.table, head * sequence.capacity + page);
@@ -466,6 +495,26 @@ impl ModelState {
             pages.give_back(list.drain(..));
             false
         });
+    }
+
+    /// Whether the daemon's memory for tables and digests would hold `count` more sequences with tables of `pages`
+    /// pages. What follows relies on it: an allocation that fails half way ends the session.
+    pub(crate) fn check_tables(&self, count: usize, pages: usize) -> Result<(), Failure> {
+        let heads = self.heads();
+        let capacity = pages.next_power_of_two().max(8);
+        let per_page =
+            |method: &dyn kvoyant_methods::Method| 4 + method.digest_bytes() + 4 + self.shape.page_rows;
+        let digests = self.methods.iter().map(|method| per_page(&**method)).max().unwrap_or(0);
+        let states = self.methods.iter().map(|method| method.head_state_bytes()).max().unwrap_or(0);
+        let per_head = (4 + digests) * capacity + states + self.shape.head_dim * 4;
+        let wanted = (count as u64).saturating_mul((heads * per_head) as u64);
+        // Either new files can be had, or what is wanted fits into free spans of those that are there.
+        let new = self.arena.budget().free_table_bytes().saturating_sub(2 * HEAP_FILE_BYTES as u64);
+        let free = new.max(self.tables.longest_span().min(self.meta.longest_span()));
+        if wanted <= free {
+            return Ok(());
+        }
+        Err(Failure::TablesFull { wanted_bytes: wanted, free_bytes: free })
     }
 
     /// Page table and room of a sequence, for its client.

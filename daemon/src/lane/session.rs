@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvoyant_protocol::control::Failure;
 use kvoyant_protocol::layout::{Layout, d2c};
@@ -22,6 +22,13 @@ use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::Sequence;
 use crate::status::SessionStatus;
+
+/// How long a session may keep its lane before another one gets its turn; one request may take longer.
+const TURN_MAX: Duration = Duration::from_millis(1);
+
+/// Rows, over all members and KV heads, that one speculation may have candidates for: a batch of 256 sequences of
+/// 128 Ki tokens with eight KV heads.
+const WORK_MAX: usize = 1 << 28;
 
 /// Why a session ends.
 #[derive(Debug, Error)]
@@ -95,6 +102,15 @@ pub enum SessionError {
         /// Bytes of all payloads.
         have: usize,
     },
+    /// A batch with more candidates than a lane can be asked to look at in one go.
+    #[error("a speculation over {rows} rows and more is larger than {WORK_MAX}; split the batch")]
+    Work {
+        /// Rows so far.
+        rows: usize,
+    },
+    /// A control request that failed after it had begun.
+    #[error("a request failed half way: {0}")]
+    HalfWay(String),
     /// Completions that nobody reads.
     #[error("the completion ring is full: answers were released without being read")]
     CompletionsFull,
@@ -124,6 +140,7 @@ pub struct LaneSession {
     /// The registered model.
     pub model: Option<Box<ModelState>>,
     last_ticket: u64,
+    posted: u64,
     released_through: u64,
     flights: VecDeque<Flight>,
     in_transfer: usize,
@@ -168,6 +185,7 @@ impl LaneSession {
             boot_id,
             model: None,
             last_ticket: 0,
+            posted: 0,
             released_through: 0,
             flights: VecDeque::with_capacity(layout.limits.ring_slots as usize),
             in_transfer: 0,
@@ -208,7 +226,11 @@ impl LaneSession {
         self.armed = false;
         let available = self.requests.available(&self.c2d)?;
         let mut handled = 0;
+        let since = Instant::now();
         while handled < available.min(most) {
+            if handled > 0 && since.elapsed() > TURN_MAX {
+                break;
+            }
             let index = self.requests.index();
             let arrived = match self.seen {
                 Some((seen, at)) if seen == index => at,
@@ -233,7 +255,16 @@ impl LaneSession {
 
     /// Handles every request that is there, doorbells aside: what a control request says comes after it.
     pub fn drain(&mut self, tools: Tools<'_>) -> Result<(), SessionError> {
-        while self.poll(tools, u32::MAX)? {}
+        // What comes while this runs comes after the control request.
+        let mut waiting = self.requests.available(&self.c2d)?;
+        while waiting > 0 {
+            let before = self.requests.index();
+            self.poll(tools, waiting)?;
+            match self.requests.index().wrapping_sub(before) {
+                0 => break,
+                handled => waiting = waiting.saturating_sub(handled),
+            }
+        }
         Ok(())
     }
 
@@ -254,7 +285,8 @@ impl LaneSession {
     }
 
     fn release(&mut self, through: u64) -> Result<(), SessionError> {
-        if through < self.released_through || through > self.last_ticket {
+        // An answer can only be let go of once it has been given.
+        if through < self.released_through || through > self.posted {
             return Err(SessionError::Ticket {
                 ticket: self.last_ticket,
                 released: through,
@@ -305,6 +337,8 @@ impl LaneSession {
             });
         }
         self.answer.clear();
+        self.answer.rows_per_extent = model.rows_per_extent();
+        let mut work = 0;
         let values = model.shape.query_heads * model.shape.head_dim;
         let mut status = Status::Ready;
         for entry in &self.batch {
@@ -326,9 +360,14 @@ impl LaneSession {
                 status = failed;
                 break;
             }
-        }
-        if status == Status::Ready && self.answer.table_bytes() > self.layout.limits.table_bytes as usize {
-            status = Status::TableFull;
+            if self.answer.table_bytes() > self.layout.limits.table_bytes as usize {
+                status = Status::TableFull;
+                break;
+            }
+            work += (entry.position as usize + 1) * model.shape.kv_heads;
+            if work > WORK_MAX {
+                return Err(SessionError::Work { rows: work });
+            }
         }
         let table_bytes = if status == Status::Ready { self.write_table(ticket)? } else { 0 };
         let planned = Instant::now();
@@ -410,6 +449,7 @@ impl LaneSession {
             }
             let Some(flight) = self.flights.pop_front() else { break };
             let completion = flight.completion;
+            self.posted = completion.ticket;
             self.completions.stage(&self.d2c, &completion.encode());
             self.d2c.store_u64(d2c::TIMELINE, completion.timeline());
             self.count(Stat::Speculations, 1);
@@ -510,7 +550,7 @@ impl LaneSession {
         set(&self.status.digest_bytes, model.digest_bytes());
         set(&self.status.slab_pages, model.slab.as_ref().map_or(0, |slab| slab.pages.used()));
         let tokens =
-            model.sequences.iter().filter_map(|slot| slot.sequence.as_ref()).map(Sequence::tokens).sum();
+            model.open_handles().filter_map(|id| model.sequence(id).ok()).map(Sequence::tokens).sum();
         set(&self.status.tokens, tokens);
     }
 }

@@ -14,11 +14,20 @@ use kvoyant_protocol::EXTENT_BYTES;
 pub use kvoyant_protocol::layout::PageGeometry;
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
 
+/// Tables and digests of all sessions may take this share of the arena's size beside it: partial keys at a ratio of
+/// 0.3 are 0.15 of the KV that they describe, page tables a thousandth.
+const TABLES_SHARE: u64 = 4;
+
+/// … and this much more, so that a small arena can still have many sequences.
+const TABLES_LEAST: u64 = 512 << 20;
+
 /// What all sessions may have together, and whether it is to be locked into memory.
 #[derive(Debug)]
 pub struct ArenaBudget {
     total_bytes: u64,
     used_bytes: AtomicU64,
+    tables_bytes: AtomicU64,
+    tables_total: u64,
     locked_bytes: AtomicU64,
     lock: AtomicBool,
 }
@@ -30,6 +39,8 @@ impl ArenaBudget {
         Self {
             total_bytes,
             used_bytes: AtomicU64::new(0),
+            tables_bytes: AtomicU64::new(0),
+            tables_total: total_bytes / TABLES_SHARE + TABLES_LEAST,
             locked_bytes: AtomicU64::new(0),
             lock: AtomicBool::new(lock),
         }
@@ -57,6 +68,26 @@ impl ArenaBudget {
     #[must_use]
     pub fn free_bytes(&self) -> u64 {
         self.total_bytes.saturating_sub(self.used_bytes())
+    }
+
+    /// Bytes that are left for page tables, digests and other descriptions of the arena.
+    #[must_use]
+    pub fn free_table_bytes(&self) -> u64 {
+        self.tables_total.saturating_sub(self.tables_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Takes memory for tables.
+    pub fn take_tables(&self, bytes: u64) -> Result<(), MemoryError> {
+        let take = |used: u64| used.checked_add(bytes).filter(|after| *after <= self.tables_total);
+        match self.tables_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(MemoryError::Budget { wanted: bytes, free: self.free_table_bytes() }),
+        }
+    }
+
+    /// Gives memory for tables back.
+    pub fn give_tables_back(&self, bytes: u64) {
+        self.tables_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     fn take_extent(&self) -> bool {
@@ -189,8 +220,11 @@ impl SessionArena {
     /// Makes sure that `pages` pages are free, with new extents where needed.
     pub fn reserve(&mut self, pages: usize) -> Result<Result<(), ArenaFull>, MemoryError> {
         // A request that cannot be met takes nothing.
-        if pages > self.obtainable_pages() {
-            return Ok(Err(ArenaFull { missing_pages: pages - self.obtainable_pages() }));
+        // Row locators have 32 bits.
+        let addressable = (u32::MAX as usize / self.geometry.page_rows).saturating_sub(self.used_pages());
+        let obtainable = self.obtainable_pages().min(addressable);
+        if pages > obtainable {
+            return Ok(Err(ArenaFull { missing_pages: pages - obtainable }));
         }
         while self.free.len() < pages {
             if !self.budget.take_extent() {

@@ -102,10 +102,16 @@ impl Blocks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tiers::arena::ArenaBudget;
+    use std::sync::Arc;
+
+    fn heap(file_bytes: usize) -> Heap {
+        Heap::new("test", Arc::new(ArenaBudget::new(1 << 30, false)), file_bytes)
+    }
 
     #[test]
     fn a_shared_block_is_copied_before_it_is_written() {
-        let mut heap = Heap::new("test", 1 << 16);
+        let mut heap = heap(1 << 16);
         let mut blocks = Blocks::new(48);
         let first = blocks.take(&mut heap).unwrap();
         blocks.get_mut(&mut heap, first).fill(7);
@@ -123,7 +129,7 @@ mod tests {
 
     #[test]
     fn blocks_are_apart_across_batches() {
-        let mut heap = Heap::new("test", 4096);
+        let mut heap = heap(4096);
         let mut blocks = Blocks::new(40);
         let all: Vec<_> = (0..600).map(|_| blocks.take(&mut heap).unwrap()).collect();
         for block in &all {

@@ -4,8 +4,11 @@
 //! kept by whoever holds the files when the process goes: a region is found again by file and offset.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use kvoyant_protocol::memory::{MemoryError, OwnedFile};
+
+use crate::tiers::arena::ArenaBudget;
 
 /// A region of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +28,7 @@ pub const ALIGN: usize = 64;
 #[derive(Debug)]
 pub struct Heap {
     name: &'static str,
+    budget: Arc<ArenaBudget>,
     file_bytes: usize,
     files: Vec<OwnedFile>,
     /// Free spans as (file, offset, length), sorted and never adjacent.
@@ -33,10 +37,11 @@ pub struct Heap {
 }
 
 impl Heap {
-    /// An empty heap whose files have `file_bytes` each, or more where one region needs more.
+    /// An empty heap whose files have `file_bytes` each, or more where one region needs more; they count in the
+    /// budget.
     #[must_use]
-    pub fn new(name: &'static str, file_bytes: usize) -> Self {
-        Self { name, file_bytes, files: Vec::new(), free: Vec::new(), used_bytes: 0 }
+    pub fn new(name: &'static str, budget: Arc<ArenaBudget>, file_bytes: usize) -> Self {
+        Self { name, budget, file_bytes, files: Vec::new(), free: Vec::new(), used_bytes: 0 }
     }
 
     /// How many files there are.
@@ -62,6 +67,12 @@ impl Heap {
         self.used_bytes
     }
 
+    /// Bytes of the longest free span.
+    #[must_use]
+    pub fn longest_span(&self) -> u64 {
+        self.free.iter().map(|(_, _, len)| *len as u64).max().unwrap_or(0)
+    }
+
     /// Takes a zeroed region.
     pub fn allocate(&mut self, len: usize) -> Result<Region, MemoryError> {
         let span = len.max(1).next_multiple_of(ALIGN);
@@ -69,7 +80,14 @@ impl Heap {
             Some(at) => at,
             None => {
                 let bytes = self.file_bytes.max(span).next_multiple_of(4096);
-                self.files.push(OwnedFile::create(self.name, bytes)?);
+                self.budget.take_tables(bytes as u64)?;
+                match OwnedFile::create(self.name, bytes) {
+                    Ok(file) => self.files.push(file),
+                    Err(error) => {
+                        self.budget.give_tables_back(bytes as u64);
+                        return Err(error);
+                    }
+                }
                 self.free.push((self.files.len() as u32 - 1, 0, bytes));
                 self.free.len() - 1
             }
@@ -130,17 +148,42 @@ impl Heap {
     }
 }
 
+impl Drop for Heap {
+    fn drop(&mut self) {
+        for file in &self.files {
+            self.budget.give_tables_back(file.bytes().len() as u64);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    fn budget() -> Arc<ArenaBudget> {
+        Arc::new(ArenaBudget::new(1 << 30, false))
+    }
+
+    #[test]
+    fn a_budget_that_is_used_up_is_said_so_and_comes_back() {
+        let budget = budget();
+        let free = budget.free_table_bytes();
+        let mut heap = Heap::new("test", Arc::clone(&budget), 4096);
+        heap.allocate(5000).unwrap();
+        assert_eq!(budget.free_table_bytes(), free - 8192);
+        let error = heap.allocate(free as usize).unwrap_err();
+        assert!(matches!(error, MemoryError::Budget { .. }), "{error}");
+        drop(heap);
+        assert_eq!(budget.free_table_bytes(), free);
+    }
 
     proptest! {
         #[test]
         fn regions_never_overlap_and_all_space_returns(
             moves in proptest::collection::vec((any::<bool>(), 1usize..9000, any::<prop::sample::Index>()), 1..80),
         ) {
-            let mut heap = Heap::new("test", 16 << 10);
+            let mut heap = Heap::new("test", budget(), 16 << 10);
             let mut live: Vec<(Region, u8)> = Vec::new();
             for (step, (take, len, index)) in moves.into_iter().enumerate() {
                 if take || live.is_empty() {
@@ -166,7 +209,7 @@ mod tests {
 
     #[test]
     fn words_are_stored_little_endian_by_index() {
-        let mut heap = Heap::new("test", 4096);
+        let mut heap = Heap::new("test", budget(), 4096);
         let region = heap.allocate(12).unwrap();
         heap.set_word(region, 2, 0x0102_0304);
         assert_eq!(heap.get(region)[8..], [4, 3, 2, 1]);

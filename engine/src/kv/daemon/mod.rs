@@ -109,7 +109,8 @@ impl DaemonOptions {
             ring_slots: 8,
             batch_max: self.batch_max as u32,
             hint_bytes: hints.max(kv.kv_heads * kv.head_dim * 4).max(64) as u32,
-            table_bytes: table.clamp(4096, 128 << 20) as u32,
+            // A session's answers may take 256 MiB in all; longer contexts with that many members end in a typed error.
+            table_bytes: table.clamp(4096, 24 << 20) as u32,
             sequences_max: 4096,
         }
     }
@@ -310,6 +311,8 @@ impl KvBackend for DaemonKv {
         let KvShape { kv_heads, head_dim: d, dtype, .. } = self.shape;
         let row_bytes = self.shape.row_bytes();
         let tokens = k.len() / (kv_heads * d);
+        // A step that failed before this prefill is over.
+        self.in_step = false;
         self.make_room(&[(sequence, start + tokens)])?;
         let sequence = sequence.inner();
         (0..kv_heads).into_par_iter().try_for_each(|head| {
