@@ -29,6 +29,10 @@ use crate::progress::Progress;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Err(error) = kvoyant_kernels::Kernels::from_env() {
+        eprintln!("error: {error}");
+        return ExitCode::FAILURE;
+    }
     let done = match &cli.command {
         // The daemon has its own signals and its own words.
         Command::Serve(args) => return serve::main(args),

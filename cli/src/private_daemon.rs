@@ -62,6 +62,12 @@ impl PrivateDaemon {
         let this = std::env::current_exe().map_err(DaemonError::Start)?;
         let log = File::create(folder.path().join(LOG_FILE)).map_err(DaemonError::Start)?;
         let mut command = Command::new(this);
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy();
+            if name.starts_with("KVOYANT_") && name != kvoyant_kernels::ENV {
+                command.env_remove(&*name);
+            }
+        }
         command
             .arg("serve")
             // What an operator set up for the node's daemon is not meant for this one.

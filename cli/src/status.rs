@@ -80,7 +80,7 @@ fn words(report: &StatusReport) -> String {
 fn line(session: &SessionReport) -> String {
     let hits = match session.rows_selected {
         0 => "–".to_owned(),
-        all => format!("{:.0} %", session.rows_hit as f64 / all as f64 * 100.0),
+        all => format!("{:.0} %", (session.rows_hit + session.rows_in_place) as f64 / all as f64 * 100.0),
     };
     // A client chooses its own name: what could steer a terminal is not passed on.
     let name: String = session.client.chars().filter(|c| !c.is_control()).take(20).collect();

@@ -22,6 +22,7 @@ pub mod server;
 pub mod status;
 pub mod tiers;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -54,11 +55,12 @@ pub fn main(args: &Args) -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+    kvoyant_kernels::Kernels::from_env()?;
     let config = config::Config::load(args.config.as_deref(), args.flags.clone())?;
     let filter = EnvFilter::try_new(&config.log)
         .map_err(|error| format!("bad configuration: log = {}: {error}", config.log))?;
     if args.check {
-        println!("{}", serde_json::to_string_pretty(&config)?);
+        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&config)?)?;
         return Ok(());
     }
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init().ok();

@@ -19,6 +19,6 @@ mod cpu;
 mod dtype;
 mod run;
 
-pub use cpu::{Kernels, Path, PathError};
+pub use cpu::{ENV, Kernels, Path, PathError};
 pub use dtype::{Dtype, UnknownDtype};
 pub use run::{AttendScratch, CopyRun, Run, TopKScratch};

@@ -244,7 +244,7 @@ impl Request {
 pub enum Status {
     /// The block table is complete.
     Ready = 1,
-    /// The block table does not fit: ask for larger `table_bytes`.
+    /// The block table does not fit: split the batch, or connect with larger `table_bytes`.
     TableFull = 2,
     /// A member names a sequence that is not open (any more).
     NoSuchSequence = 3,
@@ -275,7 +275,7 @@ impl std::fmt::Display for Status {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Ready => "ready",
-            Self::TableFull => "the block table does not fit into the session's table_bytes",
+            Self::TableFull => "the block table does not fit into the session's table_bytes: split the batch",
             Self::NoSuchSequence => "a member's sequence is not open",
             Self::NotObserved => "the method needs the prompt's query statistics, which were not sent",
             Self::NotAppended => "a member's position lies beyond the rows that were appended",

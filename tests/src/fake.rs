@@ -1,6 +1,8 @@
 //! A model that is only numbers: every value says where it belongs, so that any row can be checked by itself.
 
-use kvoyant_client::{Dtype, Error, Model, ModelSpec, Ready, Sequence};
+use kvoyant_client::{Client, Dtype, Error, Member, Model, ModelSpec, Options, Ready, Sequence};
+
+use crate::{Daemon, PATIENCE};
 
 /// Decoder layers.
 pub const LAYERS: usize = 3;
@@ -85,4 +87,24 @@ pub fn check(ready: &Ready, member: usize, seed: usize, layer: usize) -> Result<
         }
     }
     Ok(rows)
+}
+
+/// A session with the fake model.
+///
+/// # Panics
+/// If the daemon refuses.
+#[must_use]
+pub fn connect(daemon: &Daemon, methods: &[&str]) -> Model {
+    let client = Client::connect(&daemon.socket(), Options::default()).expect("a connection");
+    client.register(spec(methods), None).expect("a registration")
+}
+
+/// Asks for one sequence's next token, and waits.
+///
+/// # Panics
+/// If there is no answer.
+#[must_use]
+pub fn ask(model: &Model, sequence: &Sequence, layer: usize) -> Ready {
+    let member = Member { sequence, position: sequence.tokens(), hint: &[] };
+    model.speculate(layer, &[member]).expect("a request").wait(PATIENCE).expect("an answer")
 }

@@ -1,33 +1,17 @@
 //! The daemon as its clients and operators meet it: answers, limits, bad input, death.
 
 use std::io::BufRead;
-use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kvoyant_client::{Client, Error, Failure, Limits, Member, Model, Options, Sequence};
-use kvoyant_protocol::control::{ToClient, ToDaemon, encode};
-use kvoyant_protocol::wire::{Append, BatchEntry, Operation, Request, SequenceId, Speculate};
-use kvoyant_tests::raw::Raw;
+use kvoyant_client::{Client, Error, Failure, Limits, Member, Options, Sequence};
 use kvoyant_tests::{Daemon, PATIENCE, fake, words};
 use nix::sys::signal::Signal;
 use proptest::prelude::*;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 const CLIENT: &str = env!("CARGO_BIN_EXE_client-under-test");
-
-fn connect(daemon: &Daemon, methods: &[&str]) -> Model {
-    Client::connect(&daemon.socket(), Options::default())
-        .unwrap()
-        .register(fake::spec(methods), None)
-        .unwrap()
-}
-
-fn ask<'a>(model: &Model, sequence: &'a Sequence, layer: usize) -> kvoyant_client::Ready {
-    let member: Member<'a> = Member { sequence, position: sequence.tokens(), hint: &[] };
-    model.speculate(layer, &[member]).unwrap().wait(PATIENCE).unwrap()
-}
 
 #[test]
 fn every_row_that_comes_back_is_the_row_that_was_written() {
@@ -36,7 +20,7 @@ fn every_row_that_comes_back_is_the_row_that_was_written() {
         [&["--in-place", "true"][..], &[], &["--slab", "1MiB"], &["--copy-threads", "3", "--keep", "1"]]
     {
         let daemon = Daemon::start(DAEMON, flags);
-        let model = connect(&daemon, &methods);
+        let model = fake::connect(&daemon, &methods);
         let sequences: Vec<_> = (0..6)
             .map(|seed| {
                 let sequence = model.open(seed % 3, 500).unwrap();
@@ -70,14 +54,14 @@ fn every_row_that_comes_back_is_the_row_that_was_written() {
 #[test]
 fn only_rows_that_are_not_resident_move() {
     let daemon = Daemon::start(DAEMON, &[]);
-    let model = connect(&daemon, &["full"]);
+    let model = fake::connect(&daemon, &["full"]);
     let sequence = model.open(0, 400).unwrap();
     fake::fill(&model, &sequence, 1, 400).unwrap();
     let row_bytes = 2 * fake::HEAD_DIM as u64 * 4;
     let rows = 381 * fake::KV_HEADS as u64;
-    let first = *ask(&model, &sequence, 1).completion();
+    let first = *fake::ask(&model, &sequence, 1).completion();
     assert_eq!((first.bytes_moved, first.rows_hit), (rows * row_bytes, 0));
-    let second = *ask(&model, &sequence, 1).completion();
+    let second = *fake::ask(&model, &sequence, 1).completion();
     assert_eq!((second.bytes_moved, u64::from(second.rows_hit)), (0, rows));
     assert_eq!(u64::from(second.rows_resident), rows);
 }
@@ -92,7 +76,7 @@ proptest! {
         in_place: bool,
     ) {
         let daemon = Daemon::start(DAEMON, if in_place { &["--in-place", "true"] } else { &["--slab", "1MiB"] });
-        let model = connect(&daemon, &["full"]);
+        let model = fake::connect(&daemon, &["full"]);
         // A sequence, and for each of its tokens the seed that wrote it.
         let mut live: Vec<(Sequence, Vec<usize>)> = Vec::new();
         for (step, (kind, index, count)) in moves.into_iter().enumerate() {
@@ -135,7 +119,7 @@ proptest! {
                     }
                 }
                 if seeds.len() > fake::SINKS + fake::WINDOW {
-                    let ready = ask(&model, sequence, 1);
+                    let ready = fake::ask(&model, sequence, 1);
                     let tokens: usize = ready.tokens(0, 0).map(|run| run.rows).sum();
                     prop_assert_eq!(tokens, seeds.len() + 1 - fake::SINKS - fake::WINDOW);
                 }
@@ -155,7 +139,7 @@ proptest! {
 #[test]
 fn a_full_arena_is_a_typed_answer_that_names_what_would_help_and_nothing_else_stops() {
     let daemon = Daemon::start(DAEMON, &["--arena", "128MiB"]);
-    let model = connect(&daemon, &["full"]);
+    let model = fake::connect(&daemon, &["full"]);
     let small = model.open(0, 100).unwrap();
     fake::fill(&model, &small, 1, 100).unwrap();
     // A token is 1,536 bytes: 80,000 are most of the arena.
@@ -168,22 +152,22 @@ fn a_full_arena_is_a_typed_answer_that_names_what_would_help_and_nothing_else_st
     assert!(needed_bytes > free_bytes && *arena_bytes == 128 << 20, "{error}");
     assert_eq!(*closing, [large.id()]);
     // Nothing was taken, and what is there goes on.
-    fake::check(&ask(&model, &small, 1), 0, 1, 1).unwrap();
+    fake::check(&fake::ask(&model, &small, 1), 0, 1, 1).unwrap();
     let hopeless = model.open(0, 1_000_000).unwrap_err();
     assert!(hopeless.to_string().contains("raise the daemon's arena size"), "{hopeless}");
     large.close().unwrap();
     model.reserve(&[(&small, 20_000)]).unwrap();
     fake::fill(&model, &small, 1, 20_000).unwrap();
-    fake::check(&ask(&model, &small, 2), 0, 1, 2).unwrap();
+    fake::check(&fake::ask(&model, &small, 2), 0, 1, 2).unwrap();
 }
 
 #[test]
 fn a_daemon_that_is_killed_is_an_error_within_the_deadline_and_own_rows_stay_readable() {
     let daemon = Daemon::start(DAEMON, &[]);
-    let model = connect(&daemon, &["full"]);
+    let model = fake::connect(&daemon, &["full"]);
     let sequence = model.open(0, 100).unwrap();
     fake::fill(&model, &sequence, 3, 100).unwrap();
-    drop(ask(&model, &sequence, 1));
+    drop(fake::ask(&model, &sequence, 1));
     daemon.end(Signal::SIGKILL);
     let since = Instant::now();
     let member = Member { sequence: &sequence, position: 100, hint: &[] };
@@ -199,7 +183,7 @@ fn a_daemon_that_is_killed_is_an_error_within_the_deadline_and_own_rows_stay_rea
 #[test]
 fn a_client_that_is_killed_leaves_nothing_behind_and_its_neighbours_unharmed() {
     let daemon = Daemon::start(DAEMON, &[]);
-    let model = connect(&daemon, &["full"]);
+    let model = fake::connect(&daemon, &["full"]);
     let sequence = model.open(0, 100).unwrap();
     fake::fill(&model, &sequence, 1, 100).unwrap();
     let before = daemon.wait_for("the rows", |status| status.totals.tokens == 100);
@@ -215,7 +199,7 @@ fn a_client_that_is_killed_leaves_nothing_behind_and_its_neighbours_unharmed() {
         let after = daemon.wait_for("one session", |status| status.totals.sessions == 1);
         assert_eq!(after.arena.used_bytes, before.arena.used_bytes);
         assert_eq!(after.totals.pages, before.totals.pages);
-        fake::check(&ask(&model, &sequence, 1), 0, 1, 1).unwrap();
+        fake::check(&fake::ask(&model, &sequence, 1), 0, 1, 1).unwrap();
     }
 }
 
@@ -228,7 +212,7 @@ fn several_processes_and_several_threads_of_one_session_work_at_once() {
             command.arg(daemon.socket()).args(["work", "1.5"]).stdout(Stdio::piped()).spawn().unwrap()
         })
         .collect();
-    let model = connect(&daemon, &["random:budget=40%", "full"]);
+    let model = fake::connect(&daemon, &["random:budget=40%", "full"]);
     std::thread::scope(|scope| {
         for seed in 0..3 {
             let model = model.clone();
@@ -237,7 +221,7 @@ fn several_processes_and_several_threads_of_one_session_work_at_once() {
                 fake::fill(&model, &sequence, seed, 200).unwrap();
                 for step in 0..100 {
                     let layer = 1 + step % 2;
-                    fake::check(&ask(&model, &sequence, layer), 0, seed, layer).unwrap();
+                    fake::check(&fake::ask(&model, &sequence, layer), 0, seed, layer).unwrap();
                 }
             });
         }
@@ -281,294 +265,20 @@ fn answers_that_are_held_or_given_up_free_their_tickets() {
 }
 
 #[test]
-fn another_version_is_told_both_versions_and_other_protocols_are_told_apart() {
-    let daemon = Daemon::start(DAEMON, &[]);
-    let mut hello = encode(&ToDaemon::Mapped);
-    hello[8] = 77;
-    for (bytes, expected) in [
-        (hello, "version 77 of the protocol and this side version 1"),
-        (b"GET / HTTP/1.1\r\n\r\n".to_vec(), "does not speak Kvoyant's protocol"),
-        (encode(&ToDaemon::Mapped), "the first message must be a hello"),
-    ] {
-        let socket = Raw::socket(&daemon.socket());
-        kvoyant_protocol::packet::send(socket.as_fd(), &bytes, &[]).unwrap();
-        let answer = kvoyant_protocol::packet::receive(socket.as_fd()).unwrap();
-        let answer: ToClient = kvoyant_protocol::control::decode(&answer.bytes).unwrap();
-        let ToClient::Failed(failure) = answer else { panic!("{answer:?}") };
-        assert!(failure.to_string().contains(expected), "{failure}");
-    }
-}
-
-#[test]
-fn a_client_that_lies_is_disconnected_with_the_reason_and_its_neighbour_sees_nothing() {
-    let daemon = Daemon::start(DAEMON, &["--slab", "1MiB"]);
-    let neighbour = connect(&daemon, &["random:budget=50%"]);
-    let sequence = neighbour.open(0, 200).unwrap();
-    fake::fill(&neighbour, &sequence, 9, 200).unwrap();
-    let append = |id: SequenceId, position, value| {
-        let request =
-            Request { release_through: 0, operation: Operation::Append(Append { layer: None, batch: 1 }) };
-        (request, BatchEntry { sequence: id, position, value })
-    };
-    let speculate = |ticket, batch, layer| Request {
-        release_through: 0,
-        operation: Operation::Speculate(Speculate {
-            layer,
-            batch,
-            ticket,
-            hint_bytes: 0,
-            deadline_ns: 0,
-            doorbell: false,
-        }),
-    };
-    type Attack<'a> = (&'a str, &'a str, Box<dyn Fn(&mut Raw, SequenceId) + 'a>);
-    let attacks: Vec<Attack<'_>> = vec![
-        ("an index that jumps", "ring index", Box::new(|raw, _| raw.publish(1000))),
-        ("an index near the wrap", "ring index", Box::new(|raw, _| raw.publish(u32::MAX))),
-        ("garbage", "reserved fields", Box::new(|raw, _| raw.push_raw(&[0xff; 64], &[]))),
-        (
-            "an unknown operation",
-            "not known",
-            Box::new(|raw, _| {
-                let mut bytes = [0; 64];
-                (bytes[0], bytes[4]) = (200, 1);
-                raw.push_raw(&bytes, &[]);
-            }),
-        ),
-        (
-            "rows beyond its room",
-            "cannot be appended",
-            Box::new(|raw, id| {
-                let (request, entry) = append(id, 0, 1 << 20);
-                raw.push(&request, &[entry]);
-            }),
-        ),
-        (
-            "rows that overflow",
-            "cannot be appended",
-            Box::new(|raw, id| {
-                let (request, entry) = append(id, 0, u32::MAX);
-                raw.push(&request, &[entry]);
-            }),
-        ),
-        (
-            "rows out of order",
-            "cannot be appended",
-            Box::new(|raw, id| {
-                let (request, entry) = append(id, 5, 1);
-                raw.push(&request, &[entry]);
-            }),
-        ),
-        (
-            "somebody else's sequence",
-            "not open",
-            Box::new(|raw, _| {
-                let (request, entry) = append(SequenceId { slot: 900, generation: 7 }, 0, 1);
-                raw.push(&request, &[entry]);
-            }),
-        ),
-        ("a batch larger than allowed", "members", Box::new(|raw, _| raw.push(&speculate(1, 5000, 1), &[]))),
-        (
-            "a ticket out of order",
-            "ticket",
-            Box::new(|raw, id| {
-                let (_, entry) = append(id, 0, 0);
-                raw.push(&speculate(9, 1, 1), &[entry]);
-            }),
-        ),
-        (
-            "a layer that there is not",
-            "layer",
-            Box::new(|raw, id| {
-                let (_, entry) = append(id, 0, 0);
-                raw.push(&speculate(1, 1, 999), &[entry]);
-            }),
-        ),
-        (
-            "releasing what was never asked",
-            "ticket",
-            Box::new(|raw, _| {
-                raw.push(&Request { release_through: 50, operation: Operation::Release }, &[]);
-            }),
-        ),
-        (
-            "a malformed control message",
-            "malformed",
-            Box::new(|raw, _| {
-                let mut bytes = encode(&ToDaemon::Mapped);
-                bytes.extend([0xff; 100]);
-                raw.say(&bytes);
-            }),
-        ),
-        (
-            "registering twice",
-            "once",
-            Box::new(|raw, _| {
-                raw.say(&encode(&ToDaemon::Register(fake::spec(&["full"]))));
-            }),
-        ),
-    ];
-    for (name, reason, attack) in attacks {
-        let mut raw = Raw::connect(&daemon.socket(), fake::spec(&["full"]));
-        let id = raw.open(100);
-        attack(&mut raw, id);
-        match raw.hear() {
-            Ok(ToClient::Failed(Failure::Protocol(said))) => {
-                assert!(said.contains(reason), "{name}: {said}");
-            }
-            other => panic!("{name}: {other:?}"),
-        }
-        assert!(raw.hear().is_err(), "{name}: the session goes on");
-        fake::check(&ask(&neighbour, &sequence, 1), 0, 9, 1).unwrap();
-        daemon.wait_for("one session", |status| status.totals.sessions == 1);
-    }
-}
-
-#[test]
-fn a_clients_ring_memory_can_be_neither_truncated_nor_mapped_anew_at_any_time() {
-    let daemon = Daemon::start(DAEMON, &["--max-sessions", "2"]);
-    let raw = Raw::connect(&daemon.socket(), fake::spec(&["full"]));
-    assert!(nix::unistd::ftruncate(raw.c2d_file.as_fd(), 0).is_err());
-    assert!(raw.c2d_file.map(false).is_err());
-    // Nor between the welcome and the seal; and who is half way in has a place already.
-    let socket = Raw::socket(&daemon.socket());
-    let hello =
-        || encode(&ToDaemon::Hello { features: u64::MAX, name: "raw".into(), limits: Limits::default() });
-    kvoyant_protocol::packet::send(socket.as_fd(), &hello(), &[]).unwrap();
-    let welcome = kvoyant_protocol::packet::receive(socket.as_fd()).unwrap();
-    for fd in &welcome.fds {
-        assert!(nix::unistd::ftruncate(fd, 0).is_err());
-    }
-    let third = Raw::socket(&daemon.socket());
-    kvoyant_protocol::packet::send(third.as_fd(), &hello(), &[]).unwrap();
-    let answer = kvoyant_protocol::packet::receive(third.as_fd()).unwrap();
-    let answer: ToClient = kvoyant_protocol::control::decode(&answer.bytes).unwrap();
-    assert!(matches!(answer, ToClient::Failed(Failure::TooManySessions { max: 2 })), "{answer:?}");
-}
-
-#[test]
-fn runs_never_cross_from_one_extent_into_the_next() {
-    let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
-    let model = connect(&daemon, &["full"]);
-    // Over 64 MiB of rows: 1,536 bytes a token.
-    let sequence = model.open(0, 60_000).unwrap();
-    fake::fill(&model, &sequence, 1, 60_000).unwrap();
-    for layer in 1..fake::LAYERS {
-        let ready = ask(&model, &sequence, layer);
-        let rows = fake::check(&ready, 0, 1, layer).unwrap();
-        assert_eq!(rows, (60_001 - fake::SINKS - fake::WINDOW) * fake::KV_HEADS);
-        for head in 0..fake::KV_HEADS {
-            let mut runs = Vec::new();
-            ready.runs(0, head, &mut runs);
-            assert_eq!(runs.iter().map(|run| run.rows).sum::<usize>(), ready.rows(0, head));
-        }
-    }
-}
-
-#[test]
-fn a_method_with_a_pool_neither_takes_over_a_sequence_nor_hands_one_on() {
-    let daemon = Daemon::start(DAEMON, &[]);
-    let model = connect(&daemon, &["full", "infinigen:budget=10%,skew=off,pool=30%"]);
-    let plain = model.open(0, 300).unwrap();
-    fake::fill(&model, &plain, 1, 300).unwrap();
-    for (parent, method) in [(&plain, 1), (&model.open(1, 0).unwrap(), 0)] {
-        let error = parent.fork(Some(method)).unwrap_err();
-        assert!(error.to_string().contains("a method with a pool drops rows"), "{error}");
-    }
-    fake::check(&ask(&model, &plain, 1), 0, 1, 1).unwrap();
-    assert_eq!(ask(&model, &plain, 1).rows(0, 0), 301 - fake::SINKS - fake::WINDOW);
-}
-
-#[test]
-fn requests_that_would_take_a_lane_or_memory_for_themselves_are_refused() {
-    let daemon = Daemon::start(DAEMON, &["--arena", "256MiB"]);
-    let mut raw = Raw::connect(&daemon.socket(), fake::spec(&["full"]));
-    let id = raw.open(100);
-    for (message, expected) in [
-        (ToDaemon::Reserve { sequences: vec![(id, 200), (id, 300)] }, "each once"),
-        (ToDaemon::Open { method: 0, tokens: 1 << 27 }, "are more than"),
-        (ToDaemon::Open { method: 0, tokens: 1 << 26 }, "the arena is full"),
-        (ToDaemon::Open { method: 9, tokens: 1 }, "method 9"),
-        (ToDaemon::Fork { parent: SequenceId { slot: 77, generation: 0 }, method: None }, "is not open"),
-    ] {
-        let Ok(ToClient::Failed(failure)) = raw.call(&message) else { panic!("{message:?} was done") };
-        assert!(failure.to_string().contains(expected), "{failure}");
-    }
-    let refusal = |spec| {
-        let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
-        client.register(spec, None).unwrap_err().to_string()
-    };
-    let spec = fake::spec(&["full"]);
-    let wide = kvoyant_client::ModelSpec { layers: 1024, query_heads: 1024, kv_heads: 1024, ..spec.clone() };
-    assert!(refusal(wide).contains("KV heads in all layers"));
-    let many = kvoyant_client::ModelSpec { methods: vec!["full".into(); 65], ..spec.clone() };
-    assert!(refusal(many).contains("65 methods"));
-    let sliding = kvoyant_client::ModelSpec { sliding_layers: vec![3], ..spec };
-    assert!(refusal(sliding).contains("sliding layer 3"));
-    // Forks are free of pages, but not of tables: they end in a typed answer, and closing them helps.
-    let limits = Limits { sequences_max: 1 << 16, ..Limits::default() };
-    let client = Client::connect(&daemon.socket(), Options { limits, ..Options::default() }).unwrap();
-    let model = client.register(fake::spec(&["full"]), None).unwrap();
-    let base = model.open(0, 80_000).unwrap();
-    let mut forks = Vec::new();
-    let error = loop {
-        match base.fork(None) {
-            Ok(fork) => forks.push(fork),
-            Err(error) => break error,
-        }
-    };
-    assert!(
-        matches!(error, Error::Failed(Failure::TablesFull { .. })),
-        "{error} after {} forks",
-        forks.len()
-    );
-    model.close(forks).unwrap();
-    drop(base.fork(None).unwrap());
-}
-
-#[test]
-fn a_request_with_a_doorbell_waits_for_it() {
-    let daemon = Daemon::start(DAEMON, &[]);
-    let mut raw = Raw::connect(&daemon.socket(), fake::spec(&["window"]));
-    let id = raw.open(100);
-    let speculate = |ticket, doorbell| Request {
-        release_through: 0,
-        operation: Operation::Speculate(Speculate {
-            layer: 1,
-            batch: 1,
-            ticket,
-            hint_bytes: 0,
-            deadline_ns: 0,
-            doorbell,
-        }),
-    };
-    let entry = BatchEntry { sequence: id, position: 0, value: 0 };
-    raw.push(&speculate(1, false), &[entry]);
-    raw.wait_for_ticket(1);
-    let slot = raw.layout.doorbell(raw.tail);
-    raw.push(&speculate(2, true), &[entry]);
-    raw.push(&speculate(3, false), &[entry]);
-    std::thread::sleep(Duration::from_millis(50));
-    assert_eq!(raw.timeline(), 1, "nothing is answered before the doorbell rings, and nothing out of order");
-    raw.c2d.store_u32(slot, 2);
-    raw.wait_for_ticket(3);
-}
-
-#[test]
 fn a_second_daemon_on_the_same_socket_is_refused_and_the_first_goes_on() {
     let daemon = Daemon::start(DAEMON, &[]);
     let output = Daemon::command(DAEMON, daemon.folder(), &[]).output().unwrap();
     assert!(!output.status.success());
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("another daemon serves") && said.lines().count() == 1, "{said}");
-    drop(connect(&daemon, &["full"]));
+    drop(fake::connect(&daemon, &["full"]));
 }
 
 #[test]
 fn a_daemon_that_is_told_to_stop_leaves_nothing_and_one_that_was_killed_is_cleaned_up_after() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let daemon = Daemon::start(DAEMON, &[]);
-        let model = connect(&daemon, &["full"]);
+        let model = fake::connect(&daemon, &["full"]);
         let sequence = model.open(0, 100).unwrap();
         let folder = daemon.folder().to_path_buf();
         kvoyant_tests::signal_and_wait_until_empty(&daemon, signal, &folder);
@@ -622,7 +332,7 @@ fn a_memlock_limit_that_is_too_small_is_named_with_what_raises_it_and_the_daemon
     let model = client.register(fake::spec(&["full"]), None).unwrap();
     let sequence = model.open(0, 100).unwrap();
     fake::fill(&model, &sequence, 1, 100).unwrap();
-    fake::check(&ask(&model, &sequence, 1), 0, 1, 1).unwrap();
+    fake::check(&fake::ask(&model, &sequence, 1), 0, 1, 1).unwrap();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
     assert!(child.wait().unwrap().success());
     let said = words(&mut child);
@@ -665,11 +375,11 @@ fn status_counts_sessions_sequences_pages_and_bytes() {
     let daemon = Daemon::start(DAEMON, &[]);
     let empty = daemon.status();
     assert_eq!((empty.totals.sessions, empty.totals.pages, empty.arena.used_bytes), (0, 0, 0));
-    let model = connect(&daemon, &["full"]);
+    let model = fake::connect(&daemon, &["full"]);
     let sequence = model.open(0, 64).unwrap();
     fake::fill(&model, &sequence, 1, 64).unwrap();
     let fork = sequence.fork(None).unwrap();
-    drop(ask(&model, &sequence, 1));
+    drop(fake::ask(&model, &sequence, 1));
     let status = daemon
         .wait_for("an answer", |status| status.sessions.iter().any(|session| session.speculations == 1));
     let pages = (fake::LAYERS * fake::KV_HEADS * 2) as u64;

@@ -132,9 +132,9 @@ fn method(args: &RunArgs) -> Result<MethodSpec, RunError> {
 
 /// The norm that the method's hints want.
 fn hint_norm(method: &MethodSpec) -> HintNorm {
-    match method {
-        MethodSpec::Infinigen(spec) if spec.hint_norm == MethodNorm::Previous => HintNorm::Previous,
-        _ => HintNorm::Own,
+    match method.hint_norm() {
+        Some(MethodNorm::Previous) => HintNorm::Previous,
+        Some(MethodNorm::Own) | None => HintNorm::Own,
     }
 }
 

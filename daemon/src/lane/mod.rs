@@ -133,14 +133,14 @@ impl Drop for LaneHandle {
     }
 }
 
-/// Ends the process when its lane panics: a daemon with a dead lane would leave that lane's clients waiting, while a
-/// dead daemon is an error that they see at once, and its supervisor restarts it.
-struct Bomb;
+/// Ends the process when the thread that holds it panics: a daemon without one of its lanes or copy threads would
+/// leave clients waiting, while a dead daemon is an error that they see at once, and its supervisor restarts it.
+pub(crate) struct Bomb;
 
 impl Drop for Bomb {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            tracing::error!("a lane panicked, which is a defect of the daemon; it ends");
+            tracing::error!("a thread of the daemon panicked, which is a defect; the daemon ends");
             std::process::abort();
         }
     }

@@ -16,7 +16,7 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 
 /// The environment variable that forces a path: `scalar`, `avx2` or `avx512`.
-const OVERRIDE: &str = "KVOYANT_KERNELS";
+pub const ENV: &str = "KVOYANT_KERNELS";
 
 /// An instruction set that the kernels are written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,7 +78,7 @@ impl Path {
 
     /// The path that `KVOYANT_KERNELS` names, if it is set and not empty.
     fn from_env() -> Result<Option<Self>, PathError> {
-        let Some(text) = std::env::var_os(OVERRIDE).filter(|text| !text.is_empty()) else { return Ok(None) };
+        let Some(text) = std::env::var_os(ENV).filter(|text| !text.is_empty()) else { return Ok(None) };
         let path: Self = text.to_string_lossy().parse()?;
         if path.is_available() { Ok(Some(path)) } else { Err(PathError::Unavailable { path }) }
     }

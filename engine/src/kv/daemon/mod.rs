@@ -38,6 +38,14 @@ pub enum DaemonError {
     /// A method that does not fit the model.
     #[error(transparent)]
     Method(#[from] MethodError),
+    /// Methods of one session that want different statistics of a prompt.
+    #[error("methods `{a}` and `{b}` want different statistics of a prompt (skew, index); use two sessions")]
+    Statistics {
+        /// One of them.
+        a: Box<MethodSpec>,
+        /// The other.
+        b: Box<MethodSpec>,
+    },
 }
 
 /// What a model registers with.
@@ -116,6 +124,36 @@ impl DaemonOptions {
     }
 }
 
+/// Which statistics of a prompt are collected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Statistics {
+    /// In the calibrated basis.
+    skew: bool,
+    /// Of the keys too.
+    keys: bool,
+}
+
+impl Statistics {
+    /// What all methods that want any agree on.
+    fn wanted_by(methods: &[MethodSpec]) -> Result<Option<Self>, DaemonError> {
+        let mut found: Option<(Self, &MethodSpec)> = None;
+        for method in methods {
+            let MethodSpec::Infinigen(spec) = method else { continue };
+            let wanted = Self { skew: spec.skew, keys: spec.index == infinigen::IndexRule::Both };
+            match found {
+                Some((other, a)) if other != wanted => {
+                    return Err(DaemonError::Statistics {
+                        a: Box::new(a.clone()),
+                        b: Box::new(method.clone()),
+                    });
+                }
+                _ => found = Some((wanted, method)),
+            }
+        }
+        Ok(found.map(|(wanted, _)| wanted))
+    }
+}
+
 /// The backend. See the module.
 #[derive(Debug)]
 pub struct DaemonKv {
@@ -124,6 +162,8 @@ pub struct DaemonKv {
     options: DaemonOptions,
     model: kvoyant_client::Model,
     needs: Vec<Needs>,
+    /// What statistics of a prompt are collected; `None`: no method wants any.
+    statistics: Option<Statistics>,
     /// Answers under way, by layer.
     pending: Vec<Option<Pending>>,
     in_step: bool,
@@ -167,6 +207,7 @@ impl DaemonKv {
             .iter()
             .map(|spec| Ok(kvoyant_methods::build(spec, &methods_shape, skew.as_ref())?.needs()))
             .collect::<Result<Vec<_>, MethodError>>()?;
+        let statistics = Statistics::wanted_by(&options.methods)?;
         let pending = (0..shape.layers).map(|_| None).collect();
         Ok(Self {
             shape,
@@ -174,6 +215,7 @@ impl DaemonKv {
             options,
             model,
             needs,
+            statistics,
             pending,
             in_step: false,
             hinted: false,
@@ -253,6 +295,26 @@ impl DaemonKv {
         Ok(())
     }
 
+    /// Adds rows of a prompt, per KV head, to a layer's statistics, until they have been sent.
+    fn add_sums<'r>(
+        &self,
+        layer: usize,
+        sequence: &mut DaemonSequence,
+        rows: impl Fn(&Shape, usize) -> infinigen::HeadRows<'r> + Sync,
+    ) {
+        let (shape, d) = (&self.methods_shape, self.shape.head_dim);
+        let width = shape.kv_heads * d;
+        let Some(sums) = sequence.sums_mut(self.shape.layers * width) else { return };
+        let turned = self.statistics.is_some_and(|statistics| statistics.skew);
+        let skew = self.options.skew.as_deref().filter(|_| turned);
+        sums[layer * width..(layer + 1) * width].par_chunks_exact_mut(d).enumerate().for_each(
+            |(head, sums)| {
+                let matrix = skew.map_or(&[][..], |skew| skew.matrix(layer, head));
+                infinigen::column_sums(matrix, &rows(shape, head), sums);
+            },
+        );
+    }
+
     /// Makes room for `tokens` tokens, of several sequences in one call.
     fn make_room(&self, wanted: &[(&DaemonSequence, usize)]) -> Result<(), DaemonError> {
         let short: Vec<_> = wanted
@@ -313,6 +375,9 @@ impl KvBackend for DaemonKv {
         let tokens = k.len() / (kv_heads * d);
         // A step that failed before this prefill is over.
         self.in_step = false;
+        if self.statistics.is_some_and(|statistics| statistics.keys) {
+            self.add_sums(layer, sequence, |shape, head| infinigen::HeadRows::keys(k, shape, head));
+        }
         self.make_room(&[(sequence, start + tokens)])?;
         let sequence = sequence.inner();
         (0..kv_heads).into_par_iter().try_for_each(|head| {
@@ -363,17 +428,9 @@ impl KvBackend for DaemonKv {
         _start: usize,
         queries: &[f32],
     ) -> Result<(), DaemonError> {
-        if !self.needs.iter().any(|needs| needs.observe) {
-            return Ok(());
+        if self.statistics.is_some() {
+            self.add_sums(layer, sequence, |shape, head| infinigen::HeadRows::queries(queries, shape, head));
         }
-        let (shape, d) = (&self.methods_shape, self.shape.head_dim);
-        let Some(sums) = sequence.sums_mut(self.shape.layers * shape.kv_heads * d) else { return Ok(()) };
-        let skew = self.options.skew.as_deref();
-        let layer_sums = &mut sums[layer * shape.kv_heads * d..(layer + 1) * shape.kv_heads * d];
-        layer_sums.par_chunks_exact_mut(d).enumerate().for_each(|(head, sums)| {
-            let matrix = skew.map_or(&[][..], |skew| skew.matrix(layer, head));
-            infinigen::column_sums(matrix, &infinigen::HeadRows::queries(queries, shape, head), sums);
-        });
         Ok(())
     }
 
