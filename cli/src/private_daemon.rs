@@ -18,7 +18,7 @@ pub(crate) const LOG_FILE: &str = "daemon.log";
 const START: Duration = Duration::from_secs(20);
 
 /// A socket's path must fit `sockaddr_un`.
-const LONGEST_SOCKET_PATH: usize = 107;
+const LONGEST_SOCKET_PATH: usize = 103;
 
 /// Why there is no daemon.
 #[derive(Debug, thiserror::Error)]

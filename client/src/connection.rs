@@ -89,12 +89,13 @@ impl Control {
         })
     }
 
-    fn receive(&self, socket: BorrowedFd<'_>) -> Result<Received, Error> {
-        let timeout = PollTimeout::try_from(self.timeout).unwrap_or(PollTimeout::MAX);
+    fn receive(&self, socket: BorrowedFd<'_>, timeout: Duration) -> Result<Received, Error> {
+        let waited = timeout;
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
         let mut fds = [PollFd::new(socket, PollFlags::POLLIN)];
         loop {
             match poll(&mut fds, timeout) {
-                Ok(0) => return Err(Error::Deadline { ticket: 0, waited: self.timeout }),
+                Ok(0) => return Err(Error::Deadline { ticket: 0, waited }),
                 Ok(_) => break,
                 Err(nix::errno::Errno::EINTR) => {}
                 Err(errno) => return Err(Error::Io(errno.into())),
@@ -119,11 +120,11 @@ impl Control {
         if let Err(error) = self.send(socket.as_fd(), message, fds) {
             return Err(self.last_words(socket.as_fd()).unwrap_or(error));
         }
-        self.settle(self.receive(socket.as_fd()))
+        self.settle(self.receive(socket.as_fd(), self.timeout))
     }
 
     fn last_words(&self, socket: BorrowedFd<'_>) -> Option<Error> {
-        match self.receive(socket) {
+        match self.receive(socket, Duration::ZERO) {
             Err(error @ Error::Failed(_)) => Some(error),
             _ => None,
         }
@@ -131,12 +132,22 @@ impl Control {
 
     /// Sends a request, takes in new memory, and returns the answer.
     pub(crate) fn request(&self, message: &ToDaemon, memory: &Memory) -> Result<ToClient, Error> {
+        self.request_within(message, memory, self.timeout)
+    }
+
+    /// As [`Control::request`], with a deadline of its own.
+    pub(crate) fn request_within(
+        &self,
+        message: &ToDaemon,
+        memory: &Memory,
+        timeout: Duration,
+    ) -> Result<ToClient, Error> {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = self.send(socket.as_fd(), message, &[]) {
             return Err(self.last_words(socket.as_fd()).unwrap_or(error));
         }
         loop {
-            let Received { message, fds } = self.settle(self.receive(socket.as_fd()))?;
+            let Received { message, fds } = self.settle(self.receive(socket.as_fd(), timeout))?;
             match message {
                 ToClient::Memory { kind, first, bytes } => {
                     self.settle(memory.add(kind, first, bytes, fds))?;

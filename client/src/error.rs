@@ -32,7 +32,7 @@ pub enum Error {
     DaemonGone,
     /// The answer did not come in time. It has been given up: go on without it, or ask again. Ticket 0: not a
     /// speculation, but a control message, or a request that found the ring full.
-    #[error("ticket {ticket} was not answered within {waited:?}")]
+    #[error("the daemon has not answered for {waited:.1?} (ticket {ticket}); is it stopped or overloaded?")]
     Deadline {
         /// The ticket.
         ticket: u64,

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kvoyant_kernels::{Kernels, Run};
 use kvoyant_protocol::control::{NO_PAGE, TableRef, ToClient, ToDaemon};
@@ -10,6 +11,9 @@ use kvoyant_protocol::wire::SequenceId;
 
 use crate::error::Error;
 use crate::model::Inner;
+
+/// How long dropping a sequence waits for a daemon that does not answer.
+const DROP_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct State {
@@ -258,7 +262,7 @@ impl Sequence {
 
     /// Closes it and says whether that went well.
     pub fn close(mut self) -> Result<(), Error> {
-        self.close_now()
+        self.close_now(None)
     }
 
     pub(crate) fn leave_open(mut self) -> SequenceId {
@@ -266,12 +270,16 @@ impl Sequence {
         self.id
     }
 
-    fn close_now(&mut self) -> Result<(), Error> {
+    fn close_now(&mut self, timeout: Option<Duration>) -> Result<(), Error> {
         if !std::mem::replace(&mut self.open, false) {
             return Ok(());
         }
         let message = ToDaemon::Close { sequences: vec![self.id] };
-        match self.inner.control.request(&message, &self.inner.memory)? {
+        let answer = match timeout {
+            None => self.inner.control.request(&message, &self.inner.memory),
+            Some(timeout) => self.inner.control.request_within(&message, &self.inner.memory, timeout),
+        };
+        match answer? {
             ToClient::Done => Ok(()),
             other => Err(Error::Broken(format!("{other:?} came instead of an end"))),
         }
@@ -291,6 +299,6 @@ fn check_table(inner: &Inner, table: &TableRef, map: &SharedMapping) -> Result<(
 impl Drop for Sequence {
     fn drop(&mut self) {
         // A daemon that is gone has closed it already, and there is nobody to tell.
-        let _ = self.close_now();
+        let _ = self.close_now(Some(DROP_TIMEOUT));
     }
 }

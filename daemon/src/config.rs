@@ -8,6 +8,7 @@ use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::Mode;
+use kvoyant_protocol::packet::PATH_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -19,7 +20,7 @@ use crate::device::host::Shape;
 pub struct Config {
     /// Control socket that clients connect to.
     pub socket: PathBuf,
-    /// Admin socket.
+    /// Admin socket; unless it is set, `admin.sock` beside `socket`.
     pub admin_socket: PathBuf,
     /// Host memory for KV, all sessions together. Rounded down to extents of 64 MiB.
     pub arena: ByteSize,
@@ -113,14 +114,14 @@ pub const DEFAULT_FILE: &str = "/etc/kvoyant/kvoyantd.toml";
 impl Config {
     /// Reads the file (or [`DEFAULT_FILE`], if it exists), the environment and the flags, and checks the result.
     pub fn load<F: Serialize>(file: Option<&Path>, flags: F) -> Result<Self, ConfigError> {
-        let mut figment = Figment::from(Serialized::defaults(Self::default()));
+        let mut given = Figment::new();
         if let Some(file) = file {
             if !file.exists() {
                 return Err(ConfigError::NoFile(file.to_path_buf()));
             }
-            figment = figment.merge(Toml::file_exact(file));
+            given = given.merge(Toml::file_exact(file));
         } else if Path::new(DEFAULT_FILE).exists() {
-            figment = figment.merge(Toml::file_exact(DEFAULT_FILE));
+            given = given.merge(Toml::file_exact(DEFAULT_FILE));
         }
         // Variables of the same prefix that are no keys belong to other programs (`KVOYANT_KERNELS`).
         let keys: Vec<String> = serde_json::to_value(Self::default())
@@ -129,11 +130,14 @@ impl Config {
             .unwrap_or_default();
         let environment =
             Env::prefixed("KVOYANT_").filter(move |key| keys.iter().any(|known| key == known.as_str()));
-        let config: Self = figment
-            .merge(environment)
-            .merge(Serialized::globals(flags))
+        let given = given.merge(environment).merge(Serialized::globals(flags));
+        let mut config: Self = Figment::from(Serialized::defaults(Self::default()))
+            .merge(&given)
             .extract()
             .map_err(|error| ConfigError::Parse(Box::new(error)))?;
+        if !given.contains("admin_socket") {
+            config.admin_socket = config.socket.with_file_name("admin.sock");
+        }
         config.check()?;
         Ok(config)
     }
@@ -164,15 +168,18 @@ impl Config {
         if !(1.0..=1e6).contains(&self.keep) {
             return bad("keep", self.keep.to_string(), "it must be at least 1");
         }
-        if self.slab.as_u64() < 1 << 20 {
-            return bad("slab", self.slab.to_string(), "it must be at least 1 MiB");
+        if !(1 << 20..=1 << 40).contains(&self.slab.as_u64()) {
+            return bad("slab", self.slab.to_string(), "it must be 1 MiB to 1 TiB");
         }
         if self.max_sessions == 0 {
             return bad("max_sessions", "0".into(), "it must be at least 1");
         }
         for (key, path) in [("socket", &self.socket), ("admin_socket", &self.admin_socket)] {
-            if path.as_os_str().len() > 107 {
-                return bad(key, path.display().to_string(), "a socket's path may have 107 bytes at most");
+            if path.file_name().is_none() {
+                return bad(key, path.display().to_string(), "it must be the path of a socket");
+            }
+            if path.as_os_str().len() > PATH_BYTES_MAX {
+                return bad(key, path.display().to_string(), "a socket's path may have 103 bytes at most");
             }
         }
         if self.socket == self.admin_socket {
@@ -283,6 +290,14 @@ mod tests {
         let config = Config::load(Some(&file), flags).unwrap();
         assert_eq!((config.arena, config.lanes), (ByteSize::gib(1), 2));
         assert_eq!(config.keep, Config::default().keep);
+    }
+
+    #[test]
+    fn the_admin_socket_lies_beside_the_socket_unless_it_is_set() {
+        let flags = Flags { socket: Some("/x/y.sock".into()), ..Flags::default() };
+        assert_eq!(Config::load(None, flags.clone()).unwrap().admin_socket, Path::new("/x/admin.sock"));
+        let flags = Flags { admin_socket: Some("/z/a.sock".into()), ..flags };
+        assert_eq!(Config::load(None, flags).unwrap().admin_socket, Path::new("/z/a.sock"));
     }
 
     #[test]

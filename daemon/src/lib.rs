@@ -22,7 +22,7 @@ pub mod server;
 pub mod status;
 pub mod tiers;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -63,7 +63,12 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&config)?)?;
         return Ok(());
     }
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init().ok();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .try_init()
+        .ok();
     server::run(&config)?;
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,8 +39,13 @@ pub enum ServerError {
         advice: &'static str,
     },
     /// Another daemon has the socket.
-    #[error("another daemon serves {} already; stop it, or give this one another socket with --socket", .0.display())]
-    InUse(PathBuf),
+    #[error("another daemon serves {} already; stop it, or give this one another socket with {flag}", path.display())]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+        /// The flag that names it.
+        flag: &'static str,
+    },
     /// Threads or the runtime could not be started.
     #[error("cannot start: {0}")]
     Start(io::Error),
@@ -54,12 +59,15 @@ struct Endpoint {
     _held: Flock<File>,
 }
 
+/// Whoever may enter the folder and is in its group may connect.
+const SOCKET_MODE: u32 = 0o660;
+
 const FOLDER_ADVICE: &str =
     "choose another place with --socket and --admin-socket, or make the folder writable";
 
 impl Endpoint {
     /// Takes the lock beside `path` and removes a socket that a dead daemon left there.
-    fn claim(path: &Path) -> Result<Self, ServerError> {
+    fn claim(path: &Path, flag: &'static str) -> Result<Self, ServerError> {
         let fail = |what, path: &Path, source| ServerError::Path {
             what,
             path: path.to_path_buf(),
@@ -81,11 +89,12 @@ impl Endpoint {
                 .create(true)
                 .truncate(false)
                 .write(true)
+                .mode(0o600)
                 .open(&lock)
                 .map_err(|source| fail("create the lock", &lock, source))?;
             let held =
                 Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-                    nix::errno::Errno::EWOULDBLOCK => ServerError::InUse(path.to_path_buf()),
+                    nix::errno::Errno::EWOULDBLOCK => ServerError::InUse { path: path.to_path_buf(), flag },
                     errno => fail("lock", &lock, errno.into()),
                 })?;
             // A daemon that stops removes its lock: ours counts only if it is still the one on the path.
@@ -111,8 +120,7 @@ impl Endpoint {
     }
 
     fn ready(&self) -> Result<(), ServerError> {
-        // Whoever may enter the folder and is in its group may connect.
-        std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(0o660)).map_err(|source| {
+        std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(|source| {
             ServerError::Path {
                 what: "set the mode of",
                 path: self.path.clone(),
@@ -152,8 +160,8 @@ fn raise_open_files(arena_bytes: u64) {
 /// Runs the daemon until SIGTERM or SIGINT.
 pub fn run(config: &Config) -> Result<(), ServerError> {
     // The admin socket comes first, so that whoever finds the control socket finds a whole daemon.
-    let admin_end = Endpoint::claim(&config.admin_socket)?;
-    let control_end = Endpoint::claim(&config.socket)?;
+    let admin_end = Endpoint::claim(&config.admin_socket, "--admin-socket")?;
+    let _control_end = Endpoint::claim(&config.socket, "--socket")?;
     let bind = |what, path: &Path| {
         let path = path.to_path_buf();
         move |source| ServerError::Path { what, path, source, advice: FOLDER_ADVICE }
@@ -185,12 +193,12 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         let admin = tokio::net::UnixListener::bind(&config.admin_socket)
             .map_err(bind("listen on", &config.admin_socket))?;
         admin_end.ready()?;
-        let listener = packet::listen_at(&config.socket).map_err(bind("listen on", &config.socket))?;
+        let listener =
+            packet::listen_at(&config.socket, SOCKET_MODE).map_err(bind("listen on", &config.socket))?;
         // Sequenced packets, but readiness and accepting are the same as on a stream.
         let listener = std::os::unix::net::UnixListener::from(listener);
         listener.set_nonblocking(true).map_err(ServerError::Start)?;
         let listener = tokio::net::UnixListener::from_std(listener).map_err(ServerError::Start)?;
-        control_end.ready()?;
         let mut terminate = signal(SignalKind::terminate()).map_err(ServerError::Start)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(ServerError::Start)?;
         tracing::info!(

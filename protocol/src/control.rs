@@ -210,7 +210,7 @@ pub enum ToClient {
 pub enum Failure {
     /// No room in the arena.
     #[error(
-        "the arena is full: {needed_bytes} bytes more are needed and {free_bytes} of {arena_bytes} are free; {}", advice(.closing)
+        "the arena is full: {} more are needed and {} of {} are free; {}", mib(.needed_bytes), mib(.free_bytes), mib(.arena_bytes), advice(.closing)
     )]
     Backpressure {
         /// Bytes that the request needs beyond what the session has.
@@ -267,9 +267,15 @@ impl From<MemoryError> for Failure {
     }
 }
 
+fn mib(bytes: &u64) -> String {
+    format!("{:.1} MiB", *bytes as f64 / f64::from(1 << 20))
+}
+
 fn advice(closing: &[SequenceId]) -> String {
     if closing.is_empty() {
-        return "no sequence of this session would free enough: raise the daemon's arena size".into();
+        return "no other sequence of this session would free enough: raise the daemon's arena size (--arena), or use shorter \
+                prompts"
+            .into();
     }
     let names: Vec<_> = closing.iter().map(ToString::to_string).collect();
     format!("closing {} would free enough", names.join(", "))

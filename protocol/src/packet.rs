@@ -2,6 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use nix::cmsg_space;
@@ -40,12 +41,31 @@ pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Binds and listens.
-pub fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+/// Longest path that can be listened at, in bytes.
+pub const PATH_BYTES_MAX: usize = 107 - NOT_YET.len();
+
+/// What a socket's name ends in until it listens.
+const NOT_YET: &str = ".new";
+
+/// Binds and listens, with these permissions. The socket appears under its name only once it accepts connections, so
+/// whoever sees it can connect.
+pub fn listen_at(path: &Path, mode: u32) -> io::Result<OwnedFd> {
+    let mut hidden = path.as_os_str().to_owned();
+    hidden.push(NOT_YET);
+    let hidden = Path::new(&hidden);
+    match std::fs::remove_file(hidden) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
     let socket = seqpacket()?;
-    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&socket, Backlog::new(64)?)?;
-    Ok(socket)
+    bind(socket.as_raw_fd(), &UnixAddr::new(hidden)?)?;
+    let shown = std::fs::set_permissions(hidden, std::fs::Permissions::from_mode(mode))
+        .and_then(|()| Ok(listen(&socket, Backlog::new(64)?)?))
+        .and_then(|()| std::fs::rename(hidden, path));
+    if shown.is_err() {
+        let _ = std::fs::remove_file(hidden);
+    }
+    shown.map(|()| socket)
 }
 
 /// Who is at the other end, as the kernel says: process id and user id.
@@ -154,6 +174,16 @@ mod tests {
         }
         // Other tests open and close a few meanwhile; a leak would be hundreds.
         assert!(open() < before + 200);
+    }
+
+    #[test]
+    fn a_socket_that_can_be_seen_can_be_connected_to() {
+        let path = std::env::temp_dir().join(format!("kvoyant-packet-{}.sock", std::process::id()));
+        let _listening = listen_at(&path, 0o600).unwrap();
+        assert!(connect_to(&path).is_ok());
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(!path.with_extension("sock.new").exists());
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

@@ -181,6 +181,28 @@ fn a_daemon_that_is_killed_is_an_error_within_the_deadline_and_own_rows_stay_rea
 }
 
 #[test]
+fn a_daemon_that_is_stopped_is_an_error_at_the_deadline_and_goes_on_when_it_is_continued() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    let model = fake::connect(&daemon, &["full"]);
+    let sequence = model.open(0, 100).unwrap();
+    fake::fill(&model, &sequence, 3, 100).unwrap();
+    drop(fake::ask(&model, &sequence, 1));
+    nix::sys::signal::kill(daemon.pid(), Signal::SIGSTOP).unwrap();
+    let member = Member { sequence: &sequence, position: 100, hint: &[] };
+    let pending = model.speculate(1, &[member]).unwrap();
+    let error = pending.wait(Duration::from_millis(100)).unwrap_err();
+    assert!(matches!(error, Error::Deadline { .. }), "{error}");
+    nix::sys::signal::kill(daemon.pid(), Signal::SIGCONT).unwrap();
+    fake::check(&fake::ask(&model, &sequence, 2), 0, 3, 2).unwrap();
+    // Dropping does not wait long for a daemon that does not answer.
+    nix::sys::signal::kill(daemon.pid(), Signal::SIGSTOP).unwrap();
+    let since = Instant::now();
+    drop(sequence);
+    assert!(since.elapsed() < PATIENCE, "dropping waited {:?}", since.elapsed());
+    nix::sys::signal::kill(daemon.pid(), Signal::SIGCONT).unwrap();
+}
+
+#[test]
 fn a_client_that_is_killed_leaves_nothing_behind_and_its_neighbours_unharmed() {
     let daemon = Daemon::start(DAEMON, &[]);
     let model = fake::connect(&daemon, &["full"]);

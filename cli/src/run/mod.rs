@@ -11,6 +11,7 @@ use kvoyant_engine::{
     DaemonError, Decoder, DecoderOptions, DenseKv, ForwardError, GenerateError, GenerateOptions, HintNorm,
     KvBackend, Logits, Model, PrefillOptions, Sampler, SamplerOptions, StopReason, generate,
 };
+use kvoyant_methods::infinigen::{Amount, InfinigenSpec};
 use kvoyant_methods::{HintNorm as MethodNorm, MethodSpec};
 
 use self::prompt::PromptError;
@@ -34,6 +35,11 @@ pub(crate) enum RunError {
         /// Which method.
         method: &'static str,
     },
+    /// A threshold and a budget.
+    #[error(
+        "alpha and cap are one rule for how much is selected and --budget is another: leave one of them away"
+    )]
+    TwoAmounts,
     /// No model.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -121,6 +127,13 @@ fn method(args: &RunArgs) -> Result<MethodSpec, RunError> {
     match args.budget {
         None => Ok(args.method.clone()),
         Some(budget) => {
+            // A threshold that the user wrote and a budget contradict one another; the default one gives way.
+            if let MethodSpec::Infinigen(spec) = &args.method
+                && matches!(spec.amount, Amount::Threshold { .. })
+                && spec.amount != InfinigenSpec::default().amount
+            {
+                return Err(RunError::TwoAmounts);
+            }
             let method = args.method.clone().with_budget(budget);
             if method.budget().is_none() {
                 return Err(RunError::NoBudget { method: method.name() });

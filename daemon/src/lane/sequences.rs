@@ -289,7 +289,7 @@ impl ModelState {
         }
         match self.arena.reserve(needed) {
             Ok(Ok(())) => {}
-            Ok(Err(full)) => return Err(self.backpressure(needed, full.missing_pages)),
+            Ok(Err(full)) => return Err(self.backpressure(needed, full.missing_pages, &named)),
             Err(error) => return Err(error.into()),
         }
         for (id, tokens) in list {
@@ -366,10 +366,11 @@ impl ModelState {
     }
 
     /// What to tell a client when `needed` pages cannot be had: sequences that, closed, would free what is missing.
-    fn backpressure(&self, needed: usize, missing: usize) -> Failure {
+    /// Those that ask are not among them.
+    fn backpressure(&self, needed: usize, missing: usize, asking: &[SequenceId]) -> Failure {
         let kept = 0..self.heads();
         let mut owners: Vec<(usize, SequenceId)> = Vec::new();
-        for id in self.open_handles() {
+        for id in self.open_handles().filter(|id| asking.binary_search(id).is_err()) {
             let Ok(sequence) = self.sequence(id) else { continue };
             let own = kept
                 .clone()

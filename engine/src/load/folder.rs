@@ -125,7 +125,8 @@ fn config_from_json(text: &str, path: &Path) -> Result<ModelConfig, LoadError> {
     check_heads(query_heads, kv_heads, head_dim).map_err(malformed)?;
     let rope = json.rope_parameters.as_ref();
     let theta = json.rope_theta.or_else(|| float(rope?, "rope_theta")).unwrap_or(DEFAULT_ROPE_THETA);
-    if theta.is_nan() || theta <= 0.0 || json.rms_norm_eps.is_nan() || json.rms_norm_eps < 0.0 {
+    let eps = json.rms_norm_eps;
+    if !(theta.is_finite() && theta > 0.0 && eps.is_finite() && eps >= 0.0) {
         return Err(malformed(format!("rope_theta is {theta}, rms_norm_eps is {}", json.rms_norm_eps)));
     }
     let attention_bias = json.attention_bias.unwrap_or(false);

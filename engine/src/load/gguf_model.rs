@@ -144,7 +144,13 @@ impl<'a> Metadata<'a> {
             Some(Value::Texts(tokens)) => tokens.len(),
             _ => self.needed_size(&key("vocab_size"))?,
         };
-        let eps = key("attention.layer_norm_rms_epsilon");
+        let eps_key = key("attention.layer_norm_rms_epsilon");
+        let eps = self.float(&eps_key).ok_or_else(|| self.missing(&eps_key))? as f32;
+        let theta = self.float(&key("rope.freq_base")).unwrap_or(DEFAULT_ROPE_THETA) as f32;
+        if !(theta.is_finite() && theta > 0.0 && eps.is_finite() && eps >= 0.0) {
+            let reason = format!("rope.freq_base is {theta}, layer_norm_rms_epsilon is {eps}");
+            return Err(LoadError::Malformed { path: self.path.into(), reason });
+        }
         Ok(ModelConfig {
             architecture,
             hidden_size,
@@ -155,8 +161,8 @@ impl<'a> Metadata<'a> {
             head_dim,
             vocabulary,
             context_tokens: self.needed_size(&key("context_length"))?,
-            rms_norm_eps: self.float(&eps).ok_or_else(|| self.missing(&eps))? as f32,
-            rope_theta: self.float(&key("rope.freq_base")).unwrap_or(DEFAULT_ROPE_THETA) as f32,
+            rms_norm_eps: eps,
+            rope_theta: theta,
             rope_scaling: self.rope_scaling(&key)?,
             sliding_window: vec![None; layers],
             tied_embeddings: !tensors.has(TensorName::Head),
