@@ -123,6 +123,22 @@ impl Daemon {
         }
     }
 
+    /// Stops it, as SIGSTOP does, and waits until every thread of it stands still.
+    ///
+    /// # Panics
+    /// If it does not stop.
+    pub fn stop(&self) {
+        kill(self.pid(), Signal::SIGSTOP).expect("a signal");
+        let stands_still = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
+            stat.is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|state| state.starts_with('T')))
+        };
+        wait_until("the daemon standing still", || {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
+            tasks.is_ok_and(|mut tasks| tasks.all(stands_still))
+        });
+    }
+
     /// Sends a signal and waits for the end; returns how it ended and what it said.
     ///
     /// # Panics

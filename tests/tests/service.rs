@@ -187,7 +187,7 @@ fn a_daemon_that_is_stopped_is_an_error_at_the_deadline_and_goes_on_when_it_is_c
     let sequence = model.open(0, 100).unwrap();
     fake::fill(&model, &sequence, 3, 100).unwrap();
     drop(fake::ask(&model, &sequence, 1));
-    nix::sys::signal::kill(daemon.pid(), Signal::SIGSTOP).unwrap();
+    daemon.stop();
     let member = Member { sequence: &sequence, position: 100, hint: &[] };
     let pending = model.speculate(1, &[member]).unwrap();
     let error = pending.wait(Duration::from_millis(100)).unwrap_err();
@@ -195,7 +195,7 @@ fn a_daemon_that_is_stopped_is_an_error_at_the_deadline_and_goes_on_when_it_is_c
     nix::sys::signal::kill(daemon.pid(), Signal::SIGCONT).unwrap();
     fake::check(&fake::ask(&model, &sequence, 2), 0, 3, 2).unwrap();
     // Dropping does not wait long for a daemon that does not answer.
-    nix::sys::signal::kill(daemon.pid(), Signal::SIGSTOP).unwrap();
+    daemon.stop();
     let since = Instant::now();
     drop(sequence);
     assert!(since.elapsed() < PATIENCE, "dropping waited {:?}", since.elapsed());
