@@ -1,0 +1,1 @@
+//! Checked wrappers over the CUDA driver.
