@@ -1,9 +1,12 @@
 //! Where attention runs, and how bytes get there.
 //!
 //! A [`Device`] takes [`Transfer`]s and reports each as [`Done`] on the lane's queue; it never blocks a lane.
-//! [`host::HostDevice`] is the embedded default.
+//! [`host::HostDevice`] is the embedded default; [`cuda`] has what a GPU needs. [`DeviceName`] is what an operator calls
+//! them.
 
+pub mod cuda;
 pub mod host;
+mod name;
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -14,6 +17,8 @@ use kvoyant_kernels::CopyRun;
 use kvoyant_protocol::control::Mode;
 use kvoyant_protocol::futex::Bell;
 use kvoyant_protocol::memory::{Memfd, MemoryError, SharedMapping};
+
+pub use name::{BadDeviceName, DeviceName};
 
 /// Memory that transfers of a session read and write. A transfer holds on to it, so that a session that ends in
 /// the middle of one takes nothing away.

@@ -1,0 +1,1 @@
+//! What a transfer costs on each engine.
