@@ -144,6 +144,7 @@ mod tests {
             boot_id: "00ff".into(),
             uptime_s: 61.0,
             device: "host".into(),
+            gpu: None,
             mode: "slab".into(),
             lanes: 1,
             arena: ArenaReport { total_bytes: 1 << 30, used_bytes: 64 << 20, locked_bytes: 0 },

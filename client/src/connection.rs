@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use kvoyant_kernels::Dtype;
 use kvoyant_protocol::EXTENT_BYTES;
-use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::control::{Failure, ModelSpec, ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::layout::{Layout, Limits, PageGeometry};
 use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::packet;
@@ -195,7 +196,8 @@ impl Client {
             timeout: options.control_timeout,
             broken: AtomicBool::new(false),
         };
-        let hello = ToDaemon::Hello { features: features::ALL, name: options.name, limits: options.limits };
+        let hello =
+            ToDaemon::Hello { features: features::COMMON, name: options.name, limits: options.limits };
         let Received { message, fds } = control.call(&hello, &[])?;
         let ToClient::Welcome { session, boot_id, limits, .. } = message else {
             return Err(Error::Broken(format!("{message:?} came instead of a welcome")));
@@ -238,16 +240,16 @@ impl Client {
         let file = artifact.map(artifact_file).transpose()?;
         let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
         let Received { message, fds } = self.control.call(&ToDaemon::Register(spec.clone()), &fds)?;
-        let ToClient::Registered { device, mode, page_rows, slab_bytes } = message else {
+        let ToClient::Registered { device, mode, page_rows, slab } = message else {
             return Err(Error::Broken(format!("{message:?} came instead of a registration")));
         };
-        let slab = match (mode, fds.into_iter().next()) {
-            (Mode::InPlace, _) => None,
-            (Mode::Slab, Some(fd)) => {
-                let file = Memfd::from_peer(fd, slab_bytes as usize, Seals::frozen_for_readers())?;
+        let slab = match (slab, fds.into_iter().next()) {
+            (SlabRef::None, _) => None,
+            (SlabRef::Host { bytes }, Some(fd)) => {
+                let file = Memfd::from_peer(fd, bytes as usize, Seals::frozen_for_readers())?;
                 Some(file.map_read_only()?)
             }
-            (Mode::Slab, None) => return Err(Error::Broken("no slab came with the registration".into())),
+            (slab, _) => return Err(Error::Broken(format!("no memory came with {slab:?}"))),
         };
         let geometry = Geometry {
             layers: spec.layers as usize,

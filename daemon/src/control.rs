@@ -5,12 +5,13 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::layout::{Layout, d2c};
-use kvoyant_protocol::memory::{Memfd, MemoryError, Seals};
+use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
 use kvoyant_protocol::packet::{self, Packet};
 use thiserror::Error;
 use tokio::io::Interest;
@@ -18,7 +19,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::config::Config;
-use crate::device::Device;
+use crate::device::{Device, Importer, SlabRequest};
 use crate::lane::model::ModelState;
 use crate::lane::session::LaneSession;
 use crate::lane::{Command, Ending, LaneHandle, Reply};
@@ -30,6 +31,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What an artifact may have beside its matrices, in bytes.
 const ARTIFACT_HEADER_MAX: u64 = 1 << 20;
+
+/// Largest slab that a session may ask for.
+const SLAB_MAX: u64 = 1 << 40;
 
 /// What all sessions share.
 #[derive(Debug)]
@@ -57,6 +61,19 @@ impl Plane {
     ) -> Self {
         let places = Arc::new(Semaphore::new(config.max_sessions as usize));
         Self { config, lanes, device, budget, registry, boot_id, next_session: AtomicU64::new(1), places }
+    }
+
+    /// Waits until the device is lost, and says why. For ever, where that cannot be.
+    pub async fn lost(&self) -> String {
+        let Some(mut lost) = self.device.lost() else { return std::future::pending().await };
+        loop {
+            if let Some(reason) = lost.borrow_and_update().clone() {
+                return reason;
+            }
+            if lost.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
     }
 }
 
@@ -156,6 +173,11 @@ struct Session {
     status: Arc<SessionStatus>,
     ending: Arc<Ending>,
     sequences_max: u32,
+    layout: Layout,
+    d2c: Arc<SharedMapping>,
+    /// Abilities that the client and the daemon have in common.
+    features: u64,
+    importer: Arc<Importer>,
     /// Its place among `max_sessions`.
     _place: OwnedSemaphorePermit,
 }
@@ -188,7 +210,7 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
         let c2d_file = Memfd::create("kvoyant-c2d", layout.c2d_bytes)?;
         let d2c_file = Memfd::create("kvoyant-d2c", layout.d2c_bytes)?;
         let c2d_map = c2d_file.map_read_only()?;
-        let d2c_map = d2c_file.map(true)?;
+        let d2c_map = Arc::new(d2c_file.map(true)?);
         c2d_file.seal(Seals::size_only())?;
         d2c_file.seal(Seals::frozen_for_readers())?;
         Ok((c2d_file, c2d_map, d2c_file, d2c_map))
@@ -196,15 +218,19 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     .await?;
     d2c_map.store_u64(d2c::BOOT_ID, plane.boot_id);
     let id = plane.next_session.fetch_add(1, Ordering::Relaxed);
-    let mode = match plane.device.mode() {
-        Mode::InPlace => features::IN_PLACE,
-        Mode::Slab => features::SLAB,
-    };
-    let common = theirs & (mode | features::DOORBELLS);
-    if common & mode == 0 {
-        return Err(Ended::Protocol(format!(
-            "the client cannot read answers of this device (feature {mode:#x})"
-        )));
+    let wanted = plane.device.features();
+    let common = theirs & (wanted | features::DOORBELLS);
+    if common & wanted == 0 {
+        let failure = match plane.device.mode() {
+            Mode::Device => Failure::Device(format!(
+                "{} is a GPU, and the client has no CUDA driver that it could open its memory with",
+                plane.device.name()
+            )),
+            _ => Failure::Protocol(format!(
+                "the client cannot read answers of this device (features {wanted:#x})"
+            )),
+        };
+        return Err(Ended::Refused(failure));
     }
     let welcome = ToClient::Welcome { features: common, session: id, boot_id: plane.boot_id, limits };
     socket.send(&welcome, &[c2d_file.try_clone()?, d2c_file.try_clone()?]).await?;
@@ -218,12 +244,19 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     let lane = (id % plane.lanes.len() as u64) as usize;
     let name = printable(&name);
     let status = Arc::new(SessionStatus::new(id, name, pid, uid, lane));
-    let session = LaneSession::new(id, Arc::clone(&status), layout, c2d_map, d2c_map, plane.boot_id);
+    let session =
+        LaneSession::new(id, Arc::clone(&status), layout, c2d_map, Arc::clone(&d2c_map), plane.boot_id);
     let ending = Arc::new(Ending::default());
     plane.lanes[lane].send(Command::Attach(Box::new(session), Arc::clone(&ending)));
     plane.registry.add(Arc::clone(&status));
     tracing::info!(session = id, pid, uid, client = status.client, "session began");
-    let session = Session { status, ending, sequences_max: limits.sequences_max, _place: place };
+    let process = packet::peer_process(socket.0.as_fd())
+        .inspect_err(|error| tracing::warn!(pid, "cannot watch the client's process: {error}"))
+        .ok();
+    let importer = Arc::new(Importer { process, closed: AtomicBool::new(false) });
+    let (features, sequences_max) = (common, limits.sequences_max);
+    let session =
+        Session { status, ending, sequences_max, layout, d2c: d2c_map, features, importer, _place: place };
     match socket.send(&ToClient::Sealed, &[]).await {
         Ok(()) => Ok(session),
         Err(error) => {
@@ -242,6 +275,7 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
         let (message, fds) = tokio::select! {
             received = socket.receive() => received?,
             reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+            reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
         };
         let lane = &plane.lanes[session.status.lane];
         let (answer, answered) = oneshot::channel();
@@ -249,6 +283,7 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
             ToDaemon::Hello { .. } | ToDaemon::Mapped => {
                 return Err(Ended::Protocol("the handshake is over".into()));
             }
+            ToDaemon::Goodbye => session.importer.closed.store(true, Ordering::Release),
             ToDaemon::Register(_) if registered => {
                 return Err(Ended::Protocol("a session registers one model, once".into()));
             }
@@ -268,6 +303,7 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
                 let reply = tokio::select! {
                     reply = answered => reply,
                     reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+                    reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
                 };
                 match reply {
                     Ok(reply) => socket.reply(reply).await?,
@@ -311,7 +347,21 @@ async fn register(
     }
     let (budget, device) = (Arc::clone(&plane.budget), Arc::clone(&plane.device));
     let (sequences_max, keep) = (session.sequences_max, plane.config.keep);
-    let slab_bytes = plane.config.slab.as_u64() as usize;
+    let default = plane.config.slab.as_u64();
+    let asked = match (spec.slab_bytes, plane.device.mode()) {
+        (0, _) => default,
+        // What is set aside on a device bounds all sessions together; on the host only this does.
+        (bytes, Mode::Device) => bytes,
+        (bytes, _) => bytes.min(default),
+    };
+    let slab = SlabRequest {
+        session: session.status.id,
+        bytes: usize::try_from(asked.min(SLAB_MAX)).unwrap_or(usize::MAX),
+        layout: session.layout,
+        d2c: Arc::clone(&session.d2c),
+        features: session.features,
+        importer: Arc::clone(&session.importer),
+    };
     let model = beside(move || {
         let artifact = match artifact {
             None => None,
@@ -321,19 +371,19 @@ async fn register(
                 Some(copy)
             }
         };
-        ModelState::new(spec, artifact.as_deref(), sequences_max, budget, &*device, slab_bytes, keep)
+        ModelState::new(spec, artifact.as_deref(), sequences_max, budget, &*device, slab, keep)
             .map_err(Ended::Refused)
     })
     .await?;
-    let slab = match &model.slab {
-        None => Vec::new(),
-        Some(slab) => vec![slab.slab.file.try_clone()?],
+    let (slab, fds) = match &model.slab {
+        None => (SlabRef::None, Vec::new()),
+        Some(slab) => slab.slab.0.export().map_err(|error| Ended::Refused(error.into()))?,
     };
     let message = ToClient::Registered {
         device: plane.device.name().into(),
         mode: plane.device.mode(),
         page_rows: model.shape.page_rows as u32,
-        slab_bytes: model.slab.as_ref().map_or(0, |slab| slab.slab.file.len() as u64),
+        slab,
     };
-    Ok((Box::new(model), message, slab))
+    Ok((Box::new(model), message, fds))
 }

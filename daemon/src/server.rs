@@ -183,9 +183,10 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     let mode = match config.mode() {
         Mode::InPlace => "in-place",
         Mode::Slab => "slab",
+        Mode::Device => "device",
     };
     let registry =
-        Arc::new(Registry::new(Arc::clone(&budget), device.name(), mode.into(), lanes.len(), boot_id));
+        Arc::new(Registry::new(Arc::clone(&budget), Arc::clone(&device), mode.into(), lanes.len(), boot_id));
     let plane = Arc::new(Plane::new(config.clone(), lanes, device, budget, Arc::clone(&registry), boot_id));
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::Start)?;

@@ -8,6 +8,7 @@ use std::time::Instant;
 use kvoyant_protocol::wire::{STATS, Stat};
 use serde::{Deserialize, Serialize};
 
+use crate::device::Device;
 use crate::tiers::arena::ArenaBudget;
 
 /// One session's counters. Lanes write, anybody reads.
@@ -100,7 +101,7 @@ impl SessionStatus {
 pub struct Registry {
     sessions: Mutex<BTreeMap<u64, Arc<SessionStatus>>>,
     budget: Arc<ArenaBudget>,
-    device: &'static str,
+    device: Arc<dyn Device>,
     mode: String,
     lanes: usize,
     boot_id: u64,
@@ -112,7 +113,7 @@ impl Registry {
     #[must_use]
     pub fn new(
         budget: Arc<ArenaBudget>,
-        device: &'static str,
+        device: Arc<dyn Device>,
         mode: String,
         lanes: usize,
         boot_id: u64,
@@ -145,7 +146,8 @@ impl Registry {
             protocol: kvoyant_protocol::VERSION,
             boot_id: format!("{:016x}", self.boot_id),
             uptime_s: self.started.elapsed().as_secs_f64(),
-            device: self.device.into(),
+            device: self.device.name().into(),
+            gpu: self.device.report(),
             mode: self.mode.clone(),
             lanes: self.lanes,
             arena: ArenaReport {
@@ -181,6 +183,9 @@ pub struct StatusReport {
     pub uptime_s: f64,
     /// Name of the device.
     pub device: String,
+    /// What a GPU holds; absent where the host is the device.
+    #[serde(default)]
+    pub gpu: Option<DeviceReport>,
     /// `slab` or `in-place`.
     pub mode: String,
     /// Lanes.
@@ -191,6 +196,35 @@ pub struct StatusReport {
     pub totals: Totals,
     /// Each session.
     pub sessions: Vec<SessionReport>,
+}
+
+/// A GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceReport {
+    /// What the driver calls it.
+    pub model: String,
+    /// Version of the driver's CUDA, such as `12.8`.
+    pub driver: String,
+    /// Bytes of its memory.
+    pub total_bytes: u64,
+    /// Bytes that sessions may have together.
+    pub set_aside_bytes: u64,
+    /// Bytes that sessions have in slabs and boards.
+    pub used_bytes: u64,
+    /// Of that, bytes of ended sessions whose processes may still have them open.
+    pub quarantined_bytes: u64,
+    /// Bytes that the daemon's own context takes.
+    pub context_bytes: u64,
+    /// How slabs are exported: `descriptor`, `handle`, or both as clients can.
+    pub export: String,
+    /// How clients' streams are signalled: `timeline64`, `timeline32` or `events`.
+    pub signal: String,
+    /// Transfers by engine since the start: `dma`, `staged`, `zerocopy`.
+    pub transfers: [u64; 3],
+    /// Where the transfer costs come from: `measured`, or `estimated` until `kvoyant calibrate` has run.
+    pub costs: String,
+    /// Why the device is lost; absent while it works.
+    pub lost: Option<String>,
 }
 
 /// Host memory for KV.

@@ -10,7 +10,7 @@
 //!   maps both; Mapped           ─────►
 //!                               ◄─────  Sealed            (client→daemon is sealed from here on)
 //!   Register { model } (+ fd)   ─────►
-//!                               ◄─────  Registered { … }  (+ fd of the slab)
+//!                               ◄─────  Registered { … }  (+ fds of the slab and the board)
 //!   Open, Fork, Reserve, …      ─────►
 //!                               ◄─────  Memory { … } + fds, as often as needed; then the answer
 //! ```
@@ -18,6 +18,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::device::SlabRef;
 use crate::layout::Limits;
 use crate::memory::MemoryError;
 use crate::wire::SequenceId;
@@ -31,8 +32,14 @@ pub mod features {
     pub const IN_PLACE: u64 = 1 << 1;
     /// Requests may wait for a stream doorbell.
     pub const DOORBELLS: u64 = 1 << 2;
-    /// All that this version knows.
-    pub const ALL: u64 = SLAB | IN_PLACE | DOORBELLS;
+    /// Device memory can be opened by a CUDA driver's classic handles.
+    pub const CUDA_HANDLES: u64 = 1 << 3;
+    /// Device memory can be imported into a CUDA driver by file descriptor.
+    pub const CUDA_DESCRIPTORS: u64 = 1 << 4;
+    /// What every client of this version can do; those of a driver come on top.
+    pub const COMMON: u64 = SLAB | IN_PLACE | DOORBELLS;
+    /// Both ways to a device's memory.
+    pub const CUDA: u64 = CUDA_HANDLES | CUDA_DESCRIPTORS;
 }
 
 /// What a client registers: one model.
@@ -64,6 +71,9 @@ pub struct ModelSpec {
     pub sliding_layers: Vec<u32>,
     /// Selection methods, in their string form; sequences name them by index.
     pub methods: Vec<String>,
+    /// Bytes of device memory for resident rows, out of what the operator has set aside; 0: as much as the daemon
+    /// gives a session by default.
+    pub slab_bytes: u64,
     /// Bytes of the artifact whose memfd comes beside this message, if one does.
     pub artifact_bytes: Option<u64>,
 }
@@ -73,8 +83,10 @@ pub struct ModelSpec {
 pub enum Mode {
     /// Runs point into the session's extents; nothing is copied.
     InPlace,
-    /// Rows are copied into a slab.
+    /// Rows are copied into a slab in host memory.
     Slab,
+    /// Rows are copied into a slab in a device's memory, which the client opens through its own driver.
+    Device,
 }
 
 /// Where a sequence's page table lies: `[layer][KV head][capacity]` page ids of 32 bits.
@@ -133,6 +145,9 @@ pub enum ToDaemon {
         /// Tokens that stay.
         tokens: u32,
     },
+    /// The client has closed all device memory that it had opened: the daemon may free it at once instead of waiting
+    /// for the client's process to end. Not answered.
+    Goodbye,
     /// Closes sequences.
     Close {
         /// Which ones.
@@ -165,7 +180,7 @@ pub enum ToClient {
     },
     /// Answer to `Mapped`.
     Sealed,
-    /// Answer to `Register`; the slab's file descriptor is beside it in slab mode.
+    /// Answer to `Register`; file descriptors of the slab's memory are beside it where it has any.
     Registered {
         /// Name of the device.
         device: String,
@@ -173,8 +188,8 @@ pub enum ToClient {
         mode: Mode,
         /// Rows per page.
         page_rows: u32,
-        /// Bytes of the session's slab; 0 in place.
-        slab_bytes: u64,
+        /// The session's slab.
+        slab: SlabRef,
     },
     /// New memory: consecutive extents or table files, one descriptor each. Comes before the answer that uses it.
     Memory {
@@ -247,6 +262,29 @@ pub enum Failure {
     /// A method, or its artifact, that cannot be used.
     #[error("{0}")]
     BadMethod(String),
+    /// No room on the device.
+    #[error(
+        "the device has no room for this session: {} are needed and {} of the {} set aside for sessions are free ({} wait for dead \
+         processes to let go); close sessions, ask for a smaller slab, or raise the daemon's device_memory", mib(.needed_bytes), mib(.free_bytes), mib(.set_aside_bytes), mib(.quarantined_bytes)
+    )]
+    DeviceFull {
+        /// Bytes that the session needs.
+        needed_bytes: u64,
+        /// Bytes that are free for it.
+        free_bytes: u64,
+        /// Bytes that the operator has set aside for all sessions.
+        set_aside_bytes: u64,
+        /// Bytes of ended sessions whose importers may not have gone yet.
+        quarantined_bytes: u64,
+    },
+    /// The device is there, and cannot serve this client.
+    #[error("the device cannot serve this client: {0}")]
+    Device(String),
+    /// The device is gone for this daemon; its supervisor starts another one.
+    #[error(
+        "the device is lost: {0}; the session's rows are still in its own memory, and a restarted daemon takes new sessions"
+    )]
+    DeviceLost(String),
     /// No more sessions.
     #[error("{max} sessions are open, which is the daemon's limit (max_sessions)")]
     TooManySessions {

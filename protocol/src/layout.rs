@@ -28,6 +28,8 @@ pub mod c2d {
     pub const COMPLETION_HEAD: usize = 128;
     /// Not zero while the client sleeps on the completion ring.
     pub const SLEEPING: usize = 256;
+    /// Last ticket that a stream of the client's has let go of, low 32 bits; cyclic.
+    pub const RELEASED: usize = 384;
     /// Stream doorbells: one 32-bit word per ring slot, from here.
     pub const DOORBELLS: usize = 512;
 }
@@ -44,6 +46,8 @@ pub mod d2c {
     pub const TIMELINE: usize = 384;
     /// Boot id of the daemon, 64 bits.
     pub const BOOT_ID: usize = 512;
+    /// Last ticket whose copies the device has been given, 64 bits: from here on its event means this ticket.
+    pub const PLANNED: usize = 576;
     /// Statistics of the session: 64-bit counters in the order of [`crate::wire::Stat`].
     pub const STATS: usize = 640;
 }
@@ -173,7 +177,17 @@ impl Layout {
     /// `ring_slots` of them can be in use at a time.
     #[must_use]
     pub fn table(&self, ticket: u64) -> usize {
-        self.tables + (ticket % u64::from(self.limits.ring_slots)) as usize * self.table_stride
+        self.tables + self.answer_slot(ticket) * self.table_stride
+    }
+
+    /// Slot of the answer to this ticket.
+    #[must_use]
+    pub fn answer_slot(&self, ticket: u64) -> usize {
+        (ticket % u64::from(self.limits.ring_slots)) as usize
+    }
+
+    pub(crate) fn table_stride(&self) -> usize {
+        self.table_stride
     }
 }
 

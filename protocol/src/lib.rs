@@ -7,6 +7,7 @@
 //! | [`ring`] | single-producer single-consumer rings of 64-byte descriptors |
 //! | [`layout`] | where everything lies in a session's two memfds |
 //! | [`wire`] | descriptors, batch tables and block tables, and their checked forms |
+//! | [`device`] | memory of a GPU: how it travels, what lies where in a session's board |
 //! | [`control`] | the handshake and the control messages |
 //! | [`packet`] | `SOCK_SEQPACKET` sockets and file-descriptor passing |
 //!
@@ -15,6 +16,7 @@
 //! block tables. A side's ring indices lie in the memfd that it writes, so the other maps them read-only.
 
 pub mod control;
+pub mod device;
 pub mod futex;
 pub mod layout;
 pub mod memory;

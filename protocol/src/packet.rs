@@ -74,6 +74,37 @@ pub fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, u32)> {
     Ok((credentials.pid(), credentials.uid()))
 }
 
+/// The process at the other end, as a descriptor that becomes readable when it ends. Unlike its id, it never comes to
+/// mean another process.
+pub fn peer_process(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // Linux 6.5; older kernels and libc headers do not know it.
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let mut fd: RawFd = -1;
+    let mut length = size_of::<RawFd>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes, a descriptor, to `fd`.
+    let got = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut length,
+        )
+    };
+    if got != 0 {
+        let pid = peer(socket)?.0;
+        // SAFETY: a system call on plain numbers.
+        fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as RawFd;
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    // SAFETY: the kernel has just installed this descriptor for us; nobody else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+    Ok(fd)
+}
+
 /// Sends one message.
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     if bytes.len() > MESSAGE_BYTES_MAX || fds.len() > FDS_MAX {
@@ -152,6 +183,35 @@ mod tests {
         assert_eq!(receive(b.as_fd()).unwrap().bytes, b"again");
         drop(a);
         assert!(receive(b.as_fd()).unwrap().bytes.is_empty(), "a closed peer reads as an empty message");
+    }
+
+    #[test]
+    fn a_peers_process_becomes_readable_when_it_ends() {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let path = std::env::temp_dir().join(format!("kvoyant-peer-{}.sock", std::process::id()));
+        let listening = listen_at(&path, 0o600).unwrap();
+        // A process of its own that connects and waits: bash can open no such socket, python can.
+        let program = format!(
+            "import socket,sys\ns=socket.socket(socket.AF_UNIX,socket.SOCK_SEQPACKET)\ns.connect({path:?})\nsys.stdin.read()"
+        );
+        let Ok(mut child) = std::process::Command::new("python3")
+            .args(["-c", &program])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+        else {
+            panic!("the tests need python3");
+        };
+        let accepted = nix::sys::socket::accept(listening.as_raw_fd()).unwrap();
+        // SAFETY: just accepted.
+        let accepted = unsafe { OwnedFd::from_raw_fd(accepted) };
+        let process = peer_process(accepted.as_fd()).unwrap();
+        let ended =
+            |timeout| poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], timeout).unwrap() == 1;
+        assert!(!ended(PollTimeout::ZERO));
+        drop(child.stdin.take());
+        assert!(ended(PollTimeout::from(10_000u16)));
+        child.wait().unwrap();
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

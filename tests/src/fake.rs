@@ -34,6 +34,7 @@ pub fn spec(methods: &[&str]) -> ModelSpec {
         dense_layers: 1,
         sliding_layers: Vec::new(),
         methods: methods.iter().map(ToString::to_string).collect(),
+        slab_bytes: 0,
         artifact_bytes: None,
     }
 }

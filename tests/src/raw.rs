@@ -48,7 +48,7 @@ impl Raw {
         let limits = Limits { ring_slots: 8, ..Limits::default() };
         let layout = Layout::new(limits).expect("limits");
         let socket = Self::socket(path);
-        let hello = ToDaemon::Hello { features: features::ALL, name: "raw".into(), limits };
+        let hello = ToDaemon::Hello { features: features::COMMON, name: "raw".into(), limits };
         packet::send(socket.as_fd(), &encode(&hello), &[]).expect("a hello");
         let welcome = packet::receive(socket.as_fd()).expect("a welcome");
         let [c2d, d2c] = <[OwnedFd; 2]>::try_from(welcome.fds).expect("two memfds");

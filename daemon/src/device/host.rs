@@ -4,16 +4,18 @@
 //! speed. In *slab* mode, rows are copied into a slab by copy threads, as a GPU's copy engines would, optionally
 //! shaped to a bandwidth and a latency: how transfers, overlap and stalls are studied without a GPU.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use kvoyant_kernels::Kernels;
-use kvoyant_protocol::control::Mode;
-use kvoyant_protocol::memory::{Memfd, MemoryError, Seals};
+use kvoyant_protocol::control::{Mode, features};
+use kvoyant_protocol::device::SlabRef;
+use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
 
-use super::{Device, Done, Slab, Transfer};
+use super::{Device, Done, Slab, SlabError, SlabMemory, SlabRequest, Transfer};
 
 /// Transfers that may wait for a copy thread.
 const QUEUE: usize = 1024;
@@ -87,12 +89,33 @@ fn copy_loop(transfers: &Receiver<Transfer>, link: &Mutex<Instant>, shape: Shape
         }
         let Transfer { session, ticket, mut copies, report, .. } = transfer;
         copies.clear();
-        report.push(Done { session, ticket, copies, finished: Instant::now() });
+        report.push(Done { session, ticket, copies, finished: Instant::now(), failed: false });
+    }
+}
+
+/// A slab in host memory: a memfd that the client maps for reading.
+#[derive(Debug)]
+struct HostSlab {
+    file: Memfd,
+    memory: SharedMapping,
+}
+
+impl SlabMemory for HostSlab {
+    fn bytes(&self) -> usize {
+        self.file.len()
+    }
+
+    fn base(&self) -> *mut u8 {
+        self.memory.address(0, 0).unwrap_or(std::ptr::null_mut())
+    }
+
+    fn export(&self) -> Result<(SlabRef, Vec<OwnedFd>), SlabError> {
+        Ok((SlabRef::Host { bytes: self.file.len() as u64 }, vec![self.file.try_clone()?]))
     }
 }
 
 impl Device for HostDevice {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "host"
     }
 
@@ -100,11 +123,18 @@ impl Device for HostDevice {
         self.mode
     }
 
-    fn slab(&self, bytes: usize) -> Result<Slab, MemoryError> {
-        let file = Memfd::create("kvoyant-slab", bytes)?;
-        let memory = Arc::new(file.map(false)?);
+    fn features(&self) -> u64 {
+        match self.mode {
+            Mode::InPlace => features::IN_PLACE,
+            _ => features::SLAB,
+        }
+    }
+
+    fn slab(&self, request: SlabRequest) -> Result<Slab, SlabError> {
+        let file = Memfd::create("kvoyant-slab", request.bytes)?;
+        let memory = file.map(false)?;
         file.seal(Seals::frozen_for_readers())?;
-        Ok(Slab { file, memory })
+        Ok(Slab(Arc::new(HostSlab { file, memory })))
     }
 
     fn submit(&self, transfer: Transfer) -> Result<(), Transfer> {
@@ -131,9 +161,11 @@ impl Drop for HostDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{Report, SessionMemory};
+    use crate::device::{Importer, Report, SessionMemory};
     use kvoyant_kernels::CopyRun;
     use kvoyant_protocol::futex::Bell;
+    use kvoyant_protocol::layout::{Layout, Limits};
+    use std::sync::atomic::AtomicBool;
 
     #[test]
     fn a_shaped_link_serves_one_transfer_after_the_other_and_adds_its_latency_once_each() {
@@ -148,23 +180,33 @@ mod tests {
     #[test]
     fn copies_arrive_whole_and_are_reported_once() {
         let device = HostDevice::new(Mode::Slab, 2, Shape::default()).unwrap();
-        let slab = device.slab(1 << 20).unwrap();
+        let d2c = Arc::new(Memfd::create("test", 4096).unwrap().map(false).unwrap());
+        let importer = Arc::new(Importer { process: None, closed: AtomicBool::new(true) });
+        let layout = Layout::new(Limits::default()).unwrap();
+        let slab = device
+            .slab(SlabRequest { session: 1, bytes: 1 << 20, layout, d2c, features: features::SLAB, importer })
+            .unwrap();
+        let (SlabRef::Host { bytes }, fds) = slab.0.export().unwrap() else { panic!("not in host memory") };
+        let seals = Seals::frozen_for_readers();
+        let file = Memfd::from_peer(fds.into_iter().next().unwrap(), bytes as usize, seals).unwrap();
         let source = Arc::new(Memfd::create("test", 1 << 20).unwrap().map(false).unwrap());
         let data: Vec<u8> = (0..1 << 20).map(|i| (i % 251) as u8).collect();
         source.write(0, &data).unwrap();
         let memory = Arc::new(SessionMemory::default());
-        memory.keep(Arc::clone(&source));
-        memory.keep(Arc::clone(&slab.memory));
+        memory.keep(Arc::clone(&source) as _);
         let report = Arc::new(Report::new(Arc::new(Bell::default())));
         for ticket in 0..16 {
             let offset = ticket as usize * 65536;
             let copies = vec![CopyRun {
                 src: source.address(offset, 65536).unwrap(),
-                dst: slab.memory.address((1 << 20) - 65536 - offset, 65536).unwrap(),
+                dst: slab.address((1 << 20) - 65536 - offset, 65536).unwrap(),
                 bytes: 65536,
             }];
             let (memory, report) = (Arc::clone(&memory), Arc::clone(&report));
-            device.submit(Transfer { session: 1, ticket, copies, bytes: 65536, memory, report }).unwrap();
+            let publish = None;
+            device
+                .submit(Transfer { session: 1, ticket, copies, bytes: 65536, memory, publish, report })
+                .unwrap();
         }
         let mut tickets = Vec::new();
         while tickets.len() < 16 {
@@ -176,10 +218,10 @@ mod tests {
         tickets.sort_unstable();
         assert_eq!(tickets, (0..16).collect::<Vec<_>>());
         let mut back = vec![0; 1 << 20];
-        slab.memory.read(0, &mut back).unwrap();
+        file.map_read_only().unwrap().read(0, &mut back).unwrap();
         for block in 0..16 {
             assert_eq!(back[(15 - block) * 65536..][..65536], data[block * 65536..][..65536]);
         }
-        assert!(slab.file.map(false).is_err(), "a client may only read a slab");
+        assert!(file.map(false).is_err(), "a client may only read a slab");
     }
 }

@@ -9,14 +9,22 @@ pub mod host;
 mod name;
 
 use std::fmt::Debug;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crossbeam::queue::SegQueue;
 use kvoyant_kernels::CopyRun;
-use kvoyant_protocol::control::Mode;
+use kvoyant_protocol::control::{Failure, Mode};
+use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::futex::Bell;
-use kvoyant_protocol::memory::{Memfd, MemoryError, SharedMapping};
+use kvoyant_protocol::layout::Layout;
+use kvoyant_protocol::memory::{MemoryError, SharedMapping};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use thiserror::Error;
+
+use crate::status::DeviceReport;
 
 pub use name::{BadDeviceName, DeviceName};
 
@@ -24,14 +32,19 @@ pub use name::{BadDeviceName, DeviceName};
 /// the middle of one takes nothing away.
 #[derive(Debug, Default)]
 pub struct SessionMemory {
-    /// Every mapping that a copy may touch. Pushed to when an extent is added, never shrunk.
-    mappings: std::sync::Mutex<Vec<Arc<SharedMapping>>>,
+    /// Everything that a copy may touch. Pushed to when an extent is added, never shrunk.
+    kept: std::sync::Mutex<Vec<Arc<dyn Memory>>>,
 }
 
+/// Memory that goes away when its last owner drops it.
+pub trait Memory: Send + Sync + Debug {}
+
+impl<T: Send + Sync + Debug> Memory for T {}
+
 impl SessionMemory {
-    /// Keeps a mapping for as long as any transfer of the session runs.
-    pub fn keep(&self, mapping: Arc<SharedMapping>) {
-        self.mappings.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(mapping);
+    /// Keeps memory for as long as any transfer of the session runs.
+    pub fn keep(&self, memory: Arc<dyn Memory>) {
+        self.kept.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(memory);
     }
 }
 
@@ -42,14 +55,25 @@ pub struct Transfer {
     pub session: u64,
     /// Ticket of the answer.
     pub ticket: u64,
-    /// What to copy. Every range lies in `memory`.
+    /// What to copy. Every range lies in `memory`, or in the session's slab.
     pub copies: Vec<CopyRun>,
     /// Bytes in all.
     pub bytes: u64,
     /// What the copies touch.
     pub memory: Arc<SessionMemory>,
+    /// What the device is to make known once the copies are there; `None` where [`Device::publishes`] is false.
+    pub publish: Option<Publication>,
     /// Where to report.
     pub report: Arc<Report>,
+}
+
+/// What a stream of the client's reads of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Publication {
+    /// Ticket and status, as in the timeline word.
+    pub word: u64,
+    /// Bytes of the block table, which lies where the session's layout has it.
+    pub table_bytes: u32,
 }
 
 /// A transfer that has ended.
@@ -63,6 +87,8 @@ pub struct Done {
     pub copies: Vec<CopyRun>,
     /// When its last byte had arrived.
     pub finished: Instant,
+    /// Whether the device could not do it: the slots hold anything.
+    pub failed: bool,
 }
 
 /// A lane's queue of ended transfers, and the bell that wakes the lane.
@@ -92,26 +118,121 @@ impl Report {
     }
 }
 
+/// Memory of one session's slab.
+pub trait SlabMemory: Memory {
+    /// Its length in bytes.
+    fn bytes(&self) -> usize;
+
+    /// Its address, as destinations of copies have it. The host may not follow it unless the device is the host.
+    fn base(&self) -> *mut u8;
+
+    /// How the client gets at it, with the descriptors that go along.
+    fn export(&self) -> Result<(SlabRef, Vec<OwnedFd>), SlabError>;
+}
+
 /// A session's slab.
+#[derive(Debug, Clone)]
+pub struct Slab(pub Arc<dyn SlabMemory>);
+
+impl Slab {
+    /// Address of a range, for copies into it.
+    pub fn address(&self, offset: usize, bytes: usize) -> Result<*mut u8, MemoryError> {
+        let len = self.0.bytes();
+        match offset.checked_add(bytes) {
+            Some(end) if end <= len => Ok(self.0.base().wrapping_add(offset)),
+            _ => Err(MemoryError::OutOfBounds { offset, bytes, len }),
+        }
+    }
+}
+
+/// The process that may open a session's device memory.
 #[derive(Debug)]
-pub struct Slab {
-    /// Its file, which the client maps for reading.
-    pub file: Memfd,
-    /// The daemon's mapping.
-    pub memory: Arc<SharedMapping>,
+pub struct Importer {
+    /// Readable once the process has ended; `None` if the system cannot say.
+    pub process: Option<OwnedFd>,
+    /// The client has said that it has closed everything.
+    pub closed: AtomicBool,
+}
+
+impl Importer {
+    /// Whether nothing of it can have device memory open any more.
+    #[must_use]
+    pub fn gone(&self) -> bool {
+        if self.closed.load(Ordering::Acquire) {
+            return true;
+        }
+        let Some(process) = &self.process else { return false };
+        let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
+    }
+}
+
+/// What a session's slab is made for.
+#[derive(Debug)]
+pub struct SlabRequest {
+    /// The session.
+    pub session: u64,
+    /// Bytes of the slab.
+    pub bytes: usize,
+    /// Where everything lies in the session's memory.
+    pub layout: Layout,
+    /// The daemon → client memfd, from which block tables are published.
+    pub d2c: Arc<SharedMapping>,
+    /// Abilities that client and daemon have in common.
+    pub features: u64,
+    /// Who will open it.
+    pub importer: Arc<Importer>,
+}
+
+/// Why there is no slab.
+#[derive(Debug, Error)]
+pub enum SlabError {
+    /// Host memory that could not be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The device has no room, or cannot serve this client.
+    #[error("{0}")]
+    Refused(Failure),
+}
+
+impl From<SlabError> for Failure {
+    fn from(error: SlabError) -> Self {
+        match error {
+            SlabError::Memory(error) => error.into(),
+            SlabError::Refused(failure) => failure,
+        }
+    }
 }
 
 /// Something that attention runs on.
 pub trait Device: Send + Sync + Debug {
     /// Its name, as in `--device`.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &str;
 
     /// How it gives answers.
     fn mode(&self) -> Mode;
 
-    /// Makes a slab for one session.
-    fn slab(&self, bytes: usize) -> Result<Slab, MemoryError>;
+    /// Features of which a client must have at least one.
+    fn features(&self) -> u64;
+
+    /// Makes a slab for one session. It may take a while, and is never called on a lane.
+    fn slab(&self, request: SlabRequest) -> Result<Slab, SlabError>;
+
+    /// Whether it makes answers known to the client's streams, so that every answer goes through [`Device::submit`].
+    fn publishes(&self) -> bool {
+        false
+    }
 
     /// Takes a transfer, without blocking. Gives it back if the device is overloaded or stopped.
     fn submit(&self, transfer: Transfer) -> Result<(), Transfer>;
+
+    /// Becomes something once the device is lost for this process, with the reason.
+    fn lost(&self) -> Option<tokio::sync::watch::Receiver<Option<String>>> {
+        None
+    }
+
+    /// What to say of it in the status.
+    fn report(&self) -> Option<DeviceReport> {
+        None
+    }
 }

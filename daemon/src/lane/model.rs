@@ -10,7 +10,7 @@ use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Failure, MemoryKind, Mode, ModelSpec, ToClient};
 use kvoyant_protocol::memory::MemoryError;
 
-use crate::device::{Device, SessionMemory, Slab};
+use crate::device::{Device, SessionMemory, Slab, SlabRequest};
 use crate::lane::digests::DigestPool;
 use crate::lane::sequences::SequenceSlot;
 use crate::tiers::arena::{ArenaBudget, PageGeometry, SessionArena};
@@ -114,7 +114,7 @@ impl ModelState {
         sequences_max: u32,
         budget: Arc<ArenaBudget>,
         device: &dyn Device,
-        slab_bytes: usize,
+        slab: SlabRequest,
         keep: f64,
     ) -> Result<Self, Failure> {
         let shape = shape_of(&spec)?;
@@ -154,10 +154,10 @@ impl ModelState {
         let memory = Arc::new(SessionMemory::default());
         let slab = match device.mode() {
             Mode::InPlace => None,
-            Mode::Slab => {
-                let pages = (slab_bytes / geometry.page_bytes()).max(1);
-                let slab = device.slab(pages * geometry.page_bytes())?;
-                memory.keep(Arc::clone(&slab.memory));
+            Mode::Slab | Mode::Device => {
+                let pages = (slab.bytes / geometry.page_bytes()).max(1);
+                let slab = device.slab(SlabRequest { bytes: pages * geometry.page_bytes(), ..slab })?;
+                memory.keep(Arc::clone(&slab.0) as _);
                 Some(SlabState { slab, pages: SlabPages::new(pages, shape.page_rows), limbo: Vec::new() })
             }
         };
@@ -215,7 +215,7 @@ impl ModelState {
             let first = self.announced_extents;
             let end = self.arena.extents().min(first + AT_ONCE);
             for extent in first..end {
-                self.memory.keep(Arc::clone(self.arena.memory(extent)));
+                self.memory.keep(Arc::clone(self.arena.memory(extent)) as _);
             }
             let fds = (first..end).map(|extent| self.arena.extent_fd(extent)).collect::<Result<_, _>>()?;
             let kind = MemoryKind::Extents;

@@ -231,11 +231,8 @@ impl ModelState {
                         let bytes = geometry.row_bytes;
                         let src =
                             self.arena.memory(extent).address(offset, bytes).map_err(|_| Status::Failed)?;
-                        let dst = slab
-                            .slab
-                            .memory
-                            .address(slot as usize * bytes, bytes)
-                            .map_err(|_| Status::Failed)?;
+                        let dst =
+                            slab.slab.address(slot as usize * bytes, bytes).map_err(|_| Status::Failed)?;
                         answer.push_copy(CopyRun { src: src.cast_const(), dst, bytes });
                     } else {
                         answer.hits = answer.hits.saturating_add(1);

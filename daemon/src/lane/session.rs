@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kvoyant_protocol::control::Failure;
-use kvoyant_protocol::layout::{Layout, d2c};
+use kvoyant_protocol::layout::{Layout, c2d, d2c};
 use kvoyant_protocol::memory::{MemoryError, SharedMapping};
 use kvoyant_protocol::ring::{Consumer, Producer, RingError};
 use kvoyant_protocol::wire::{
@@ -17,7 +17,7 @@ use kvoyant_protocol::wire::{
 };
 use thiserror::Error;
 
-use crate::device::{Device, Done, Report, Transfer};
+use crate::device::{Device, Done, Publication, Report, Transfer};
 use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::Sequence;
@@ -133,7 +133,7 @@ pub struct LaneSession {
     pub status: Arc<SessionStatus>,
     layout: Layout,
     c2d: SharedMapping,
-    d2c: SharedMapping,
+    d2c: Arc<SharedMapping>,
     requests: Consumer,
     completions: Producer,
     boot_id: u64,
@@ -142,6 +142,8 @@ pub struct LaneSession {
     last_ticket: u64,
     posted: u64,
     released_through: u64,
+    /// As far as the client's stream says that it has let go; it may be ahead of what has been posted.
+    stream_released: u64,
     flights: VecDeque<Flight>,
     in_transfer: usize,
     stats: [u64; STATS],
@@ -171,7 +173,7 @@ impl LaneSession {
         status: Arc<SessionStatus>,
         layout: Layout,
         c2d: SharedMapping,
-        d2c: SharedMapping,
+        d2c: Arc<SharedMapping>,
         boot_id: u64,
     ) -> Self {
         Self {
@@ -187,6 +189,7 @@ impl LaneSession {
             last_ticket: 0,
             posted: 0,
             released_through: 0,
+            stream_released: 0,
             flights: VecDeque::with_capacity(layout.limits.ring_slots as usize),
             in_transfer: 0,
             stats: [0; STATS],
@@ -224,6 +227,7 @@ impl LaneSession {
     /// Handles up to `most` requests; true if there was one.
     pub fn poll(&mut self, tools: Tools<'_>, most: u32) -> Result<bool, SessionError> {
         self.armed = false;
+        self.release_by_stream()?;
         let available = self.requests.available(&self.c2d)?;
         let mut handled = 0;
         let since = Instant::now();
@@ -285,8 +289,9 @@ impl LaneSession {
     }
 
     fn release(&mut self, through: u64) -> Result<(), SessionError> {
-        // An answer can only be let go of once it has been given.
-        if through < self.released_through || through > self.posted {
+        // An answer can only be let go of once it has been given. A stream of the client's may have been ahead of
+        // what its CPU knows, and then there is nothing left to release.
+        if through > self.posted {
             return Err(SessionError::Ticket {
                 ticket: self.last_ticket,
                 released: through,
@@ -294,11 +299,32 @@ impl LaneSession {
                 released_before: self.released_through,
             });
         }
-        self.released_through = through;
-        if let Some(model) = &mut self.model {
-            model.settle(through);
+        if through > self.released_through {
+            self.released_through = through;
+            if let Some(model) = &mut self.model {
+                model.settle(through);
+            }
         }
         Ok(())
+    }
+
+    /// What a stream of the client's has let go of: the word has a ticket's low 32 bits, and no more tickets than
+    /// ring slots lie between what is released and the last one asked for.
+    fn release_by_stream(&mut self) -> Result<(), SessionError> {
+        let word = self.c2d.load_u32(c2d::RELEASED);
+        let ahead = word.wrapping_sub(self.stream_released as u32).cast_signed();
+        if ahead > 0 {
+            self.stream_released += u64::from(ahead.unsigned_abs());
+            if self.stream_released > self.last_ticket {
+                return Err(SessionError::Ticket {
+                    ticket: self.last_ticket,
+                    released: self.stream_released,
+                    last: self.last_ticket,
+                    released_before: self.released_through,
+                });
+            }
+        }
+        self.release(self.stream_released.min(self.posted))
     }
 
     fn read_batch(&mut self, index: u32, members: u32) -> Result<(), SessionError> {
@@ -389,15 +415,19 @@ impl LaneSession {
             boot_id: self.boot_id,
         };
         // Rows that were given slots must be copied there even if this answer failed: the slots count as resident.
-        let waiting = !self.answer.copies.is_empty();
+        let publish = tools
+            .device
+            .publishes()
+            .then(|| Publication { word: completion.timeline(), table_bytes: completion.table_bytes });
+        let waiting = publish.is_some() || !self.answer.copies.is_empty();
         self.flights.push_back(Flight { completion, planned, waiting });
         if waiting {
-            self.transfer(ticket, tools);
+            self.transfer(ticket, publish, tools);
         }
         self.post_ready()
     }
 
-    fn transfer(&mut self, ticket: u64, tools: Tools<'_>) {
+    fn transfer(&mut self, ticket: u64, publish: Option<Publication>, tools: Tools<'_>) {
         let Some(model) = &self.model else { return };
         let spare = self.spare_copies.pop().unwrap_or_default();
         let copies = std::mem::replace(&mut self.answer.copies, spare);
@@ -407,6 +437,7 @@ impl LaneSession {
             copies,
             bytes: self.answer.bytes,
             memory: Arc::clone(&model.memory),
+            publish,
             report: Arc::clone(tools.report),
         };
         self.in_transfer += 1;
@@ -435,6 +466,9 @@ impl LaneSession {
                 let took = done.finished.saturating_duration_since(flight.planned).as_nanos();
                 flight.completion.transfer_ns = took.min(u128::from(u32::MAX)) as u32;
                 flight.waiting = false;
+                if done.failed {
+                    flight.completion.status = Status::Failed;
+                }
             }
         }
         self.post_ready()

@@ -196,6 +196,7 @@ impl DaemonKv {
             dense_layers: options.dense_layers as u32,
             sliding_layers: sliding.map(|layer| layer as u32).collect(),
             methods: options.methods.iter().map(ToString::to_string).collect(),
+            slab_bytes: 0,
             artifact_bytes: None,
         };
         let artifact = options.skew.as_ref().map(|skew| skew.to_bytes()).transpose()?;
