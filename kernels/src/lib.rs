@@ -1,6 +1,6 @@
-//! The arithmetic of Kvoyant on a CPU: scoring digests, choosing the best rows, attending over scattered rows, copying them.
+//! The arithmetic of Kvoyant: scoring digests, choosing the best rows, attending over scattered rows, copying them.
 //!
-//! Everything is a method of [`Kernels`], a one-byte handle that remembers which instruction set it may use:
+//! [`cuda`] has the same for a GPU, as sources. On a CPU everything is a method of [`Kernels`], a one-byte handle that remembers which instruction set it may use:
 //!
 //! ```
 //! use kvoyant_kernels::{Kernels, TopKScratch};
@@ -16,6 +16,7 @@
 //! promises exactness (conversions, counts, [`Kernels::top_k`], copies) not at all. Within one path every result is deterministic.
 
 mod cpu;
+pub mod cuda;
 mod dtype;
 mod run;
 
