@@ -3,3 +3,4 @@
 pub mod cost;
 pub mod engines;
 pub mod measure;
+pub mod store;
