@@ -8,39 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use kvoyant_kernels::cuda::Source;
+
 use crate::context::Context;
 use crate::error::CudaError;
 use crate::module::Module;
 use crate::nvrtc::{CompileError, Compiler, NvrtcUnavailable};
-
-/// A kernel source to compile.
-#[derive(Debug, Clone, Copy)]
-pub struct Source {
-    /// Its name.
-    pub name: &'static str,
-    text: &'static str,
-}
-
-impl Source {
-    /// A source of this name and text.
-    pub const fn new(name: &'static str, text: &'static str) -> Self {
-        Self { name, text }
-    }
-
-    /// Hex hash of the text.
-    pub fn hash(&self) -> String {
-        blake3::hash(self.text.as_bytes()).to_hex().to_string()
-    }
-
-    /// What is compiled.
-    pub fn compile_text(&self) -> String {
-        format!(
-            "{}\nextern \"C\" __device__ const char kvoyant_source_hash[] = \"kvoyant-source:{}\";\n",
-            self.text,
-            self.hash()
-        )
-    }
-}
 
 /// Why a kernel cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -96,17 +69,45 @@ impl KernelCache {
 
     /// The kernels of `source`, loaded into `context`; compiled if the cache has them not, or not in order.
     pub fn module(&self, context: &Context, source: &Source) -> Result<Module, KernelError> {
-        let compiler = self.compiler()?;
-        let arch = context.info().compute;
-        let (major, minor) = compiler.version();
-        let key = format!("{}-{}-sm_{}{}-nvrtc{major}.{minor}", source.name, source.hash(), arch.0, arch.1);
-        let image = self.image(&key, || compiler.compile(&source.compile_text(), source.name, arch))?;
-        context.load_module(&image).map_err(|error| KernelError::Load { name: source.name, error })
+        let image = self.cubin(source, context.info().compute)?;
+        context.load_module(&image).map_err(|error| KernelError::Load { name: source.name(), error })
+    }
+
+    /// The image of `source` for cards of compute capability `arch`: needs no card and no driver.
+    ///
+    /// Without a compiler an image that any other compiler made will do, so that a folder can be filled on one machine
+    /// and used on another.
+    pub fn cubin(&self, source: &Source, arch: (u32, u32)) -> Result<Vec<u8>, KernelError> {
+        let stem = format!("{}-{}-sm_{}{}-nvrtc", source.name(), source.hash(), arch.0, arch.1);
+        match self.compiler() {
+            Ok(compiler) => {
+                let (major, minor) = compiler.version();
+                let compile = || compiler.compile(&source.compile_text(), source.name(), arch);
+                Ok(self.image(&format!("{stem}{major}.{minor}"), compile)?)
+            }
+            Err(none) => self.any_image(&stem).ok_or(KernelError::NoCompiler(none)),
+        }
+    }
+
+    /// A whole image whose key begins with `stem`, the last by name.
+    fn any_image(&self, stem: &str) -> Option<Vec<u8>> {
+        let names =
+            fs::read_dir(&self.folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut keys: Vec<String> = names
+            .filter_map(|name| name.strip_suffix(".cubin").map(str::to_owned))
+            .filter(|key| key.starts_with(stem))
+            .collect();
+        keys.sort();
+        keys.iter().rev().find_map(|key| read(&self.path(key), key).ok().flatten())
+    }
+
+    fn path(&self, key: &str) -> PathBuf {
+        self.folder.join(format!("{key}.cubin"))
     }
 
     /// The image of this key: from the disk if it is there and whole, else what `compile` makes, kept for next time.
     fn image<E>(&self, key: &str, compile: impl FnOnce() -> Result<Vec<u8>, E>) -> Result<Vec<u8>, E> {
-        let path = self.folder.join(format!("{key}.cubin"));
+        let path = self.path(key);
         match read(&path, key) {
             Ok(Some(image)) => return Ok(image),
             Ok(None) => tracing::debug!(key, "not in the kernel cache"),
@@ -200,6 +201,20 @@ mod tests {
         let names: Vec<_> =
             fs::read_dir(&cache.folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names.len(), 2, "no draft is left: {names:?}");
+    }
+
+    #[test]
+    fn without_a_compiler_any_whole_image_of_the_same_source_and_card_will_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = KernelCache::new(folder.path());
+        assert_eq!(cache.any_image("gather-77-sm_90-nvrtc"), None, "an empty cache");
+        ask(&cache, "gather-77-sm_90-nvrtc12.8", b"older");
+        ask(&cache, "gather-77-sm_90-nvrtc12.9", b"newer");
+        ask(&cache, "gather-77-sm_80-nvrtc12.9", b"another card's");
+        assert_eq!(cache.any_image("gather-77-sm_90-nvrtc"), Some(b"newer".to_vec()));
+        fs::write(folder.path().join("gather-77-sm_90-nvrtc12.9.cubin"), b"damaged").unwrap();
+        assert_eq!(cache.any_image("gather-77-sm_90-nvrtc"), Some(b"older".to_vec()));
+        assert_eq!(cache.any_image("gather-78-sm_90-nvrtc"), None, "another source");
     }
 
     #[test]

@@ -68,6 +68,7 @@ driver_calls! {
     cuMemGetInfo_v2(free: *mut usize, total: *mut usize);
     cuMemAlloc_v2(pointer: *mut sys::CUdeviceptr, bytes: usize);
     cuMemFree_v2(pointer: sys::CUdeviceptr);
+    cuMemGetAddressRange_v2(base: *mut sys::CUdeviceptr, bytes: *mut usize, pointer: sys::CUdeviceptr);
     cuMemHostAlloc(pointer: *mut *mut c_void, bytes: usize, flags: c_uint);
     cuMemFreeHost(pointer: *mut c_void);
     cuMemHostRegister_v2(pointer: *mut c_void, bytes: usize, flags: c_uint);
@@ -94,7 +95,6 @@ driver_calls! {
     cuStreamBeginCapture_v2(stream: sys::CUstream, mode: c_uint);
     cuStreamEndCapture(stream: sys::CUstream, graph: *mut sys::CUgraph);
     cuStreamIsCapturing(stream: sys::CUstream, status: *mut c_uint);
-    cuGraphGetNodes(graph: sys::CUgraph, nodes: *mut sys::CUgraphNode, count: *mut usize);
     cuGraphInstantiateWithFlags(exec: *mut sys::CUgraphExec, graph: sys::CUgraph, flags: c_ulonglong);
     cuGraphLaunch(exec: sys::CUgraphExec, stream: sys::CUstream);
     cuGraphExecDestroy(exec: sys::CUgraphExec);
@@ -156,3 +156,16 @@ pub(crate) struct Handle<T>(pub(crate) *mut T);
 unsafe impl<T> Send for Handle<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Handle<T> {}
+
+/// Loads a library by name or path; the error is what the loader says, empty if there is no such file.
+///
+/// # Safety
+/// The library's initialisers may be run at any time.
+pub(crate) unsafe fn load_library(name: impl libloading::AsFilename) -> Result<Library, String> {
+    // SAFETY: the caller's contract.
+    unsafe { Library::new(name) }.map_err(|error| {
+        // The loader's own words are one floor down.
+        let text = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+        if text.contains("No such file or directory") { String::new() } else { text }
+    })
+}

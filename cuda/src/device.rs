@@ -117,7 +117,7 @@ impl DeviceInfo {
             ordinal,
             mig: name.contains(" MIG "),
             name,
-            uuid: uuid.bytes.map(c_char::cast_unsigned),
+            uuid: uuid.bytes.map(|byte| byte as u8),
             total_bytes: total as u64,
             compute,
             pci_bus_id,

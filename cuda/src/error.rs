@@ -168,7 +168,11 @@ impl CudaError {
 
     /// What whoever runs this machine should do, in one sentence.
     pub fn advice(&self) -> &'static str {
-        if self.call.starts_with("cuIpcOpen") && !self.is_sticky() {
+        if self.call == "cuIpcOpenEventHandle" && !self.is_sticky() {
+            return "the event is not open to this process: both must share a /dev/shm and have different process ids; \
+                    timeline words need neither";
+        }
+        if self.call == "cuIpcOpenMemHandle_v2" && !self.is_sticky() {
             return "the handle is not open to this process: a process cannot open its own handle, two processes must \
                     not share a process id across containers, and containers must share the IPC namespace; sharing \
                     by file descriptor needs none of this";
@@ -302,5 +306,55 @@ pub(crate) fn ready(result: Result<(), CudaError>) -> Result<bool, CudaError> {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == ErrorKind::NotReady => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_sticky_error_is_a_lost_device_and_no_other_is() {
+        for code in [46, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 806, 810, 911]
+        {
+            assert!(CudaError::new("cuStreamSynchronize", code).is_sticky(), "{code}");
+        }
+        for code in [1, 2, 100, 201, 209, 400, 500, 600, 701, 712, 713, 720, 800, 801, 900, 901, 908, 999] {
+            assert!(!CudaError::new("cuStreamSynchronize", code).is_sticky(), "{code}");
+        }
+    }
+
+    #[test]
+    fn an_error_says_what_the_operator_should_do() {
+        let cases = [
+            ("cuMemAlloc_v2", 2, ErrorKind::OutOfMemory, "--slab"),
+            ("cuMemHostRegister_v2", 2, ErrorKind::OutOfMemory, "RLIMIT_MEMLOCK"),
+            ("cuDevicePrimaryCtxRetain", 46, ErrorKind::Exclusive, "nvidia-smi -c 0"),
+            ("cuStreamSynchronize", 46, ErrorKind::DeviceLost, "restart the process"),
+            ("cuStreamSynchronize", 214, ErrorKind::DeviceLost, "Xid"),
+            ("cuDeviceGet", 101, ErrorKind::NoDevice, "MIG"),
+            ("cuIpcOpenMemHandle_v2", 201, ErrorKind::Invalid, "its own handle"),
+            ("cuIpcOpenEventHandle", 1, ErrorKind::Invalid, "/dev/shm"),
+            ("cuModuleLoadData", 209, ErrorKind::NotSupported, "kernel cache"),
+            ("cuInit", 803, ErrorKind::Other, "reload the nvidia modules"),
+            ("cuInit", 805, ErrorKind::Other, "MPS"),
+            ("cuInit", 34, ErrorKind::Other, "stub"),
+            ("cuMemMap", 800, ErrorKind::NotPermitted, "/dev/nvidia"),
+            ("cuStreamBeginCapture_v2", 906, ErrorKind::Invalid, "capture again"),
+        ];
+        for (call, code, kind, part) in cases {
+            let error = CudaError::new(call, code);
+            assert_eq!(error.kind(), kind, "{error}");
+            let text = error.to_string();
+            assert!(text.starts_with(call) && text.contains(part), "{text:?} does not say {part:?}");
+            assert!(!text.contains("  ") && !text.contains('\n'), "{text:?} is one sentence");
+        }
+    }
+
+    #[test]
+    fn a_code_of_a_newer_driver_is_carried_as_it_is() {
+        let error = CudaError::new("cuLaunchKernel", 4321);
+        assert_eq!((error.code, error.kind()), (4321, ErrorKind::Other));
+        assert_eq!(error.name, "CUDA_ERROR_4321");
     }
 }

@@ -92,17 +92,6 @@ impl Stream {
 }
 
 impl Graph {
-    /// How many nodes it has.
-    pub fn nodes(&self) -> Result<usize, CudaError> {
-        let _entered = self.context.enter()?;
-        let mut count = 0usize;
-        // SAFETY: without an array the driver only counts.
-        unsafe {
-            cu!(self.context.calls(), cuGraphGetNodes(self.raw.0, std::ptr::null_mut(), &raw mut count))
-        }?;
-        Ok(count)
-    }
-
     /// Makes it ready to run, as often as wanted. What it was captured with must live as long as it runs: modules,
     /// buffers, registered memory.
     pub fn instantiate(&self) -> Result<ExecGraph, CudaError> {

@@ -31,9 +31,9 @@ pub(crate) enum By {
 impl Context {
     /// Opens another process's allocation of `bytes` by its classic handle.
     ///
-    /// The handle opens the exporter's whole allocation and always for writing; `bytes` is what the exporter says of
-    /// its length, for the driver does not. A handle of this process itself is refused by the driver, and so is one of a
-    /// process that another container shows under the same process id.
+    /// The handle opens the exporter's whole allocation and always for writing. `bytes` is what the exporter says of its
+    /// length; more than the driver knows of is refused. A handle of this process itself is refused by the driver, and
+    /// so is one of a process that another container shows under the same process id.
     pub fn open_ipc(
         &self,
         handle: &[u8; IPC_HANDLE_BYTES],
@@ -48,7 +48,15 @@ impl Context {
         let mut ptr = 0;
         // SAFETY: the handle is plain bytes that the driver checks; `ptr` is ours to be written.
         unsafe { cu!(self.calls(), cuIpcOpenMemHandle_v2(&raw mut ptr, handle, flags)) }?;
-        Ok(ImportedBuffer { context: self.clone(), ptr, len: bytes, by: By::Handle })
+        let import = ImportedBuffer { context: self.clone(), ptr, len: bytes, by: By::Handle };
+        let (mut base, mut whole) = (0, 0usize);
+        // SAFETY: both are ours to be written, and the memory was opened just now.
+        let known = unsafe { cu!(self.calls(), cuMemGetAddressRange_v2(&raw mut base, &raw mut whole, ptr)) };
+        // The exporter is another process: what it says is checked where the driver can tell.
+        if known.is_ok() && (base != ptr || whole < bytes) {
+            return Err(CudaError::invalid("Context::open_ipc"));
+        }
+        Ok(import)
     }
 
     pub(crate) fn imported(&self, mapping: Mapping, read_only: bool) -> ImportedBuffer {
@@ -63,7 +71,7 @@ impl ImportedBuffer {
         self.ptr
     }
 
-    /// Its length in bytes: as the exporter said for a handle, as it is mapped for a descriptor.
+    /// Its length in bytes: as was asked for with a handle, as it is mapped for a descriptor.
     pub fn len(&self) -> usize {
         self.len
     }

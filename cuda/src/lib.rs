@@ -26,7 +26,7 @@ mod stream;
 mod vmm;
 
 pub use batch::{BatchCopies, HostToDevice, MAX_BATCH};
-pub use cache::{KernelCache, KernelError, Source};
+pub use cache::{KernelCache, KernelError};
 pub use context::Context;
 pub use device::{Abilities, ComputeMode, DeviceInfo};
 pub use error::{CudaError, ErrorKind};

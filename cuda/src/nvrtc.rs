@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use libloading::Library;
 
+use crate::calls::load_library;
+
 /// Names by which the loader, or a folder, may have it. Twelve comes first: what it compiles every driver we serve
 /// can load, which a newer one does not promise.
 const LIBRARY_NAMES: [&str; 3] = ["libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so"];
@@ -124,11 +126,8 @@ impl Compiler {
 
     fn load(place: &Path) -> Result<Self, String> {
         // SAFETY: NVRTC's initialisers are made to be run by whoever loads it.
-        let library = unsafe { Library::new(place) }.map_err(|error| {
-            // The loader's own words, without the file name that it repeats.
-            let text = error.to_string();
-            if text.contains("No such file") { "not there".to_owned() } else { text }
-        })?;
+        let library = unsafe { load_library(place) }
+            .map_err(|reason| if reason.is_empty() { "not there".to_owned() } else { reason })?;
         // SAFETY: a library of this name is NVRTC, with the signatures of nvrtc.h.
         let calls = unsafe { Calls::resolve(library) }.map_err(|name| format!("it lacks {name}"))?;
         let (mut major, mut minor): (c_int, c_int) = (0, 0);
@@ -362,7 +361,8 @@ mod tests {
         let file = folder.path().join("libnvrtc.so.12");
         std::fs::write(&file, b"not a library").unwrap();
         let reason = Compiler::load(&file).unwrap_err();
-        assert!(!reason.is_empty());
+        assert!(reason.contains("libnvrtc.so.12"), "the loader's own words: {reason:?}");
+        assert_eq!(Compiler::load(Path::new("/nowhere/libnvrtc.so")).unwrap_err(), "not there");
         let text = NvrtcUnavailable { tried: vec![format!("{} ({reason})", file.display())] }.to_string();
         assert!(text.contains("pip install nvidia-cuda-nvrtc-cu12"), "{text}");
         assert!(text.contains("libnvrtc.so.12"), "{text}");

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use libloading::Library;
 
 use crate::batch::{BatchCall, BatchCopies};
-use crate::calls::{Calls, cu};
+use crate::calls::{Calls, cu, load_library};
 use crate::context::Context;
 use crate::device::DeviceInfo;
 use crate::error::CudaError;
@@ -89,12 +89,22 @@ pub fn driver() -> Result<&'static Driver, Unavailable> {
     DRIVER.get_or_init(probe).as_ref().map_err(Clone::clone)
 }
 
+/// Loads the driver's library, without calling anything of it.
+fn load() -> Result<Library, Unavailable> {
+    let mut tried = Vec::new();
+    for name in LIBRARY_NAMES {
+        // SAFETY: the driver's initialisers are made to be run by whoever loads it.
+        match unsafe { load_library(name) } {
+            Ok(library) => return Ok(library),
+            Err(reason) if reason.is_empty() => tried.push(name.to_owned()),
+            Err(reason) => tried.push(format!("{name}: {reason}")),
+        }
+    }
+    Err(Unavailable::NoLibrary { tried })
+}
+
 fn probe() -> Result<Driver, Unavailable> {
-    let library = LIBRARY_NAMES
-        .iter()
-        // SAFETY: the driver's initialisers are made to be run by whoever loads it; no other thread needs to stand still.
-        .find_map(|name| unsafe { Library::new(*name) }.ok())
-        .ok_or_else(|| Unavailable::NoLibrary { tried: LIBRARY_NAMES.map(str::to_owned).to_vec() })?;
+    let library = load()?;
     let version = version_of(&library)?;
     if version < NEEDED_VERSION {
         return Err(Unavailable::TooOld { found: version, needed: NEEDED_VERSION });
