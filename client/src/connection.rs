@@ -15,8 +15,9 @@ use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::packet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::cuda::{self, DeviceSession};
 use crate::error::Error;
-use crate::memory::{Geometry, Memory};
+use crate::memory::{Geometry, Memory, Slab};
 use crate::model::Model;
 use crate::rings::Rings;
 
@@ -124,6 +125,12 @@ impl Control {
         self.settle(self.receive(socket.as_fd(), self.timeout))
     }
 
+    /// Sends what is not answered. A daemon that has gone need not hear it.
+    pub(crate) fn say(&self, message: &ToDaemon) {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = self.send(socket.as_fd(), message, &[]);
+    }
+
     fn last_words(&self, socket: BorrowedFd<'_>) -> Option<Error> {
         match self.receive(socket, Duration::ZERO) {
             Err(error @ Error::Failed(_)) => Some(error),
@@ -196,8 +203,11 @@ impl Client {
             timeout: options.control_timeout,
             broken: AtomicBool::new(false),
         };
-        let hello =
-            ToDaemon::Hello { features: features::COMMON, name: options.name, limits: options.limits };
+        let hello = ToDaemon::Hello {
+            features: features::COMMON | cuda::features(),
+            name: options.name,
+            limits: options.limits,
+        };
         let Received { message, fds } = control.call(&hello, &[])?;
         let ToClient::Welcome { session, boot_id, limits, .. } = message else {
             return Err(Error::Broken(format!("{message:?} came instead of a welcome")));
@@ -216,7 +226,13 @@ impl Client {
         }
         Ok(Self {
             control,
-            rings: Rings::new(layout, c2d, d2c, boot_id, (options.spin, options.ticket_timeout)),
+            rings: Rings::new(
+                layout,
+                Arc::new(c2d),
+                Arc::new(d2c),
+                boot_id,
+                (options.spin, options.ticket_timeout),
+            ),
             session,
         })
     }
@@ -243,13 +259,20 @@ impl Client {
         let ToClient::Registered { device, mode, page_rows, slab } = message else {
             return Err(Error::Broken(format!("{message:?} came instead of a registration")));
         };
-        let slab = match (slab, fds.into_iter().next()) {
-            (SlabRef::None, _) => None,
-            (SlabRef::Host { bytes }, Some(fd)) => {
+        let slab = match slab {
+            SlabRef::None => Slab::None,
+            SlabRef::Host { bytes } => {
+                let fd = fds.into_iter().next();
+                let fd = fd.ok_or_else(|| Error::Broken("no slab came with the registration".into()))?;
                 let file = Memfd::from_peer(fd, bytes as usize, Seals::frozen_for_readers())?;
-                Some(file.map_read_only()?)
+                Slab::Host(file.map_read_only()?)
             }
-            (slab, _) => return Err(Error::Broken(format!("no memory came with {slab:?}"))),
+            SlabRef::Device(export) => {
+                let watch = self.control.watch.try_clone()?;
+                let session =
+                    DeviceSession::open(&export, fds, self.rings.layout(), self.rings.mappings(), watch)?;
+                Slab::Device(session)
+            }
         };
         let geometry = Geometry {
             layers: spec.layers as usize,

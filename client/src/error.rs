@@ -53,6 +53,18 @@ pub enum Error {
         /// How many there may be.
         slots: u32,
     },
+    /// No GPU to speak of, where one is needed.
+    #[error("no device: {0}")]
+    NoDevice(String),
+    /// The CUDA driver refused something.
+    #[error("the device failed: {0}")]
+    Cuda(#[from] kvoyant_cuda::CudaError),
+    /// Rows that lie on a device, asked for as if they lay here.
+    #[error("these rows lie in the memory of {device}: attend there, or copy them out with copy_rows")]
+    OnDevice {
+        /// The device.
+        device: String,
+    },
     /// A batch, hint or row of the wrong size.
     #[error("{what} has {found} where {wanted} are needed")]
     Size {

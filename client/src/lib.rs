@@ -15,16 +15,17 @@
 //! let pending = model.speculate(2, &[Member { sequence: &sequence, position: 1, hint: &hint }])?;
 //! let ready = pending.wait(Duration::from_secs(1))?; // the rows of layer 2 that matter
 //! let mut runs = Vec::new();
-//! ready.runs(0, 0, &mut runs);                      // member 0, KV head 0
+//! ready.runs(0, 0, &mut runs)?;                     // member 0, KV head 0
 //! # Ok(())
 //! # }
 //! ```
 //!
 //! Everything can be used from several threads at once. A daemon that dies turns every call into
 //! [`Error::DaemonGone`] within its deadline, never into a hang.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod connection;
+pub mod cuda;
 mod error;
 mod memory;
 mod model;

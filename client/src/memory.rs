@@ -8,6 +8,7 @@ use kvoyant_protocol::control::MemoryKind;
 use kvoyant_protocol::layout::PageGeometry;
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
 
+use crate::cuda::DeviceSession;
 use crate::error::Error;
 
 /// Sizes of a registered model's rows.
@@ -28,6 +29,17 @@ impl Geometry {
     }
 }
 
+/// Where resident rows lie.
+#[derive(Debug)]
+pub(crate) enum Slab {
+    /// In the session's extents only.
+    None,
+    /// In host memory that this process may read.
+    Host(SharedMapping),
+    /// On a device.
+    Device(Arc<DeviceSession>),
+}
+
 #[derive(Debug, Default)]
 struct Maps {
     extents: Vec<Arc<SharedMapping>>,
@@ -39,12 +51,28 @@ struct Maps {
 pub(crate) struct Memory {
     geometry: Geometry,
     maps: RwLock<Maps>,
-    slab: Option<SharedMapping>,
+    slab: Slab,
 }
 
 impl Memory {
-    pub(crate) fn new(geometry: Geometry, slab: Option<SharedMapping>) -> Self {
+    pub(crate) fn new(geometry: Geometry, slab: Slab) -> Self {
         Self { geometry, maps: RwLock::default(), slab }
+    }
+
+    /// The session's device memory, if it has any.
+    pub(crate) fn device(&self) -> Option<&Arc<DeviceSession>> {
+        match &self.slab {
+            Slab::Device(session) => Some(session),
+            _ => None,
+        }
+    }
+
+    /// Closes all device memory; false if there is none, or somebody else still has it.
+    pub(crate) fn close_device(&mut self) -> bool {
+        match std::mem::replace(&mut self.slab, Slab::None) {
+            Slab::Device(session) => Arc::into_inner(session).is_some(),
+            _ => false,
+        }
     }
 
     fn maps(&self) -> RwLockReadGuard<'_, Maps> {
@@ -74,7 +102,11 @@ impl Memory {
                     Memfd::from_peer(fd, bytes as usize, Seals::frozen_for_readers())?.map_read_only()?
                 }
             };
-            list.push(Arc::new(map));
+            let map = Arc::new(map);
+            if let (MemoryKind::Extents, Slab::Device(session)) = (kind, &self.slab) {
+                session.add_extent(&map)?;
+            }
+            list.push(map);
         }
         Ok(())
     }
@@ -113,20 +145,27 @@ impl Memory {
     /// Reads whole rows from this row on, out of the slab or of an extent.
     pub(crate) fn read_run(&self, row: u32, in_slab: bool, bytes: &mut [u8]) -> Result<(), Error> {
         match &self.slab {
-            Some(slab) if in_slab => Ok(slab.read(row as usize * self.geometry.row_bytes(), bytes)?),
-            None if in_slab => Err(Error::Broken("an answer names a slab that was never sent".into())),
+            Slab::Host(slab) if in_slab => Ok(slab.read(row as usize * self.geometry.row_bytes(), bytes)?),
+            Slab::Device(slab) if in_slab => slab.read_slab(row as usize * self.geometry.row_bytes(), bytes),
+            Slab::None if in_slab => Err(Error::Broken("an answer names a slab that was never sent".into())),
             _ => self.read(row, bytes),
         }
     }
 
-    /// Address of rows, in the slab or in the extents.
+    /// Address of rows, in the slab or in the extents. That of rows on a device is one that kernels there can follow.
     pub(crate) fn address(&self, row: u32, rows: u32, in_slab: bool) -> Result<*const u8, MemoryError> {
         let row_bytes = self.geometry.row_bytes();
         let bytes = rows as usize * row_bytes;
         if in_slab {
             return match &self.slab {
-                Some(slab) => slab.address(row as usize * row_bytes, bytes).map(<*mut u8>::cast_const),
-                None => Err(MemoryError::OutOfBounds { offset: row as usize * row_bytes, bytes, len: 0 }),
+                Slab::Host(slab) => slab.address(row as usize * row_bytes, bytes).map(<*mut u8>::cast_const),
+                Slab::Device(slab) => {
+                    let address = slab.slab_range(row as usize * row_bytes, bytes)?;
+                    Ok(std::ptr::without_provenance(address as usize))
+                }
+                Slab::None => {
+                    Err(MemoryError::OutOfBounds { offset: row as usize * row_bytes, bytes, len: 0 })
+                }
             };
         }
         let (extent, offset) = self.geometry.pages.locate(row);
@@ -134,5 +173,19 @@ impl Memory {
             Some(map) => map.address(offset, bytes).map(<*mut u8>::cast_const),
             None => Err(MemoryError::OutOfBounds { offset, bytes, len: 0 }),
         }
+    }
+
+    /// Address of rows as kernels on the session's device see them.
+    pub(crate) fn device_address(&self, row: u32, rows: u32, in_slab: bool) -> Result<u64, Error> {
+        let Slab::Device(session) = &self.slab else {
+            return Err(Error::NoDevice("the daemon's device is the host".into()));
+        };
+        let row_bytes = self.geometry.row_bytes();
+        let bytes = rows as usize * row_bytes;
+        if in_slab {
+            return Ok(session.slab_range(row as usize * row_bytes, bytes)?);
+        }
+        let (extent, offset) = self.geometry.pages.locate(row);
+        Ok(session.extent_range(extent, offset, bytes)?)
     }
 }

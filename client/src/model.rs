@@ -45,6 +45,10 @@ impl Model {
         Self { inner }
     }
 
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
+    }
+
     /// What was registered.
     #[must_use]
     pub fn spec(&self) -> &ModelSpec {
@@ -75,7 +79,7 @@ impl Model {
         self.inner.rings.stat(stat)
     }
 
-    fn layer(&self, layer: usize) -> Result<u16, Error> {
+    pub(crate) fn layer(&self, layer: usize) -> Result<u16, Error> {
         match u16::try_from(layer) {
             Ok(narrowed) if layer < self.inner.geometry.layers => Ok(narrowed),
             _ => {
@@ -184,6 +188,15 @@ impl Model {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // All device memory is closed before the daemon hears of it, so that it need not wait for this process to end.
+        if self.memory.close_device() {
+            self.control.say(&ToDaemon::Goodbye);
+        }
     }
 }
 

@@ -129,11 +129,36 @@ impl Ready {
 
     /// Adds the runs of rows of one member's head, in token order, for an attention kernel. They are readable for
     /// as long as this answer lives.
-    pub fn runs(&self, member: usize, kv_head: usize, runs: &mut Vec<Run>) {
+    ///
+    /// # Errors
+    /// [`Error::OnDevice`] if any of them lie in a device's memory.
+    pub fn runs(&self, member: usize, kv_head: usize, runs: &mut Vec<Run>) -> Result<(), Error> {
+        if self.inner.memory.device().is_some() && self.blocks(member, kv_head).iter().any(BlockRun::in_slab)
+        {
+            return Err(Error::OnDevice { device: self.inner.device.clone() });
+        }
         runs.extend(self.blocks(member, kv_head).iter().filter_map(|run| {
             let address = self.inner.memory.address(run.row, run.rows(), run.in_slab()).ok()?;
             Some(Run { rows_ptr: address, rows: run.rows() as usize })
         }));
+        Ok(())
+    }
+
+    /// The same as addresses and row counts for a kernel on the session's device: rows in the slab there, and rows in
+    /// extents that the device reads over its link.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] if the daemon's device is no GPU.
+    pub fn device_runs(
+        &self,
+        member: usize,
+        kv_head: usize,
+        runs: &mut Vec<(u64, u32)>,
+    ) -> Result<(), Error> {
+        for run in self.blocks(member, kv_head) {
+            runs.push((self.inner.memory.device_address(run.row, run.rows(), run.in_slab())?, run.rows()));
+        }
+        Ok(())
     }
 }
 

@@ -1,11 +1,11 @@
 //! The two rings from the client's side, shared by all its threads.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvoyant_protocol::futex::spin;
-use kvoyant_protocol::layout::{Layout, d2c};
+use kvoyant_protocol::layout::{Layout, c2d, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
 use kvoyant_protocol::wire::{
@@ -25,6 +25,38 @@ struct Submit {
     released_through: u64,
     /// Released tickets beyond `released_through`.
     released: BTreeSet<u64>,
+    /// Everything up to here that is not released yet will be, by a stream, in the order of tickets.
+    stream_will_release: u64,
+}
+
+impl Submit {
+    /// Takes in what streams have released since.
+    fn follow_streams(&mut self, c2d: &SharedMapping) {
+        let ahead = c2d.load_u32(c2d::RELEASED).wrapping_sub(self.released_through as u32).cast_signed();
+        if ahead > 0 {
+            self.released_through += u64::from(ahead.unsigned_abs());
+        }
+        self.settle();
+    }
+
+    /// Moves `released_through` over what was released out of order.
+    fn settle(&mut self) {
+        while let Some(first) =
+            self.released.first().copied().filter(|first| *first <= self.released_through + 1)
+        {
+            self.released.pop_first();
+            self.released_through = self.released_through.max(first);
+        }
+    }
+
+    /// Whether everything before this ticket is released, or will be by a stream.
+    fn is_next(&self, ticket: u64) -> bool {
+        let mut next = self.released_through.max(self.stream_will_release) + 1;
+        while self.released.contains(&next) {
+            next += 1;
+        }
+        ticket == next
+    }
 }
 
 #[derive(Debug)]
@@ -33,14 +65,35 @@ struct Receive {
     done: HashMap<u64, Completion>,
     /// Tickets that nobody waits for any more.
     abandoned: BTreeSet<u64>,
+    /// Tickets that a stream takes care of: their completions only tell what happened.
+    streamed: BTreeSet<u64>,
+}
+
+/// Where the request of a speculation lies whose hints a stream has yet to bring.
+#[derive(Debug)]
+pub(crate) struct Slot<'a> {
+    /// Offset of the hints in the client → daemon memory.
+    pub(crate) hints: usize,
+    /// Offset of the doorbell there.
+    pub(crate) doorbell: usize,
+    /// The ticket, whose low 32 bits ring it.
+    pub(crate) ticket: u64,
+    c2d: &'a SharedMapping,
+}
+
+impl Slot<'_> {
+    /// Rings the doorbell at once: the hints will not come. The daemon selects by whatever lies there.
+    pub(crate) fn ring_now(&self) {
+        self.c2d.store_u32(self.doorbell, self.ticket as u32);
+    }
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Rings {
     layout: Layout,
-    c2d: SharedMapping,
-    d2c: SharedMapping,
+    c2d: Arc<SharedMapping>,
+    d2c: Arc<SharedMapping>,
     boot_id: u64,
     spin: Duration,
     ticket_timeout: Duration,
@@ -56,8 +109,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Rings {
     pub(crate) fn new(
         layout: Layout,
-        c2d: SharedMapping,
-        d2c: SharedMapping,
+        c2d: Arc<SharedMapping>,
+        d2c: Arc<SharedMapping>,
         boot_id: u64,
         (spin, ticket_timeout): (Duration, Duration),
     ) -> Self {
@@ -73,11 +126,13 @@ impl Rings {
                 last_ticket: 0,
                 released_through: 0,
                 released: BTreeSet::new(),
+                stream_will_release: 0,
             }),
             receive: Mutex::new(Receive {
                 consumer: Consumer::completions(layout),
                 done: HashMap::new(),
                 abandoned: BTreeSet::new(),
+                streamed: BTreeSet::new(),
             }),
             sleepers: Mutex::new(0),
         }
@@ -126,6 +181,44 @@ impl Rings {
         submit.producer.publish(&self.c2d, &self.d2c);
     }
 
+    /// Sizes of everything.
+    pub(crate) fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The client → daemon and the daemon → client memory.
+    pub(crate) fn mappings(&self) -> (&Arc<SharedMapping>, &Arc<SharedMapping>) {
+        (&self.c2d, &self.d2c)
+    }
+
+    /// Waits until the ring has room for a request and a ticket is free.
+    fn ticket_room<'a>(&'a self, control: &Control) -> Result<MutexGuard<'a, Submit>, Error> {
+        let slots = self.layout.limits.ring_slots;
+        // Tickets are released in order, so one answer that another thread still reads can hold up all later ones.
+        let since = Instant::now();
+        loop {
+            self.collect()?;
+            let mut submit = self.room(lock(&self.submit), control)?;
+            submit.follow_streams(&self.c2d);
+            if submit.last_ticket - submit.released_through < u64::from(slots) {
+                return Ok(submit);
+            }
+            drop(submit);
+            if since.elapsed() >= self.ticket_timeout {
+                return Err(Error::TooManyInFlight { slots });
+            }
+            if let Some(error) = control.gone() {
+                return Err(error);
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    fn check_hints(&self, found: usize) -> Result<(), Error> {
+        let wanted = self.layout.limits.hint_bytes as usize;
+        if found > wanted { Err(Error::Size { what: "hints (bytes)", found, wanted }) } else { Ok(()) }
+    }
+
     /// Pushes a speculation. `hints` has as many values for each member.
     pub(crate) fn speculate<'h>(
         &self,
@@ -135,34 +228,14 @@ impl Rings {
         deadline_ns: u64,
     ) -> Result<u64, Error> {
         self.check_batch(members.len())?;
-        let limits = self.layout.limits;
-        // Tickets are released in order, so one answer that another thread still reads can hold up all later ones.
-        let since = Instant::now();
-        let mut submit = loop {
-            self.collect()?;
-            let submit = self.room(lock(&self.submit), control)?;
-            if submit.last_ticket - submit.released_through < u64::from(limits.ring_slots) {
-                break submit;
-            }
-            drop(submit);
-            if since.elapsed() >= self.ticket_timeout {
-                return Err(Error::TooManyInFlight { slots: limits.ring_slots });
-            }
-            if let Some(error) = control.gone() {
-                return Err(error);
-            }
-            std::thread::sleep(Duration::from_micros(50));
-        };
+        let mut submit = self.ticket_room(control)?;
         let index = submit.producer.next_index();
         let batch = members.len() as u32;
         let (at, hints) = (self.layout.batch(index), self.layout.hints(index));
         let mut offset = 0;
         for (member, (mut entry, hint)) in members.enumerate() {
             let bytes: &[u8] = bytemuck::cast_slice(hint);
-            if offset + bytes.len() > limits.hint_bytes as usize {
-                let found = offset + bytes.len();
-                return Err(Error::Size { what: "hints (bytes)", found, wanted: limits.hint_bytes as usize });
-            }
+            self.check_hints(offset + bytes.len())?;
             self.c2d.write(hints + offset, bytes)?;
             entry.value = offset as u32;
             self.c2d.write_pod(at + member * size_of::<BatchEntry>(), &entry)?;
@@ -174,6 +247,75 @@ impl Rings {
         submit.last_ticket = ticket;
         self.push(&mut submit, Operation::Speculate(speculate));
         Ok(ticket)
+    }
+
+    /// Pushes a speculation whose hints, `hint_bytes` in all, a stream has yet to bring; `bring` makes it do so and
+    /// ring the doorbell behind them. Entries say where in the hint area their hints will lie.
+    pub(crate) fn speculate_by_doorbell(
+        &self,
+        control: &Control,
+        layer: u16,
+        members: impl ExactSizeIterator<Item = BatchEntry>,
+        hint_bytes: usize,
+        bring: impl FnOnce(&Slot<'_>),
+    ) -> Result<u64, Error> {
+        self.check_batch(members.len())?;
+        self.check_hints(hint_bytes)?;
+        let mut submit = self.ticket_room(control)?;
+        let index = submit.producer.next_index();
+        let batch = members.len() as u32;
+        let at = self.layout.batch(index);
+        for (member, entry) in members.enumerate() {
+            self.c2d.write_pod(at + member * size_of::<BatchEntry>(), &entry)?;
+        }
+        let ticket = submit.last_ticket + 1;
+        let speculate =
+            Speculate { layer, batch, ticket, hint_bytes: hint_bytes as u32, deadline_ns: 0, doorbell: true };
+        submit.last_ticket = ticket;
+        self.push(&mut submit, Operation::Speculate(speculate));
+        let (hints, doorbell) = (self.layout.hints(index), self.layout.doorbell(index));
+        bring(&Slot { hints, doorbell, ticket, c2d: &self.c2d });
+        Ok(ticket)
+    }
+
+    /// A stream will release this ticket. True if everything before it is, or will be, released too, so that it may do
+    /// so by the word that means "up to here"; else it has to call [`Rings::release`].
+    pub(crate) fn released_by_stream(&self, ticket: u64) -> bool {
+        let mut receive = lock(&self.receive);
+        if receive.done.remove(&ticket).is_none() {
+            receive.streamed.insert(ticket);
+        }
+        drop(receive);
+        let mut submit = lock(&self.submit);
+        submit.follow_streams(&self.c2d);
+        let in_order = submit.is_next(ticket);
+        if in_order {
+            submit.stream_will_release = ticket;
+        }
+        in_order
+    }
+
+    /// Waits until the device has been given this ticket's copies.
+    pub(crate) fn wait_planned(
+        &self,
+        control: &Control,
+        ticket: u64,
+        deadline: Duration,
+    ) -> Result<(), Error> {
+        let since = Instant::now();
+        while self.d2c.load_u64(d2c::PLANNED) < ticket {
+            let waited = since.elapsed();
+            if waited >= deadline {
+                return Err(Error::Deadline { ticket, waited });
+            }
+            if waited > self.spin {
+                if let Some(error) = control.gone() {
+                    return Err(error);
+                }
+                std::thread::sleep(Duration::from_micros(20));
+            }
+        }
+        Ok(())
     }
 
     /// Pushes an append.
@@ -217,10 +359,7 @@ impl Rings {
     pub(crate) fn release(&self, ticket: u64) {
         let mut submit = lock(&self.submit);
         submit.released.insert(ticket);
-        while submit.released.first() == Some(&(submit.released_through + 1)) {
-            submit.released.pop_first();
-            submit.released_through += 1;
-        }
+        submit.follow_streams(&self.c2d);
     }
 
     /// Nobody will wait for this ticket: it is released as soon as it is answered.
@@ -244,6 +383,9 @@ impl Rings {
             let descriptor = receive.consumer.peek(&self.d2c);
             let completion = Completion::parse(&descriptor, &self.layout.limits, self.boot_id)?;
             receive.consumer.advance(&self.c2d);
+            if receive.streamed.remove(&completion.ticket) {
+                continue;
+            }
             if receive.abandoned.remove(&completion.ticket) {
                 self.release(completion.ticket);
             } else {
@@ -253,12 +395,32 @@ impl Rings {
         Ok(())
     }
 
-    /// Waits for an answer.
+    /// Waits for an answer, and takes it.
     pub(crate) fn wait(
         &self,
         control: &Control,
         ticket: u64,
         deadline: Duration,
+    ) -> Result<Completion, Error> {
+        self.wait_until(control, ticket, deadline, |done| done.remove(&ticket))
+    }
+
+    /// Waits for an answer, and leaves it.
+    pub(crate) fn peek(
+        &self,
+        control: &Control,
+        ticket: u64,
+        deadline: Duration,
+    ) -> Result<Completion, Error> {
+        self.wait_until(control, ticket, deadline, |done| done.get(&ticket).copied())
+    }
+
+    fn wait_until(
+        &self,
+        control: &Control,
+        ticket: u64,
+        deadline: Duration,
+        look: impl Fn(&mut HashMap<u64, Completion>) -> Option<Completion>,
     ) -> Result<Completion, Error> {
         let start = Instant::now();
         let mut polled = false;
@@ -266,7 +428,7 @@ impl Rings {
             let (word, seen) = {
                 let mut receive = lock(&self.receive);
                 self.take(&mut receive)?;
-                if let Some(completion) = receive.done.remove(&ticket) {
+                if let Some(completion) = look(&mut receive.done) {
                     return Ok(completion);
                 }
                 receive.consumer.word(&self.d2c)

@@ -190,7 +190,7 @@ fn runs_never_cross_from_one_extent_into_the_next() {
         assert_eq!(rows, (60_001 - fake::SINKS - fake::WINDOW) * fake::KV_HEADS);
         for head in 0..fake::KV_HEADS {
             let mut runs = Vec::new();
-            ready.runs(0, head, &mut runs);
+            ready.runs(0, head, &mut runs).unwrap();
             assert_eq!(runs.iter().map(|run| run.rows).sum::<usize>(), ready.rows(0, head));
         }
     }

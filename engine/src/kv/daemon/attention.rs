@@ -48,7 +48,10 @@ impl Pass<'_> {
             }
             Some(ready) => {
                 sequence.inner().local_runs(self.layer, head, 0..self.sinks.min(end), runs);
-                ready.runs(i, head, runs);
+                // Answers of a device that this process cannot read are attended there: see `DaemonKv::attend`.
+                if let Err(error) = ready.runs(i, head, runs) {
+                    unreachable!("{error}");
+                }
                 sequence.inner().local_runs(self.layer, head, self.window_start(position)..end, runs);
             }
         }
