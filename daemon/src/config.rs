@@ -7,11 +7,14 @@ use bytesize::ByteSize;
 use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
 use kvoyant_protocol::EXTENT_BYTES;
-use kvoyant_protocol::control::Mode;
+use kvoyant_protocol::control::{Mode, features};
 use kvoyant_protocol::packet::PATH_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::device::DeviceName;
+use crate::device::cuda;
+use crate::device::cuda::store::default_folder;
 use crate::device::host::Shape;
 
 /// Everything that can be set. Every key is also an environment variable `KVOYANT_<KEY>` and, with dashes, a flag.
@@ -26,8 +29,18 @@ pub struct Config {
     pub arena: ByteSize,
     /// Whether to lock the arena into memory as far as the memlock limit allows.
     pub pin: bool,
-    /// Device: `host`.
+    /// Device: `host`, or a GPU: `cuda:0`.
     pub device: String,
+    /// Device memory of all sessions together, on a GPU; 0: four fifths of what is free at start.
+    pub device_memory: ByteSize,
+    /// How a GPU's memory goes to clients: `auto`, `descriptor` or `handle`.
+    pub export: String,
+    /// How a GPU's answers become known to clients' streams: `auto`, `timeline64`, `timeline32` or `events`.
+    pub signal: String,
+    /// Whether the daemon may run its gather kernel: `auto` (only under MPS), `on` or `off`.
+    pub zerocopy: String,
+    /// Folder of what is kept between starts: calibrations, compiled kernels.
+    pub state: PathBuf,
     /// Whether the host device answers in place instead of copying into a slab.
     pub in_place: bool,
     /// Slab of one session, in slab mode.
@@ -70,6 +83,11 @@ impl Default for Config {
             arena: ByteSize::gib(4),
             pin: true,
             device: "host".into(),
+            device_memory: ByteSize(0),
+            export: "auto".into(),
+            signal: "auto".into(),
+            zerocopy: "auto".into(),
+            state: default_folder(),
             in_place: false,
             slab: ByteSize::mib(256),
             keep: 2.0,
@@ -149,8 +167,24 @@ impl Config {
         if self.arena.as_u64() < EXTENT_BYTES as u64 {
             return bad("arena", self.arena.to_string(), "it must hold at least one extent of 64 MiB");
         }
-        if self.device != "host" {
-            return bad("device", self.device.clone(), "this build has the device `host`");
+        if let Err(error) = self.device.parse::<DeviceName>() {
+            return bad("device", self.device.clone(), &error.to_string());
+        }
+        let one_of = |key, value: &str, known: &[&str]| {
+            let reason = format!("it must be {}", known.join(", "));
+            if known.contains(&value) { Ok(()) } else { bad(key, value.into(), &reason) }
+        };
+        one_of("export", &self.export, &["auto", "descriptor", "handle"])?;
+        one_of("signal", &self.signal, &["auto", "timeline64", "timeline32", "events"])?;
+        one_of("zerocopy", &self.zerocopy, &["auto", "on", "off"])?;
+        if self.device_name() != DeviceName::Host
+            && (self.in_place || self.shape_gbps > 0.0 || self.shape_latency_us > 0)
+        {
+            return bad(
+                "device",
+                self.device.clone(),
+                "in_place, shape_gbps and shape_latency_us go with the device `host` alone",
+            );
         }
         if !(1..=256).contains(&self.lanes) {
             return bad("lanes", self.lanes.to_string(), "it must be 1 to 256");
@@ -192,6 +226,29 @@ impl Config {
         Ok(())
     }
 
+    /// What `device` names.
+    #[must_use]
+    pub fn device_name(&self) -> DeviceName {
+        self.device.parse().unwrap_or_default()
+    }
+
+    /// What is set about a GPU.
+    #[must_use]
+    pub fn cuda(&self, ordinal: u32) -> cuda::Options {
+        cuda::Options {
+            ordinal,
+            device_memory: self.device_memory.as_u64(),
+            exports: match self.export.as_str() {
+                "descriptor" => features::CUDA_DESCRIPTORS,
+                "handle" => features::CUDA_HANDLES,
+                _ => features::CUDA,
+            },
+            signal: self.signal.clone(),
+            zerocopy: self.zerocopy.clone(),
+            state: self.state.clone(),
+        }
+    }
+
     /// How the host device answers.
     #[must_use]
     pub fn mode(&self) -> Mode {
@@ -227,10 +284,30 @@ pub struct Flags {
     #[arg(long, value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pin: Option<bool>,
-    /// Device that attention runs on: host
+    /// Device that attention runs on: host, or a GPU such as cuda:0
     #[arg(long, value_name = "DEVICE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
+    /// Device memory of all sessions together, on a GPU (0: four fifths of what is free)
+    #[arg(long, value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_memory: Option<ByteSize>,
+    /// How a GPU's memory goes to clients: auto, descriptor or handle
+    #[arg(long, value_name = "HOW")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
+    /// How a GPU's answers become known to streams: auto, timeline64, timeline32 or events
+    #[arg(long, value_name = "HOW")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signal: Option<String>,
+    /// Whether the daemon may run its gather kernel: auto (only under MPS), on or off
+    #[arg(long, value_name = "WHEN")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zerocopy: Option<String>,
+    /// Folder of what is kept between starts: calibrations, compiled kernels
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state: Option<PathBuf>,
     /// Answer with pointers into the session's own memory instead of copying into a slab
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -315,6 +392,9 @@ mod tests {
             Flags { lane_cpus: Some(vec![1, 2]), lanes: Some(1), ..Flags::default() },
             Flags { shape_gbps: Some(-1.0), ..Flags::default() },
             Flags { device: Some("tpu".into()), ..Flags::default() },
+            Flags { device: Some("cuda:0".into()), in_place: Some(true), ..Flags::default() },
+            Flags { signal: Some("smoke".into()), ..Flags::default() },
+            Flags { export: Some("fax".into()), ..Flags::default() },
             Flags { keep: Some(0.5), ..Flags::default() },
         ] {
             assert!(matches!(Config::load(None, flags), Err(ConfigError::Value { .. })));

@@ -18,6 +18,8 @@ use crate::admin;
 use crate::config::Config;
 use crate::control::{Plane, serve_session};
 use crate::device::Device;
+use crate::device::DeviceName;
+use crate::device::cuda::{CudaDevice, OpenError};
 use crate::device::host::HostDevice;
 use crate::lane::LaneHandle;
 use crate::status::Registry;
@@ -46,6 +48,14 @@ pub enum ServerError {
         /// The flag that names it.
         flag: &'static str,
     },
+    /// The GPU cannot be used.
+    #[error("cannot use the device: {0}")]
+    Device(#[from] OpenError),
+    /// The GPU does not work any more for this process.
+    #[error(
+        "the device is lost: {0}; sessions were told, and the daemon ends so that its supervisor starts another one"
+    )]
+    DeviceLost(String),
     /// Threads or the runtime could not be started.
     #[error("cannot start: {0}")]
     Start(io::Error),
@@ -157,7 +167,23 @@ fn raise_open_files(arena_bytes: u64) {
     }
 }
 
-/// Runs the daemon until SIGTERM or SIGINT.
+/// How long sessions are given to hear that the device is lost.
+const FAREWELL: Duration = Duration::from_millis(300);
+
+impl ServerError {
+    /// What the process ends with: 75 ("try again", `EX_TEMPFAIL`) where another start may help, 69 (`EX_UNAVAILABLE`)
+    /// where there is no such device, else 1.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::DeviceLost(_) => 75,
+            Self::Device(_) => 69,
+            _ => 1,
+        }
+    }
+}
+
+/// Runs the daemon until SIGTERM or SIGINT, or until its device is lost.
 pub fn run(config: &Config) -> Result<(), ServerError> {
     // The admin socket comes first, so that whoever finds the control socket finds a whole daemon.
     let admin_end = Endpoint::claim(&config.admin_socket, "--admin-socket")?;
@@ -166,9 +192,13 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         let path = path.to_path_buf();
         move |source| ServerError::Path { what, path, source, advice: FOLDER_ADVICE }
     };
-    let device: Arc<dyn Device> = Arc::new(
-        HostDevice::new(config.mode(), config.copy_threads, config.shape()).map_err(ServerError::Start)?,
-    );
+    let device: Arc<dyn Device> = match config.device_name() {
+        DeviceName::Host => Arc::new(
+            HostDevice::new(config.mode(), config.copy_threads, config.shape())
+                .map_err(ServerError::Start)?,
+        ),
+        DeviceName::Cuda(ordinal) => Arc::new(CudaDevice::open(&config.cuda(ordinal))?),
+    };
     let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
     raise_open_files(arena);
     let budget = Arc::new(ArenaBudget::new(arena, config.pin));
@@ -180,7 +210,7 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         .collect::<Result<_, _>>()
         .map_err(ServerError::Start)?;
     let boot_id = boot_id();
-    let mode = match config.mode() {
+    let mode = match device.mode() {
         Mode::InPlace => "in-place",
         Mode::Slab => "slab",
         Mode::Device => "device",
@@ -217,6 +247,11 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
                     tokio::select! {
                         _ = terminate.recv() => break,
                         _ = interrupt.recv() => break,
+                        reason = plane.lost() => {
+                            // The sessions' own tasks tell their clients meanwhile.
+                            tokio::time::sleep(FAREWELL).await;
+                            return Err(ServerError::DeviceLost(reason));
+                        }
                         accepted = listener.accept() => match accepted {
                             Ok((socket, _)) => {
                                 tokio::task::spawn_local(serve_session(Arc::clone(&plane), socket));
@@ -228,8 +263,9 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
                         },
                     }
                 }
+                Ok(())
             })
-            .await;
+            .await?;
         tracing::info!("stopping");
         Ok(())
     })

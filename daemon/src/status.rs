@@ -213,8 +213,8 @@ pub struct DeviceReport {
     pub used_bytes: u64,
     /// Of that, bytes of ended sessions whose processes may still have them open.
     pub quarantined_bytes: u64,
-    /// Bytes that the daemon's own context takes.
-    pub context_bytes: u64,
+    /// Bytes in use when the daemon had opened it: its own context, and whatever else runs there.
+    pub busy_at_start_bytes: u64,
     /// How slabs are exported: `descriptor`, `handle`, or both as clients can.
     pub export: String,
     /// How clients' streams are signalled: `timeline64`, `timeline32` or `events`.

@@ -132,12 +132,12 @@ impl StreamPending {
     pub fn wait_on_stream(&self, stream: &Stream, deadline: Duration) -> Result<(), Error> {
         let board = self.device.board.ptr();
         match &self.device.signalled {
-            // SAFETY: an aligned word of the board, which outlives the session's streams: see `DeviceSession::drop`.
             Signalled::Timeline64 => {
+                // SAFETY: an aligned word of the board, which outlives the session's streams: see `DeviceSession::drop`.
                 Ok(unsafe { stream.wait_value64(board + TIMELINE as u64, self.ticket << 8) }?)
             }
-            // SAFETY: as above.
             Signalled::Timeline32 => {
+                // SAFETY: as above.
                 Ok(unsafe { stream.wait_value32(board + TIMELINE_32 as u64, self.ticket as u32) }?)
             }
             Signalled::Events(events) => {

@@ -1,0 +1,235 @@
+//! The thread that gives a device its work.
+//!
+//! Calls of a driver can take long, so lanes make none: they hand transfers over here. For each one the cost model
+//! names an engine, the copies go into the session's stream with the publication behind them, and the transfer is
+//! reported once the event behind it all has happened.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
+use kvoyant_cuda::{Context, CudaError, Event, EventKind, Priority, Stream};
+use kvoyant_protocol::wire::Status;
+
+use super::Shared;
+use super::board::Board;
+use super::engines::{EngineError, EngineKind, Engines};
+use super::quarantine::Held;
+use crate::device::{Done, Publication, Transfer};
+
+/// Streams for sessions' copies; a session keeps to one, so that its answers become known in the order of tickets.
+const STREAMS: usize = 4;
+
+/// How long the worker polls for the end of copies before it begins to sleep between looks.
+const POLL_FOR: Duration = Duration::from_micros(200);
+
+/// How long it sleeps between looks then.
+const LOOK_EVERY: Duration = Duration::from_micros(50);
+
+/// Copies that take longer than this will not end any more.
+const STUCK_AFTER: Duration = Duration::from_secs(20);
+
+/// `CUDA_ERROR_INVALID_VALUE`.
+const INVALID_VALUE: i32 = 1;
+
+/// `CUDA_ERROR_LAUNCH_TIMEOUT`: what a driver calls work that does not end.
+const TIMEOUT: i32 = 702;
+
+/// What the worker is asked to do.
+#[derive(Debug)]
+pub(super) enum Work {
+    /// A session has come.
+    Open(u64, Box<Board>),
+    /// A session's answer.
+    Transfer(Box<Transfer>),
+    /// A session has gone, and its memory can be freed when nobody has it open.
+    Close(u64, Held),
+}
+
+struct Flight {
+    event: Event,
+    transfer: Box<Transfer>,
+    since: Instant,
+}
+
+/// See the module.
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    streams: Vec<Stream>,
+    engines: Engines,
+    quarantine: Option<Sender<Held>>,
+    boards: HashMap<u64, Box<Board>>,
+    /// What each stream has not done yet, in its order.
+    flights: Vec<VecDeque<Flight>>,
+    /// Events to be used again.
+    events: Vec<Event>,
+}
+
+impl Worker {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        engines: Engines,
+        quarantine: Option<Sender<Held>>,
+    ) -> Result<Self, CudaError> {
+        let streams: Vec<_> =
+            (0..STREAMS).map(|_| shared.context.stream(Priority::High)).collect::<Result<_, _>>()?;
+        let flights = streams.iter().map(|_| VecDeque::new()).collect();
+        let (boards, events) = (HashMap::new(), Vec::new());
+        Ok(Self { shared, streams, engines, quarantine, boards, flights, events })
+    }
+
+    fn context(&self) -> &Context {
+        &self.shared.context
+    }
+
+    pub(super) fn run(mut self, inbox: &Receiver<Work>) {
+        if let Err(error) = self.context().bind() {
+            self.shared.lose(&error);
+        }
+        let mut idle_since = Instant::now();
+        loop {
+            let busy = self.flights.iter().any(|flights| !flights.is_empty());
+            let next = if !busy {
+                inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else if idle_since.elapsed() < POLL_FOR {
+                std::hint::spin_loop();
+                inbox.try_recv().map_err(|error| match error {
+                    crossbeam::channel::TryRecvError::Empty => RecvTimeoutError::Timeout,
+                    crossbeam::channel::TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+                })
+            } else {
+                inbox.recv_timeout(LOOK_EVERY)
+            };
+            match next {
+                Ok(work) => {
+                    idle_since = Instant::now();
+                    self.handle(work);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) if !busy => return,
+                Err(RecvTimeoutError::Disconnected) => std::thread::sleep(LOOK_EVERY),
+            }
+            self.look();
+        }
+    }
+
+    fn handle(&mut self, work: Work) {
+        match work {
+            Work::Open(session, board) => {
+                self.boards.insert(session, board);
+            }
+            Work::Transfer(transfer) => self.start(transfer),
+            Work::Close(session, held) => {
+                // A lane lets a session go only once its transfers have ended, so no stream uses the board any more.
+                self.boards.remove(&session);
+                if let Some(quarantine) = &self.quarantine {
+                    let _ = quarantine.send(held);
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, transfer: Box<Transfer>) {
+        let index = (transfer.session % self.streams.len() as u64) as usize;
+        match self.enqueue(&transfer, index) {
+            Ok(event) => self.flights[index].push_back(Flight { event, transfer, since: Instant::now() }),
+            Err(error) => {
+                tracing::warn!(
+                    session = transfer.session,
+                    ticket = transfer.ticket,
+                    "a transfer failed: {error}"
+                );
+                self.fail(*transfer, &error, index);
+            }
+        }
+    }
+
+    fn enqueue(&mut self, transfer: &Transfer, index: usize) -> Result<Event, CudaError> {
+        if self.shared.is_lost() {
+            return Err(CudaError::new("transfer", TIMEOUT));
+        }
+        let stream = self.streams[index].clone();
+        if !transfer.copies.is_empty() {
+            let known = self.shared.registered.read();
+            // SAFETY: the lane made every run from offsets that it checked: sources in extents, which `transfer.memory`
+            // keeps mapped and registered until the transfer is reported, destinations in slots of the session's slab
+            // that no other transfer and no answer uses until then.
+            match unsafe { self.engines.enqueue(&transfer.copies, &known, &stream) } {
+                Ok(kind) => self.shared.count(kind),
+                Err(EngineError::Cuda(error)) => return Err(error),
+                Err(error) => {
+                    tracing::error!("{error}");
+                    return Err(CudaError::new("transfer", INVALID_VALUE));
+                }
+            }
+        }
+        if let Some(publication) = transfer.publish
+            && let Some(board) = self.boards.get(&transfer.session)
+        {
+            board.publish(transfer.ticket, publication, &stream)?;
+        }
+        let event = match self.events.pop() {
+            Some(event) => event,
+            None => self.context().event(EventKind::Local)?,
+        };
+        event.record(&stream)?;
+        Ok(event)
+    }
+
+    /// Reports a transfer that could not be done, and lets the client's stream go with a status that says so.
+    fn fail(&mut self, transfer: Transfer, error: &CudaError, index: usize) {
+        if error.is_sticky() {
+            self.shared.lose(error);
+        } else if transfer.publish.is_some()
+            && let Some(board) = self.boards.get(&transfer.session)
+        {
+            let word = transfer.ticket << 8 | Status::Failed as u64;
+            let failed = Publication { word, table_bytes: 0 };
+            if let Err(error) = board.publish(transfer.ticket, failed, &self.streams[index]) {
+                tracing::warn!("cannot say on the device that an answer failed: {error}");
+            }
+        }
+        report(transfer, true);
+    }
+
+    /// Reports what has ended.
+    fn look(&mut self) {
+        for index in 0..self.flights.len() {
+            while let Some(flight) = self.flights[index].front() {
+                let over = self.shared.is_lost() || flight.since.elapsed() > STUCK_AFTER;
+                let ended = match flight.event.query() {
+                    Ok(true) => Ok(()),
+                    Ok(false) if over => Err(CudaError::new("cuEventQuery", TIMEOUT)),
+                    Ok(false) => break,
+                    Err(error) => Err(error),
+                };
+                let Some(flight) = self.flights[index].pop_front() else { break };
+                match ended {
+                    Ok(()) => {
+                        self.events.push(flight.event);
+                        report(*flight.transfer, false);
+                    }
+                    Err(error) => {
+                        // What follows in the stream cannot be told from this one any more.
+                        self.shared.lose(&error);
+                        report(*flight.transfer, true);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Shared {
+    pub(super) fn count(&self, kind: EngineKind) {
+        self.transfers[kind as usize].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn report(transfer: Transfer, failed: bool) {
+    let Transfer { session, ticket, mut copies, report, .. } = transfer;
+    copies.clear();
+    report.push(Done { session, ticket, copies, finished: Instant::now(), failed });
+}
