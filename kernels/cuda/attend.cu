@@ -29,14 +29,6 @@ struct AttendParams {
 };
 static_assert(sizeof(HeadEntry) == 16 && sizeof(BlockRun) == 12 && sizeof(AttendParams) == 144, "mirrored in params.rs");
 
-enum { FAILED_STATUS = 1, FAILED_RANGE = 2 };
-
-KV_DEVICE void fail(const AttendParams& p, u32 how) {
-    if (p.failed != 0) {
-        atomicOr(at<u32>(p.failed), how);
-    }
-}
-
 // A run of the table as an address; without rows when it leads outside the slab or the extents.
 KV_DEVICE RowRun locate_run(const AttendParams& p, const BlockRun& run) {
     RowRun located = {0, run.rows_and_space & ~IN_SLAB, 0};
@@ -59,7 +51,7 @@ KV_DEVICE RowRun locate_run(const AttendParams& p, const BlockRun& run) {
             }
         }
     }
-    fail(p, FAILED_RANGE);
+    fail(p.failed, FAILED_RANGE);
     located.rows = 0;
     return located;
 }
@@ -69,7 +61,7 @@ KV_DEVICE bool table_is_valid(const AttendParams& p, const RowTile& tile) {
     if (threadIdx.x == 0) {
         bool stale = p.status != 0 && load_acquire(p.status) != p.expected;
         if (stale) {
-            fail(p, FAILED_STATUS);
+            fail(p.failed, FAILED_STATUS);
         }
         tile.sums[0] = p.table != 0 && !stale;
     }
@@ -98,7 +90,7 @@ KV_DEVICE void attend_head(const AttendParams& p, u32 head, u32 chunk, u32 heads
     if (table_is_valid(p, tile)) {
         entry = at<const HeadEntry>(p.table)[head];
         if ((u64)entry.first_run + entry.runs > p.table_runs) {
-            fail(p, FAILED_RANGE);
+            fail(p.failed, FAILED_RANGE);
             entry.runs = 0;
         }
     }

@@ -202,12 +202,24 @@ KV_DEVICE float warp_max(float value) {
     return value;
 }
 
-KV_DEVICE float warp_sum(float value) {
+template <typename T>
+KV_DEVICE T warp_sum(T value) {
     KV_UNROLL
     for (u32 apart = WARP / 2; apart > 0; apart /= 2) {
         value += __shfl_xor_sync(ALL_LANES, value, apart);
     }
     return value;
+}
+
+// Sum of the values of all lanes before this one.
+KV_DEVICE u32 warp_sum_before(u32 value) {
+    u32 lane = threadIdx.x % WARP, sum = value;
+    KV_UNROLL
+    for (u32 apart = 1; apart < WARP; apart *= 2) {
+        u32 before = __shfl_up_sync(ALL_LANES, sum, apart);
+        sum += lane >= apart ? before : 0;
+    }
+    return sum - value;
 }
 
 // ---- Runs of rows. ----
@@ -255,12 +267,7 @@ KV_DEVICE u8* carve_tile(RowTile& tile, u8* shared, u32 rows, u32 bytes) {
 // Takes one run from each thread; gives the rows of all. Every thread of the block calls it.
 KV_DEVICE u32 place_runs(const RowTile& tile, RowRun run) {
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    u32 sum = run.rows;
-    KV_UNROLL
-    for (u32 apart = 1; apart < WARP; apart *= 2) {
-        u32 before = __shfl_up_sync(ALL_LANES, sum, apart);
-        sum += lane >= apart ? before : 0;
-    }
+    u32 sum = warp_sum_before(run.rows) + run.rows;
     if (lane == WARP - 1) {
         tile.sums[warp] = sum;
     }
@@ -364,6 +371,24 @@ KV_DEVICE void dot_heads(const float* queries, const u8* key, u32 d, float* sums
     }
 }
 
+// Queries of `heads` heads in shared memory; those of others up to `G` are zero, and nobody looks at what comes of them.
+template <u32 G>
+KV_DEVICE void load_queries(float* loaded, u64 queries, u32 heads, u32 d) {
+    KV_LOOP
+    for (u32 i = threadIdx.x; i < G * d; i += THREADS) {
+        loaded[i] = i < heads * d ? at<const float>(queries)[i] : 0.0f;
+    }
+}
+
+// What can go wrong with a run of rows: bits of a word that is never cleared by a kernel.
+enum { FAILED_STATUS = 1, FAILED_RANGE = 2 };
+
+KV_DEVICE void fail(u64 failed, u32 how) {
+    if (failed != 0) {
+        atomicOr(at<u32>(failed), how);
+    }
+}
+
 // ---- Attention of up to `G` queries over rows, tile by tile, with a running softmax. ----
 
 template <u32 G>
@@ -376,7 +401,6 @@ struct Softmax {
     float values[G][2];  // of dimensions threadIdx.x and threadIdx.x + THREADS
 };
 
-// Queries of heads beyond `heads` are zero; their answers are not written.
 template <u32 G>
 KV_DEVICE void begin_softmax(Softmax<G>& state, u8* shared, const RowTile& tile, u64 queries, u32 heads, u32 d) {
     state.queries = (float*)shared;
@@ -384,10 +408,7 @@ KV_DEVICE void begin_softmax(Softmax<G>& state, u8* shared, const RowTile& tile,
     state.top = state.scores + G * tile.rows;
     state.sum = state.top + G;
     state.keep = state.sum + G;
-    KV_LOOP
-    for (u32 i = threadIdx.x; i < G * d; i += THREADS) {
-        state.queries[i] = i < heads * d ? at<const float>(queries)[i] : 0.0f;
-    }
+    load_queries<G>(state.queries, queries, heads, d);
     if (threadIdx.x < G) {
         state.top[threadIdx.x] = negative_infinity();
         state.sum[threadIdx.x] = 0.0f;

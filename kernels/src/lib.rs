@@ -18,6 +18,7 @@
 mod cpu;
 pub mod cuda;
 mod dtype;
+pub mod quantise;
 mod run;
 
 pub use cpu::{ENV, Kernels, Path, PathError};

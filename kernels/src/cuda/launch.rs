@@ -1,6 +1,9 @@
 //! How kernels are launched: beside their parameters, so that every caller does it alike.
 
-use super::params::{AttendParams, GatherParams};
+use super::params::{
+    AttendParams, DequantiseParams, GatherParams, HammingParams, MergeParams, QuestParams, ReportParams,
+    ResolveParams, ScoresParams, TopKParams,
+};
 use crate::Dtype;
 
 /// Threads of a block.
@@ -15,8 +18,12 @@ const SHARED_MAX: u32 = 48 << 10;
 const GATHER_CHUNK: u64 = 4096;
 /// Runs that a warp takes at once.
 const GATHER_TOGETHER: u32 = 4;
-/// Most blocks in each direction of a copy: enough to keep any link busy.
+/// Most blocks of a copy: enough to keep any link busy.
 const GATHER_BLOCKS: u32 = 1024;
+/// Threads of a block that selects.
+const SELECT_THREADS: u32 = 256;
+/// Most blocks in y or z that a device takes, rounded down.
+const GRID_MAX: u32 = 1 << 15;
 
 /// The shape of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,9 +66,7 @@ pub fn tile_rows(dtype: Dtype, d: u32, group: u32) -> Option<u32> {
         return None;
     }
     let bytes = 2 * d * dtype.bytes() as u32;
-    [64, 32, 16, 8]
-        .into_iter()
-        .find(|rows| tile_bytes(*rows, bytes) + softmax_bytes(*rows, group, d) <= SHARED_MAX)
+    [64, 32, 16, 8].into_iter().find(|rows| attend_bytes(*rows, bytes, group, d) <= SHARED_MAX)
 }
 
 /// Into how many parts a head's rows are best split, so that `heads` heads keep `multiprocessors` busy: `rows` is the usual number of
@@ -83,14 +88,102 @@ impl GatherParams {
     }
 }
 
+/// Blocks for so many heads of a group of query heads.
+fn head_blocks(heads: u32, group: u32) -> u32 {
+    heads * group.div_ceil(GROUP_MAX)
+}
+
+/// Shared memory of attention.
+fn attend_bytes(rows: u32, row_bytes: u32, group: u32, d: u32) -> u32 {
+    tile_bytes(rows, row_bytes) + softmax_bytes(rows, group, d)
+}
+
 impl AttendParams {
     /// The launch of `attend`.
     #[must_use]
     pub fn launch(&self) -> Launch {
-        let chunks = self.group.div_ceil(GROUP_MAX);
-        let shared =
-            tile_bytes(self.tile_rows, self.row_bytes) + softmax_bytes(self.tile_rows, self.group, self.d);
-        Launch::blocks(self.members * self.kv_heads * chunks, 1, self.splits, shared)
+        let blocks = head_blocks(self.members * self.kv_heads, self.group);
+        Launch::blocks(
+            blocks,
+            1,
+            self.splits,
+            attend_bytes(self.tile_rows, self.row_bytes, self.group, self.d),
+        )
+    }
+}
+
+impl ResolveParams {
+    /// The launch of `resolve_attend`.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        let blocks = head_blocks(self.kv_heads, self.group);
+        Launch::blocks(
+            blocks,
+            1,
+            self.splits,
+            attend_bytes(self.tile_rows, self.row_bytes, self.group, self.d),
+        )
+    }
+}
+
+impl ReportParams {
+    /// The launch of `report`: one block.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        Launch::blocks(1, 1, 1, 0)
+    }
+}
+
+impl MergeParams {
+    /// The launch of `lse_merge`.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        Launch::blocks(self.heads, 1, 1, 0)
+    }
+}
+
+impl TopKParams {
+    /// The launch of `top_k`.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        let shared_bytes = 256 * 4 + 8 + SELECT_THREADS / 32 * 8;
+        Launch { grid: (self.heads.max(1), 1, 1), block: (SELECT_THREADS, 1, 1), shared_bytes }
+    }
+}
+
+impl ScoresParams {
+    /// The launch of `partial_scores`.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        // At most a whole row is staged.
+        let shared = tile_bytes(self.tile_rows, self.row_bytes) + heads(self.group) * self.d * 4;
+        Launch::blocks(head_blocks(self.heads, self.group), 1, self.splits, shared)
+    }
+}
+
+impl QuestParams {
+    /// The launch of `quest_bounds`.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        let value = if self.dtype == u32::from(Dtype::F32.code()) { 4 } else { 2 };
+        let shared = tile_bytes(self.tile_rows, 2 * self.d * value) + heads(self.group) * self.d * 4;
+        Launch::blocks(head_blocks(self.heads, self.group), 1, self.splits, shared)
+    }
+}
+
+impl HammingParams {
+    /// The launch of `hamming`; at most 65,535 heads.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        Launch::blocks(self.stride.min(self.out_stride).div_ceil(THREADS).min(GRID_MAX), self.heads, 1, 0)
+    }
+}
+
+impl DequantiseParams {
+    /// The launch of `dequantise`.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        Launch::blocks(self.n.div_ceil(THREADS).min(GRID_MAX), self.rows.min(GRID_MAX), 1, 0)
     }
 }
 

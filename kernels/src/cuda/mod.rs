@@ -62,7 +62,15 @@ macro_rules! source {
 }
 
 /// Every source.
-pub static SOURCES: &[Source] = &[source!("attend", ["attend"]), source!("gather", ["gather_runs"])];
+pub static SOURCES: &[Source] = &[
+    source!("attend", ["attend"]),
+    source!("dequantise", ["dequantise"]),
+    source!("gather", ["gather_runs"]),
+    source!("merge", ["lse_merge"]),
+    source!("residency", ["resolve_attend", "report"]),
+    source!("score", ["partial_scores", "quest_bounds", "hamming"]),
+    source!("select", ["top_k"]),
+];
 
 /// The source of a name.
 #[must_use]
