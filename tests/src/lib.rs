@@ -2,6 +2,7 @@
 
 pub mod fake;
 pub mod raw;
+pub mod softcuda;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
