@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use kvoyant_daemon::device::DeviceName;
 use kvoyant_methods::{Budget, MethodSpec};
 
 /// Keeps the KV cache of long-context language models, and fetches what attention will need.
@@ -21,6 +22,8 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Say what a running daemon holds
     Status(StatusArgs),
+    /// Say what this machine can do, what it cannot, and what mends it
+    Doctor(DoctorArgs),
     /// Get the demo's model into the cache folder, and print its path
     FetchModel,
     /// Run a real model over long texts with every method, and compare them
@@ -49,6 +52,37 @@ pub(crate) struct StatusArgs {
     /// The daemon's admin socket
     #[arg(long, value_name = "PATH")]
     pub(crate) admin: Option<PathBuf>,
+}
+
+/// `doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// The device that must be usable: host, or a GPU such as cuda:0; without it, the configuration's
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Option<DeviceName>,
+    /// The daemon's configuration file; default: /etc/kvoyant/kvoyantd.toml, if it exists
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Folder of calibrations and compiled kernels
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Be the other process of a trial
+    #[arg(long, hide = true, value_name = "ORDER")]
+    pub(crate) peer: Option<String>,
+}
+
+impl DoctorArgs {
+    /// The same as flags of the daemon.
+    pub(crate) fn flags(&self) -> kvoyant_daemon::config::Flags {
+        kvoyant_daemon::config::Flags {
+            device: self.device.map(|device| device.to_string()),
+            state: self.state.clone(),
+            ..Default::default()
+        }
+    }
 }
 
 /// Which model.

@@ -6,6 +6,7 @@ mod cache;
 mod calibrate;
 mod cleanup;
 mod demo;
+mod doctor;
 mod fetch;
 mod fingerprint;
 mod machine;
@@ -36,6 +37,8 @@ fn main() -> ExitCode {
     let done = match &cli.command {
         // The daemon has its own signals and its own words.
         Command::Serve(args) => return serve::main(args),
+        // It answers by its exit code too.
+        Command::Doctor(args) => return doctor::main(args),
         Command::Status(args) => status::text(args).map_err(Into::into).and_then(|text| print(&text)),
         Command::FetchModel => fetch_model(),
         Command::Demo(args) => guarded(|| demo::run(args).map_err(Into::into)).and_then(|text| print(&text)),

@@ -8,6 +8,7 @@
 //! | `board` | timeline words, status words and block tables, written in stream order |
 //! | `worker` | the thread that makes the driver's calls |
 //! | [`engines`], [`cost`], [`measure`], [`store`] | three ways to copy, what each costs, and where that comes from |
+//! | [`trial`] | what `kvoyant doctor` tries |
 //!
 //! The daemon exports and the client imports: an engine that dies takes nothing with it. Lanes never call the driver.
 
@@ -19,6 +20,7 @@ mod memory;
 mod pin;
 mod quarantine;
 pub mod store;
+pub mod trial;
 mod worker;
 
 use std::os::fd::OwnedFd;
