@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use kvoyant_daemon::admin::{AdminError, fetch_status};
 use kvoyant_daemon::config::Config;
-use kvoyant_daemon::status::{SessionReport, StatusReport};
+use kvoyant_daemon::status::{PoolReport, PoolState, SessionReport, StatusReport};
 
 use crate::args::StatusArgs;
 
@@ -50,6 +50,7 @@ fn words(report: &StatusReport) -> String {
         bytes(arena.total_bytes),
         bytes(arena.locked_bytes)
     );
+    let _ = writeln!(out, "pool       {}", pool(&arena.pool));
     let totals = &report.totals;
     let _ = writeln!(
         out,
@@ -75,6 +76,30 @@ fn words(report: &StatusReport) -> String {
         let _ = writeln!(out, "{}", line(session));
     }
     out
+}
+
+fn pool(pool: &PoolReport) -> String {
+    let mut text = format!("{} ready", bytes(pool.ready_bytes));
+    if pool.ahead_bytes > 0 {
+        let _ = write!(
+            text,
+            ", {} of {} ahead of time",
+            bytes(pool.made_bytes.min(pool.ahead_bytes)),
+            bytes(pool.ahead_bytes)
+        );
+    }
+    let _ = write!(text, ", {} in huge pages, pinned by {}", bytes(pool.huge_bytes), pool.pin);
+    if let Some(node) = pool.numa_node {
+        let _ = write!(text, ", on NUMA node {node}");
+    }
+    match (pool.state, &pool.trouble) {
+        (PoolState::Filling, _) => text.push_str("; being filled"),
+        (PoolState::Idle | PoolState::Failed, None) => {}
+        (PoolState::Idle | PoolState::Failed, Some(trouble)) => {
+            let _ = write!(text, "; {trouble}");
+        }
+    }
+    text
 }
 
 fn line(session: &SessionReport) -> String {
@@ -147,7 +172,22 @@ mod tests {
             gpu: None,
             mode: "slab".into(),
             lanes: 1,
-            arena: ArenaReport { total_bytes: 1 << 30, used_bytes: 64 << 20, locked_bytes: 0 },
+            arena: ArenaReport {
+                total_bytes: 1 << 30,
+                used_bytes: 64 << 20,
+                locked_bytes: 64 << 20,
+                pool: PoolReport {
+                    made_bytes: 128 << 20,
+                    ready_bytes: 64 << 20,
+                    pinned_bytes: 64 << 20,
+                    huge_bytes: 0,
+                    ahead_bytes: 256 << 20,
+                    numa_node: Some(1),
+                    pin: "mlock".into(),
+                    state: PoolState::Failed,
+                    trouble: Some("the memlock limit is 0".into()),
+                },
+            },
             totals: Totals {
                 sessions: 1,
                 sequences: 2,
@@ -161,7 +201,17 @@ mod tests {
             sessions: vec![session],
         };
         let text = words(&report);
-        for part in ["1.2.3", "1 session,", "2 sequences", "4242", "75 %", "64.00 MiB of 1.00 GiB"] {
+        for part in [
+            "1.2.3",
+            "1 session,",
+            "2 sequences",
+            "4242",
+            "75 %",
+            "64.00 MiB of 1.00 GiB",
+            "128.00 MiB of 256.00 MiB ahead",
+            "node 1",
+            "limit is 0",
+        ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
         assert!(!text.contains('\x1b'));

@@ -16,6 +16,7 @@ use crate::device::DeviceName;
 use crate::device::cuda;
 use crate::device::cuda::store::default_folder;
 use crate::device::host::Shape;
+use crate::tiers::host_memory::HugePages;
 
 /// Everything that can be set. Every key is also an environment variable `KVOYANT_<KEY>` and, with dashes, a flag.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,6 +30,12 @@ pub struct Config {
     pub arena: ByteSize,
     /// Whether to lock the arena into memory as far as the memlock limit allows.
     pub pin: bool,
+    /// How much of the arena is made and pinned ahead of time: `auto` (what the device asks for), `all`, or bytes.
+    pub pin_ahead: PinAhead,
+    /// Threads that make and pin memory.
+    pub pin_threads: usize,
+    /// Whether the arena is made of huge pages: `auto`, `off` or `require`.
+    pub huge_pages: HugePages,
     /// Device: `host`, or a GPU: `cuda:0`.
     pub device: String,
     /// Device memory of all sessions together, on a GPU; 0: four fifths of what is free at start.
@@ -65,6 +72,78 @@ pub struct Config {
     pub log: String,
 }
 
+/// How much of the arena is made ready ahead of time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PinAhead {
+    /// What the device asks for.
+    Auto,
+    /// All of it.
+    All,
+    /// So much.
+    Bytes(ByteSize),
+}
+
+impl PinAhead {
+    /// Bytes of an arena; `auto_bytes` is what the device asks for.
+    #[must_use]
+    pub fn bytes(self, arena_bytes: u64, auto_bytes: u64) -> u64 {
+        match self {
+            Self::Auto => auto_bytes,
+            Self::All => arena_bytes,
+            Self::Bytes(bytes) => bytes.as_u64(),
+        }
+        .min(arena_bytes)
+    }
+}
+
+impl std::fmt::Display for PinAhead {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::All => f.write_str("all"),
+            Self::Bytes(bytes) => write!(f, "{bytes}"),
+        }
+    }
+}
+
+impl std::str::FromStr for PinAhead {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "all" => Ok(Self::All),
+            bytes => bytes.parse().map(Self::Bytes).map_err(|_| {
+                format!("'{text}' is neither `auto` nor `all` nor a number of bytes like 64GiB")
+            }),
+        }
+    }
+}
+
+impl Serialize for PinAhead {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Bytes(bytes) => bytes.serialize(serializer),
+            word => serializer.collect_str(word),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for PinAhead {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Given {
+            Bytes(u64),
+            Text(String),
+        }
+        match Given::deserialize(deserializer)? {
+            Given::Bytes(bytes) => Ok(Self::Bytes(ByteSize::b(bytes))),
+            Given::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
 /// Where sockets go by default: the service's runtime folder, or the user's.
 fn runtime_folder() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
@@ -82,6 +161,9 @@ impl Default for Config {
             admin_socket: folder.join("admin.sock"),
             arena: ByteSize::gib(4),
             pin: true,
+            pin_ahead: PinAhead::Auto,
+            pin_threads: (cores / 4).clamp(1, 8),
+            huge_pages: HugePages::Auto,
             device: "host".into(),
             device_memory: ByteSize(0),
             export: "auto".into(),
@@ -193,6 +275,9 @@ impl Config {
             let reason = format!("name one core for each of the {} lanes, or none", self.lanes);
             return bad("lane_cpus", format!("{:?}", self.lane_cpus), &reason);
         }
+        if !(1..=64).contains(&self.pin_threads) {
+            return bad("pin_threads", self.pin_threads.to_string(), "it must be 1 to 64");
+        }
         if !(1..=64).contains(&self.copy_threads) {
             return bad("copy_threads", self.copy_threads.to_string(), "it must be 1 to 64");
         }
@@ -284,6 +369,18 @@ pub struct Flags {
     #[arg(long, value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pin: Option<bool>,
+    /// Make and pin so much of the arena ahead of time: auto, all, or e.g. 64GiB
+    #[arg(long, value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pin_ahead: Option<PinAhead>,
+    /// Threads that make and pin memory
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pin_threads: Option<usize>,
+    /// Make the arena of huge pages: auto, off, require
+    #[arg(long, value_name = "WHEN")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub huge_pages: Option<HugePages>,
     /// Device that attention runs on: host, or a GPU such as cuda:0
     #[arg(long, value_name = "DEVICE")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -367,6 +464,30 @@ mod tests {
         let config = Config::load(Some(&file), flags).unwrap();
         assert_eq!((config.arena, config.lanes), (ByteSize::gib(1), 2));
         assert_eq!(config.keep, Config::default().keep);
+    }
+
+    #[test]
+    fn what_is_pinned_ahead_is_a_word_or_a_number_of_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("kvoyantd.toml");
+        let load = |value: &str| {
+            std::fs::write(&file, format!("pin_ahead = {value}\nhuge_pages = \"off\"\n")).unwrap();
+            Config::load(Some(&file), Flags::default())
+        };
+        for (value, bytes) in [
+            ("\"auto\"", 7),
+            ("\"all\"", 1 << 30),
+            ("\"64MiB\"", 64 << 20),
+            ("4096", 4096),
+            ("\"2TiB\"", 1 << 30),
+        ] {
+            let config = load(value).unwrap();
+            assert_eq!(config.pin_ahead.bytes(1 << 30, 7), bytes, "{value}");
+            let again = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+            assert_eq!(config, again);
+        }
+        let error = load("\"some\"").unwrap_err().to_string();
+        assert!(error.contains("neither `auto` nor `all`"), "{error}");
     }
 
     #[test]

@@ -22,9 +22,9 @@ use crate::config::Config;
 use crate::device::{Device, Importer, SlabRequest};
 use crate::lane::model::ModelState;
 use crate::lane::session::LaneSession;
-use crate::lane::{Command, Ending, LaneHandle, Reply};
+use crate::lane::{Command, Ending, LaneHandle, Outcome, Reply};
 use crate::status::{Registry, SessionStatus};
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::pool::{ExtentPool, Refusal};
 
 /// How long a client may take for each step of the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ pub struct Plane {
     config: Config,
     lanes: Vec<LaneHandle>,
     device: Arc<dyn Device>,
-    budget: Arc<ArenaBudget>,
+    pool: Arc<ExtentPool>,
     registry: Arc<Registry>,
     boot_id: u64,
     next_session: AtomicU64,
@@ -55,12 +55,12 @@ impl Plane {
         config: Config,
         lanes: Vec<LaneHandle>,
         device: Arc<dyn Device>,
-        budget: Arc<ArenaBudget>,
+        pool: Arc<ExtentPool>,
         registry: Arc<Registry>,
         boot_id: u64,
     ) -> Self {
         let places = Arc::new(Semaphore::new(config.max_sessions as usize));
-        Self { config, lanes, device, budget, registry, boot_id, next_session: AtomicU64::new(1), places }
+        Self { config, lanes, device, pool, registry, boot_id, next_session: AtomicU64::new(1), places }
     }
 
     /// Waits until the device is lost, and says why. For ever, where that cannot be.
@@ -127,6 +127,21 @@ impl Socket {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(Ended::HungUp),
                 result => return Ok(result?),
+            }
+        }
+    }
+
+    /// Waits until the client has gone. One that sends while it waits for an answer is looked at again afterwards.
+    async fn hung_up(&self) {
+        let peek = || packet::hung_up(self.0.as_fd());
+        loop {
+            if self.0.readable().await.is_err() {
+                return;
+            }
+            match self.0.try_io(Interest::READABLE, peek) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Ok(false) => return std::future::pending().await,
+                Ok(true) | Err(_) => return,
             }
         }
     }
@@ -298,17 +313,53 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
                 }
             },
             message => {
-                lane.send(Command::Control(session.status.id, message, answer));
-                // A session that ends while it is asked drops the question.
-                let reply = tokio::select! {
-                    reply = answered => reply,
-                    reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
-                    reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
-                };
-                match reply {
-                    Ok(reply) => socket.reply(reply).await?,
-                    Err(_) => return Err(Ended::Protocol(session.ending.ended().await)),
-                }
+                let reply = ask(plane, socket, session, message).await?;
+                socket.reply(reply).await?;
+            }
+        }
+    }
+}
+
+/// Has the lane do what a message asks. What it lacks is fetched from the pool first, as often as others are quicker.
+async fn ask(
+    plane: &Plane,
+    socket: &Socket,
+    session: &Session,
+    mut message: ToDaemon,
+) -> Result<Reply, Ended> {
+    let (id, uid) = (session.status.id, session.status.uid);
+    let lane = &plane.lanes[session.status.lane];
+    loop {
+        let (answer, answered) = oneshot::channel();
+        lane.send(Command::Control(id, message, answer));
+        // A session that ends while it is asked drops the question.
+        let outcome = tokio::select! {
+            outcome = answered => outcome,
+            reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+            reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
+        };
+        let extents = match outcome {
+            Ok(Outcome::Answered(reply)) => return Ok(reply),
+            Ok(Outcome::Needs { extents, message: again }) => {
+                message = again;
+                extents
+            }
+            Err(_) => return Err(Ended::Protocol(session.ending.ended().await)),
+        };
+        // Whatever ends the wait gives back what was claimed.
+        let supply = tokio::select! {
+            supply = plane.pool.prepare(uid, extents) => supply,
+            () = socket.hung_up() => return Err(Ended::HungUp),
+            reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+            reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
+        };
+        match supply {
+            Ok(supply) => lane.send(Command::Supply(id, supply)),
+            // Somebody else was quicker; the lane says what is missing now.
+            Err(Refusal::Full) => {}
+            Err(refusal) => {
+                let failure = Failure::NotReady(refusal.to_string());
+                return Ok(Reply::plain(ToClient::Failed(failure)));
             }
         }
     }
@@ -345,7 +396,7 @@ async fn register(
     if let Ok(mut name) = session.status.model.lock() {
         name.clone_from(&spec.name);
     }
-    let (budget, device) = (Arc::clone(&plane.budget), Arc::clone(&plane.device));
+    let (extents, device) = (plane.pool.supply(session.status.uid), Arc::clone(&plane.device));
     let (sequences_max, keep) = (session.sequences_max, plane.config.keep);
     let default = plane.config.slab.as_u64();
     let asked = match (spec.slab_bytes, plane.device.mode()) {
@@ -371,7 +422,7 @@ async fn register(
                 Some(copy)
             }
         };
-        ModelState::new(spec, artifact.as_deref(), sequences_max, budget, &*device, slab, keep)
+        ModelState::new(spec, artifact.as_deref(), sequences_max, extents, &*device, slab, keep)
             .map_err(Ended::Refused)
     })
     .await?;

@@ -62,6 +62,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let filter = EnvFilter::try_new(&config.log)
         .map_err(|error| format!("bad configuration: log = {}: {error}", config.log))?;
     if args.check {
+        server::check_room(&config)?;
         writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&config)?)?;
         return Ok(());
     }

@@ -24,6 +24,10 @@ use crate::device::host::HostDevice;
 use crate::lane::LaneHandle;
 use crate::status::Registry;
 use crate::tiers::arena::ArenaBudget;
+use crate::tiers::cgroup::{Limits, TooLarge};
+use crate::tiers::host_memory::{HUGE_PAGE_BYTES, HugePages, free_huge_pages};
+use crate::tiers::pin::{MlockPin, Pin};
+use crate::tiers::pool::{ExtentPool, PoolSettings};
 
 /// Why the daemon could not start or go on.
 #[derive(Debug, Error)]
@@ -59,6 +63,9 @@ pub enum ServerError {
     /// Threads or the runtime could not be started.
     #[error("cannot start: {0}")]
     Start(io::Error),
+    /// The arena is larger than what may be had.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
 }
 
 /// A listening socket and the lock that makes it ours. Dropping it removes both from the file system.
@@ -183,8 +190,29 @@ impl ServerError {
     }
 }
 
+/// Extents for the host device: locked if they are to be, and nothing ahead of time unless that is asked for.
+fn pool_settings(config: &Config, arena_bytes: u64) -> PoolSettings {
+    PoolSettings {
+        ahead_bytes: config.pin_ahead.bytes(arena_bytes, 0),
+        threads: config.pin_threads,
+        huge_pages: config.huge_pages,
+        pin: config.pin.then(|| Box::new(MlockPin::new(arena_bytes)) as Box<dyn Pin>),
+        ..PoolSettings::unpinned()
+    }
+}
+
+/// Refuses an arena that the memory limits of this process do not leave room for.
+pub fn check_room(config: &Config) -> Result<(), TooLarge> {
+    let set_aside = match config.huge_pages {
+        HugePages::Off => 0,
+        HugePages::Auto | HugePages::Require => free_huge_pages() * HUGE_PAGE_BYTES,
+    };
+    Limits::default().check(config.arena.as_u64(), set_aside)
+}
+
 /// Runs the daemon until SIGTERM or SIGINT, or until its device is lost.
 pub fn run(config: &Config) -> Result<(), ServerError> {
+    check_room(config)?;
     // The admin socket comes first, so that whoever finds the control socket finds a whole daemon.
     let admin_end = Endpoint::claim(&config.admin_socket, "--admin-socket")?;
     let _control_end = Endpoint::claim(&config.socket, "--socket")?;
@@ -201,7 +229,8 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     };
     let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
     raise_open_files(arena);
-    let budget = Arc::new(ArenaBudget::new(arena, config.pin));
+    let pool = ExtentPool::start(Arc::new(ArenaBudget::new(arena)), pool_settings(config, arena));
+    let pool = Arc::new(pool.map_err(ServerError::Start)?);
     let lanes: Vec<_> = (0..config.lanes)
         .map(|index| {
             let cpu = config.lane_cpus.get(index).copied();
@@ -216,8 +245,8 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         Mode::Device => "device",
     };
     let registry =
-        Arc::new(Registry::new(Arc::clone(&budget), Arc::clone(&device), mode.into(), lanes.len(), boot_id));
-    let plane = Arc::new(Plane::new(config.clone(), lanes, device, budget, Arc::clone(&registry), boot_id));
+        Arc::new(Registry::new(Arc::clone(&pool), Arc::clone(&device), mode.into(), lanes.len(), boot_id));
+    let plane = Arc::new(Plane::new(config.clone(), lanes, device, pool, Arc::clone(&registry), boot_id));
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::Start)?;
     runtime.block_on(async {

@@ -9,7 +9,7 @@ use kvoyant_protocol::wire::{STATS, Stat};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::pool::ExtentPool;
 
 /// One session's counters. Lanes write, anybody reads.
 #[derive(Debug)]
@@ -100,7 +100,7 @@ impl SessionStatus {
 #[derive(Debug)]
 pub struct Registry {
     sessions: Mutex<BTreeMap<u64, Arc<SessionStatus>>>,
-    budget: Arc<ArenaBudget>,
+    pool: Arc<ExtentPool>,
     device: Arc<dyn Device>,
     mode: String,
     lanes: usize,
@@ -112,14 +112,14 @@ impl Registry {
     /// An empty registry.
     #[must_use]
     pub fn new(
-        budget: Arc<ArenaBudget>,
+        pool: Arc<ExtentPool>,
         device: Arc<dyn Device>,
         mode: String,
         lanes: usize,
         boot_id: u64,
     ) -> Self {
         let sessions = Mutex::default();
-        Self { sessions, budget, device, mode, lanes, boot_id, started: Instant::now() }
+        Self { sessions, pool, device, mode, lanes, boot_id, started: Instant::now() }
     }
 
     fn sessions(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Arc<SessionStatus>>> {
@@ -140,6 +140,7 @@ impl Registry {
     #[must_use]
     pub fn report(&self) -> StatusReport {
         let sessions: Vec<_> = self.sessions().values().map(|session| session.report()).collect();
+        let pool = self.pool.report();
         let sum = |value: fn(&SessionReport) -> u64| sessions.iter().map(value).sum();
         StatusReport {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -151,9 +152,10 @@ impl Registry {
             mode: self.mode.clone(),
             lanes: self.lanes,
             arena: ArenaReport {
-                total_bytes: self.budget.total_bytes(),
-                used_bytes: self.budget.used_bytes(),
-                locked_bytes: self.budget.locked_bytes(),
+                total_bytes: self.pool.budget().total_bytes(),
+                used_bytes: self.pool.budget().used_bytes(),
+                locked_bytes: pool.pinned_bytes,
+                pool,
             },
             totals: Totals {
                 sessions: sessions.len() as u64,
@@ -234,8 +236,45 @@ pub struct ArenaReport {
     pub total_bytes: u64,
     /// What they have in extents.
     pub used_bytes: u64,
-    /// Of that, locked into memory.
+    /// Locked into memory, in use or ready.
     pub locked_bytes: u64,
+    /// Extents beyond those in use.
+    pub pool: PoolReport,
+}
+
+/// What the pool of extents does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PoolState {
+    /// It makes, wipes or destroys extents.
+    Filling,
+    /// Everything is as it is to be.
+    Idle,
+    /// Something could not be done, and `trouble` says what; what there is goes on being used.
+    Failed,
+}
+
+/// Extents that are made ahead of time and kept for reuse.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolReport {
+    /// Bytes of all extents there are: in use, ready, or being wiped.
+    pub made_bytes: u64,
+    /// Of these, bytes that a session could have at once.
+    pub ready_bytes: u64,
+    /// Of all, bytes that are pinned.
+    pub pinned_bytes: u64,
+    /// Of all, bytes in huge pages that were set aside.
+    pub huge_bytes: u64,
+    /// Bytes that are to be there ahead of time.
+    pub ahead_bytes: u64,
+    /// NUMA node that extents are made on.
+    pub numa_node: Option<u32>,
+    /// How they are pinned, or `none`.
+    pub pin: String,
+    /// What it does.
+    pub state: PoolState,
+    /// Why extents are not pinned, or could not be made.
+    pub trouble: Option<String>,
 }
 
 /// Sums over all sessions.

@@ -297,6 +297,9 @@ pub enum Failure {
     /// The daemon failed inside.
     #[error("the daemon failed: {0}")]
     Internal(String),
+    /// Host memory that the budget has could not be made ready.
+    #[error("host memory cannot be made ready: {0}")]
+    NotReady(String),
 }
 
 impl From<MemoryError> for Failure {

@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use memmap2::{MmapMut, MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapMut, MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use thiserror::Error;
@@ -107,6 +107,19 @@ impl Memfd {
         let fd = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
             .map_err(os("create a memfd"))?;
         nix::unistd::ftruncate(&fd, len as i64).map_err(os("size a memfd"))?;
+        Ok(Self { fd, len })
+    }
+
+    /// As [`Memfd::create`], of huge pages of 2 MiB: `len` is a multiple of them. They are reserved when it is mapped,
+    /// which fails if the system has not so many.
+    pub fn create_huge(name: &str, len: usize) -> Result<Self, MemoryError> {
+        let name = CString::new(name.replace('\0', "")).unwrap_or_default();
+        let flags = MFdFlags::MFD_CLOEXEC
+            | MFdFlags::MFD_ALLOW_SEALING
+            | MFdFlags::MFD_HUGETLB
+            | MFdFlags::MFD_HUGE_2MB;
+        let fd = memfd_create(name.as_c_str(), flags).map_err(os("create a memfd of huge pages"))?;
+        nix::unistd::ftruncate(&fd, len as i64).map_err(os("size a memfd of huge pages"))?;
         Ok(Self { fd, len })
     }
 
@@ -294,6 +307,68 @@ impl SharedMapping {
     pub fn lock(&self) -> io::Result<()> {
         self.map.lock()
     }
+
+    /// Undoes [`SharedMapping::lock`]. Dropping the mapping does so too.
+    pub fn unlock(&self) -> io::Result<()> {
+        self.map.unlock()
+    }
+
+    /// Advises the kernel to back it with transparent huge pages. What it makes of that is its own affair.
+    pub fn advise_huge(&self) -> io::Result<()> {
+        self.map.advise(Advice::HugePage)
+    }
+
+    /// Has all pages made now, for writing. Memory that cannot be had is an error here, where a later access would
+    /// end the process.
+    pub fn populate(&self) -> Result<(), MemoryError> {
+        match self.map.advise(Advice::PopulateWrite) {
+            // Kernels before 5.14 do not know the advice.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.zero(),
+            result => result.map_err(|source| MemoryError::Os { what: "populate shared memory", source }),
+        }
+    }
+
+    /// Writes zeros over all of it.
+    pub fn zero(&self) -> Result<(), MemoryError> {
+        const ZEROS: [u8; 4096] = [0; 4096];
+        for offset in (0..self.len()).step_by(ZEROS.len()) {
+            self.write(offset, &ZEROS[..ZEROS.len().min(self.len() - offset)])?;
+        }
+        Ok(())
+    }
+
+    /// Has pages that are not there yet made on this NUMA node while it has room, else on others. It holds for every
+    /// process that maps the file.
+    pub fn prefer_node(&self, node: u32) -> Result<(), MemoryError> {
+        /// Words of a mask for 1,024 nodes, as many as the kernel can have.
+        const WORDS: usize = 1024 / libc::c_ulong::BITS as usize;
+        let mut mask: [libc::c_ulong; WORDS] = [0; WORDS];
+        let (word, bit) = (node / libc::c_ulong::BITS, node % libc::c_ulong::BITS);
+        let source = match mask.get_mut(word as usize) {
+            None => io::Error::from_raw_os_error(libc::EINVAL),
+            Some(word) => {
+                *word = 1 << bit;
+                // SAFETY: the range is exactly this live mapping, and the kernel reads as many bits of the mask as
+                // the array has (it takes one less than it is told).
+                let done = unsafe {
+                    libc::syscall(
+                        libc::SYS_mbind,
+                        self.map.as_mut_ptr(),
+                        self.map.len(),
+                        libc::MPOL_PREFERRED,
+                        mask.as_ptr(),
+                        WORDS * libc::c_ulong::BITS as usize + 1,
+                        0,
+                    )
+                };
+                if done == 0 {
+                    return Ok(());
+                }
+                io::Error::last_os_error()
+            }
+        };
+        Err(MemoryError::Os { what: "bind shared memory to a NUMA node", source })
+    }
 }
 
 /// Copies shared memory into a private buffer, eight bytes at a time where both are aligned alike.
@@ -441,6 +516,27 @@ mod tests {
             assert!(matches!(map.read(offset, &mut buffer), Err(MemoryError::OutOfBounds { .. })));
             assert!(matches!(map.write(offset, &buffer), Err(MemoryError::OutOfBounds { .. })));
         }
+    }
+
+    #[test]
+    fn memory_is_populated_zeroed_and_bound_to_a_node_that_exists() {
+        let map = Memfd::create("test", 3 * 4096 + 5).unwrap().map(false).unwrap();
+        map.populate().unwrap();
+        map.write(1, &[7; 3 * 4096]).unwrap();
+        map.zero().unwrap();
+        let mut back = vec![1; map.len()];
+        map.read(0, &mut back).unwrap();
+        assert!(back.iter().all(|byte| *byte == 0));
+        let map = Memfd::create("test", 4096).unwrap().map(false).unwrap();
+        match map.prefer_node(0) {
+            // A kernel or container without NUMA policies.
+            Err(MemoryError::Os { source, .. }) => {
+                assert!(matches!(source.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)), "{source}");
+            }
+            result => result.unwrap(),
+        }
+        assert!(map.prefer_node(1023).is_err(), "no machine has so many nodes");
+        assert!(map.prefer_node(1024).is_err());
     }
 
     proptest! {

@@ -105,6 +105,14 @@ pub fn peer_process(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Whether the peer has closed its end and everything that it sent has been received; an error of kind `WouldBlock`
+/// says that it has not. Nothing is received.
+pub fn hung_up(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut byte = [0];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    Ok(nix::sys::socket::recv(socket.as_raw_fd(), &mut byte, flags)? == 0)
+}
+
 /// Sends one message.
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     if bytes.len() > MESSAGE_BYTES_MAX || fds.len() > FDS_MAX {

@@ -23,6 +23,7 @@ use tokio::sync::{Notify, oneshot};
 use crate::device::{Device, Report};
 use crate::lane::model::{Announcement, ModelState};
 use crate::lane::session::{LaneSession, SessionError, Tools};
+use crate::tiers::pool::Supply;
 
 /// Requests of one session that a lane handles before it looks at the next one.
 const FAIR_SHARE: u32 = 32;
@@ -47,6 +48,21 @@ impl Reply {
     pub fn plain(message: ToClient) -> Self {
         Self { announcements: Vec::new(), message, fds: Vec::new() }
     }
+}
+
+/// What a lane makes of a control request.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It is done, or refused.
+    Answered(Reply),
+    /// The session needs more extents first. Nothing was done: the request is to be repeated after a
+    /// [`Command::Supply`].
+    Needs {
+        /// How many.
+        extents: usize,
+        /// The request.
+        message: ToDaemon,
+    },
 }
 
 /// How a lane tells the control plane that a session has to end.
@@ -78,7 +94,9 @@ pub enum Command {
     /// Its model is built.
     Register(u64, Box<ModelState>, oneshot::Sender<Reply>),
     /// A control message about sequences.
-    Control(u64, ToDaemon, oneshot::Sender<Reply>),
+    Control(u64, ToDaemon, oneshot::Sender<Outcome>),
+    /// Extents that it needs.
+    Supply(u64, Supply),
     /// The client is gone. Answered once all its memory has been given back.
     Detach(u64, oneshot::Sender<()>),
     /// End the lane once every session's transfers have ended.
@@ -273,12 +291,18 @@ impl Lane {
                 if let Some(attached) = self.find(id) {
                     let drained = attached.session.drain(tools);
                     if attached.check(drained).is_some() {
-                        let answer = attached.session.control(&message);
+                        let answer = attached.session.control(message);
                         attached.session.refresh_status();
                         if let Some(answer) = attached.check(answer) {
                             let _ = reply.send(answer);
                         }
                     }
+                }
+            }
+            Command::Supply(id, supply) => {
+                // Without a session, or a model, it gives itself back.
+                if let Some(model) = self.find(id).and_then(|attached| attached.session.model.as_mut()) {
+                    model.arena.add(supply);
                 }
             }
             Command::Detach(id, done) => {
@@ -319,13 +343,17 @@ impl Attached {
 impl LaneSession {
     /// Does what a control message asks. An error ends the session: something failed half way, or memory of its own
     /// could not be handed over.
-    fn control(&mut self, message: &ToDaemon) -> Result<Reply, SessionError> {
+    fn control(&mut self, message: ToDaemon) -> Result<Outcome, SessionError> {
         let released = self.released_through();
         let Some(model) = &mut self.model else {
             let failure = Failure::BadModel("a model must be registered first".into());
-            return Ok(Reply::plain(ToClient::Failed(failure)));
+            return Ok(Outcome::Answered(Reply::plain(ToClient::Failed(failure))));
         };
-        let result = match message {
+        let extents = model.missing_extents(&message);
+        if extents > 0 {
+            return Ok(Outcome::Needs { extents, message });
+        }
+        let result = match &message {
             ToDaemon::Open { method, tokens } => model.open(*method, *tokens).and_then(|id| model.opened(id)),
             ToDaemon::Fork { parent, method } => model.fork(*parent, *method).and_then(|id| model.opened(id)),
             ToDaemon::Reserve { sequences } => model.reserve(sequences).and_then(|()| {
@@ -347,7 +375,7 @@ impl LaneSession {
             Err(Failure::Internal(reason)) => return Err(SessionError::HalfWay(reason)),
             result => result.unwrap_or_else(ToClient::Failed),
         };
-        Ok(Reply { announcements: model.announce()?, message, fds: Vec::new() })
+        Ok(Outcome::Answered(Reply { announcements: model.announce()?, message, fds: Vec::new() }))
     }
 }
 

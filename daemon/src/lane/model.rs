@@ -13,8 +13,9 @@ use kvoyant_protocol::memory::MemoryError;
 use crate::device::{Device, SessionMemory, Slab, SlabRequest};
 use crate::lane::digests::DigestPool;
 use crate::lane::sequences::SequenceSlot;
-use crate::tiers::arena::{ArenaBudget, PageGeometry, SessionArena};
+use crate::tiers::arena::{PageGeometry, SessionArena};
 use crate::tiers::heap::{Heap, Region};
+use crate::tiers::pool::Supply;
 use crate::tiers::residency::{PlaceScratch, Placed, SlabPages};
 
 /// Rows of a page unless the session asks for something else: at head dimension 128 in f16, a page is 16 KiB.
@@ -112,7 +113,7 @@ impl ModelState {
         spec: ModelSpec,
         artifact: Option<&[u8]>,
         sequences_max: u32,
-        budget: Arc<ArenaBudget>,
+        extents: Supply,
         device: &dyn Device,
         slab: SlabRequest,
         keep: f64,
@@ -161,6 +162,7 @@ impl ModelState {
                 Some(SlabState { slab, pages: SlabPages::new(pages, shape.page_rows), limbo: Vec::new() })
             }
         };
+        let budget = Arc::clone(extents.budget());
         let mut meta = Heap::new("kvoyant-meta", Arc::clone(&budget), HEAP_FILE_BYTES);
         let directory = meta.allocate(sequences_max as usize * RECORD_BYTES)?;
         let mut sequences = Vec::new();
@@ -169,7 +171,7 @@ impl ModelState {
             spec,
             shape,
             methods,
-            arena: SessionArena::new(Arc::clone(&budget), geometry),
+            arena: SessionArena::new(extents, geometry),
             tables: Heap::new("kvoyant-tables", budget, HEAP_FILE_BYTES),
             meta,
             directory,

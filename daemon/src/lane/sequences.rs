@@ -4,7 +4,7 @@
 //! rows straight into their pages. A fork shares all pages; before one of the two writes to a shared page,
 //! `reserve` gives it a copy. All calls here come over the control socket, not on the hot path.
 
-use kvoyant_protocol::control::{Failure, NO_PAGE, TableRef};
+use kvoyant_protocol::control::{Failure, NO_PAGE, TableRef, ToDaemon};
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
 
@@ -81,6 +81,13 @@ pub struct SequenceSlot {
     pub generation: u32,
     /// The sequence, while one is open.
     pub sequence: Option<Sequence>,
+}
+
+fn check_tokens(tokens: u32) -> Result<u32, Failure> {
+    if tokens > TOKENS_MAX {
+        return Err(Failure::BadModel(format!("{tokens} tokens are more than {TOKENS_MAX}")));
+    }
+    Ok(tokens)
 }
 
 impl ModelState {
@@ -256,8 +263,26 @@ impl ModelState {
         ))
     }
 
-    /// Gives sequences room to write: private pages up to so many tokens each. All of them or none.
-    pub fn reserve(&mut self, list: &[(SequenceId, u32)]) -> Result<(), Failure> {
+    /// Extents that must be added before a request can be met; 0 if it can be met at once, or never.
+    pub(crate) fn missing_extents(&self, message: &ToDaemon) -> usize {
+        let pages = match message {
+            ToDaemon::Open { method, tokens } => self.pages_to_open(*method, *tokens),
+            ToDaemon::Reserve { sequences } => self.pages_to_reserve(sequences),
+            _ => return 0,
+        };
+        pages.map_or(0, |pages| self.arena.missing_extents(pages))
+    }
+
+    fn pages_to_open(&self, method: u16, tokens: u32) -> Result<usize, Failure> {
+        self.method_index(method)?;
+        self.free_slot()?;
+        let pages = (check_tokens(tokens)? as usize).div_ceil(self.shape.page_rows);
+        self.check_tables(1, pages)?;
+        Ok(pages * self.heads())
+    }
+
+    /// Free pages that a reservation needs.
+    fn pages_to_reserve(&self, list: &[(SequenceId, u32)]) -> Result<usize, Failure> {
         let rows = self.shape.page_rows;
         let kept = 0..self.heads();
         let mut needed = 0;
@@ -270,11 +295,9 @@ impl ModelState {
             )));
         }
         for (id, tokens) in list {
-            if *tokens > TOKENS_MAX {
-                return Err(Failure::BadModel(format!("{tokens} tokens are more than {TOKENS_MAX}")));
-            }
+            let tokens = check_tokens(*tokens)? as usize;
             let sequence = self.sequence(*id)?;
-            needed += (*tokens as usize).div_ceil(rows).saturating_sub(sequence.pages) * kept.len();
+            needed += tokens.div_ceil(rows).saturating_sub(sequence.pages) * kept.len();
             let first = sequence.tokens() / rows;
             for head in kept.clone() {
                 needed += (first..sequence.pages)
@@ -287,10 +310,16 @@ impl ModelState {
         if needed <= self.arena.obtainable_pages() {
             self.check_tables(list.len(), longest)?;
         }
-        match self.arena.reserve(needed) {
-            Ok(Ok(())) => {}
-            Ok(Err(full)) => return Err(self.backpressure(needed, full.missing_pages, &named)),
-            Err(error) => return Err(error.into()),
+        Ok(needed)
+    }
+
+    /// Gives sequences room to write: private pages up to so many tokens each. All of them or none.
+    pub fn reserve(&mut self, list: &[(SequenceId, u32)]) -> Result<(), Failure> {
+        let needed = self.pages_to_reserve(list)?;
+        if let Err(full) = self.arena.reserve(needed) {
+            let mut asking: Vec<_> = list.iter().map(|(id, _)| *id).collect();
+            asking.sort_unstable();
+            return Err(self.backpressure(needed, full.missing_pages, &asking));
         }
         for (id, tokens) in list {
             self.grow(*id, *tokens as usize)?;

@@ -2,17 +2,17 @@
 //!
 //! A page holds P rows of one layer and KV head of one sequence. Forks share pages; whoever wants to write to a
 //! shared page gets a copy first. [`ArenaBudget`] bounds what all sessions have together; a session's own
-//! [`SessionArena`] belongs to one lane and takes no lock once an extent is there.
-//!
-//! An extent belongs to one session, and its memory goes back to the system when the session ends: a former
-//! owner's mapping of it outlives everything that we could do, so it is never given to another user.
+//! [`SessionArena`] belongs to one lane and takes no lock. It never makes an extent: what is missing comes from the
+//! [pool](super::pool), which the control plane asks.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvoyant_protocol::EXTENT_BYTES;
 pub use kvoyant_protocol::layout::PageGeometry;
-use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
+use kvoyant_protocol::memory::{MemoryError, SharedMapping};
+
+use crate::tiers::pool::Supply;
 
 /// Tables and digests of all sessions may take this share of the arena's size beside it: partial keys at a ratio of
 /// 0.3 are 0.15 of the KV that they describe, page tables a thousandth.
@@ -21,28 +21,24 @@ const TABLES_SHARE: u64 = 4;
 /// … and this much more, so that a small arena can still have many sequences.
 const TABLES_LEAST: u64 = 512 << 20;
 
-/// What all sessions may have together, and whether it is to be locked into memory.
+/// What all sessions may have together.
 #[derive(Debug)]
 pub struct ArenaBudget {
     total_bytes: u64,
     used_bytes: AtomicU64,
     tables_bytes: AtomicU64,
     tables_total: u64,
-    locked_bytes: AtomicU64,
-    lock: AtomicBool,
 }
 
 impl ArenaBudget {
-    /// A budget of `total_bytes`; `lock` pins extents with `mlock` as long as the system lets us.
+    /// A budget of `total_bytes`.
     #[must_use]
-    pub fn new(total_bytes: u64, lock: bool) -> Self {
+    pub fn new(total_bytes: u64) -> Self {
         Self {
             total_bytes,
             used_bytes: AtomicU64::new(0),
             tables_bytes: AtomicU64::new(0),
             tables_total: total_bytes / TABLES_SHARE + TABLES_LEAST,
-            locked_bytes: AtomicU64::new(0),
-            lock: AtomicBool::new(lock),
         }
     }
 
@@ -58,10 +54,10 @@ impl ArenaBudget {
         self.used_bytes.load(Ordering::Relaxed)
     }
 
-    /// Bytes that are locked into memory.
+    /// Extents of the whole arena.
     #[must_use]
-    pub fn locked_bytes(&self) -> u64 {
-        self.locked_bytes.load(Ordering::Relaxed)
+    pub fn extents(&self) -> usize {
+        (self.total_bytes / EXTENT_BYTES as u64) as usize
     }
 
     /// Bytes that are left.
@@ -90,62 +86,17 @@ impl ArenaBudget {
         self.tables_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    fn take_extent(&self) -> bool {
-        self.used_bytes
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-                let after = used + EXTENT_BYTES as u64;
-                (after <= self.total_bytes).then_some(after)
-            })
-            .is_ok()
+    /// Takes so many extents, or none.
+    pub(crate) fn take_extents(&self, extents: usize) -> bool {
+        let bytes = (extents as u64).checked_mul(EXTENT_BYTES as u64);
+        let take = |used: u64| used.checked_add(bytes?).filter(|after| *after <= self.total_bytes);
+        self.used_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
     }
 
-    fn give_back(&self, extent: &Extent) {
-        self.used_bytes.fetch_sub(EXTENT_BYTES as u64, Ordering::Relaxed);
-        if extent.locked {
-            self.locked_bytes.fetch_sub(EXTENT_BYTES as u64, Ordering::Relaxed);
-        }
+    /// Gives extents back.
+    pub(crate) fn give_extents(&self, extents: usize) {
+        self.used_bytes.fetch_sub((extents * EXTENT_BYTES) as u64, Ordering::Relaxed);
     }
-
-    /// Locks an extent if that is wanted and possible. The first refusal is logged, with the limit and what
-    /// would raise it, and ends all further tries.
-    fn lock(&self, memory: &SharedMapping) -> bool {
-        if !self.lock.load(Ordering::Relaxed) {
-            return false;
-        }
-        match memory.lock() {
-            Ok(()) => {
-                self.locked_bytes.fetch_add(EXTENT_BYTES as u64, Ordering::Relaxed);
-                true
-            }
-            Err(error) => {
-                self.lock.store(false, Ordering::Relaxed);
-                tracing::warn!("{}; going on unpinned", memlock_advice(self.total_bytes, &error));
-                false
-            }
-        }
-    }
-}
-
-/// What to tell an operator whose memlock limit is too small.
-#[must_use]
-pub fn memlock_advice(needed_bytes: u64, error: &std::io::Error) -> String {
-    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK);
-    let limit = limit.map_or_else(
-        |error| format!("unknown ({error})"),
-        |(soft, _)| if soft == u64::MAX { "unlimited".into() } else { format!("{soft} bytes") },
-    );
-    format!(
-        "cannot pin the arena ({error}): the memlock limit is {limit} and the arena needs {needed_bytes} bytes; \
-         raise it with LimitMEMLOCK=infinity in the unit or `ulimit -l unlimited`, or set pin = false"
-    )
-}
-
-/// One extent.
-#[derive(Debug)]
-struct Extent {
-    file: Memfd,
-    memory: Arc<SharedMapping>,
-    locked: bool,
 }
 
 /// A page could not be had because the arena is full.
@@ -158,9 +109,8 @@ pub struct ArenaFull {
 /// The extents and pages of one session.
 #[derive(Debug)]
 pub struct SessionArena {
-    budget: Arc<ArenaBudget>,
     geometry: PageGeometry,
-    extents: Vec<Extent>,
+    supply: Supply,
     /// References per page; 0: free.
     references: Vec<u32>,
     /// Free pages; the last is taken first, and pages of a new extent are taken in rising order, so that pages
@@ -169,10 +119,13 @@ pub struct SessionArena {
 }
 
 impl SessionArena {
-    /// An arena without extents.
+    /// An arena in these extents, and more that are added.
     #[must_use]
-    pub fn new(budget: Arc<ArenaBudget>, geometry: PageGeometry) -> Self {
-        Self { budget, geometry, extents: Vec::new(), references: Vec::new(), free: Vec::new() }
+    pub fn new(supply: Supply, geometry: PageGeometry) -> Self {
+        let empty = supply.empty();
+        let mut arena = Self { geometry, supply: empty, references: Vec::new(), free: Vec::new() };
+        arena.add(supply);
+        arena
     }
 
     /// Sizes of its pages.
@@ -184,24 +137,24 @@ impl SessionArena {
     /// The budget that it draws on.
     #[must_use]
     pub fn budget(&self) -> &ArenaBudget {
-        &self.budget
+        self.supply.budget()
     }
 
     /// How many extents there are.
     #[must_use]
     pub fn extents(&self) -> usize {
-        self.extents.len()
+        self.supply.extents().len()
     }
 
     /// A descriptor of an extent, for its session's client.
     pub fn extent_fd(&self, extent: usize) -> Result<std::os::fd::OwnedFd, MemoryError> {
-        self.extents[extent].file.try_clone()
+        self.supply.extents()[extent].fd()
     }
 
     /// Memory of an extent.
     #[must_use]
     pub fn memory(&self, extent: usize) -> &Arc<SharedMapping> {
-        &self.extents[extent].memory
+        self.supply.extents()[extent].memory()
     }
 
     /// Pages in use.
@@ -213,46 +166,44 @@ impl SessionArena {
     /// Pages that could still be had.
     #[must_use]
     pub fn obtainable_pages(&self) -> usize {
-        let extents = (self.budget.free_bytes() / EXTENT_BYTES as u64) as usize;
+        let extents = (self.budget().free_bytes() / EXTENT_BYTES as u64) as usize;
         self.free.len() + extents * self.geometry.pages_per_extent()
     }
 
-    /// Makes sure that `pages` pages are free, with new extents where needed.
-    pub fn reserve(&mut self, pages: usize) -> Result<Result<(), ArenaFull>, MemoryError> {
-        // A request that cannot be met takes nothing.
-        // Row locators have 32 bits.
+    /// Pages that could be had for the asking, and named: row locators have 32 bits.
+    fn within_reach(&self) -> usize {
         let addressable = (u32::MAX as usize / self.geometry.page_rows).saturating_sub(self.used_pages());
-        let obtainable = self.obtainable_pages().min(addressable);
-        if pages > obtainable {
-            return Ok(Err(ArenaFull { missing_pages: pages - obtainable }));
-        }
-        while self.free.len() < pages {
-            if !self.budget.take_extent() {
-                return Ok(Err(ArenaFull { missing_pages: pages - self.free.len() }));
-            }
-            match self.add_extent() {
-                Ok(()) => {}
-                Err(error) => {
-                    self.budget.used_bytes.fetch_sub(EXTENT_BYTES as u64, Ordering::Relaxed);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(Ok(()))
+        self.obtainable_pages().min(addressable)
     }
 
-    fn add_extent(&mut self) -> Result<(), MemoryError> {
-        let file = Memfd::create("kvoyant-extent", EXTENT_BYTES)?;
-        file.seal(Seals::fixed_size())?;
-        let memory = Arc::new(file.map(false)?);
-        let locked = self.budget.lock(&memory);
-        self.extents.push(Extent { file, memory, locked });
-        let first = self.references.len() as u32;
-        let count = self.geometry.pages_per_extent() as u32;
-        self.references.resize((first + count) as usize, 0);
-        // New pages go below the pages that are free already, the lowest of them last.
-        self.free.splice(0..0, (first..first + count).rev());
-        Ok(())
+    /// Extents that must be added before [`SessionArena::reserve`] finds `pages` free pages. None if they cannot be
+    /// had: a request that cannot be met takes nothing.
+    #[must_use]
+    pub fn missing_extents(&self, pages: usize) -> usize {
+        let missing = pages.saturating_sub(self.free.len());
+        if pages > self.within_reach() { 0 } else { missing.div_ceil(self.geometry.pages_per_extent()) }
+    }
+
+    /// Adds extents of the same user.
+    pub fn add(&mut self, supply: Supply) {
+        for _ in supply.extents() {
+            let first = self.references.len() as u32;
+            let count = self.geometry.pages_per_extent() as u32;
+            self.references.resize((first + count) as usize, 0);
+            // New pages go below the pages that are free already, the lowest of them last.
+            self.free.splice(0..0, (first..first + count).rev());
+        }
+        self.supply.append(supply);
+    }
+
+    /// Makes sure that `pages` pages are free. Extents that would be needed for it have been added.
+    pub fn reserve(&self, pages: usize) -> Result<(), ArenaFull> {
+        if pages <= self.free.len() {
+            return Ok(());
+        }
+        // If the rest has become free since it was asked for, there still is no extent for it.
+        let have = if pages > self.within_reach() { self.within_reach() } else { self.free.len() };
+        Err(ArenaFull { missing_pages: pages - have })
     }
 
     /// Takes a free page, with one reference. [`SessionArena::reserve`] has made sure that there is one.
@@ -304,40 +255,45 @@ impl SessionArena {
     }
 }
 
-impl Drop for SessionArena {
-    fn drop(&mut self) {
-        for extent in &self.extents {
-            self.budget.give_back(extent);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tiers::pool::{ExtentPool, PoolSettings};
     use proptest::prelude::*;
     use std::collections::HashMap;
 
-    fn arena(extents: u64) -> SessionArena {
-        let budget = Arc::new(ArenaBudget::new(extents * EXTENT_BYTES as u64, false));
+    fn arena(extents: u64) -> (ExtentPool, SessionArena) {
+        let budget = Arc::new(ArenaBudget::new(extents * EXTENT_BYTES as u64));
+        let pool = ExtentPool::start(budget, PoolSettings::unpinned()).unwrap();
         // Pages of 1 MiB: 64 to an extent.
-        SessionArena::new(budget, PageGeometry { page_rows: 32, row_bytes: 32 << 10 })
+        let arena = SessionArena::new(pool.supply(1), PageGeometry { page_rows: 32, row_bytes: 32 << 10 });
+        (pool, arena)
+    }
+
+    /// As a lane and its control plane do it together.
+    fn reserve(pool: &ExtentPool, arena: &mut SessionArena, pages: usize) -> Result<(), ArenaFull> {
+        match arena.missing_extents(pages) {
+            0 => {}
+            extents => arena.add(pool.request(1, extents).unwrap().blocking_recv().unwrap().unwrap()),
+        }
+        arena.reserve(pages)
     }
 
     #[test]
     fn pages_that_are_taken_together_lie_side_by_side() {
-        let mut arena = arena(2);
-        arena.reserve(70).unwrap().unwrap();
+        let (pool, mut arena) = arena(2);
+        reserve(&pool, &mut arena, 70).unwrap();
         let pages: Vec<_> = (0..64).map(|_| arena.take().unwrap()).collect();
         assert!(pages.windows(2).all(|pair| pair[1] == pair[0] + 1));
     }
 
     #[test]
     fn a_full_arena_says_how_much_is_missing_and_gives_everything_back() {
-        let mut arena = arena(2);
-        assert_eq!(arena.reserve(129).unwrap(), Err(ArenaFull { missing_pages: 1 }));
-        arena.reserve(128).unwrap().unwrap();
-        let budget = Arc::clone(&arena.budget);
+        let (pool, mut arena) = arena(2);
+        assert_eq!(reserve(&pool, &mut arena, 129), Err(ArenaFull { missing_pages: 1 }));
+        assert_eq!(arena.extents(), 0, "nothing was taken");
+        reserve(&pool, &mut arena, 128).unwrap();
+        let budget = Arc::clone(pool.budget());
         assert_eq!(budget.free_bytes(), 0);
         drop(arena);
         assert_eq!(budget.used_bytes(), 0);
@@ -347,11 +303,11 @@ mod tests {
         /// No page is ever owned twice, and releases in any order return everything.
         #[test]
         fn no_page_is_owned_twice_and_everything_returns(moves in proptest::collection::vec((0u8..3, any::<prop::sample::Index>()), 1..300)) {
-            let mut arena = arena(3);
+            let (pool, mut arena) = arena(3);
             let mut owners: Vec<u32> = Vec::new();
             for (kind, index) in moves {
                 match kind {
-                    0 if arena.reserve(1).unwrap().is_ok() => {
+                    0 if reserve(&pool, &mut arena, 1).is_ok() => {
                         let page = arena.take().unwrap();
                         prop_assert!(!owners.contains(&page), "page {} was given out twice", page);
                         owners.push(page);

@@ -106,7 +106,7 @@ mod tests {
     use std::sync::Arc;
 
     fn heap(file_bytes: usize) -> Heap {
-        Heap::new("test", Arc::new(ArenaBudget::new(1 << 30, false)), file_bytes)
+        Heap::new("test", Arc::new(ArenaBudget::new(1 << 30)), file_bytes)
     }
 
     #[test]

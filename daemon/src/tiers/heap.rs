@@ -162,7 +162,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn budget() -> Arc<ArenaBudget> {
-        Arc::new(ArenaBudget::new(1 << 30, false))
+        Arc::new(ArenaBudget::new(1 << 30))
     }
 
     #[test]

@@ -2,12 +2,20 @@
 //!
 //! | room | what lives there |
 //! |---|---|
-//! | [`arena`] | extents and refcounted pages of rows |
+//! | [`pool`] | extents: made ahead of time and on demand, given to sessions, taken back |
+//! | [`extent`], [`pin`] | what an extent is made of, and how it is kept where it is |
+//! | [`cgroup`], [`host_memory`] | how much memory may be had, and of which kind |
+//! | [`arena`] | refcounted pages of rows in a session's extents |
 //! | [`heap`] | regions of daemon-owned files, by offset: page tables, digests, counters |
 //! | [`blocks`] | refcounted digest blocks in such regions |
 //! | [`residency`] | which rows of which head lie in which slots of a device slab |
 
 pub mod arena;
 pub mod blocks;
+pub mod cgroup;
+pub mod extent;
 pub mod heap;
+pub mod host_memory;
+pub mod pin;
+pub mod pool;
 pub mod residency;

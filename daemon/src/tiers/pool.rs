@@ -1,0 +1,577 @@
+//! The pool: makes extents ahead of time and on demand, in threads of its own, and takes them back.
+//!
+//! Making an extent takes long (its pages are made, zeroed and pinned), so neither lanes nor the start wait for it.
+//! A session asks with [`ExtentPool::prepare`] and gets a [`Supply`], which gives everything back when it is dropped,
+//! wherever that happens.
+//!
+//! Three rules hold. *Nothing is promised twice*: a request claims its bytes of the [`ArenaBudget`] before it waits,
+//! and there are never more extents than the budget has, so whoever has a claim is served in the end. *An extent
+//! never changes uid*: a former owner's mapping outlives everything that we could do, so for another user it is
+//! destroyed and a new one made. *No bytes are handed on*: an extent that comes back is overwritten with zeros before
+//! anybody gets it, and stays pinned meanwhile.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvoyant_protocol::EXTENT_BYTES;
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+use crate::lane::Bomb;
+use crate::status::{PoolReport, PoolState};
+use crate::tiers::arena::ArenaBudget;
+use crate::tiers::cgroup::Limits;
+use crate::tiers::extent::{Extent, Recipe};
+use crate::tiers::host_memory::{HugePages, node_has_memory, takes_huge_advice};
+use crate::tiers::pin::Pin;
+
+/// How long a session waits for extents. Clients give control requests 30 s.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// What is to stay free under a memory limit when an extent is made, beside its own bytes.
+const SPARE_BYTES: u64 = 64 << 20;
+
+/// Progress is logged in so many steps.
+const STEPS: u64 = 10;
+
+/// Users whose extents are never reused: the kernel shows every user of a namespace that it cannot map as the first,
+/// and the second is what we take when it tells us nothing.
+const NOBODY: [u32; 2] = [65534, u32::MAX];
+
+/// How a pool is to be.
+#[derive(Debug)]
+pub struct PoolSettings {
+    /// Bytes that are made ready ahead of time.
+    pub ahead_bytes: u64,
+    /// Threads that make, wipe and destroy extents.
+    pub threads: usize,
+    /// Of which pages extents are made.
+    pub huge_pages: HugePages,
+    /// NUMA node of the device, if it has one.
+    pub numa_node: Option<u32>,
+    /// How extents are pinned, if they are.
+    pub pin: Option<Box<dyn Pin>>,
+    /// Whether an extent that cannot be pinned is none.
+    pub pin_required: bool,
+    /// Limits that are looked at before each extent.
+    pub limits: Limits,
+}
+
+impl PoolSettings {
+    /// One thread, nothing ahead of time, nothing pinned, ordinary pages.
+    #[must_use]
+    pub fn unpinned() -> Self {
+        Self {
+            ahead_bytes: 0,
+            threads: 1,
+            huge_pages: HugePages::Off,
+            numa_node: None,
+            pin: None,
+            pin_required: false,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// Why there is no supply.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// The budget does not have so much.
+    #[error("the arena is full")]
+    Full,
+    /// It could not be made.
+    #[error("{0}")]
+    Failed(String),
+    /// It takes longer than a client waits. What has been made is kept.
+    #[error(
+        "it takes longer than {} s to make {extents} extents of 64 MiB ready, of which more are every second: ask \
+         again, or set pin_ahead", PREPARE_TIMEOUT.as_secs()
+    )]
+    Slow {
+        /// How many were asked for.
+        extents: usize,
+    },
+}
+
+/// Somebody who waits for extents, and has claimed their bytes.
+#[derive(Debug)]
+struct Waiter {
+    uid: u32,
+    wanted: usize,
+    granted: Vec<Extent>,
+    answer: oneshot::Sender<Result<Supply, Refusal>>,
+}
+
+impl Waiter {
+    fn missing(&self) -> usize {
+        self.wanted - self.granted.len()
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Extents that exist or are being made. Never more than the budget has.
+    made: usize,
+    /// Of those, extents that are being made.
+    making: usize,
+    /// Of those, ones that are pinned.
+    pinned: usize,
+    /// Of those, ones of huge pages.
+    huge: usize,
+    /// Nobody ever had these.
+    fresh: Vec<Extent>,
+    /// Wiped, and kept for the user who had them.
+    idle: HashMap<u32, Vec<Extent>>,
+    /// As their sessions left them.
+    dirty: VecDeque<(u32, Extent)>,
+    /// Dirty ones that a thread is wiping.
+    wiping: usize,
+    /// Ones that a thread is destroying.
+    leaving: usize,
+    waiting: VecDeque<Waiter>,
+    /// Why no more is made ahead, or why extents are not pinned.
+    trouble: Option<String>,
+    /// Whether nothing more is made ahead.
+    ahead_failed: bool,
+    /// Tenths of it that have been logged.
+    logged: u64,
+    stopping: bool,
+}
+
+impl State {
+    fn make(&mut self, ahead: bool) -> Job {
+        self.made += 1;
+        self.making += 1;
+        Job::Make { ahead }
+    }
+
+    fn wipe(&mut self, uid: u32, extent: Extent) -> Job {
+        self.wiping += 1;
+        Job::Wipe(uid, extent)
+    }
+
+    fn destroy(&mut self, extent: Extent) -> Job {
+        self.leaving += 1;
+        Job::Destroy(extent)
+    }
+}
+
+/// What a thread is to do next.
+#[derive(Debug)]
+enum Job {
+    Make { ahead: bool },
+    Wipe(u32, Extent),
+    Destroy(Extent),
+}
+
+/// A supply, or a refusal, and whom it is for. Sent once the lock is released: whoever has gone drops it.
+type Delivery = (oneshot::Sender<Result<Supply, Refusal>>, Result<Supply, Refusal>);
+
+#[derive(Debug)]
+struct Shared {
+    budget: Arc<ArenaBudget>,
+    settings: PoolSettings,
+    recipe: Recipe,
+    pinning: AtomicBool,
+    /// Extents that are made ahead of time.
+    ahead: usize,
+    began: Instant,
+    state: Mutex<State>,
+    work: Condvar,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct ExtentPool {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl ExtentPool {
+    /// Starts its threads, which begin to make extents at once.
+    pub fn start(budget: Arc<ArenaBudget>, mut settings: PoolSettings) -> std::io::Result<Self> {
+        settings.numa_node = settings.numa_node.filter(|node| {
+            let there = node_has_memory(*node);
+            if !there {
+                tracing::warn!("NUMA node {node} has no memory here; extents lie on any node");
+            }
+            there
+        });
+        let capacity = budget.extents();
+        let ahead = (settings.ahead_bytes.div_ceil(EXTENT_BYTES as u64) as usize).min(capacity);
+        let recipe =
+            Recipe { huge: settings.huge_pages, advise: takes_huge_advice(), node: settings.numa_node };
+        let threads = settings.threads.max(1);
+        let shared = Arc::new(Shared {
+            budget,
+            pinning: AtomicBool::new(settings.pin.is_some()),
+            settings,
+            recipe,
+            ahead,
+            began: Instant::now(),
+            state: Mutex::default(),
+            work: Condvar::new(),
+        });
+        let mut pool = Self { shared: Arc::clone(&shared), threads: Vec::with_capacity(threads) };
+        for index in 0..threads {
+            let shared = Arc::clone(&shared);
+            let thread = std::thread::Builder::new().name(format!("pool-{index}")).spawn(move || {
+                let _bomb = Bomb;
+                shared.run();
+            })?;
+            pool.threads.push(thread);
+        }
+        Ok(pool)
+    }
+
+    /// The budget that it is bound by.
+    #[must_use]
+    pub fn budget(&self) -> &Arc<ArenaBudget> {
+        &self.shared.budget
+    }
+
+    /// An empty supply for a user's session, which others are added to.
+    #[must_use]
+    pub fn supply(&self, uid: u32) -> Supply {
+        Supply { shared: Arc::clone(&self.shared), uid, extents: Vec::new() }
+    }
+
+    /// Claims so many extents for a user; the answer comes once all of them are there. Dropping the receiver gives
+    /// everything back.
+    pub fn request(
+        &self,
+        uid: u32,
+        extents: usize,
+    ) -> Result<oneshot::Receiver<Result<Supply, Refusal>>, Refusal> {
+        if !self.shared.budget.take_extents(extents) {
+            return Err(Refusal::Full);
+        }
+        let (answer, receiver) = oneshot::channel();
+        let mut state = self.shared.lock();
+        state.waiting.push_back(Waiter { uid, wanted: extents, granted: Vec::new(), answer });
+        self.shared.deliver(state);
+        Ok(receiver)
+    }
+
+    /// As [`ExtentPool::request`], waited for.
+    pub async fn prepare(&self, uid: u32, extents: usize) -> Result<Supply, Refusal> {
+        let receiver = self.request(uid, extents)?;
+        match tokio::time::timeout(PREPARE_TIMEOUT, receiver).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(Refusal::Failed("the daemon stops".into())),
+            Err(_) => Err(Refusal::Slow { extents }),
+        }
+    }
+
+    /// What it has, at this moment.
+    #[must_use]
+    pub fn report(&self) -> PoolReport {
+        let shared = &self.shared;
+        let state = shared.lock();
+        let bytes = |extents: usize| (extents * EXTENT_BYTES) as u64;
+        let behind = state.made < shared.ahead && !state.ahead_failed;
+        let busy = behind || state.making + state.wiping + state.leaving + state.dirty.len() > 0;
+        PoolReport {
+            made_bytes: bytes(state.made - state.making),
+            ready_bytes: bytes(state.fresh.len() + state.idle.values().map(Vec::len).sum::<usize>()),
+            pinned_bytes: bytes(state.pinned),
+            huge_bytes: bytes(state.huge),
+            ahead_bytes: bytes(shared.ahead),
+            numa_node: shared.settings.numa_node,
+            pin: shared.pin().map_or("none", Pin::name).into(),
+            state: match (&state.trouble, busy) {
+                (_, true) => PoolState::Filling,
+                (None, false) => PoolState::Idle,
+                (Some(_), false) => PoolState::Failed,
+            },
+            trouble: state.trouble.clone(),
+        }
+    }
+}
+
+impl Drop for ExtentPool {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.stopping = true;
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        drop(waiting);
+        self.shared.work.notify_all();
+        for thread in self.threads.drain(..) {
+            // It cannot have panicked: see `Bomb`.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pin(&self) -> Option<&dyn Pin> {
+        self.settings.pin.as_deref().filter(|_| self.pinning.load(Ordering::Relaxed))
+    }
+
+    /// Hands ready extents to those who wait, and wakes the threads for what is missing.
+    fn deliver(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
+        let deliveries = self.serve(&mut state);
+        drop(state);
+        self.work.notify_all();
+        for (answer, supply) in deliveries {
+            // A supply that nobody takes any more gives itself back.
+            let _ = answer.send(supply);
+        }
+    }
+
+    fn serve(self: &Arc<Self>, state: &mut State) -> Vec<Delivery> {
+        let mut deliveries = Vec::new();
+        let mut waiting = std::mem::take(&mut state.waiting);
+        waiting.retain_mut(|waiter| {
+            if waiter.answer.is_closed() {
+                self.budget.give_extents(waiter.wanted);
+                state.dirty.extend(waiter.granted.drain(..).map(|extent| (waiter.uid, extent)));
+                return false;
+            }
+            while waiter.missing() > 0 {
+                let own = state.idle.get_mut(&waiter.uid).and_then(Vec::pop);
+                let Some(extent) = own.or_else(|| state.fresh.pop()) else { break };
+                waiter.granted.push(extent);
+            }
+            true
+        });
+        while let Some(at) = waiting.iter().position(|waiter| waiter.missing() == 0) {
+            let Some(Waiter { uid, granted, answer, .. }) = waiting.remove(at) else { break };
+            deliveries.push((answer, Ok(Supply { shared: Arc::clone(self), uid, extents: granted })));
+        }
+        state.waiting = waiting;
+        deliveries
+    }
+
+    /// Refuses the first who waits.
+    fn refuse(&self, state: &mut State, reason: &str) -> Option<Delivery> {
+        let Waiter { uid, wanted, granted, answer } = state.waiting.pop_front()?;
+        self.budget.give_extents(wanted);
+        state.dirty.extend(granted.into_iter().map(|extent| (uid, extent)));
+        Some((answer, Err(Refusal::Failed(reason.to_owned()))))
+    }
+
+    fn run(self: &Arc<Self>) {
+        let mut state = self.lock();
+        while !state.stopping {
+            let Some(job) = self.next(&mut state) else {
+                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(state);
+            match job {
+                Job::Make { ahead } => self.make(ahead),
+                Job::Wipe(uid, extent) => self.wipe(uid, extent),
+                Job::Destroy(extent) => self.destroy(extent),
+            }
+            state = self.lock();
+        }
+    }
+
+    /// Whether an extent that comes back is worth its keep: pinning it took long, or it is to be there anyway.
+    fn keeps(&self, state: &State, uid: u32, extent: &Extent) -> bool {
+        !NOBODY.contains(&uid) && (extent.is_pinned() || state.made <= self.ahead)
+    }
+
+    fn next(&self, state: &mut State) -> Option<Job> {
+        let missing: usize = state.waiting.iter().map(Waiter::missing).sum();
+        if missing > state.making + state.leaving {
+            let returning = state.dirty.iter().position(|(uid, extent)| {
+                self.keeps(state, *uid, extent) && state.waiting.iter().any(|waiter| waiter.uid == *uid)
+            });
+            if let Some((uid, extent)) = returning.and_then(|at| state.dirty.remove(at)) {
+                return Some(state.wipe(uid, extent));
+            }
+            if state.made < self.budget.extents() {
+                return Some(state.make(false));
+            }
+            // What is idle now belongs to others than those who wait.
+            if let Some(extent) = state.idle.values_mut().find_map(Vec::pop) {
+                return Some(state.destroy(extent));
+            }
+            if let Some((_, extent)) = state.dirty.pop_front() {
+                return Some(state.destroy(extent));
+            }
+        }
+        if let Some((uid, extent)) = state.dirty.pop_front() {
+            let keeps = self.keeps(state, uid, &extent);
+            return Some(if keeps { state.wipe(uid, extent) } else { state.destroy(extent) });
+        }
+        // Those that have been destroyed in the meantime are made again.
+        (!state.ahead_failed && state.made < self.ahead).then(|| state.make(true))
+    }
+
+    fn make(self: &Arc<Self>, ahead: bool) {
+        let made = self.make_one(ahead);
+        let mut state = self.lock();
+        state.making -= 1;
+        match made {
+            Ok(extent) => {
+                state.pinned += usize::from(extent.is_pinned());
+                state.huge += usize::from(extent.is_huge());
+                state.fresh.push(extent);
+                self.log_progress(&mut state);
+                self.deliver(state);
+            }
+            Err(reason) => {
+                state.made -= 1;
+                if !std::mem::replace(&mut state.ahead_failed, true) && self.ahead > 0 {
+                    tracing::warn!("nothing more is made ready ahead of time: {reason}");
+                }
+                state.trouble = Some(reason.clone());
+                let refused = if ahead { None } else { self.refuse(&mut state, &reason) };
+                self.deliver(state);
+                if let Some((answer, refusal)) = refused {
+                    let _ = answer.send(refusal);
+                }
+            }
+        }
+    }
+
+    fn make_one(&self, ahead: bool) -> Result<Extent, String> {
+        let pin = self.pin();
+        let populate = ahead || pin.is_some();
+        if populate && !self.recipe.finds_huge() {
+            self.look_for_room(ahead)?;
+        }
+        let mut extent = self.recipe.make(populate).map_err(|error| error.to_string())?;
+        let Some(pin) = pin else { return Ok(extent) };
+        match pin.pin(extent.memory()) {
+            Ok(guard) => extent.keep_pinned(guard),
+            Err(error) if self.settings.pin_required => return Err(error.to_string()),
+            Err(error) => {
+                if self.pinning.swap(false, Ordering::Relaxed) {
+                    tracing::warn!("{error}; going on unpinned");
+                    self.lock().trouble = Some(error.to_string());
+                }
+            }
+        }
+        Ok(extent)
+    }
+
+    /// A page beyond a memory limit would end the daemon, so that an extent that comes near one is refused.
+    fn look_for_room(&self, ahead: bool) -> Result<(), String> {
+        let Some(room) = self.settings.limits.room() else { return Ok(()) };
+        // Ahead of time, every thread may be at it, and others are to have something too.
+        let spare = if ahead {
+            (room.limit_bytes / 50).max(SPARE_BYTES * (1 + self.settings.threads as u64))
+        } else {
+            SPARE_BYTES
+        };
+        if room.free_bytes >= EXTENT_BYTES as u64 + spare {
+            return Ok(());
+        }
+        Err(format!(
+            "{room}, too little for another extent of 64 MiB; lower the arena size or raise the limit"
+        ))
+    }
+
+    fn log_progress(&self, state: &mut State) {
+        if self.ahead == 0 {
+            return;
+        }
+        let made = (state.made - state.making).min(self.ahead);
+        let tenths = made as u64 * STEPS / self.ahead as u64;
+        if tenths <= state.logged {
+            return;
+        }
+        state.logged = tenths;
+        let how = self.pin().map_or("unpinned", Pin::name);
+        tracing::info!(
+            "{} of {} MiB of the arena are ready ahead of time ({how}, {} MiB in huge pages) after {:.1} s",
+            (made * EXTENT_BYTES) >> 20,
+            (self.ahead * EXTENT_BYTES) >> 20,
+            (state.huge * EXTENT_BYTES) >> 20,
+            self.began.elapsed().as_secs_f64()
+        );
+    }
+
+    fn wipe(self: &Arc<Self>, uid: u32, extent: Extent) {
+        if let Err(error) = extent.wipe() {
+            tracing::warn!("an extent cannot be used again: {error}");
+            let mut state = self.lock();
+            state.wiping -= 1;
+            state.leaving += 1;
+            drop(state);
+            return self.destroy(extent);
+        }
+        let mut state = self.lock();
+        state.wiping -= 1;
+        state.idle.entry(uid).or_default().push(extent);
+        self.deliver(state);
+    }
+
+    fn destroy(self: &Arc<Self>, extent: Extent) {
+        let (pinned, huge) = (extent.is_pinned(), extent.is_huge());
+        drop(extent);
+        let mut state = self.lock();
+        state.leaving -= 1;
+        state.made -= 1;
+        state.pinned -= usize::from(pinned);
+        state.huge -= usize::from(huge);
+        state.idle.retain(|_, extents| !extents.is_empty());
+        self.deliver(state);
+    }
+}
+
+/// Extents of one user's session. Dropping it gives them, and their share of the budget, back.
+#[derive(Debug)]
+pub struct Supply {
+    shared: Arc<Shared>,
+    uid: u32,
+    extents: Vec<Extent>,
+}
+
+impl Supply {
+    /// The extents, in the order in which they came.
+    #[must_use]
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents
+    }
+
+    /// The budget that it is part of.
+    #[must_use]
+    pub fn budget(&self) -> &Arc<ArenaBudget> {
+        &self.shared.budget
+    }
+
+    /// A supply for the same user with nothing in it.
+    #[must_use]
+    pub fn empty(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), uid: self.uid, extents: Vec::new() }
+    }
+
+    /// Adds another supply to the end.
+    pub fn append(&mut self, mut other: Self) {
+        self.extents.append(&mut other.extents);
+    }
+}
+
+impl Drop for Supply {
+    fn drop(&mut self) {
+        if self.extents.is_empty() {
+            return;
+        }
+        let mut state = self.shared.lock();
+        self.shared.budget.give_extents(self.extents.len());
+        if state.stopping {
+            drop(state);
+            self.extents.clear();
+            return;
+        }
+        state.dirty.extend(self.extents.drain(..).map(|extent| (self.uid, extent)));
+        drop(state);
+        self.shared.work.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,282 @@
+//! The pool by itself: whose extents are reused, what they hold, how the budget is kept.
+
+use std::sync::atomic::AtomicUsize;
+
+use kvoyant_protocol::memory::SharedMapping;
+
+use super::*;
+use crate::tiers::pin::{PinError, PinGuard};
+
+const EXTENT: u64 = EXTENT_BYTES as u64;
+
+fn pool(extents: u64, settings: PoolSettings) -> ExtentPool {
+    ExtentPool::start(Arc::new(ArenaBudget::new(extents * EXTENT)), settings).unwrap()
+}
+
+fn take(pool: &ExtentPool, uid: u32, extents: usize) -> Result<Supply, Refusal> {
+    pool.request(uid, extents)?.blocking_recv().expect("the pool answers")
+}
+
+/// Pins only in name, at most so many at once, and counts.
+#[derive(Debug, Clone)]
+struct FakePin {
+    pinned: Arc<AtomicUsize>,
+    most: usize,
+}
+
+#[derive(Debug)]
+struct FakeGuard(Arc<AtomicUsize>);
+
+impl Drop for FakeGuard {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl FakePin {
+    fn new(most: usize) -> Self {
+        Self { pinned: Arc::default(), most }
+    }
+
+    fn settings(&self, required: bool) -> PoolSettings {
+        PoolSettings { pin: Some(Box::new(self.clone())), pin_required: required, ..PoolSettings::unpinned() }
+    }
+
+    fn count(&self) -> usize {
+        self.pinned.load(Ordering::Relaxed)
+    }
+}
+
+impl Pin for FakePin {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    fn pin(&self, _: &Arc<SharedMapping>) -> Result<Box<dyn PinGuard>, PinError> {
+        if self.pinned.fetch_add(1, Ordering::Relaxed) < self.most {
+            return Ok(Box::new(FakeGuard(Arc::clone(&self.pinned))));
+        }
+        self.pinned.fetch_sub(1, Ordering::Relaxed);
+        Err(PinError::Registration { reason: format!("the limit is {}", self.most) })
+    }
+}
+
+fn wait_for(pool: &ExtentPool, what: &str, so: impl Fn(&PoolReport) -> bool) -> PoolReport {
+    let since = Instant::now();
+    loop {
+        let report = pool.report();
+        if so(&report) {
+            return report;
+        }
+        assert!(since.elapsed() < Duration::from_secs(30), "{what} never came: {report:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn mark(supply: &Supply) {
+    for extent in supply.extents() {
+        for offset in [0, 4096, EXTENT_BYTES / 2, EXTENT_BYTES - 8] {
+            extent.memory().store_u64(offset, 0x5ec2e7);
+        }
+    }
+}
+
+fn is_clean(supply: &Supply) -> bool {
+    let mut bytes = vec![0; EXTENT_BYTES];
+    supply.extents().iter().all(|extent| {
+        extent.memory().read(0, &mut bytes).unwrap();
+        bytes.iter().all(|byte| *byte == 0)
+    })
+}
+
+fn addresses(supply: &Supply) -> Vec<usize> {
+    let address = |extent: &Extent| extent.memory().address(0, 0).unwrap() as usize;
+    let mut list: Vec<_> = supply.extents().iter().map(address).collect();
+    list.sort_unstable();
+    list
+}
+
+#[test]
+fn the_same_user_gets_the_same_extents_again_still_pinned_and_without_their_bytes() {
+    let pin = FakePin::new(9);
+    let pool = pool(2, pin.settings(true));
+    let first = take(&pool, 7, 2).unwrap();
+    mark(&first);
+    let before = addresses(&first);
+    drop(first);
+    let second = take(&pool, 7, 2).unwrap();
+    assert_eq!(addresses(&second), before);
+    assert_eq!(pin.count(), 2);
+    assert!(is_clean(&second));
+}
+
+#[test]
+fn another_user_never_gets_them_they_are_destroyed_and_others_made() {
+    let pin = FakePin::new(9);
+    let pool = pool(2, pin.settings(true));
+    let first = take(&pool, 7, 2).unwrap();
+    mark(&first);
+    // A former owner's mapping, which shows what it still shares with whom.
+    let old: Vec<_> = first.extents().iter().map(|extent| Arc::clone(extent.memory())).collect();
+    drop(first);
+    wait_for(&pool, "idle extents", |report| {
+        report.state == PoolState::Idle && report.ready_bytes == 2 * EXTENT
+    });
+    let second = take(&pool, 8, 2).unwrap();
+    assert!(is_clean(&second));
+    mark(&second);
+    for memory in &old {
+        memory.store_u64(64, 1);
+    }
+    assert!(second.extents().iter().all(|extent| extent.memory().load_u64(64) == 0));
+    assert_eq!((pin.count(), pool.report().made_bytes), (2, 2 * EXTENT));
+}
+
+#[test]
+fn users_whom_the_kernel_cannot_tell_apart_get_nothing_that_anybody_had() {
+    let pin = FakePin::new(9);
+    let pool = pool(1, pin.settings(true));
+    for uid in NOBODY {
+        let supply = take(&pool, uid, 1).unwrap();
+        let old = Arc::clone(supply.extents()[0].memory());
+        drop(supply);
+        let next = take(&pool, uid, 1).unwrap();
+        old.store_u64(0, 1);
+        assert_eq!(next.extents()[0].memory().load_u64(0), 0);
+        drop(next);
+        wait_for(&pool, "nothing", |report| report.made_bytes == 0);
+        assert_eq!(pin.count(), 0);
+    }
+}
+
+#[test]
+fn memory_that_nobody_pinned_and_nobody_wants_ahead_goes_back_to_the_system() {
+    let pool = pool(4, PoolSettings::unpinned());
+    drop(take(&pool, 7, 3).unwrap());
+    let report = wait_for(&pool, "nothing", |report| report.made_bytes == 0);
+    assert_eq!((report.ready_bytes, report.state), (0, PoolState::Idle));
+}
+
+#[test]
+fn what_is_wanted_ahead_is_made_unasked_and_made_again_when_it_was_destroyed() {
+    let settings = PoolSettings { ahead_bytes: 2 * EXTENT, threads: 2, ..PoolSettings::unpinned() };
+    let pool = pool(4, settings);
+    let ready = |report: &PoolReport| report.state == PoolState::Idle && report.ready_bytes == 2 * EXTENT;
+    wait_for(&pool, "two extents", ready);
+    drop(take(&pool, NOBODY[0], 2).unwrap());
+    wait_for(&pool, "two others", ready);
+    let supply = take(&pool, 7, 4).unwrap();
+    assert_eq!((supply.extents().len(), pool.report().made_bytes), (4, 4 * EXTENT));
+}
+
+#[test]
+fn a_claim_is_never_more_than_the_budget_and_whoever_has_one_is_served() {
+    let pool = Arc::new(pool(5, PoolSettings { threads: 3, ..FakePin::new(99).settings(true) }));
+    let served = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for uid in 1..=6 {
+            let (pool, served) = (&pool, &served);
+            scope.spawn(move || {
+                for round in 0..12 {
+                    let wanted = 1 + (uid as usize + round) % 3;
+                    match take(pool, uid % 3, wanted) {
+                        Ok(supply) => {
+                            assert_eq!(supply.extents().len(), wanted);
+                            assert!(supply.extents().iter().all(|extent| extent.memory().load_u64(0) == 0));
+                            mark(&supply);
+                            served.fetch_add(1, Ordering::Relaxed);
+                        }
+                        Err(refusal) => assert_eq!(refusal, Refusal::Full),
+                    }
+                    let report = pool.report();
+                    assert!(report.made_bytes <= 5 * EXTENT, "{report:?}");
+                    assert!(pool.budget().used_bytes() <= 5 * EXTENT);
+                }
+            });
+        }
+    });
+    assert!(served.into_inner() >= 12, "one at least is always served");
+    assert_eq!(pool.budget().used_bytes(), 0);
+    wait_for(&pool, "rest", |report| {
+        report.state == PoolState::Idle && report.made_bytes == report.ready_bytes
+    });
+}
+
+#[test]
+fn a_request_that_nobody_waits_for_any_more_gives_everything_back() {
+    let pin = FakePin::new(9);
+    let pool = pool(3, pin.settings(true));
+    drop(pool.request(7, 3).unwrap());
+    wait_for(&pool, "rest", |report| report.state == PoolState::Idle);
+    // What the abandoned request had claimed is free once a thread has looked.
+    let since = Instant::now();
+    let supply = loop {
+        match take(&pool, 8, 3) {
+            Ok(supply) => break supply,
+            Err(refusal) => assert!(since.elapsed() < Duration::from_secs(30), "{refusal}"),
+        }
+    };
+    drop(supply);
+    assert_eq!(pool.budget().used_bytes(), 0);
+}
+
+#[test]
+fn a_pin_that_is_not_required_fails_once_and_the_pool_goes_on() {
+    let pin = FakePin::new(1);
+    let pool = pool(3, pin.settings(false));
+    let supply = take(&pool, 7, 3).unwrap();
+    assert_eq!(supply.extents().iter().filter(|extent| extent.is_pinned()).count(), 1);
+    let report = wait_for(&pool, "rest", |report| report.state != PoolState::Filling);
+    assert_eq!((report.state, report.pin.as_str(), report.pinned_bytes), (PoolState::Failed, "none", EXTENT));
+    assert!(report.trouble.unwrap().contains("the limit is 1"));
+}
+
+#[test]
+fn a_pin_that_is_required_refuses_with_its_limit_and_gives_the_claim_back() {
+    let pin = FakePin::new(1);
+    let pool = pool(3, PoolSettings { ahead_bytes: 3 * EXTENT, ..pin.settings(true) });
+    let Err(Refusal::Failed(reason)) = take(&pool, 7, 2) else { panic!("there is one extent at most") };
+    assert!(reason.contains("the limit is 1"), "{reason}");
+    assert_eq!(pool.budget().used_bytes(), 0);
+    let one = take(&pool, 7, 1).unwrap();
+    assert!(one.extents()[0].is_pinned());
+    let report = pool.report();
+    assert_eq!(report.made_bytes, EXTENT, "no unpinned extent stays: {report:?}");
+}
+
+#[test]
+fn a_memory_limit_ends_making_ahead_before_it_is_reached_and_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let cgroup = folder.path().join("cgroup");
+    std::fs::create_dir_all(folder.path().join("proc/self")).unwrap();
+    std::fs::create_dir_all(&cgroup).unwrap();
+    std::fs::write(folder.path().join("proc/self/cgroup"), "0::/\n").unwrap();
+    std::fs::write(cgroup.join("memory.max"), "200000000").unwrap();
+    std::fs::write(cgroup.join("memory.current"), "0").unwrap();
+    let limits = || Limits::at(&folder.path().join("proc"), &cgroup);
+    let full = pool(2, PoolSettings { ahead_bytes: EXTENT, limits: limits(), ..PoolSettings::unpinned() });
+    let report = wait_for(&full, "an end", |report| report.state == PoolState::Failed);
+    assert!(report.trouble.unwrap().contains("memory.max is 0.19 GiB"));
+    assert_eq!(report.made_bytes, 0);
+    // On demand, the limit may be gone closer to, but not beyond.
+    let pin = FakePin::new(9);
+    let pool = pool(2, PoolSettings { limits: limits(), ..pin.settings(true) });
+    let supply = take(&pool, 7, 1).unwrap();
+    std::fs::write(cgroup.join("memory.current"), "100000000").unwrap();
+    let Err(Refusal::Failed(reason)) = take(&pool, 7, 1) else { panic!("it is beyond the limit") };
+    assert!(reason.contains("memory.max"), "{reason}");
+    drop(supply);
+    take(&pool, 7, 1).unwrap();
+}
+
+#[test]
+fn a_pool_that_ends_lets_go_of_everything_and_of_whoever_waits() {
+    let pin = FakePin::new(99);
+    let pool = pool(40, PoolSettings { ahead_bytes: 40 * EXTENT, ..pin.settings(true) });
+    let supply = take(&pool, 7, 1).unwrap();
+    let waiting = pool.request(8, 39).unwrap();
+    drop(pool);
+    assert!(!matches!(waiting.blocking_recv(), Ok(Ok(supply)) if supply.extents().len() != 39));
+    drop(supply);
+    assert_eq!(pin.count(), 0);
+}
