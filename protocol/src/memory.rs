@@ -9,6 +9,8 @@
 //! one, and can forbid new writable mappings ([`Seals::frozen_for_readers`]), which makes a memfd readable only
 //! for whoever receives it afterwards.
 
+pub mod holes;
+
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

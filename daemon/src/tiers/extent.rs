@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvoyant_protocol::EXTENT_BYTES;
-use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
+use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping, holes};
 
 use crate::tiers::host_memory::{HUGE_PAGE_BYTES, HugePages, free_huge_pages};
 use crate::tiers::pin::PinGuard;
@@ -14,9 +14,10 @@ use crate::tiers::pin::PinGuard;
 pub struct Extent {
     // Dropped in this order: nothing is unmapped while a device has it registered.
     guard: Option<Box<dyn PinGuard>>,
+    /// There if it lies in huge pages.
+    holes: Option<holes::Guard>,
     memory: Arc<SharedMapping>,
     file: Memfd,
-    huge: bool,
 }
 
 impl Extent {
@@ -34,7 +35,7 @@ impl Extent {
     /// Whether it lies in huge pages that were set aside.
     #[must_use]
     pub fn is_huge(&self) -> bool {
-        self.huge
+        self.holes.is_some()
     }
 
     /// Whether it is pinned.
@@ -50,11 +51,18 @@ impl Extent {
 
     /// Wipes what a session left. Its pages stay where they are: a hole would cost their pins.
     pub(crate) fn wipe(&self) -> Result<(), MemoryError> {
-        if self.huge {
-            // Its owner may have punched holes, and somebody else may have the pages: an error here, a SIGBUS below.
+        if self.is_huge() {
+            // Its owner may have punched holes, and somebody else may have the pages.
             self.memory.populate()?;
         }
-        self.memory.zero()
+        self.memory.zero()?;
+        match &self.holes {
+            Some(holes) if holes.had_hole() => {
+                let source = std::io::Error::other("its client has taken pages out of it");
+                Err(MemoryError::Os { what: "wipe an extent", source })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -89,7 +97,7 @@ impl Recipe {
                 result => return result,
             }
         }
-        let extent = self.finish(Memfd::create("kvoyant-extent", EXTENT_BYTES)?, false)?;
+        let extent = self.finish(Memfd::create("kvoyant-extent", EXTENT_BYTES)?)?;
         if self.advise && self.huge == HugePages::Auto {
             // Without it the pages are small, which costs speed only.
             if let Err(error) = extent.memory.advise_huge() {
@@ -103,12 +111,15 @@ impl Recipe {
     }
 
     fn make_huge(&self) -> Result<Extent, MemoryError> {
-        let extent = self.finish(Memfd::create_huge("kvoyant-extent", EXTENT_BYTES)?, true)?;
+        let mut extent = self.finish(Memfd::create_huge("kvoyant-extent", EXTENT_BYTES)?)?;
         extent.memory.populate()?;
+        let guard = holes::Guard::new(&extent.memory);
+        extent.holes =
+            Some(guard.map_err(|source| MemoryError::Os { what: "guard an extent of huge pages", source })?);
         Ok(extent)
     }
 
-    fn finish(&self, file: Memfd, huge: bool) -> Result<Extent, MemoryError> {
+    fn finish(&self, file: Memfd) -> Result<Extent, MemoryError> {
         file.seal(Seals::fixed_size())?;
         let memory = Arc::new(file.map(false)?);
         if let Some(node) = self.node
@@ -116,7 +127,7 @@ impl Recipe {
         {
             tracing::debug!("an extent lies on no node in particular: {error}");
         }
-        Ok(Extent { guard: None, memory, file, huge })
+        Ok(Extent { guard: None, holes: None, memory, file })
     }
 }
 

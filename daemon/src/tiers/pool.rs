@@ -10,6 +10,8 @@
 //! destroyed and a new one made. *No bytes are handed on*: an extent that comes back is overwritten with zeros before
 //! anybody gets it, and stays pinned meanwhile.
 
+mod worker;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -180,7 +182,7 @@ struct Shared {
     ahead: usize,
     began: Instant,
     state: Mutex<State>,
-    work: Condvar,
+    changed: Condvar,
 }
 
 /// See the module.
@@ -213,14 +215,14 @@ impl ExtentPool {
             ahead,
             began: Instant::now(),
             state: Mutex::default(),
-            work: Condvar::new(),
+            changed: Condvar::new(),
         });
         let mut pool = Self { shared: Arc::clone(&shared), threads: Vec::with_capacity(threads) };
         for index in 0..threads {
             let shared = Arc::clone(&shared);
             let thread = std::thread::Builder::new().name(format!("pool-{index}")).spawn(move || {
                 let _bomb = Bomb;
-                shared.run();
+                shared.work();
             })?;
             pool.threads.push(thread);
         }
@@ -299,7 +301,7 @@ impl Drop for ExtentPool {
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
         drop(waiting);
-        self.shared.work.notify_all();
+        self.shared.changed.notify_all();
         for thread in self.threads.drain(..) {
             // It cannot have panicked: see `Bomb`.
             let _ = thread.join();
@@ -320,7 +322,7 @@ impl Shared {
     fn deliver(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
         let deliveries = self.serve(&mut state);
         drop(state);
-        self.work.notify_all();
+        self.changed.notify_all();
         for (answer, supply) in deliveries {
             // A supply that nobody takes any more gives itself back.
             let _ = answer.send(supply);
@@ -357,168 +359,6 @@ impl Shared {
         self.budget.give_extents(wanted);
         state.dirty.extend(granted.into_iter().map(|extent| (uid, extent)));
         Some((answer, Err(Refusal::Failed(reason.to_owned()))))
-    }
-
-    fn run(self: &Arc<Self>) {
-        let mut state = self.lock();
-        while !state.stopping {
-            let Some(job) = self.next(&mut state) else {
-                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            drop(state);
-            match job {
-                Job::Make { ahead } => self.make(ahead),
-                Job::Wipe(uid, extent) => self.wipe(uid, extent),
-                Job::Destroy(extent) => self.destroy(extent),
-            }
-            state = self.lock();
-        }
-    }
-
-    /// Whether an extent that comes back is worth its keep: pinning it took long, or it is to be there anyway.
-    fn keeps(&self, state: &State, uid: u32, extent: &Extent) -> bool {
-        !NOBODY.contains(&uid) && (extent.is_pinned() || state.made <= self.ahead)
-    }
-
-    fn next(&self, state: &mut State) -> Option<Job> {
-        let missing: usize = state.waiting.iter().map(Waiter::missing).sum();
-        if missing > state.making + state.leaving {
-            let returning = state.dirty.iter().position(|(uid, extent)| {
-                self.keeps(state, *uid, extent) && state.waiting.iter().any(|waiter| waiter.uid == *uid)
-            });
-            if let Some((uid, extent)) = returning.and_then(|at| state.dirty.remove(at)) {
-                return Some(state.wipe(uid, extent));
-            }
-            if state.made < self.budget.extents() {
-                return Some(state.make(false));
-            }
-            // What is idle now belongs to others than those who wait.
-            if let Some(extent) = state.idle.values_mut().find_map(Vec::pop) {
-                return Some(state.destroy(extent));
-            }
-            if let Some((_, extent)) = state.dirty.pop_front() {
-                return Some(state.destroy(extent));
-            }
-        }
-        if let Some((uid, extent)) = state.dirty.pop_front() {
-            let keeps = self.keeps(state, uid, &extent);
-            return Some(if keeps { state.wipe(uid, extent) } else { state.destroy(extent) });
-        }
-        // Those that have been destroyed in the meantime are made again.
-        (!state.ahead_failed && state.made < self.ahead).then(|| state.make(true))
-    }
-
-    fn make(self: &Arc<Self>, ahead: bool) {
-        let made = self.make_one(ahead);
-        let mut state = self.lock();
-        state.making -= 1;
-        match made {
-            Ok(extent) => {
-                state.pinned += usize::from(extent.is_pinned());
-                state.huge += usize::from(extent.is_huge());
-                state.fresh.push(extent);
-                self.log_progress(&mut state);
-                self.deliver(state);
-            }
-            Err(reason) => {
-                state.made -= 1;
-                if !std::mem::replace(&mut state.ahead_failed, true) && self.ahead > 0 {
-                    tracing::warn!("nothing more is made ready ahead of time: {reason}");
-                }
-                state.trouble = Some(reason.clone());
-                let refused = if ahead { None } else { self.refuse(&mut state, &reason) };
-                self.deliver(state);
-                if let Some((answer, refusal)) = refused {
-                    let _ = answer.send(refusal);
-                }
-            }
-        }
-    }
-
-    fn make_one(&self, ahead: bool) -> Result<Extent, String> {
-        let pin = self.pin();
-        let populate = ahead || pin.is_some();
-        if populate && !self.recipe.finds_huge() {
-            self.look_for_room(ahead)?;
-        }
-        let mut extent = self.recipe.make(populate).map_err(|error| error.to_string())?;
-        let Some(pin) = pin else { return Ok(extent) };
-        match pin.pin(extent.memory()) {
-            Ok(guard) => extent.keep_pinned(guard),
-            Err(error) if self.settings.pin_required => return Err(error.to_string()),
-            Err(error) => {
-                if self.pinning.swap(false, Ordering::Relaxed) {
-                    tracing::warn!("{error}; going on unpinned");
-                    self.lock().trouble = Some(error.to_string());
-                }
-            }
-        }
-        Ok(extent)
-    }
-
-    /// A page beyond a memory limit would end the daemon, so that an extent that comes near one is refused.
-    fn look_for_room(&self, ahead: bool) -> Result<(), String> {
-        let Some(room) = self.settings.limits.room() else { return Ok(()) };
-        // Ahead of time, every thread may be at it, and others are to have something too.
-        let spare = if ahead {
-            (room.limit_bytes / 50).max(SPARE_BYTES * (1 + self.settings.threads as u64))
-        } else {
-            SPARE_BYTES
-        };
-        if room.free_bytes >= EXTENT_BYTES as u64 + spare {
-            return Ok(());
-        }
-        Err(format!(
-            "{room}, too little for another extent of 64 MiB; lower the arena size or raise the limit"
-        ))
-    }
-
-    fn log_progress(&self, state: &mut State) {
-        if self.ahead == 0 {
-            return;
-        }
-        let made = (state.made - state.making).min(self.ahead);
-        let tenths = made as u64 * STEPS / self.ahead as u64;
-        if tenths <= state.logged {
-            return;
-        }
-        state.logged = tenths;
-        let how = self.pin().map_or("unpinned", Pin::name);
-        tracing::info!(
-            "{} of {} MiB of the arena are ready ahead of time ({how}, {} MiB in huge pages) after {:.1} s",
-            (made * EXTENT_BYTES) >> 20,
-            (self.ahead * EXTENT_BYTES) >> 20,
-            (state.huge * EXTENT_BYTES) >> 20,
-            self.began.elapsed().as_secs_f64()
-        );
-    }
-
-    fn wipe(self: &Arc<Self>, uid: u32, extent: Extent) {
-        if let Err(error) = extent.wipe() {
-            tracing::warn!("an extent cannot be used again: {error}");
-            let mut state = self.lock();
-            state.wiping -= 1;
-            state.leaving += 1;
-            drop(state);
-            return self.destroy(extent);
-        }
-        let mut state = self.lock();
-        state.wiping -= 1;
-        state.idle.entry(uid).or_default().push(extent);
-        self.deliver(state);
-    }
-
-    fn destroy(self: &Arc<Self>, extent: Extent) {
-        let (pinned, huge) = (extent.is_pinned(), extent.is_huge());
-        drop(extent);
-        let mut state = self.lock();
-        state.leaving -= 1;
-        state.made -= 1;
-        state.pinned -= usize::from(pinned);
-        state.huge -= usize::from(huge);
-        state.idle.retain(|_, extents| !extents.is_empty());
-        self.deliver(state);
     }
 }
 
@@ -569,7 +409,7 @@ impl Drop for Supply {
         }
         state.dirty.extend(self.extents.drain(..).map(|extent| (self.uid, extent)));
         drop(state);
-        self.shared.work.notify_all();
+        self.shared.changed.notify_all();
     }
 }
 
