@@ -1,5 +1,6 @@
 //! Host memory that is made ahead of time, kept, and held against limits: the daemon as operators and clients see it.
 
+use std::cell::Cell;
 use std::io::BufRead;
 use std::process::{Command, Stdio};
 
@@ -27,11 +28,11 @@ fn a_session_is_served_while_the_arena_is_still_being_made_and_status_shows_how_
     let sequence = model.open(0, 100).unwrap();
     fake::fill(&model, &sequence, 1, 100).unwrap();
     fake::check(&fake::ask(&model, &sequence, 1), 0, 1, 1).unwrap();
-    let mut seen = first.made_bytes;
+    let seen = Cell::new(first.made_bytes);
     let full = daemon.wait_for("all of the arena", |status| {
         let pool = &status.arena.pool;
-        assert!(pool.made_bytes >= seen && pool.made_bytes <= 1024 * MIB, "it only grows: {pool:?}");
-        seen = pool.made_bytes;
+        assert!(pool.made_bytes >= seen.get() && pool.made_bytes <= 1024 * MIB, "it only grows: {pool:?}");
+        seen.set(pool.made_bytes);
         assert!(pool.state == PoolState::Filling || pool.made_bytes == 1024 * MIB, "{pool:?}");
         pool.state == PoolState::Idle
     });
