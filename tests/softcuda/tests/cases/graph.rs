@@ -195,7 +195,7 @@ pub(crate) fn a_captured_kernel_follows_residency_and_position_from_replay_to_re
                 device.write(params.window + place as u64, layer.row(head, token as usize));
             }
         }
-        device.launch("residency", "resolve_attend", &params, params.launch());
+        device.replay("residency", "resolve_attend", &params, params.launch());
         for (head, ids) in without_lost.iter().enumerate() {
             layer.counts[head] = ids.len() as u32;
             layer.selected[head * CAPACITY..][..ids.len()].copy_from_slice(ids);
@@ -247,7 +247,7 @@ pub(crate) fn reports_go_round_a_mailbox_and_say_which_they_are(device: &mut imp
         device.write(params.counts, bytemuck::cast_slice(&counts));
         device.write(params.misses, bytemuck::cast_slice(&[1_u32, 2, number as u32]));
         device.write(params.position, bytemuck::bytes_of(&position));
-        device.launch("residency", "report", &params, params.launch());
+        device.replay("residency", "report", &params, params.launch());
         let slot = params.mailbox + number % u64::from(slots) * slot_bytes;
         let header = device.get::<ReportHeader>(slot, 1)[0];
         let wanted =

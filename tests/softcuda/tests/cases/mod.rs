@@ -22,6 +22,12 @@ pub(crate) trait Device {
     /// Runs a kernel and waits for its end.
     fn launch(&mut self, source: &str, entry: &str, params: &impl Pod, launch: Launch);
 
+    /// As [`Device::launch`], and where the device has graphs, from one that is captured the first time that a kernel is launched with
+    /// these parameters and replayed from then on.
+    fn replay(&mut self, source: &str, entry: &str, params: &impl Pod, launch: Launch) {
+        self.launch(source, entry, params, launch);
+    }
+
     /// [`Device::upload`] of values.
     fn put<T: Pod>(&mut self, values: &[T]) -> u64 {
         self.upload(bytemuck::cast_slice(values))
