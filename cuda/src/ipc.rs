@@ -53,7 +53,8 @@ impl Context {
         // SAFETY: both are ours to be written, and the memory was opened just now.
         let known = unsafe { cu!(self.calls(), cuMemGetAddressRange_v2(&raw mut base, &raw mut whole, ptr)) };
         // The exporter is another process: what it says is checked where the driver can tell.
-        if known.is_ok() && (base != ptr || whole < bytes) {
+        let end = ptr.checked_add(bytes as u64);
+        if known.is_ok() && end.is_none_or(|end| end > base.saturating_add(whole as u64)) {
             return Err(CudaError::invalid("Context::open_ipc"));
         }
         Ok(import)
