@@ -36,6 +36,7 @@ fn compile_kernels() {
             build.file(file);
         }
     }
+    build.file("src/guard.cpp");
     build.compile("shim");
 }
 

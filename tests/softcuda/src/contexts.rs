@@ -36,8 +36,8 @@ impl Contexts {
         let index = handle.wrapping_sub(CONTEXT_BASE);
         let contexts = self.lock();
         match contexts.get((index / 4096) as usize) {
-            Some(primary) if index % 4096 == 0 && primary.retained > 0 => Ok((index / 4096) as u32),
-            Some(_) if index % 4096 == 0 => Err(Code::CONTEXT_IS_DESTROYED),
+            Some(primary) if index.is_multiple_of(4096) && primary.retained > 0 => Ok((index / 4096) as u32),
+            Some(_) if index.is_multiple_of(4096) => Err(Code::CONTEXT_IS_DESTROYED),
             _ => Err(Code::INVALID_CONTEXT),
         }
     }

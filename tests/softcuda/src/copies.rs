@@ -196,7 +196,6 @@ impl Batch {
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the driver's signature")]
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn cuMemcpyBatchAsync(
     to: In<u64>,
@@ -216,7 +215,6 @@ pub(crate) extern "C" fn cuMemcpyBatchAsync(
     })
 }
 
-#[expect(clippy::too_many_arguments, reason = "the driver's signature")]
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn cuMemcpyBatchAsync_v2(
     to: In<u64>,

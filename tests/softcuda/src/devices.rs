@@ -111,57 +111,46 @@ pub(crate) extern "C" fn cuDeviceGetAttribute(value: Out<i32>, attribute: u32, d
 fn attribute_of(options: &Options, device: u32, attribute: u32) -> Option<i32> {
     let able = |name: &str| i32::from(options.has(name));
     let memops64 = i32::from(options.has("memops") && options.has("memops64"));
+    let multiprocessors = if options.mig { 16 } else { 114 };
     Some(match attribute {
         0 | 150.. => return None,
-        1 | 2 | 3 => 1024, // MAX_THREADS_PER_BLOCK, MAX_BLOCK_DIM_X, _Y
-        4 => 64,           // MAX_BLOCK_DIM_Z
-        5 => i32::MAX,     // MAX_GRID_DIM_X
-        6 | 7 => 65_535,   // MAX_GRID_DIM_Y, _Z
-        8 => 48 << 10,     // MAX_SHARED_MEMORY_PER_BLOCK
-        9 => 64 << 10,     // TOTAL_CONSTANT_MEMORY
-        10 => 32,          // WARP_SIZE
-        11 => i32::MAX,    // MAX_PITCH
-        12 | 82 => 65_536, // MAX_REGISTERS_PER_BLOCK, _PER_MULTIPROCESSOR
-        13 => 1_500_000,   // CLOCK_RATE in kHz
-        15 => 1,           // GPU_OVERLAP
-        16 => {
-            if options.mig {
-                16
-            } else {
-                114
-            }
-        } // MULTIPROCESSOR_COUNT
-        19 => able("host_register"), // CAN_MAP_HOST_MEMORY
-        20 => {
-            if options.exclusive {
-                3
-            } else {
-                0
-            }
-        } // COMPUTE_MODE: exclusive process
-        31 | 32 => 1,      // CONCURRENT_KERNELS, ECC_ENABLED
-        33 => device as i32 + 1, // PCI_BUS_ID
-        36 => 2_600_000,   // MEMORY_CLOCK_RATE in kHz
-        37 => 5120,        // GLOBAL_MEMORY_BUS_WIDTH
-        38 => 50 << 20,    // L2_CACHE_SIZE
-        39 => 2048,        // MAX_THREADS_PER_MULTIPROCESSOR
-        40 => 3,           // ASYNC_ENGINE_COUNT
-        41 => able("unified"), // UNIFIED_ADDRESSING
-        75 => 9,           // COMPUTE_CAPABILITY_MAJOR
-        78 => able("priorities"), // STREAM_PRIORITIES_SUPPORTED
-        81 => 228 << 10,   // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
-        91 => able("host_register"), // CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
-        92 => able("memops"), // CAN_USE_STREAM_MEM_OPS_V1
-        93 | 122 => memops64, // CAN_USE_64_BIT_STREAM_MEM_OPS, first and second form
-        97 => 227 << 10,   // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        99 => able("host_register"), // HOST_REGISTER_SUPPORTED
-        102 => able("vmm"), // VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-        103 => able("posix_fd"), // HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
-        106 => 32,         // MAX_BLOCKS_PER_MULTIPROCESSOR
-        113 => able("read_only_register"), // READ_ONLY_HOST_REGISTER_SUPPORTED
-        123 => able("memops"), // CAN_USE_STREAM_WAIT_VALUE_NOR
-        125 => able("ipc_events"), // IPC_EVENT_SUPPORTED
-        134 => -1,         // HOST_NUMA_ID: the system's own tables say it
+        1..=3 => 1024,                          // MAX_THREADS_PER_BLOCK, MAX_BLOCK_DIM_X, _Y
+        4 => 64,                                // MAX_BLOCK_DIM_Z
+        5 => i32::MAX,                          // MAX_GRID_DIM_X
+        6 | 7 => 65_535,                        // MAX_GRID_DIM_Y, _Z
+        8 => 48 << 10,                          // MAX_SHARED_MEMORY_PER_BLOCK
+        9 => 64 << 10,                          // TOTAL_CONSTANT_MEMORY
+        10 => 32,                               // WARP_SIZE
+        11 => i32::MAX,                         // MAX_PITCH
+        12 | 82 => 65_536,                      // MAX_REGISTERS_PER_BLOCK, _PER_MULTIPROCESSOR
+        13 => 1_500_000,                        // CLOCK_RATE in kHz
+        15 => 1,                                // GPU_OVERLAP
+        16 => multiprocessors,                  // MULTIPROCESSOR_COUNT
+        19 => able("host_register"),            // CAN_MAP_HOST_MEMORY
+        20 => 3 * i32::from(options.exclusive), // COMPUTE_MODE: 3 is one process alone
+        31 | 32 => 1,                           // CONCURRENT_KERNELS, ECC_ENABLED
+        33 => device as i32 + 1,                // PCI_BUS_ID
+        36 => 2_600_000,                        // MEMORY_CLOCK_RATE in kHz
+        37 => 5120,                             // GLOBAL_MEMORY_BUS_WIDTH
+        38 => 50 << 20,                         // L2_CACHE_SIZE
+        39 => 2048,                             // MAX_THREADS_PER_MULTIPROCESSOR
+        40 => 3,                                // ASYNC_ENGINE_COUNT
+        41 => able("unified"),                  // UNIFIED_ADDRESSING
+        75 => 9,                                // COMPUTE_CAPABILITY_MAJOR
+        78 => able("priorities"),               // STREAM_PRIORITIES_SUPPORTED
+        81 => 228 << 10,                        // MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
+        91 => able("host_register"),            // CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+        92 => able("memops"),                   // CAN_USE_STREAM_MEM_OPS_V1
+        93 | 122 => memops64,                   // CAN_USE_64_BIT_STREAM_MEM_OPS, first and second form
+        97 => 227 << 10,                        // MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        99 => able("host_register"),            // HOST_REGISTER_SUPPORTED
+        102 => able("vmm"),                     // VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        103 => able("posix_fd"),                // HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
+        106 => 32,                              // MAX_BLOCKS_PER_MULTIPROCESSOR
+        113 => able("read_only_register"),      // READ_ONLY_HOST_REGISTER_SUPPORTED
+        123 => able("memops"),                  // CAN_USE_STREAM_WAIT_VALUE_NOR
+        125 => able("ipc_events"),              // IPC_EVENT_SUPPORTED
+        134 => -1,                              // HOST_NUMA_ID: the system's own tables say it
         _ => 0,
     })
 }

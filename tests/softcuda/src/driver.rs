@@ -70,7 +70,9 @@ impl<T> Handles<T> {
     }
 
     fn misuse(&self, driver: &Driver, call: &str, handle: u64) -> Code {
-        let known = handle > HANDLE_BASE && handle <= NEXT_HANDLE.load(Ordering::Relaxed) && handle % 16 == 0;
+        let known = handle > HANDLE_BASE
+            && handle <= NEXT_HANDLE.load(Ordering::Relaxed)
+            && handle.is_multiple_of(16);
         let (what, state) = (self.what, if known { "was destroyed" } else { "was never made" });
         driver.violations.add(call, &format!("{what} {handle:#x} {state}"));
         Code::INVALID_HANDLE
@@ -111,7 +113,7 @@ impl Driver {
         }
         let options = Options::from_environment();
         let machine = Machine::open(&options).map_err(|error| {
-            eprintln!("softcuda: the machine in {:?} could not be opened: {error}", options.folder);
+            crate::say(&format!("the machine in {:?} could not be opened: {error}\n", options.folder));
             Code::OPERATING_SYSTEM
         })?;
         let driver = Self {

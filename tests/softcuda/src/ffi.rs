@@ -30,6 +30,7 @@ impl Code {
     pub(crate) const ILLEGAL_STATE: Self = Self(401);
     pub(crate) const NOT_FOUND: Self = Self(500);
     pub(crate) const NOT_READY: Self = Self(600);
+    pub(crate) const ILLEGAL_ADDRESS: Self = Self(700);
     pub(crate) const CONTEXT_IS_DESTROYED: Self = Self(709);
     pub(crate) const HOST_MEMORY_ALREADY_REGISTERED: Self = Self(712);
     pub(crate) const HOST_MEMORY_NOT_REGISTERED: Self = Self(713);
@@ -182,29 +183,5 @@ impl In<u8> {
     pub(crate) unsafe fn bytes<'a>(self, count: usize) -> &'a [u8] {
         // SAFETY: as the caller says.
         unsafe { std::slice::from_raw_parts(self.0, count) }
-    }
-}
-
-/// Pointers to Rust's own values, for the tests of this crate.
-#[cfg(test)]
-mod local {
-    use super::{In, Out};
-
-    impl<T> Out<T> {
-        pub(crate) fn to(value: &mut T) -> Self {
-            Self(value)
-        }
-        pub(crate) fn null() -> Self {
-            Self(std::ptr::null_mut())
-        }
-    }
-
-    impl<T> In<T> {
-        pub(crate) fn from(value: &T) -> Self {
-            Self(value)
-        }
-        pub(crate) fn from_address(address: u64) -> Self {
-            Self(address as *const T)
-        }
     }
 }

@@ -98,7 +98,7 @@ pub(crate) extern "C" fn cuIpcGetMemHandle(handle: Out<Handle>, pointer: u64) ->
         let region = driver.space.based_at(pointer, |kind| matches!(kind, Kind::Device { .. }));
         let region = region.ok_or(Code::INVALID_VALUE)?;
         let Kind::Device { file, id } = &region.kind else { return Err(Code::INVALID_VALUE) };
-        if region.bytes % GRANULE != 0 {
+        if !region.bytes.is_multiple_of(GRANULE) {
             let what = format!(
                 "a handle of {} bytes, not a multiple of 2 MiB, exposes its neighbours",
                 region.bytes

@@ -31,3 +31,9 @@ mod symbols;
 mod violations;
 mod vmm;
 mod work;
+
+/// Says something on standard error, which may be closed: a driver does not end its process over that.
+fn say(text: &str) {
+    use std::io::Write;
+    let _ = write!(std::io::stderr(), "softcuda: {text}");
+}

@@ -28,7 +28,7 @@ fn made(name: &str, bytes: u64) -> io::Result<(File, u64)> {
 }
 
 pub(crate) fn out_of_memory(error: &io::Error) -> Code {
-    eprintln!("softcuda: host memory for a device could not be had: {error}");
+    crate::say(&format!("host memory for a device could not be had: {error}\n"));
     Code::OUT_OF_MEMORY
 }
 

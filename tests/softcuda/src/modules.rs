@@ -21,6 +21,9 @@ const IMAGE_HEAD: usize = 16;
 /// Longest image that is looked through.
 const IMAGE_MAX: usize = 64 << 20;
 
+/// What the guard returns for a memory access that leads nowhere.
+const FAULT: c_int = 1000;
+
 #[repr(C)]
 struct Entry {
     source: *const c_char,
@@ -30,12 +33,13 @@ struct Entry {
 
 unsafe extern "C" {
     fn kv_shim_entries(count: *mut usize) -> *const Entry;
-    fn kv_shim_run(
+    fn kv_guard_run(
         index: usize,
         params: *const c_void,
         grid: *const u32,
         block: *const u32,
         shared_bytes: usize,
+        address: *mut u64,
     ) -> c_int;
 }
 
@@ -73,15 +77,18 @@ impl Launch {
             return;
         }
         let (params, grid, block) = (self.params.as_ptr().cast(), self.grid.as_ptr(), self.block.as_ptr());
-        // SAFETY: the parameters are as many bytes as the kernel takes and live on; what the addresses in them point
-        // to is the launcher's word, as on a card.
-        let result = unsafe { kv_shim_run(self.index, params, grid, block, self.shared_bytes) };
-        if result != 0 {
-            driver
-                .violations
-                .add("cuLaunchKernel", &format!("kernel {} failed with the shim's code {result}", self.name));
-            driver.fail(Code::LAUNCH_FAILED);
-        }
+        let mut address = 0;
+        // SAFETY: the parameters are as many bytes as the kernel takes and live on; an access that leads nowhere is
+        // caught, and what the addresses in them point to is the launcher's word, as on a card.
+        let result =
+            unsafe { kv_guard_run(self.index, params, grid, block, self.shared_bytes, &raw mut address) };
+        let (what, code) = match result {
+            0 => return,
+            FAULT => (format!("touched {address:#x}, where nothing is"), Code::ILLEGAL_ADDRESS),
+            code => (format!("failed with the shim's code {code}"), Code::LAUNCH_FAILED),
+        };
+        driver.violations.add("cuLaunchKernel", &format!("kernel {} {what}", self.name));
+        driver.fail(code);
     }
 }
 
@@ -175,11 +182,12 @@ fn find_entry(source: &str, name: &str) -> Option<(usize, usize)> {
         let first = kv_shim_entries(&raw mut count);
         std::slice::from_raw_parts(first, count)
     };
-    entries.iter().enumerate().find_map(|(index, entry)| {
+    let is = |text: *const c_char, wanted: &str| {
         // SAFETY: as above.
-        let is = |text: *const c_char, wanted: &str| {
-            unsafe { CStr::from_ptr(text) }.to_bytes() == wanted.as_bytes()
-        };
+        let text = unsafe { CStr::from_ptr(text) };
+        text.to_bytes() == wanted.as_bytes()
+    };
+    entries.iter().enumerate().find_map(|(index, entry)| {
         (is(entry.source, source) && is(entry.name, name)).then_some((index, entry.params_bytes))
     })
 }
@@ -272,7 +280,6 @@ fn parameters(params: In<In<u8>>, bytes: usize) -> Outcome<Vec<u64>> {
     Ok(words)
 }
 
-#[expect(clippy::too_many_arguments, reason = "the driver's signature")]
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn cuLaunchKernel(
     function: u64,

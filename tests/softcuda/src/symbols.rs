@@ -10,7 +10,7 @@ include!(concat!(env!("OUT_DIR"), "/symbols.rs"));
 
 /// Puts down that a call is wanted that this driver lacks.
 fn not_implemented(name: &'static str) -> u32 {
-    eprintln!("softcuda: {name} is not implemented");
+    crate::say(&format!("{name} is not implemented\n"));
     let folder = Driver::get().ok().and_then(|driver| driver.options.folder.as_ref());
     let file = folder.map(|folder| folder.join("not-implemented"));
     if let Some(mut file) =

@@ -3,14 +3,12 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
 /// The list of a machine's violations.
 #[derive(Debug)]
 pub(crate) struct Violations {
     file: Option<File>,
     process: String,
-    seen: Mutex<Vec<String>>,
 }
 
 impl Violations {
@@ -24,28 +22,16 @@ impl Violations {
             .as_deref()
             .and_then(Path::file_name)
             .map_or("?".into(), |name| name.to_string_lossy().into_owned());
-        Self { file, process: format!("{name}[{}]", std::process::id()), seen: Mutex::new(Vec::new()) }
+        Self { file, process: format!("{name}[{}]", std::process::id()) }
     }
 
     /// Puts one down.
     pub(crate) fn add(&self, call: &str, what: &str) {
         let line = format!("{}: {call}: {what}\n", self.process);
-        eprint!("softcuda: violation: {line}");
+        crate::say(&format!("violation: {line}"));
         if let Some(mut file) = self.file.as_ref() {
             // One write of a file opened for appending is one line, whoever else writes.
             let _ = file.write_all(line.as_bytes());
         }
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-    }
-
-    /// How many lines of this process hold a text.
-    #[cfg(test)]
-    pub(crate) fn count(&self, text: &str) -> usize {
-        self.seen
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .filter(|line| line.contains(text))
-            .count()
     }
 }

@@ -107,7 +107,7 @@ pub(crate) extern "C" fn cuMemCreate(
     call("cuMemCreate", |driver| {
         let properties = properties.get()?;
         let (device, bytes) = (device_of(driver, &properties)?, bytes as u64);
-        if bytes == 0 || bytes % GRANULE != 0 || flags != 0 || handle.is_null() {
+        if bytes == 0 || !bytes.is_multiple_of(GRANULE) || flags != 0 || handle.is_null() {
             return Err(Code::INVALID_VALUE);
         }
         if let Some(code) = driver.faults.strikes("oom") {
@@ -194,7 +194,7 @@ pub(crate) extern "C" fn cuMemAddressReserve(
         let aligned = alignment == 0 || alignment.is_power_of_two();
         if !driver.options.has("vmm")
             || bytes == 0
-            || bytes % GRANULE != 0
+            || !bytes.is_multiple_of(GRANULE)
             || !aligned
             || flags != 0
             || to.is_null()
@@ -232,7 +232,7 @@ pub(crate) extern "C" fn cuMemMap(at: u64, bytes: usize, offset: usize, handle: 
         let reserved = driver.space.reservations().range(..=at).next_back().map(|(base, bytes)| base + bytes);
         let inside = reserved.is_some_and(|end| at.checked_add(bytes).is_some_and(|past| past <= end));
         let fits = offset == 0 && bytes == physical.bytes;
-        if !inside || !fits || flags != 0 || at % GRANULE != 0 || driver.space.overlaps(at, bytes) {
+        if !inside || !fits || flags != 0 || !at.is_multiple_of(GRANULE) || driver.space.overlaps(at, bytes) {
             return Err(Code::INVALID_VALUE);
         }
         os::map_over(at, bytes, &physical.file, 0, Protection::None).map_err(|_| Code::MAP_FAILED)?;

@@ -150,7 +150,7 @@ impl Work {
                 poll(driver, || holds(*at, *value, *wide, *compare));
             }
             Self::Host(HostFunction { function, data }) => {
-                as_host_function(|| function(*data as *mut c_void))
+                as_host_function(|| function(*data as *mut c_void));
             }
             Self::Kernel(launch) => launch.run(driver),
             Self::Record { event, recording } => event.complete(recording.unwrap_or(0)),
