@@ -104,7 +104,8 @@ impl Machine {
         machine.with(|table| {
             if table.magic == 0 {
                 table.magic = MAGIC;
-                table.next_id = 1;
+                // On a machine of its own a process still meets the handles of others.
+                table.next_id = if options.folder.is_some() { 1 } else { u64::from(pid) << 32 };
             }
             if table.magic == MAGIC { Ok(()) } else { Err(io::Error::other("not a machine of softcuda")) }
         })?;

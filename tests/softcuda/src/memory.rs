@@ -12,6 +12,7 @@ use crate::machine::Role;
 use crate::options::GRANULE;
 use crate::os::{self, PAGE, Protection};
 use crate::space::{Kind, Region};
+use crate::work::poll;
 
 /// `CU_MEMHOSTREGISTER_READ_ONLY`.
 pub(crate) const READ_ONLY: u32 = 8;
@@ -195,7 +196,8 @@ pub(crate) extern "C" fn cuMemHostUnregister(pointer: u64) -> u32 {
                 &format!("{pointer:#x} is unregistered with operations on it in flight"),
             );
         }
-        driver.drain_for(&region)?;
+        // Only those: a stream that waits for something else need not end for this.
+        poll(driver, || !region.is_busy());
         if !os::mapped_and_writable(region.base, region.bytes).0 {
             driver
                 .violations

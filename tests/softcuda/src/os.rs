@@ -20,7 +20,11 @@ pub(crate) fn pid() -> u32 {
     std::process::id()
 }
 
-/// When a process started, in ticks since boot: with its number it names a process for good. `None` if it has ended.
+/// The kernel's flag of a process that is on its way out: set before its descriptors are closed.
+const EXITING: u64 = 4;
+
+/// When a process started, in ticks since boot: with its number it names a process for good. `None` if it has ended, or
+/// has begun to: whoever sees its socket closed must find it gone.
 pub(crate) fn started(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let after_name = &stat[stat.rfind(')')? + 2..];
@@ -28,7 +32,10 @@ pub(crate) fn started(pid: u32) -> Option<u64> {
     if matches!(fields.next()?, "Z" | "X") {
         return None;
     }
-    fields.nth(18)?.parse().ok()
+    if fields.nth(5)?.parse::<u64>().ok()? & EXITING != 0 {
+        return None;
+    }
+    fields.nth(12)?.parse().ok()
 }
 
 /// A file in memory of this many bytes.
