@@ -30,6 +30,8 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Answer a prompt
     Run(RunArgs),
+    /// Measure how a GPU is best fed on this machine, and keep the result for the daemon
+    Calibrate(CalibrateArgs),
 }
 
 /// `serve`.
@@ -83,6 +85,23 @@ impl DoctorArgs {
             ..Default::default()
         }
     }
+}
+
+/// `calibrate`.
+#[derive(Debug, Args)]
+pub(crate) struct CalibrateArgs {
+    /// Which GPU: cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
+    pub(crate) device: DeviceName,
+    /// Where the daemon keeps its state
+    #[arg(long, env = "KVOYANT_STATE", value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
+    /// Measure fewer shapes, in about a second
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Print JSON instead of the table
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Which model.

@@ -1,187 +1,151 @@
-//! InfiniGen's offline part: the skew matrices of a model, made once and kept in the cache folder.
+//! `kvoyant calibrate`: what transfers to a GPU cost on each engine, measured, shown and kept for the daemon.
 
-use std::convert::Infallible;
-use std::io::{self, Write};
-use std::ops::{ControlFlow, Range};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::fmt::Write;
+use std::path::Path;
 
-use kvoyant_engine::{
-    Decoder, DecoderOptions, DenseKv, DenseSequence, ForwardError, KvBackend, KvShape, Logits, Model,
-    PrefillOptions, TextError,
-};
-use kvoyant_methods::infinigen::{SkewArtifact, SkewBuilder};
-use kvoyant_methods::{MethodError, Shape};
+use kvoyant_daemon::device::DeviceName;
+use kvoyant_daemon::device::cuda::calibrate::{CalibrateError, calibrate};
+use kvoyant_daemon::device::cuda::cost::Table;
+use kvoyant_daemon::device::cuda::engines::{EngineKind, Shape};
+use kvoyant_daemon::device::cuda::measure::Effort;
+use kvoyant_daemon::device::cuda::store::{Calibration, StoreError, default_folder};
 
-use crate::cache::{self, CacheError};
-use crate::progress::Progress;
-use crate::texts::Filler;
+use crate::args::CalibrateArgs;
 
-/// Tokens of the calibration text, as in the paper.
-const TOKENS: usize = 2048;
+/// Runs of the table's small requests: what one layer misses.
+const SMALL_RUNS: u64 = 64;
 
-/// The chronicle that is the calibration text; the demo's own seeds are small numbers, so they differ.
-const SEED: u64 = 0x6b76_6f79_616e_7421;
+/// Bytes of its large ones,
+const LARGE_BYTES: u64 = 4 << 20;
 
-/// Why there are no skew matrices.
+/// and the most runs of those.
+const LARGE_RUNS: u64 = 4096;
+
+/// Why nothing was calibrated.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum CalibrateError {
-    /// No cache folder.
+pub(crate) enum Error {
+    /// There is nothing to measure.
+    #[error("--device host: copies in host memory need no calibration; name a GPU, as in cuda:0")]
+    Host,
+    /// No GPU, or it could not be measured.
     #[error(transparent)]
-    Cache(#[from] CacheError),
-    /// The artifact cannot be kept.
-    #[error("the calibration cannot be kept in {}: {error}", .path.display())]
-    Write {
-        /// Where.
-        path: PathBuf,
-        /// Why not.
-        error: io::Error,
-    },
-    /// The model could not read the text.
-    #[error("calibration failed: {0}")]
-    Forward(#[from] ForwardError<Infallible>),
-    /// The tokenizer could not.
-    #[error("calibration failed: {0}")]
-    Text(#[from] TextError),
-    /// The matrices cannot be made.
+    Calibrate(#[from] CalibrateError),
+    /// The result cannot be kept.
     #[error(transparent)]
-    Method(#[from] MethodError),
+    Store(#[from] StoreError),
+    /// The result cannot be printed.
+    #[error("the calibration cannot be written as JSON: {0}")]
+    Json(#[from] serde_json::Error),
 }
 
-/// The model's skew matrices: from the cache, or calibrated now and kept there.
+/// Calibrates, stores the result, and returns it as text or JSON.
 ///
 /// # Errors
-/// If they can neither be read nor made.
-pub(crate) fn skew(
-    model: &Arc<Model>,
-    shape: &Shape,
-    progress: Progress,
-) -> Result<SkewArtifact, CalibrateError> {
-    let path = cache::folder("skew")?.join(format!("{}.safetensors", shape.fingerprint));
-    // A file that is damaged, or of another shape, is made anew: it is only a cache.
-    if let Some(found) = std::fs::read(&path).ok().and_then(|bytes| SkewArtifact::from_bytes(&bytes).ok())
-        && found.check(shape).is_ok()
+/// If there is no such GPU, it cannot be measured, or the result not be kept.
+pub(crate) fn text(args: &CalibrateArgs) -> Result<String, Error> {
+    let DeviceName::Cuda(ordinal) = args.device else { return Err(Error::Host) };
+    let folder = args.state.clone().unwrap_or_else(default_folder);
+    let effort = if args.quick { Effort::quick() } else { Effort::full() };
+    let found = calibrate(ordinal, &folder, &effort)?;
+    if let Some(error) = &found.without_kernel {
+        eprintln!("warning: zerocopy was not measured: {error}");
+    }
+    let path = found.calibration.save(&folder)?;
+    if args.json {
+        let json = serde_json::json!({ "path": path, "calibration": found.calibration });
+        return Ok(serde_json::to_string_pretty(&json)? + "\n");
+    }
+    Ok(words(&found.calibration, &path))
+}
+
+/// The calibration for people.
+fn words(calibration: &Calibration, path: &Path) -> String {
+    let (of, costs) = (&calibration.of, &calibration.costs);
+    let mut out = String::new();
+    let _ = writeln!(
+        out,
+        "{} ({}), driver {}.{}\nlink {:.1} GB/s to the device, {:.1} GB/s from it\n",
+        of.device,
+        of.uuid,
+        of.driver / 1000,
+        of.driver % 1000 / 10,
+        costs.h2d_gbps,
+        costs.d2h_gbps
+    );
+    let title = |text: String| format!("{text:<48}");
+    let small = title(format!("  requests of {SMALL_RUNS} runs"));
+    let large = title(format!("  requests of {}, at most {LARGE_RUNS} runs", bytes(LARGE_BYTES)));
+    let _ = writeln!(out, "{:>8}{}", "", format!("{small}{large}").trim_end());
+    let names: String =
+        [EngineKind::ALL, EngineKind::ALL].concat().iter().map(|kind| format!("{kind:>16}")).collect();
+    let _ = writeln!(out, "{:>8}{names}", "run");
+    for run_bytes in costs.of(EngineKind::Dma).into_iter().flat_map(|dma| &dma.rows).map(|row| row.run_bytes)
     {
-        return Ok(found);
+        let large = (LARGE_BYTES / run_bytes).clamp(1, LARGE_RUNS);
+        let cells: String = [SMALL_RUNS, large].map(|runs| cells(costs, runs, run_bytes)).concat();
+        let _ = writeln!(out, "{:>8}{cells}", bytes(run_bytes));
     }
-    let made = calibrate(model, shape, progress)?;
-    write(&path, &made.to_bytes()?).map_err(|error| CalibrateError::Write { path, error })?;
-    Ok(made)
+    let range_us = costs.of(EngineKind::Staged).map_or(0.0, |staged| staged.range_us);
+    let _ = writeln!(
+        out,
+        "\nGB/s and share of the link; * the engine that such a request goes to. Destinations are adjacent; each gap\n\
+         between them costs staged {range_us:.2} µs more.\nKept in {}.",
+        path.display()
+    );
+    out
 }
 
-/// Writes a file whole or not at all.
-fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
-}
-
-fn calibrate(model: &Arc<Model>, shape: &Shape, progress: Progress) -> Result<SkewArtifact, CalibrateError> {
-    let tokenizer = model.tokenizer();
-    let tokens = TOKENS.min(model.config().context_tokens);
-    let count = |text: &str| tokenizer.encode(text, false).map_or(usize::MAX / 2, |tokens| tokens.len());
-    let text = Filler::new(None, SEED).take(tokens.saturating_sub(1), &count).concat();
-    let mut text = tokenizer.encode(&text, true)?;
-    text.truncate(tokens);
-
-    let step = progress.step("calibrating (once for each model)", text.len() as u64);
-    let mut observer = Observer {
-        dense: DenseKv::new(KvShape::new(model.config(), shape.dtype)),
-        keys: Vec::new(),
-        builder: SkewBuilder::new(shape)?,
+/// One request on every engine.
+fn cells(costs: &Table, runs: u64, run_bytes: u64) -> String {
+    let bytes = runs * run_bytes;
+    let shape = Shape { runs: runs as usize, bytes, ranges: 1, registered: true };
+    let us = EngineKind::ALL.map(|kind| costs.us(kind, &shape));
+    let least = us.into_iter().fold(f64::INFINITY, f64::min);
+    let cell = |us: f64| {
+        if us.is_infinite() {
+            return format!("{:>16}", "–");
+        }
+        let gbps = bytes as f64 / us / 1e3;
+        let winner = if us <= least { "*" } else { " " };
+        format!("{gbps:>9.2} {:>4.0} %{winner}", 100.0 * gbps / costs.h2d_gbps)
     };
-    let mut sequence = observer.dense.sequence();
-    let mut report = |done: usize, _| {
-        step.set(done as u64);
-        ControlFlow::Continue(())
-    };
-    Decoder::new(model.clone(), DecoderOptions::default()).prefill(
-        &mut observer,
-        &mut sequence,
-        &text,
-        PrefillOptions { logits: Logits::None, progress: Some(&mut report) },
-    )?;
-    Ok(observer.builder.finish()?)
+    us.map(cell).concat()
 }
 
-/// Dense attention that shows every layer's queries and keys to the builder.
-#[derive(Debug)]
-struct Observer {
-    dense: DenseKv,
-    /// The chunk's keys of the layer that is under way, `[T][Hkv][d]`.
-    keys: Vec<f32>,
-    builder: SkewBuilder,
+/// A power of two for people.
+fn bytes(bytes: u64) -> String {
+    match bytes {
+        bytes if bytes >= 1 << 20 => format!("{} MiB", bytes >> 20),
+        bytes if bytes >= 1 << 10 => format!("{} KiB", bytes >> 10),
+        bytes => format!("{bytes} B"),
+    }
 }
 
-impl KvBackend for Observer {
-    type Sequence = DenseSequence;
-    type Error = Infallible;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvoyant_daemon::device::cuda::store::Identity;
 
-    fn tokens(&self, sequence: &DenseSequence) -> usize {
-        sequence.tokens()
+    #[test]
+    fn the_table_has_a_line_per_run_length_and_marks_a_winner_in_each_half() {
+        let of = Identity { device: "Test Card".into(), uuid: "GPU-01".into(), driver: 12_080 };
+        let text = words(&Calibration::now(of, false, Table::estimate()), Path::new("/state/file.json"));
+        assert!(text.starts_with("Test Card (GPU-01), driver 12.8\nlink 25.0 GB/s to the device"), "{text}");
+        let lines: Vec<_> = text.lines().filter(|line| line.contains('%')).collect();
+        assert_eq!(lines.len(), Table::estimate().of(EngineKind::Dma).unwrap().rows.len(), "{text}");
+        for line in lines {
+            let halves = line.split_at(8 + 3 * 16);
+            assert!(halves.0.contains('*') && halves.1.contains('*'), "{text}");
+            assert_eq!(line.chars().count(), 8 + 6 * 16, "{text}");
+        }
+        assert!(text.contains("/state/file.json"));
     }
 
-    fn store(
-        &mut self,
-        layer: usize,
-        sequence: &mut DenseSequence,
-        start: usize,
-        k: &[f32],
-        v: &[f32],
-    ) -> Result<(), Infallible> {
-        self.keys.clear();
-        self.keys.extend_from_slice(k);
-        self.dense.store(layer, sequence, start, k, v)
-    }
-
-    fn read(
-        &mut self,
-        layer: usize,
-        sequence: &DenseSequence,
-        tokens: Range<usize>,
-        k: &mut [f32],
-        v: &mut [f32],
-    ) -> Result<(), Infallible> {
-        self.dense.read(layer, sequence, tokens, k, v)
-    }
-
-    fn observe_queries(
-        &mut self,
-        layer: usize,
-        _sequence: &mut DenseSequence,
-        _start: usize,
-        queries: &[f32],
-    ) -> Result<(), Infallible> {
-        self.builder.observe(layer, queries, &self.keys);
-        Ok(())
-    }
-
-    fn commit(&mut self, sequence: &mut DenseSequence, tokens: usize) -> Result<(), Infallible> {
-        self.dense.commit(sequence, tokens)
-    }
-
-    fn append(
-        &mut self,
-        layer: usize,
-        batch: &mut [&mut DenseSequence],
-        positions: &[usize],
-        k: &[f32],
-        v: &[f32],
-    ) -> Result<(), Infallible> {
-        self.dense.append(layer, batch, positions, k, v)
-    }
-
-    fn attend(
-        &mut self,
-        layer: usize,
-        batch: &mut [&mut DenseSequence],
-        positions: &[usize],
-        queries: &[f32],
-        out: &mut [f32],
-    ) -> Result<(), Infallible> {
-        self.dense.attend(layer, batch, positions, queries, out)
+    #[test]
+    fn an_engine_that_was_not_measured_is_a_dash_and_never_wins() {
+        let mut costs = Table::estimate();
+        costs.engines.retain(|engine| engine.engine != EngineKind::Zerocopy);
+        let line = cells(&costs, 64, 512);
+        assert!(line.ends_with('–') && line.matches('*').count() == 1, "{line}");
     }
 }

@@ -16,6 +16,7 @@ mod progress;
 mod run;
 mod serve;
 mod session;
+mod skew_cache;
 mod status;
 mod texts;
 
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         Command::FetchModel => fetch_model(),
         Command::Demo(args) => guarded(|| demo::run(args).map_err(Into::into)).and_then(|text| print(&text)),
         Command::Run(args) => guarded(|| run::run(args).map_err(Into::into)),
+        Command::Calibrate(args) => calibrate::text(args).map_err(Into::into).and_then(|text| print(&text)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use kvoyant_engine::{DaemonError, DaemonKv, DaemonOptions, Dtype, KvShape, Model};
 use kvoyant_methods::MethodSpec;
 
-use crate::calibrate::{self, CalibrateError};
 use crate::fingerprint;
 use crate::progress::Progress;
+use crate::skew_cache::{self, SkewError};
 
 /// What K and V are stored as.
 const STORAGE: Dtype = Dtype::F16;
@@ -24,7 +24,7 @@ pub(crate) enum SessionError {
     Daemon(#[from] DaemonError),
     /// A method needs an artifact that could not be made.
     #[error(transparent)]
-    Calibrate(#[from] CalibrateError),
+    Calibrate(#[from] SkewError),
 }
 
 /// The shape of a model's KV.
@@ -42,7 +42,7 @@ pub(crate) fn options(
     context_tokens: usize,
     batch_max: usize,
     progress: Progress,
-) -> Result<DaemonOptions, CalibrateError> {
+) -> Result<DaemonOptions, SkewError> {
     let mut options = DaemonOptions {
         name: model.name().to_owned(),
         fingerprint: fingerprint::of(model),
@@ -53,7 +53,7 @@ pub(crate) fn options(
     };
     if options.methods.iter().any(|method| matches!(method, MethodSpec::Infinigen(spec) if spec.skew)) {
         let shape = options.shape(&shape(model), ANY_PAGE_ROWS);
-        options.skew = Some(Arc::new(calibrate::skew(model, &shape, progress)?));
+        options.skew = Some(Arc::new(skew_cache::skew(model, &shape, progress)?));
     }
     Ok(options)
 }

@@ -109,3 +109,18 @@ fn a_socket_that_is_not_there_is_named() {
     let said = refused(home.path(), &["status", "--admin", socket]);
     assert!(said.contains("none.sock"), "{said}");
 }
+
+#[test]
+fn a_calibration_of_no_gpu_or_of_one_that_is_not_there_is_refused_in_a_sentence() {
+    let home = tempfile::tempdir().unwrap();
+    let said = refused(home.path(), &["calibrate", "--device", "host"]);
+    assert!(said.contains("cuda:0"), "{said}");
+    for device in ["tpu", "cuda:x", "cuda:-1"] {
+        let said = refused(home.path(), &["calibrate", "--device", device]);
+        assert!(said.contains(device) && said.contains("cuda:0"), "{said}");
+    }
+    // With or without a driver, no machine has as many.
+    let said = refused(home.path(), &["calibrate", "--quick", "--device", "cuda:4096"]);
+    assert!(said.contains("calibrated"), "{said}");
+    assert_eq!(everything_below(home.path()), Vec::<String>::new(), "nothing was stored");
+}

@@ -29,12 +29,12 @@ use self::plan::{Plan, PlanError};
 use self::report::Report;
 use self::why::Effort;
 use crate::args::DemoArgs;
-use crate::calibrate::CalibrateError;
 use crate::machine::Machine;
 use crate::model::{self, ModelError};
 use crate::private_daemon::{self, PrivateDaemon};
 use crate::progress::Progress;
 use crate::session::{self, SessionError};
+use crate::skew_cache::SkewError;
 
 /// The rows after `dense`: what each is called, and the daemon's method.
 const ROWS: &[(&str, &str)] = &[
@@ -64,7 +64,7 @@ pub(crate) enum DemoError {
     Plan(#[from] PlanError),
     /// No calibration.
     #[error(transparent)]
-    Calibrate(#[from] CalibrateError),
+    Calibrate(#[from] SkewError),
     /// No daemon.
     #[error(transparent)]
     Start(#[from] private_daemon::DaemonError),

@@ -17,11 +17,11 @@ use kvoyant_methods::{HintNorm as MethodNorm, MethodSpec};
 use self::prompt::PromptError;
 use self::stats::Times;
 use crate::args::{Attention, RunArgs};
-use crate::calibrate::CalibrateError;
 use crate::model::{self, ModelError};
 use crate::private_daemon::{self, PrivateDaemon};
 use crate::progress::Progress;
 use crate::session::{self, SessionError};
+use crate::skew_cache::SkewError;
 
 /// What `run` cannot go on without.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +45,7 @@ pub(crate) enum RunError {
     Model(#[from] ModelError),
     /// No calibration.
     #[error(transparent)]
-    Calibrate(#[from] CalibrateError),
+    Calibrate(#[from] SkewError),
     /// No daemon.
     #[error(transparent)]
     Start(#[from] private_daemon::DaemonError),

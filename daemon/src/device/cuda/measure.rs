@@ -3,15 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use kvoyant_cuda::{
-    Context, CudaError, DeviceBuffer, Event, EventKind, Module, Priority, Registration, Stream,
-};
-use kvoyant_kernels::CopyRun;
-use kvoyant_protocol::memory::{Memfd, MemoryError, SharedMapping};
-use thiserror::Error;
+use kvoyant_cuda::{Context, Module};
 
 use super::cost::{EngineCosts, Point, Row, Table, rounded};
-use super::engines::{DeviceMap, EngineError, EngineKind, Engines};
+use super::engines::EngineKind;
+use super::rig::{Rig, RigError, RigSizes, Stretch};
 
 /// Run lengths of the grid: a short row, the rows and pages of usual models, and what coalescing makes of them.
 const RUN_BYTES: [u64; 8] = [256, 512, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20];
@@ -30,6 +26,9 @@ const LONG: Duration = Duration::from_millis(20);
 
 /// Ranges of destinations, and bytes of each, that show what a range costs `staged`.
 const FRAGMENTS: (u64, u64) = (512, 4 << 10);
+
+/// From one source to the next, in runs.
+const STEP: u64 = 0x9e37_79b1;
 
 /// The least time beyond a launch that is believed, in microseconds: clocks do not resolve less.
 const LEAST_US: f64 = 0.01;
@@ -59,29 +58,15 @@ impl Effort {
     }
 }
 
-/// Why nothing was measured.
-#[derive(Debug, Error)]
-pub enum MeasureError {
-    /// The driver refused.
-    #[error("the transfer engines cannot be measured: {0}")]
-    Cuda(#[from] CudaError),
-    /// A transfer failed.
-    #[error("the transfer engines cannot be measured: {0}")]
-    Engine(#[from] EngineError),
-    /// There is no memory to copy from.
-    #[error("the transfer engines cannot be measured: {0}")]
-    Memory(#[from] MemoryError),
-}
-
 /// Measures the link, and the engines that there are: `zerocopy` if the module of the source `gather` is given. Nothing else
 /// should run on the device meanwhile.
 ///
 /// # Errors
 /// If a call of the driver fails, or memory cannot be had: 256 MiB on the host, half as much on the device.
-pub fn measure(context: &Context, gather: Option<&Module>, effort: &Effort) -> Result<Table, MeasureError> {
+pub fn measure(context: &Context, gather: Option<&Module>, effort: &Effort) -> Result<Table, RigError> {
     let mut bench = Bench::new(context, gather)?;
     let (h2d_gbps, d2h_gbps) = bench.peak(context, effort)?;
-    let kinds: Vec<_> = EngineKind::ALL.into_iter().filter(|&kind| bench.engines.has(kind)).collect();
+    let kinds: Vec<_> = EngineKind::ALL.into_iter().filter(|&kind| bench.rig.engines().has(kind)).collect();
     let started = Instant::now();
     let mut engines = Vec::new();
     for (at, &kind) in kinds.iter().enumerate() {
@@ -92,67 +77,40 @@ pub fn measure(context: &Context, gather: Option<&Module>, effort: &Effort) -> R
 }
 
 struct Bench {
-    engines: Engines,
-    clock: Clock,
-    destination: DeviceBuffer,
-    map: DeviceMap,
-    /// Dropped before the mapping that it is of.
-    _registration: Registration,
-    source: SharedMapping,
-    runs: Vec<CopyRun>,
+    rig: Rig,
+    request: Vec<Stretch>,
     /// Counts runs, so that each request has other sources than the one before.
     turn: u64,
 }
 
 impl Bench {
-    fn new(context: &Context, gather: Option<&Module>) -> Result<Self, MeasureError> {
-        let source = Memfd::create("kvoyant-calibrate", SOURCE_BYTES)?.map(true)?;
-        let host = source.address(0, SOURCE_BYTES)?;
-        // SAFETY: the mapping is new, so that nobody has registered it; `Bench` drops the registration before it.
-        let registration = unsafe { context.register(host, SOURCE_BYTES, false) }?;
-        let mut map = DeviceMap::new();
-        map.insert(host, SOURCE_BYTES, registration.device_ptr());
-        Ok(Self {
-            engines: Engines::new(context, gather, Table::estimate())?,
-            clock: Clock::new(context)?,
-            destination: context.alloc(2 * REQUEST_BYTES_MAX as usize)?,
-            map,
-            _registration: registration,
-            source,
-            runs: Vec::new(),
-            turn: 0,
-        })
+    fn new(context: &Context, gather: Option<&Module>) -> Result<Self, RigError> {
+        let sizes = RigSizes {
+            source_bytes: SOURCE_BYTES,
+            destination_bytes: 2 * REQUEST_BYTES_MAX as usize,
+            registrations: 1,
+        };
+        let rig = Rig::new(context, gather, Table::estimate(), sizes)?;
+        Ok(Self { rig, request: Vec::new(), turn: 0 })
     }
 
     /// Bandwidths of one large copy of pinned memory to the device and back, in 10⁹ bytes a second.
-    fn peak(&self, context: &Context, effort: &Effort) -> Result<(f64, f64), MeasureError> {
-        let bytes = REQUEST_BYTES_MAX as usize;
-        let pinned = context.pinned(bytes)?;
-        let device = self.destination.ptr();
-        let stream = &self.clock.stream;
-        let gbps = |copy: &dyn Fn() -> Result<(), CudaError>| -> Result<f64, CudaError> {
+    fn peak(&self, context: &Context, effort: &Effort) -> Result<(f64, f64), RigError> {
+        let pinned = context.pinned(REQUEST_BYTES_MAX as usize)?;
+        let gbps = |to_device| -> Result<f64, RigError> {
             let until = Instant::now() + effort.budget / 4;
-            self.clock.time(copy)?;
-            let mut times = vec![self.clock.time(copy)?];
+            self.rig.time_pinned(&pinned, to_device)?;
+            let mut times = vec![self.rig.time_pinned(&pinned, to_device)?];
             while times.len() < effort.samples && Instant::now() < until {
-                times.push(self.clock.time(copy)?);
+                times.push(self.rig.time_pinned(&pinned, to_device)?);
             }
-            Ok(rounded(bytes as f64 / median(&mut times) / 1e3))
+            Ok(rounded(REQUEST_BYTES_MAX as f64 / median(&mut times).max(LEAST_US) / 1e3))
         };
-        // SAFETY: both buffers are as long and ours alone, and the clock waits for the copy.
-        let h2d = gbps(&|| unsafe { stream.copy_h2d(device, pinned.as_ptr(), bytes) })?;
-        // SAFETY: as above.
-        let d2h = gbps(&|| unsafe { stream.copy_d2h(pinned.as_ptr(), device, bytes) })?;
-        Ok((h2d, d2h))
+        Ok((gbps(true)?, gbps(false)?))
     }
 
     /// Measures one engine, in full until the time is up, and from then on with one sample each.
-    fn engine(
-        &mut self,
-        kind: EngineKind,
-        effort: &Effort,
-        until: Instant,
-    ) -> Result<EngineCosts, MeasureError> {
+    fn engine(&mut self, kind: EngineKind, effort: &Effort, until: Instant) -> Result<EngineCosts, RigError> {
         let all = || Instant::now() + effort.budget;
         let launch_us = self.sample(kind, (1, RUN_BYTES[0], RUN_BYTES[0]), effort, all())?;
         let (count, bytes) = FRAGMENTS;
@@ -190,7 +148,7 @@ impl Bench {
         shape: (u64, u64, u64),
         effort: &Effort,
         until: Instant,
-    ) -> Result<f64, MeasureError> {
+    ) -> Result<f64, RigError> {
         let mut times = vec![self.request(kind, shape)?];
         while times.len() <= effort.samples && Instant::now() < until {
             times.push(self.request(kind, shape)?);
@@ -207,50 +165,17 @@ impl Bench {
         &mut self,
         kind: EngineKind,
         (runs, run_bytes, apart): (u64, u64, u64),
-    ) -> Result<f64, MeasureError> {
+    ) -> Result<f64, RigError> {
         // A power of two: any odd number is a step that visits all of them, and this one goes to no neighbour.
         let places = SOURCE_BYTES as u64 / run_bytes;
-        self.runs.clear();
-        for run in 0..runs {
-            let place = (run + self.turn).wrapping_mul(0x9e37_79b1) % places;
-            let src = self.source.address((place * run_bytes) as usize, run_bytes as usize)?;
-            let dst = std::ptr::without_provenance_mut((self.destination.ptr() + run * apart) as usize);
-            self.runs.push(CopyRun { src, dst, bytes: run_bytes as usize });
-        }
+        self.request.clear();
+        self.request.extend((0..runs).map(|run| Stretch {
+            source: ((run + self.turn).wrapping_mul(STEP) % places * run_bytes) as usize,
+            destination: (run * apart) as usize,
+            bytes: run_bytes as usize,
+        }));
         self.turn += runs;
-        Ok(self.clock.time(|| {
-            // SAFETY: sources lie in the mapping, which stays registered; destinations, none of which overlaps another, in a
-            // buffer that holds twice the largest request; the clock waits for the copies.
-            unsafe { self.engines.enqueue_on(kind, &self.runs, &self.map, &self.clock.stream) }
-        })?)
-    }
-}
-
-/// Times what is queued on a stream of its own.
-struct Clock {
-    stream: Stream,
-    start: Event,
-    end: Event,
-}
-
-impl Clock {
-    fn new(context: &Context) -> Result<Self, CudaError> {
-        Ok(Self {
-            stream: context.stream(Priority::High)?,
-            start: context.event(EventKind::Timed)?,
-            end: context.event(EventKind::Timed)?,
-        })
-    }
-
-    /// Microseconds from before `work` queues until the device has done it, by the device's clock: what the processor does in
-    /// between is in it. All is done on return, also if `work` failed half-way.
-    fn time<E: From<CudaError>>(&self, work: impl FnOnce() -> Result<(), E>) -> Result<f64, E> {
-        self.start.record(&self.stream)?;
-        let worked = work();
-        let ended = self.end.record(&self.stream).and_then(|()| self.stream.synchronize());
-        worked?;
-        ended?;
-        Ok(rounded(f64::from(self.end.elapsed_ms(&self.start)?) * 1e3))
+        Ok(rounded(self.rig.time(kind, &self.request)?))
     }
 }
 
@@ -306,7 +231,7 @@ mod tests {
         for run_bytes in RUN_BYTES {
             let places = SOURCE_BYTES as u64 / run_bytes;
             assert!(places.is_power_of_two() && places * run_bytes == SOURCE_BYTES as u64);
-            let step = 0x9e37_79b1 % places;
+            let step = STEP % places;
             assert!(step % 2 == 1 && step > 1 && step < places - 1, "{run_bytes}");
             assert!(REQUEST_BYTES_MAX <= SOURCE_BYTES as u64);
         }

@@ -7,18 +7,21 @@
 //! | `pin` | host memory that the device can read |
 //! | `board` | timeline words, status words and block tables, written in stream order |
 //! | `worker` | the thread that makes the driver's calls |
-//! | [`engines`], [`cost`], [`measure`], [`store`] | three ways to copy, what each costs, and where that comes from |
+//! | [`engines`], [`cost`] | three ways to copy, and what each costs |
+//! | [`rig`], [`measure`], [`store`], [`calibrate`](mod@calibrate) | where the costs come from, and where they are kept |
 //! | [`trial`] | what `kvoyant doctor` tries |
 //!
 //! The daemon exports and the client imports: an engine that dies takes nothing with it. Lanes never call the driver.
 
 mod board;
+pub mod calibrate;
 pub mod cost;
 pub mod engines;
 pub mod measure;
 mod memory;
 mod pin;
 mod quarantine;
+pub mod rig;
 pub mod store;
 pub mod trial;
 mod worker;

@@ -157,11 +157,14 @@ fn shape(pieces: &[Piece]) -> Shape {
 mod tests {
     use super::*;
 
+    type Resolved = (usize, Option<u64>, u64, usize);
+
     fn run(src: usize, dst: usize, bytes: usize) -> CopyRun {
         CopyRun { src: std::ptr::without_provenance(src), dst: std::ptr::without_provenance_mut(dst), bytes }
     }
 
-    fn resolved(runs: &[CopyRun], map: &DeviceMap) -> (Vec<(usize, Option<u64>, u64, usize)>, Shape) {
+    /// Source, its device address, destination and bytes of each piece, and the shape of all.
+    fn resolved(runs: &[CopyRun], map: &DeviceMap) -> (Vec<Resolved>, Shape) {
         let mut batcher = Batcher::default();
         // SAFETY: no engine ever sees the batch.
         let batch = unsafe { batcher.batch(runs, map) };

@@ -4,9 +4,6 @@ use kvoyant_cuda::{HostToDevice, Stream};
 
 use super::{Batch, EngineError, EngineKind, TransferEngine};
 
-/// Descriptors in one call: drivers were seen to crash on 50,000.
-const DESCRIPTORS: usize = 4096;
-
 /// The copy engine alone: no core copies, no multiprocessor runs. Each run costs a descriptor, so it suits long ones.
 #[derive(Debug, Default)]
 pub struct Dma {
@@ -27,16 +24,13 @@ impl TransferEngine for Dma {
             let (address, bytes) = (piece.src.addr(), piece.bytes);
             return Err(EngineError::Unregistered { engine: self.kind(), address, bytes });
         }
-        for pieces in batch.pieces.chunks(DESCRIPTORS) {
-            self.copies.clear();
-            self.copies.extend(pieces.iter().map(|piece| HostToDevice {
-                dst: piece.dst,
-                src: piece.src,
-                bytes: piece.bytes,
-            }));
-            // SAFETY: whoever made the batch promised that its sources and destinations are valid until all this has run.
-            unsafe { stream.copy_batch_h2d(&self.copies) }?;
-        }
-        Ok(())
+        self.copies.clear();
+        self.copies.extend(batch.pieces.iter().map(|piece| HostToDevice {
+            dst: piece.dst,
+            src: piece.src,
+            bytes: piece.bytes,
+        }));
+        // SAFETY: whoever made the batch promised that its sources and destinations are valid until all this has run.
+        Ok(unsafe { stream.copy_batch_h2d(&self.copies) }?)
     }
 }
