@@ -17,6 +17,8 @@ const PAGE_ROWS: usize = 8;
 const PAGES_PER_EXTENT: usize = 20;
 const PAGE_CAPACITY: usize = TOKENS / PAGE_ROWS;
 const WINDOW: usize = 16;
+/// More than the window: its rows begin and end anywhere in the ring.
+const RING: usize = 24;
 const CAPACITY: usize = 64;
 const RECORD: usize = 16 + CAPACITY * 8;
 const ROW: usize = 2 * D * 2;
@@ -130,11 +132,11 @@ pub(crate) fn a_captured_kernel_follows_residency_and_position_from_replay_to_re
         pages: device.upload_mapped(bytemuck::cast_slice(&pages)),
         extents: device.put(&addresses),
         sinks: device.upload(&layer.rows),
-        window: device.upload(&vec![0; KV_HEADS * WINDOW * ROW]),
+        window: device.upload(&vec![0xff; KV_HEADS * RING * ROW]),
         failed: device.put(&[0_u32]),
         residency_stride: RECORD as u64,
         sinks_stride: (TOKENS * ROW) as u64,
-        window_stride: (WINDOW * ROW) as u64,
+        window_stride: (RING * ROW) as u64,
         dtype: u32::from(Dtype::F16.code()),
         d: D as u32,
         group: GROUP as u32,
@@ -147,13 +149,13 @@ pub(crate) fn a_captured_kernel_follows_residency_and_position_from_replay_to_re
         page_rows: PAGE_ROWS as u32,
         pages_per_extent: PAGES_PER_EXTENT as u32,
         extent_count: 2,
-        window_rows: WINDOW as u32,
+        window_rows: RING as u32,
         tile_rows: tile_rows(Dtype::F16, D as u32, GROUP as u32).unwrap(),
         splits: 1,
         scale: 0.125,
     };
     let mut resolve = |layer: &mut Layer, step: u32, expected: u64| {
-        let tokens = 120 + step;
+        let tokens = 117 + step;
         let position = Position { sinks: 4, first_window: tokens - WINDOW as u32, tokens, pad: 0 };
         let mut numbers = Numbers::new(u64::from(step));
         let queries = numbers.normal(KV_HEADS * GROUP * D);
@@ -191,7 +193,7 @@ pub(crate) fn a_captured_kernel_follows_residency_and_position_from_replay_to_re
         device.write(params.failed, &[0; 4]);
         for head in 0..KV_HEADS {
             for token in position.first_window..position.tokens {
-                let place = (head * WINDOW + token as usize % WINDOW) * ROW;
+                let place = (head * RING + token as usize % RING) * ROW;
                 device.write(params.window + place as u64, layer.row(head, token as usize));
             }
         }
