@@ -22,7 +22,7 @@ fn compile_kernels() {
     println!("cargo::rerun-if-changed={}", shim.display());
     println!("cargo::rerun-if-changed={}", kernels.display());
     let mut build = cc::Build::new();
-    build.cpp(true).std("c++17").cpp_link_stdlib(None).opt_level(2).warnings(true).extra_warnings(true);
+    build.cpp(true).std("c++17").cpp_link_stdlib(None).opt_level(3).warnings(true).extra_warnings(true);
     // Kernels look at memory through several types, and their products and sums are rounded one by one.
     for flag in
         ["-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden"]
