@@ -3,7 +3,9 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use kvoyant_cuda::{Access, Context, CudaError, Event, ImportedBuffer, PinnedBuffer, Registration};
+use kvoyant_cuda::{
+    Access, Context, CudaError, Event, ImportedBuffer, PinnedBuffer, Priority, Registration, Stream,
+};
 use kvoyant_protocol::device::{DeviceExport, Export, Signal};
 use kvoyant_protocol::layout::Layout;
 use kvoyant_protocol::memory::{MemoryError, SharedMapping};
@@ -13,6 +15,9 @@ use crate::error::Error;
 
 /// Extents that a session may have on a device: 64 GiB.
 const EXTENTS_MAX: usize = 1024;
+
+/// Bytes that are read back from the slab at once.
+const READ_BYTES: usize = 1 << 20;
 
 /// How streams are signalled, with what that needs here.
 #[derive(Debug)]
@@ -42,6 +47,8 @@ pub struct DeviceSession {
     pub(super) c2d: Registration,
     pub(super) board: ImportedBuffer,
     slab: ImportedBuffer,
+    /// What reads the slab back for the host, once it is asked to.
+    reader: Mutex<Option<(Stream, PinnedBuffer)>>,
     slab_offset: u64,
     slab_bytes: u64,
     pub(super) layout: Layout,
@@ -120,6 +127,7 @@ impl DeviceSession {
             c2d: registered,
             board,
             slab,
+            reader: Mutex::new(None),
             slab_offset: export.slab_offset,
             slab_bytes: export.slab_bytes,
             layout,
@@ -203,14 +211,19 @@ impl DeviceSession {
 
     /// Copies device memory of the slab to the host. For whoever has no kernel: it waits for the device.
     pub(crate) fn read_slab(&self, offset: usize, bytes: &mut [u8]) -> Result<(), Error> {
-        let from = self.slab_range(offset, bytes.len())?;
-        let stream = self.context.stream(kvoyant_cuda::Priority::Normal)?;
-        let staging = self.context.pinned(bytes.len().max(1))?;
-        // SAFETY: a range of the slab into a pinned buffer of that size, which lives until the stream is done.
-        unsafe { stream.copy_d2h(staging.as_ptr(), from, bytes.len()) }?;
-        stream.synchronize()?;
-        // SAFETY: the buffer was filled above, and nobody else has it.
-        unsafe { std::ptr::copy_nonoverlapping(staging.as_ptr(), bytes.as_mut_ptr(), bytes.len()) };
+        let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let (stream, staging) = match &mut *reader {
+            Some(reader) => reader,
+            none => none.insert((self.context.stream(Priority::Normal)?, self.context.pinned(READ_BYTES)?)),
+        };
+        for (index, part) in bytes.chunks_mut(READ_BYTES).enumerate() {
+            let from = self.slab_range(offset + index * READ_BYTES, part.len())?;
+            // SAFETY: a range of the slab into a pinned buffer of that size, which lives until the stream is done.
+            unsafe { stream.copy_d2h(staging.as_ptr(), from, part.len()) }?;
+            stream.synchronize()?;
+            // SAFETY: the buffer was filled above, and whoever holds the lock has it alone.
+            unsafe { std::ptr::copy_nonoverlapping(staging.as_ptr(), part.as_mut_ptr(), part.len()) };
+        }
         Ok(())
     }
 }
