@@ -140,6 +140,21 @@ impl Daemon {
         });
     }
 
+    /// Waits until it ends by itself; returns how it ended and what it said.
+    ///
+    /// # Panics
+    /// If it does not.
+    #[must_use]
+    pub fn wait(mut self) -> (ExitStatus, String) {
+        let since = Instant::now();
+        while self.child.try_wait().expect("a child").is_none() {
+            assert!(since.elapsed() < PATIENCE, "the daemon did not end by itself");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let status = self.child.wait().expect("an end");
+        (status, words(&mut self.child))
+    }
+
     /// Sends a signal and waits for the end; returns how it ended and what it said.
     ///
     /// # Panics

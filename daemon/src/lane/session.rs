@@ -150,7 +150,7 @@ pub struct LaneSession {
     batch: Vec<BatchEntry>,
     answer: Answer,
     spare_copies: Vec<Vec<kvoyant_kernels::CopyRun>>,
-    /// Whether a request waits for its doorbell, so that the lane must poll.
+    /// Whether a request waits for its doorbell, or an answer for room in the ring, so that the lane must poll.
     pub armed: bool,
     dirty: bool,
     seen: Option<(u32, Instant)>,
@@ -227,6 +227,7 @@ impl LaneSession {
     /// Handles up to `most` requests; true if there was one.
     pub fn poll(&mut self, tools: Tools<'_>, most: u32) -> Result<bool, SessionError> {
         self.armed = false;
+        self.post_ready()?;
         self.release_by_stream()?;
         let available = self.requests.available(&self.c2d)?;
         let mut handled = 0;
@@ -479,6 +480,12 @@ impl LaneSession {
         let mut posted = false;
         while self.flights.front().is_some_and(|flight| !flight.waiting) {
             if self.completions.room(&self.c2d)? == 0 {
+                // Who releases by stream can be ahead of its own CPU, which has yet to read the ring. Whoever releases
+                // by the ring has read it.
+                if self.stream_released > self.posted {
+                    self.armed = true;
+                    break;
+                }
                 return Err(SessionError::CompletionsFull);
             }
             let Some(flight) = self.flights.pop_front() else { break };

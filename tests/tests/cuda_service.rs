@@ -1,0 +1,376 @@
+//! The daemon and its clients on a GPU: every way to share its memory and to signal, and what can go wrong with it.
+//!
+//! The GPU is softcuda; each test runs in a child process whose driver it is.
+#![allow(unsafe_code)]
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use kvoyant_client::{Client, Error, Failure, Model, Options, Sequence};
+use kvoyant_tests::softcuda::{Machine, is_child, on_softcuda};
+use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until, words};
+use nix::sys::signal::Signal;
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
+const CLIENT: &str = env!("CARGO_BIN_EXE_client-under-test");
+
+/// A daemon on the GPU, with small slabs.
+fn start(flags: &[&str]) -> Daemon {
+    let state = std::env::temp_dir().join(format!("kvoyant-state-{}", std::process::id()));
+    let state = state.display().to_string();
+    let mut all = vec!["--device", "cuda:0", "--slab", "8MiB", "--state", &state];
+    all.extend(flags);
+    Daemon::start(DAEMON, &all)
+}
+
+/// Has things go wrong on this child's machine from now on.
+fn set_faults(faults: &str) {
+    let folder = std::env::var_os("SOFTCUDA_DIR").expect("a child on softcuda");
+    let folder = std::path::Path::new(&folder);
+    std::fs::write(folder.join("faults.new"), faults).unwrap();
+    std::fs::rename(folder.join("faults.new"), folder.join("faults")).unwrap();
+}
+
+fn filled(model: &Model, seed: usize) -> Sequence {
+    let sequence = model.open(0, 400).unwrap();
+    fake::fill(model, &sequence, seed, 300).unwrap();
+    sequence
+}
+
+fn gpu(daemon: &Daemon) -> kvoyant_daemon::status::DeviceReport {
+    daemon.status().gpu.expect("a GPU")
+}
+
+#[test]
+fn rows_are_right_in_every_way_of_export_and_signal() {
+    if !on_softcuda("rows_are_right_in_every_way_of_export_and_signal", &Machine::new()) {
+        return;
+    }
+    for export in ["descriptor", "handle"] {
+        for signal in ["timeline64", "timeline32", "events"] {
+            let daemon = start(&["--export", export, "--signal", signal]);
+            let model = fake::connect(&daemon, &["random:budget=50%"]);
+            let device = model.device_session().expect("device memory");
+            assert_eq!(device.slab_is_read_only(), export == "descriptor");
+            let sequence = filled(&model, 7);
+            let first = fake::ask(&model, &sequence, 1);
+            assert!(fake::check(&first, 0, 7, 1).unwrap() > 0);
+            assert!(first.completion().bytes_moved > 0);
+            let mut runs = Vec::new();
+            assert!(matches!(first.runs(0, 0, &mut runs), Err(Error::OnDevice { .. })));
+            drop(first);
+            let again = fake::ask(&model, &sequence, 1);
+            assert!(again.completion().rows_hit > 0, "what is resident is not copied again");
+            fake::check(&again, 0, 7, 1).unwrap();
+            let report = gpu(&daemon);
+            assert_eq!((report.export.as_str(), report.signal.as_str()), (export, signal));
+            assert!(report.transfers.iter().sum::<u64>() >= 1);
+            assert!(report.used_bytes > 0);
+            drop((again, sequence, model));
+            wait_until("the session's device memory coming back", || gpu(&daemon).used_bytes == 0);
+            let (status, words) = daemon.end(Signal::SIGTERM);
+            assert!(status.success(), "{words}");
+        }
+    }
+}
+
+/// Makes a stream ask `count` times and returns what its status words said, without waiting in between.
+fn ask_by_stream(model: &Model, sequence: &Sequence, count: usize) -> Vec<(u64, u64)> {
+    let device = model.device_session().unwrap();
+    let context = device.context();
+    let stream = context.stream(kvoyant_cuda::Priority::Normal).unwrap();
+    let hints = context.alloc(fake::QUERY_HEADS * fake::HEAD_DIM * 4).unwrap();
+    // SAFETY: all of an allocation of ours.
+    unsafe { stream.fill(hints.ptr(), 0, hints.len()) }.unwrap();
+    let back = context.pinned(count * 8).unwrap();
+    let mut expected = Vec::new();
+    for index in 0..count {
+        let member = kvoyant_client::cuda::StreamMember { sequence, position: 300 };
+        // SAFETY: the hints stay until the stream is done, which is of the session's context.
+        let pending = unsafe { model.submit_on_stream(1, &[member], hints.ptr(), &stream) }.unwrap();
+        pending.wait_on_stream(&stream, PATIENCE).unwrap();
+        let table = pending.table();
+        // SAFETY: a word of the board into the pinned buffer, which outlives the stream's work.
+        unsafe { stream.copy_d2h(back.as_ptr().wrapping_add(index * 8), table.status, 8) }.unwrap();
+        expected.push(table.expected);
+        pending.release_on_stream(&stream).unwrap();
+    }
+    stream.synchronize().unwrap();
+    let found = (0..count).map(|index| {
+        // SAFETY: the stream is done with the buffer.
+        unsafe { back.as_ptr().cast::<u64>().add(index).read_volatile() }
+    });
+    found.zip(expected).collect()
+}
+
+#[test]
+fn a_stream_asks_waits_and_releases_while_the_cpu_goes_on() {
+    if !on_softcuda("a_stream_asks_waits_and_releases_while_the_cpu_goes_on", &Machine::new()) {
+        return;
+    }
+    for signal in ["timeline64", "timeline32", "events"] {
+        let daemon = start(&["--signal", signal]);
+        let model = fake::connect(&daemon, &["quest:budget=50%"]);
+        let sequence = filled(&model, 3);
+        // Many more than there are slots: every slot is used, released by the stream and used again.
+        for (found, expected) in ask_by_stream(&model, &sequence, 100) {
+            assert_eq!(found, expected, "{signal}");
+        }
+        // The CPU's way goes on from where the stream left off.
+        let member = kvoyant_client::Member {
+            sequence: &sequence,
+            position: 300,
+            hint: &[0.5; fake::QUERY_HEADS * fake::HEAD_DIM],
+        };
+        let ready = model.speculate(2, &[member]).unwrap().wait(PATIENCE).unwrap();
+        fake::check(&ready, 0, 3, 2).unwrap();
+    }
+}
+
+#[test]
+fn a_stream_releases_out_of_order_what_the_cpu_still_holds() {
+    if !on_softcuda("a_stream_releases_out_of_order_what_the_cpu_still_holds", &Machine::new()) {
+        return;
+    }
+    let daemon = start(&[]);
+    let model = fake::connect(&daemon, &["quest:budget=50%"]);
+    let sequence = filled(&model, 3);
+    let hint = [1.0; fake::QUERY_HEADS * fake::HEAD_DIM];
+    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &hint };
+    let held = model.speculate(1, &[member]).unwrap().wait(PATIENCE).unwrap();
+    let words = ask_by_stream(&model, &sequence, 5);
+    assert!(words.iter().all(|(found, expected)| found == expected));
+    fake::check(&held, 0, 3, 1).expect("the rows of an answer that is held stay");
+    drop(held);
+    let words = ask_by_stream(&model, &sequence, 40);
+    assert!(words.iter().all(|(found, expected)| found == expected));
+}
+
+#[test]
+fn a_stream_that_waits_for_a_daemon_that_dies_is_let_go_and_told() {
+    if !on_softcuda("a_stream_that_waits_for_a_daemon_that_dies_is_let_go_and_told", &Machine::new()) {
+        return;
+    }
+    for signal in ["timeline64", "timeline32"] {
+        let daemon = start(&["--signal", signal]);
+        let model = fake::connect(&daemon, &["quest:budget=50%"]);
+        let sequence = filled(&model, 3);
+        daemon.stop();
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            daemon.end(Signal::SIGKILL)
+        });
+        for (found, expected) in ask_by_stream(&model, &sequence, 2) {
+            assert_ne!(found, expected, "an answer that never came must not look as if it had");
+        }
+        killer.join().unwrap();
+        let mut rows = vec![0; 2 * fake::HEAD_DIM * 4];
+        sequence.read_rows(1, 0, 5..6, &mut rows).expect("the session's own rows stay readable");
+        let own: Vec<u8> = fake::row(3, 1, 0, 5).into_iter().flat_map(f32::to_le_bytes).collect();
+        assert_eq!(rows, own);
+    }
+}
+
+#[test]
+fn a_device_without_room_refuses_one_session_and_serves_the_others() {
+    let machine = Machine::new().with("SOFTCUDA_MEMORY", "256MiB");
+    if !on_softcuda("a_device_without_room_refuses_one_session_and_serves_the_others", &machine) {
+        return;
+    }
+    let daemon = start(&["--device-memory", "96MiB"]);
+    let connect = |slab_bytes| {
+        let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
+        client.register(kvoyant_client::ModelSpec { slab_bytes, ..fake::spec(&["random:budget=50%"]) }, None)
+    };
+    let first = connect(16 << 20).unwrap();
+    let sequence = filled(&first, 1);
+    let used = gpu(&daemon).used_bytes;
+    match connect(90 << 20) {
+        Err(Error::Failed(Failure::DeviceFull { set_aside_bytes, needed_bytes, .. })) => {
+            assert_eq!(set_aside_bytes, 96 << 20);
+            assert!(needed_bytes >= 90 << 20);
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(gpu(&daemon).used_bytes, used, "a refusal takes nothing");
+    // Now the card itself has no room, whatever was set aside.
+    set_faults("oom process=kvoyantd");
+    assert!(matches!(connect(16 << 20), Err(Error::Failed(Failure::DeviceFull { .. }))));
+    fake::check(&fake::ask(&first, &sequence, 1), 0, 1, 1).unwrap();
+    set_faults("");
+    let second = connect(16 << 20).unwrap();
+    let other = filled(&second, 2);
+    fake::check(&fake::ask(&second, &other, 1), 0, 2, 1).unwrap();
+    fake::check(&fake::ask(&first, &sequence, 2), 0, 1, 2).unwrap();
+}
+
+#[test]
+fn memory_of_an_engine_killed_in_the_middle_of_a_copy_comes_back() {
+    let machine = Machine::new().with("SOFTCUDA_LATE_MS", "200");
+    if !on_softcuda("memory_of_an_engine_killed_in_the_middle_of_a_copy_comes_back", &machine) {
+        return;
+    }
+    for export in ["handle", "descriptor"] {
+        let daemon = start(&["--export", export]);
+        let neighbour = fake::connect(&daemon, &["random:budget=50%"]);
+        let sequence = filled(&neighbour, 9);
+        let before = gpu(&daemon);
+        // Copies are so slow that the client dies with some of them under way.
+        set_faults("slow-copies us=30000 process=kvoyantd");
+        let mut child = Command::new(CLIENT)
+            .arg(daemon.socket())
+            .args(["work", "60"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        wait_until("the client's first answers", || {
+            let moved =
+                |s: &kvoyant_daemon::status::SessionReport| s.pid == child.id() as i32 && s.speculations > 0;
+            daemon.status().sessions.iter().any(moved)
+        });
+        child.kill().unwrap();
+        child.wait().unwrap();
+        set_faults("");
+        wait_until("its device memory coming back", || {
+            let now = gpu(&daemon);
+            now.used_bytes == before.used_bytes && now.quarantined_bytes == 0
+        });
+        fake::check(&fake::ask(&neighbour, &sequence, 1), 0, 9, 1).unwrap();
+        assert_eq!(gpu(&daemon).lost, None, "{}", words(&mut child));
+    }
+}
+
+#[test]
+fn a_lost_device_is_told_to_sessions_and_ends_the_daemon_for_its_supervisor() {
+    for fault in ["device-lost", "ecc", "fail call=cuMemcpyHtoDAsync_v2 code=700"] {
+        let name = "a_lost_device_is_told_to_sessions_and_ends_the_daemon_for_its_supervisor";
+        if !is_child() {
+            let ended =
+                kvoyant_tests::softcuda::in_child(name, &Machine::new(), &[("KVOYANT_TEST_FAULT", fault)]);
+            assert!(ended.status.success(), "{fault}: {}", ended.words);
+            continue;
+        }
+        let fault = std::env::var("KVOYANT_TEST_FAULT").unwrap();
+        let daemon = start(&[]);
+        let model = fake::connect(&daemon, &["random:budget=50%"]);
+        let sequence = filled(&model, 4);
+        fake::check(&fake::ask(&model, &sequence, 1), 0, 4, 1).unwrap();
+        set_faults(&format!("{fault} process=kvoyantd"));
+        let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &[] };
+        // It may be this answer or the session that fails first; but something says so, in time.
+        let told = std::iter::repeat_with(|| model.speculate(2, &[member]).and_then(|p| p.wait(PATIENCE)))
+            .find_map(Result::err)
+            .unwrap();
+        let told = match told {
+            Error::NotReady { .. } => {
+                let again = std::iter::repeat_with(|| model.open(0, 10)).find_map(Result::err);
+                again.unwrap()
+            }
+            other => other,
+        };
+        assert!(matches!(told, Error::Failed(Failure::DeviceLost(_)) | Error::DaemonGone), "{told}");
+        let mut rows = vec![0; 2 * fake::HEAD_DIM * 4];
+        sequence.read_rows(0, 1, 299..300, &mut rows).expect("host copies are safe");
+        let (status, words) = daemon.wait();
+        assert_eq!(status.code(), Some(75), "{words}");
+        assert!(words.contains("the device is lost"), "{words}");
+        return;
+    }
+}
+
+/// What a daemon says that cannot start on a machine.
+fn refusal(machine: Option<&Machine>, flags: &[&str]) -> (Option<i32>, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Daemon::command(DAEMON, folder.path(), flags);
+    if let Some(machine) = machine {
+        machine.env(&mut command);
+    }
+    let output = command.output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_device_that_cannot_be_used_is_refused_in_one_sentence() {
+    let old = Machine::new().with("SOFTCUDA_DRIVER_VERSION", "11080");
+    let empty = Machine::new().with("SOFTCUDA_DEVICES", "0");
+    let exclusive = Machine::new().with("SOFTCUDA_EXCLUSIVE", "1");
+    let unregistered = Machine::new().with("SOFTCUDA_NO", "host_register");
+    let islands = Machine::new().with("SOFTCUDA_NO", "posix_fd,ipc,ipc_events");
+    let cases: [(Option<&Machine>, &str, &str); 7] = [
+        (None, "cuda:0", "libcuda"),
+        (Some(&old), "cuda:0", "11.8"),
+        (Some(&empty), "cuda:0", "no"),
+        (Some(&exclusive), "cuda:0", "exclusive"),
+        (Some(&unregistered), "cuda:0", "registered host memory"),
+        (Some(&islands), "cuda:0", "export memory"),
+        (Some(&islands), "cuda:3", "no cuda:3"),
+    ];
+    for (machine, device, word) in cases {
+        let (code, words) = refusal(machine, &["--device", device]);
+        let last = words.lines().last().unwrap_or_default();
+        assert_eq!(code, Some(69), "{words}");
+        assert!(
+            last.starts_with("kvoyantd: cannot use the device") && last.contains(word),
+            "{word}: {words}"
+        );
+    }
+}
+
+#[test]
+fn a_slice_of_a_card_serves_like_a_card() {
+    if !on_softcuda("a_slice_of_a_card_serves_like_a_card", &Machine::new().with("SOFTCUDA_MIG", "1")) {
+        return;
+    }
+    let daemon = start(&[]);
+    let model = fake::connect(&daemon, &["random:budget=50%"]);
+    let sequence = filled(&model, 5);
+    fake::check(&fake::ask(&model, &sequence, 1), 0, 5, 1).unwrap();
+    assert!(gpu(&daemon).model.contains("MIG"));
+}
+
+#[test]
+fn a_client_without_a_driver_is_told_why_it_cannot_use_a_gpu() {
+    let machine = Machine::new();
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Daemon::command(DAEMON, folder.path(), &["--device", "cuda:0"]);
+    let mut daemon = machine.env(&mut command).spawn().unwrap();
+    let socket = folder.path().join("kvoyantd.sock");
+    wait_until("the daemon's socket", || socket.exists());
+    let refused = Client::connect(&socket, Options::default());
+    assert!(
+        matches!(&refused, Err(Error::Failed(Failure::Device(reason))) if reason.contains("no CUDA driver")),
+        "{refused:?}"
+    );
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    machine.assert_clean();
+}
+
+#[test]
+fn an_engine_in_another_process_reads_right_rows() {
+    if !on_softcuda("an_engine_in_another_process_reads_right_rows", &Machine::new()) {
+        return;
+    }
+    let daemon = start(&["--export", "handle"]);
+    let mut children: Vec<_> = (0..2)
+        .map(|_| {
+            Command::new(CLIENT)
+                .arg(daemon.socket())
+                .args(["work", "1"])
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for child in &mut children {
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let status = child.wait().unwrap();
+        assert!(status.success(), "{}", words(child));
+        assert!(line.trim().parse::<u64>().unwrap() > 0);
+    }
+    wait_until("all device memory coming back", || gpu(&daemon).used_bytes == 0);
+}
