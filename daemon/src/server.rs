@@ -190,13 +190,19 @@ impl ServerError {
     }
 }
 
-/// Extents for the host device: locked if they are to be, and nothing ahead of time unless that is asked for.
-fn pool_settings(config: &Config, arena_bytes: u64) -> PoolSettings {
+/// How extents are made. For the host they are locked if they are to be, and nothing is made ahead of time unless that is
+/// asked for; for a GPU they are registered with its driver, all of them ahead of time, near to it.
+fn pool_settings(config: &Config, arena_bytes: u64, device: &dyn Device) -> PoolSettings {
+    let device_pin = if config.pin { device.pin() } else { None };
+    let on_device = device_pin.is_some();
+    let lock = || config.pin.then(|| Box::new(MlockPin::new(arena_bytes)) as Box<dyn Pin>);
     PoolSettings {
-        ahead_bytes: config.pin_ahead.bytes(arena_bytes, 0),
+        ahead_bytes: config.pin_ahead.bytes(arena_bytes, if on_device { arena_bytes } else { 0 }),
         threads: config.pin_threads,
         huge_pages: config.huge_pages,
-        pin: config.pin.then(|| Box::new(MlockPin::new(arena_bytes)) as Box<dyn Pin>),
+        numa_node: device.numa_node(),
+        pin: device_pin.or_else(lock),
+        pin_required: on_device,
         ..PoolSettings::unpinned()
     }
 }
@@ -227,9 +233,14 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         ),
         DeviceName::Cuda(ordinal) => Arc::new(CudaDevice::open(&config.cuda(ordinal))?),
     };
+    if device.mode() == Mode::Device && !config.pin {
+        tracing::warn!(
+            "pin = false: extents are not registered with the driver, and every copy goes through staging buffers"
+        );
+    }
     let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
     raise_open_files(arena);
-    let pool = ExtentPool::start(Arc::new(ArenaBudget::new(arena)), pool_settings(config, arena));
+    let pool = ExtentPool::start(Arc::new(ArenaBudget::new(arena)), pool_settings(config, arena, &*device));
     let pool = Arc::new(pool.map_err(ServerError::Start)?);
     let lanes: Vec<_> = (0..config.lanes)
         .map(|index| {

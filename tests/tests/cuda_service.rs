@@ -19,7 +19,7 @@ const CLIENT: &str = env!("CARGO_BIN_EXE_client-under-test");
 fn start(flags: &[&str]) -> Daemon {
     let state = std::env::temp_dir().join(format!("kvoyant-state-{}", std::process::id()));
     let state = state.display().to_string();
-    let mut all = vec!["--device", "cuda:0", "--slab", "8MiB", "--state", &state];
+    let mut all = vec!["--device", "cuda:0", "--pin", "true", "--slab", "8MiB", "--state", &state];
     all.extend(flags);
     Daemon::start(DAEMON, &all)
 }

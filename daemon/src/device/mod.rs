@@ -25,6 +25,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 
 use crate::status::DeviceReport;
+use crate::tiers::pin::Pin;
 
 pub use name::{BadDeviceName, DeviceName};
 
@@ -225,6 +226,16 @@ pub trait Device: Send + Sync + Debug {
 
     /// Takes a transfer, without blocking. Gives it back if the device is overloaded or stopped.
     fn submit(&self, transfer: Transfer) -> Result<(), Transfer>;
+
+    /// How extents are pinned for it, if that is its business: then no extent is used that could not be.
+    fn pin(&self) -> Option<Box<dyn Pin>> {
+        None
+    }
+
+    /// The host's NUMA node that it hangs on.
+    fn numa_node(&self) -> Option<u32> {
+        None
+    }
 
     /// Becomes something once the device is lost for this process, with the reason.
     fn lost(&self) -> Option<tokio::sync::watch::Receiver<Option<String>>> {

@@ -142,8 +142,12 @@ pub struct LaneSession {
     last_ticket: u64,
     posted: u64,
     released_through: u64,
-    /// As far as the client's stream says that it has let go; it may be ahead of what has been posted.
+    /// As far as the client's stream says that it has let go.
     stream_released: u64,
+    /// As far as the client has let go in either way; it may be ahead of what has been posted.
+    asked_release: u64,
+    /// Whether answers are made known to the client's streams, which may be ahead of its CPU and of the lane.
+    streams: bool,
     flights: VecDeque<Flight>,
     in_transfer: usize,
     stats: [u64; STATS],
@@ -190,6 +194,8 @@ impl LaneSession {
             posted: 0,
             released_through: 0,
             stream_released: 0,
+            asked_release: 0,
+            streams: false,
             flights: VecDeque::with_capacity(layout.limits.ring_slots as usize),
             in_transfer: 0,
             stats: [0; STATS],
@@ -227,8 +233,11 @@ impl LaneSession {
     /// Handles up to `most` requests; true if there was one.
     pub fn poll(&mut self, tools: Tools<'_>, most: u32) -> Result<bool, SessionError> {
         self.armed = false;
+        self.streams = tools.device.publishes();
         self.post_ready()?;
-        self.release_by_stream()?;
+        if self.streams {
+            self.release_by_stream()?;
+        }
         let available = self.requests.available(&self.c2d)?;
         let mut handled = 0;
         let since = Instant::now();
@@ -247,6 +256,11 @@ impl LaneSession {
                 && speculate.doorbell
                 && self.c2d.load_u32(self.layout.doorbell(index)) != speculate.ticket as u32
             {
+                self.seen = Some((index, arrived));
+                self.armed = true;
+                break;
+            }
+            if self.streams && self.must_catch_up(&request) {
                 self.seen = Some((index, arrived));
                 self.armed = true;
                 break;
@@ -290,9 +304,9 @@ impl LaneSession {
     }
 
     fn release(&mut self, through: u64) -> Result<(), SessionError> {
-        // An answer can only be let go of once it has been given. A stream of the client's may have been ahead of
-        // what its CPU knows, and then there is nothing left to release.
-        if through > self.posted {
+        // An answer can only be let go of once it has been given. A client with streams is given it by the device, before
+        // its lane knows; then the release counts once the lane does.
+        if through > if self.streams { self.last_ticket } else { self.posted } {
             return Err(SessionError::Ticket {
                 ticket: self.last_ticket,
                 released: through,
@@ -300,6 +314,8 @@ impl LaneSession {
                 released_before: self.released_through,
             });
         }
+        self.asked_release = self.asked_release.max(through);
+        let through = self.asked_release.min(self.posted);
         if through > self.released_through {
             self.released_through = through;
             if let Some(model) = &mut self.model {
@@ -309,9 +325,20 @@ impl LaneSession {
         Ok(())
     }
 
-    /// What a stream of the client's has let go of: the word has a ticket's low 32 bits, and no more tickets than
-    /// ring slots lie between what is released and the last one asked for.
+    /// Whether a request takes a slot that the client's streams have let go of and the lane has not: it has yet to hear
+    /// that the answer there was given.
+    fn must_catch_up(&self, request: &Request) -> bool {
+        let Operation::Speculate(speculate) = request.operation else { return false };
+        let slots = u64::from(self.layout.limits.ring_slots);
+        let asked = self.asked_release.max(request.release_through).min(self.last_ticket);
+        let beyond = |released: u64| speculate.ticket.saturating_sub(released) > slots;
+        beyond(self.released_through) && !beyond(asked)
+    }
+
+    /// Lets go of what a stream of the client's has let go of, as far as it has been posted.
     fn release_by_stream(&mut self) -> Result<(), SessionError> {
+        // The word has a ticket's low 32 bits, and no more tickets than ring slots lie between what is released and the
+        // last one asked for.
         let word = self.c2d.load_u32(c2d::RELEASED);
         let ahead = word.wrapping_sub(self.stream_released as u32).cast_signed();
         if ahead > 0 {
@@ -325,7 +352,7 @@ impl LaneSession {
                 });
             }
         }
-        self.release(self.stream_released.min(self.posted))
+        self.release(self.stream_released)
     }
 
     fn read_batch(&mut self, index: u32, members: u32) -> Result<(), SessionError> {
@@ -480,9 +507,8 @@ impl LaneSession {
         let mut posted = false;
         while self.flights.front().is_some_and(|flight| !flight.waiting) {
             if self.completions.room(&self.c2d)? == 0 {
-                // Who releases by stream can be ahead of its own CPU, which has yet to read the ring. Whoever releases
-                // by the ring has read it.
-                if self.stream_released > self.posted {
+                // A client with streams can release what its CPU has yet to read in the ring; any other has read it.
+                if self.streams {
                     self.armed = true;
                     break;
                 }

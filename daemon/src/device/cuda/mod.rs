@@ -42,11 +42,12 @@ use tokio::sync::watch;
 use self::board::{Board, SignalKind};
 use self::engines::Engines;
 use self::memory::{Allocation, Budget, Charge, Way, refused};
-use self::pin::Registered;
+use self::pin::{CudaPin, Registered};
 use self::quarantine::{Held, Quarantine};
 use self::worker::{Work, Worker};
 use super::{Device, Importer, Slab, SlabError, SlabMemory, SlabRequest, Transfer};
 use crate::status::DeviceReport;
+use crate::tiers::pin::Pin;
 
 /// Share of the device memory that is free at start that sessions may have, unless the operator says how much.
 const SET_ASIDE: f64 = 0.8;
@@ -420,6 +421,15 @@ impl Device for CudaDevice {
             Work::Transfer(transfer) => *transfer,
             _ => unreachable!("what comes back is what was sent"),
         })
+    }
+
+    fn pin(&self) -> Option<Box<dyn Pin>> {
+        let (context, known) = (self.shared.context.clone(), Arc::clone(&self.shared.registered));
+        Some(Box::new(CudaPin { context, known }))
+    }
+
+    fn numa_node(&self) -> Option<u32> {
+        self.shared.context.info().numa_node
     }
 
     fn lost(&self) -> Option<watch::Receiver<Option<String>>> {

@@ -6,6 +6,7 @@ use kvoyant_cuda::{Context, Registration};
 use kvoyant_protocol::memory::SharedMapping;
 
 use super::engines::DeviceMap;
+use crate::tiers::pin::{Pin, PinError, PinGuard};
 
 /// What is registered, shared between whoever registers and the worker that copies.
 #[derive(Debug, Default)]
@@ -51,5 +52,25 @@ impl Drop for Pinned {
         let host = self.memory.address(0, 0).unwrap_or(std::ptr::null_mut());
         self.known.write().remove(host);
         self.registration = None;
+    }
+}
+
+/// Pins extents by registering them with the driver, for every device and mapped for kernels.
+#[derive(Debug)]
+pub(super) struct CudaPin {
+    pub(super) context: Context,
+    pub(super) known: Arc<Registered>,
+}
+
+impl Pin for CudaPin {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn pin(&self, memory: &Arc<SharedMapping>) -> Result<Box<dyn PinGuard>, PinError> {
+        match Pinned::new(&self.context, &self.known, memory) {
+            Ok(pinned) => Ok(Box::new(pinned)),
+            Err(error) => Err(PinError::Registration { reason: error.to_string() }),
+        }
     }
 }
