@@ -5,6 +5,7 @@
 //! transfers; when all are empty it polls a little longer, then sleeps on all of them at once.
 
 pub mod digests;
+pub mod error;
 pub mod model;
 pub mod select;
 pub mod sequences;
@@ -21,8 +22,9 @@ use kvoyant_protocol::futex::{Bell, Word, publish_before_looking, spin, wait_any
 use tokio::sync::{Notify, oneshot};
 
 use crate::device::{Device, Report};
+use crate::lane::error::SessionError;
 use crate::lane::model::{Announcement, ModelState};
-use crate::lane::session::{LaneSession, SessionError, Tools};
+use crate::lane::session::{LaneSession, Tools};
 use crate::tiers::pool::Supply;
 
 /// Requests of one session that a lane handles before it looks at the next one.

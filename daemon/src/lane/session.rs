@@ -7,17 +7,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use kvoyant_protocol::control::Failure;
 use kvoyant_protocol::layout::{Layout, c2d, d2c};
-use kvoyant_protocol::memory::{MemoryError, SharedMapping};
-use kvoyant_protocol::ring::{Consumer, Producer, RingError};
+use kvoyant_protocol::memory::SharedMapping;
+use kvoyant_protocol::ring::{Consumer, Producer};
 use kvoyant_protocol::wire::{
-    Append, BatchEntry, Completion, Observe, Operation, Request, RequestError, STATS, SequenceId, Speculate,
-    Stat, Status,
+    Append, BatchEntry, Completion, Observe, Operation, Request, STATS, Speculate, Stat, Status,
 };
-use thiserror::Error;
 
 use crate::device::{Device, Done, Publication, Report, Transfer};
+use crate::lane::error::{SessionError, WORK_MAX};
 use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::Sequence;
@@ -25,96 +23,6 @@ use crate::status::SessionStatus;
 
 /// How long a session may keep its lane before another one gets its turn; one request may take longer.
 const TURN_MAX: Duration = Duration::from_millis(1);
-
-/// Rows, over all members and KV heads, that one speculation may have candidates for: a batch of 256 sequences of
-/// 128 Ki tokens with eight KV heads.
-const WORK_MAX: usize = 1 << 28;
-
-/// Why a session ends.
-#[derive(Debug, Error)]
-pub enum SessionError {
-    /// Ring indices that cannot be.
-    #[error(transparent)]
-    Ring(#[from] RingError),
-    /// A descriptor that cannot be.
-    #[error(transparent)]
-    Request(#[from] RequestError),
-    /// Memory that could not be had, or an access outside it.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// A request before a model was registered.
-    #[error("a request came before a model was registered")]
-    NoModel,
-    /// A sequence that is not open.
-    #[error("{0}")]
-    Sequence(Failure),
-    /// A layer that the model does not have.
-    #[error("layer {layer} is not one of those that can be {verb} (the model has {layers})")]
-    Layer {
-        /// The layer.
-        layer: u16,
-        /// What was to be done.
-        verb: &'static str,
-        /// Layers of the model.
-        layers: usize,
-    },
-    /// Tickets out of order.
-    #[error(
-        "ticket {ticket} with release through {released} cannot follow ticket {last} with {released_before}"
-    )]
-    Ticket {
-        /// The ticket.
-        ticket: u64,
-        /// What it releases.
-        released: u64,
-        /// The ticket before.
-        last: u64,
-        /// What was released before.
-        released_before: u64,
-    },
-    /// Rows appended elsewhere than at the end, or beyond the room.
-    #[error(
-        "{count} rows at {position} of sequence {sequence} cannot be appended in layer {layer}: it has {len} and room for {room}"
-    )]
-    Append {
-        /// Which sequence.
-        sequence: SequenceId,
-        /// Which layer.
-        layer: usize,
-        /// First row.
-        position: u32,
-        /// Rows.
-        count: u32,
-        /// Rows it has.
-        len: u32,
-        /// Rows it has room for.
-        room: usize,
-    },
-    /// A hint or other payload of the wrong size or place.
-    #[error("a payload of {bytes} bytes at {offset} does not fit: {wanted} bytes within {have} are needed")]
-    Payload {
-        /// Where it is said to begin.
-        offset: usize,
-        /// Its size.
-        bytes: usize,
-        /// What its size must be.
-        wanted: usize,
-        /// Bytes of all payloads.
-        have: usize,
-    },
-    /// A batch with more candidates than a lane can be asked to look at in one go.
-    #[error("a speculation over {rows} rows and more is larger than {WORK_MAX}; split the batch")]
-    Work {
-        /// Rows so far.
-        rows: usize,
-    },
-    /// A control request that failed after it had begun.
-    #[error("a request failed half way: {0}")]
-    HalfWay(String),
-    /// Completions that nobody reads.
-    #[error("the completion ring is full: answers were released without being read")]
-    CompletionsFull,
-}
 
 /// An answer on its way.
 #[derive(Debug)]
