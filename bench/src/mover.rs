@@ -19,6 +19,12 @@ pub(crate) const REQUEST_BYTES_MAX: usize = 64 << 20;
 /// An odd number that jumps about.
 const STEP: u64 = 0x9e37_79b1;
 
+/// Compiled kernels beside this program, where `scripts/gpu-check build` puts them.
+fn kernel_cache() -> KernelCache {
+    let program = std::env::current_exe().unwrap_or_default();
+    KernelCache::new(program.with_file_name("kernels"))
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Mover {
@@ -52,9 +58,8 @@ impl Mover {
 
     /// Over memory that is given. `needs_kernel`: without the gather kernel there is nothing to do.
     pub(crate) fn over(context: &Context, needs_kernel: bool, source: SharedMapping) -> Result<Self, Stop> {
-        let folder = tempfile::tempdir()?;
-        let gather = kvoyant_kernels::cuda::source("gather")
-            .map(|source| KernelCache::new(folder.path()).module(context, source));
+        let gather =
+            kvoyant_kernels::cuda::source("gather").map(|source| kernel_cache().module(context, source));
         let gather = match gather {
             Some(Ok(module)) => Some(module),
             Some(Err(error)) if needs_kernel => return Err(Stop::Skipped(error.to_string())),

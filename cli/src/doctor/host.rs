@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use kvoyant_daemon::config::Config;
+use kvoyant_daemon::server::check_room;
+use kvoyant_daemon::tiers::cgroup::Limits;
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::memory::{Memfd, Seals};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
@@ -25,6 +27,7 @@ pub(crate) fn examine(report: &mut Report, config: &Config) {
             .map_or_else(|error| error.to_string(), |kernels| kernels.path().to_string()),
     );
     memory_files(report);
+    memory(report, config);
     locked_memory(report, config);
     descriptors(report, config);
     huge_pages(report, config);
@@ -42,6 +45,15 @@ fn memory_files(report: &mut Report) {
             format!("memory files do not work here: {error}"),
             Some("allow memfd_create and its seals in the container's seccomp profile".into()),
         ),
+    }
+}
+
+/// Whether the arena fits into the limits.
+fn memory(report: &mut Report, config: &Config) {
+    match (check_room(config), Limits::default().room()) {
+        (Err(error), _) => report.add("memory", Level::Fail, error.to_string(), None),
+        (Ok(()), Some(room)) => report.pass("memory", room.to_string()),
+        (Ok(()), None) => report.pass("memory", "no limit can be read"),
     }
 }
 
