@@ -15,6 +15,7 @@ mod sections;
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use clap::Parser;
 
@@ -41,6 +42,9 @@ struct Cli {
     /// Folder of the other programs; by default, that of this one
     #[arg(long, value_name = "DIR")]
     programs: Option<PathBuf>,
+    /// How long a section may take, in seconds, instead of what suits each
+    #[arg(long, value_name = "SECONDS")]
+    patience: Option<u64>,
     /// Be the process of one section
     #[arg(long, hide = true)]
     section: Option<Kind>,
@@ -49,9 +53,24 @@ struct Cli {
     agent: bool,
 }
 
+/// As the first argument: be a daemon, with the rest.
+pub(crate) const DAEMON: &str = "--daemon";
+
+/// The same as `kvoyantd`.
+#[derive(Debug, Parser)]
+struct DaemonCli {
+    #[command(flatten)]
+    args: kvoyant_daemon::Args,
+}
+
 fn main() -> ExitCode {
-    // What is left behind by a parent that was killed helps nobody.
-    let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+    // The daemon of a section ends with it; what a killed parent leaves behind helps nobody.
+    let mut arguments = std::env::args_os().peekable();
+    let program = arguments.next().unwrap_or_default();
+    if arguments.next_if(|argument| argument == DAEMON).is_some() {
+        let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+        return kvoyant_daemon::main(&DaemonCli::parse_from(std::iter::once(program).chain(arguments)).args);
+    }
     match work(&Cli::parse()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -64,6 +83,9 @@ fn main() -> ExitCode {
 
 /// Whether all is well.
 fn work(cli: &Cli) -> Result<bool, Stop> {
+    if cli.agent || cli.section.is_some() {
+        let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+    }
     if cli.agent {
         return agent::serve(cli.device).map(|()| true);
     }
@@ -74,7 +96,8 @@ fn work(cli: &Cli) -> Result<bool, Stop> {
         None => std::env::current_exe()?.parent().map(PathBuf::from).unwrap_or_default(),
     };
     let software = gpu.is_software();
-    let setup = Setup { ordinal: cli.device, programs, model: cli.model.clone(), software };
+    let patience = cli.patience.map(Duration::from_secs);
+    let setup = Setup { ordinal: cli.device, programs, model: cli.model.clone(), software, patience };
     if let Some(kind) = cli.section {
         run::inside(kind, &setup);
         return Ok(true);

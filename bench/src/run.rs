@@ -113,7 +113,8 @@ fn watched(kind: Kind, setup: &Setup, variables: &[(&str, String)]) -> io::Resul
         .stderr(File::create(&err_path)?)
         .process_group(0)
         .spawn()?;
-    let until = Instant::now() + kind.patience();
+    let patience = setup.patience.unwrap_or(kind.patience());
+    let until = Instant::now() + patience;
     let status = loop {
         match child.try_wait()? {
             None if Instant::now() < until => std::thread::sleep(Duration::from_millis(5)),
@@ -135,7 +136,7 @@ fn watched(kind: Kind, setup: &Setup, variables: &[(&str, String)]) -> io::Resul
         let said = std::fs::read_to_string(&err_path).unwrap_or_default();
         let said = said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it said nothing").to_owned();
         Outcome::Fail(match status {
-            None => format!("it did not end within {} s ({said})", kind.patience().as_secs()),
+            None => format!("it did not end within {} s ({said})", patience.as_secs()),
             Some(status) => format!("it ended without an answer, {status} ({said})"),
         })
     });

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvoyant_cuda::{Access, Context, ImportedBuffer, Priority};
+use kvoyant_cuda::{Access, Context, Priority};
 use kvoyant_daemon::device::cuda::trial::{Offer, PATTERN};
 
 use crate::agent::{Agent, Reply, Task, Way, open, unexpected};
@@ -11,7 +11,10 @@ use crate::run::{Figures, Stop};
 
 use super::Setup;
 
-const BYTES: usize = 256 << 20;
+/// Bytes of the memory in question: much more than [`SLACK`], so that it is missed.
+fn size(setup: &Setup) -> usize {
+    if setup.software { 128 << 20 } else { 512 << 20 }
+}
 
 /// Free memory that may be missing to whatever else runs there.
 const SLACK: u64 = 64 << 20;
@@ -32,7 +35,7 @@ pub(crate) fn run(setup: &Setup, figures: &Figures) -> Result<(), Stop> {
 fn exporter_dies(setup: &Setup, figures: &Figures, context: &Context, way: Way) -> Result<(), Stop> {
     let (before, _) = context.memory()?;
     let agent = Agent::start(setup.ordinal)?;
-    agent.tell(&Task::Offer { way, bytes: BYTES }, None)?;
+    agent.tell(&Task::Offer { way, bytes: size(setup) }, None)?;
     let (Reply::Offered(shared), fd) = agent.answer()? else { return Err(unexpected(&Reply::Here)) };
     let memory = open(context, &shared, fd.as_ref(), Access::Read)?;
     drop(fd);
@@ -44,7 +47,7 @@ fn exporter_dies(setup: &Setup, figures: &Figures, context: &Context, way: Way) 
         return Err(Stop::Failed(name("the importer reads other bytes")));
     }
     figures.add(name("the importer reads on"), 1.0, "yes = 1");
-    close(memory);
+    drop(memory);
     figures.add(name("memory is back after the importer has closed it"), back(context, before)?, "ms");
     Ok(())
 }
@@ -52,19 +55,20 @@ fn exporter_dies(setup: &Setup, figures: &Figures, context: &Context, way: Way) 
 /// We offer, the agent opens and is killed while copies into the memory are under way.
 fn importer_dies(setup: &Setup, figures: &Figures, context: &Context, way: Way) -> Result<(), Stop> {
     let (before, _) = context.memory()?;
-    let offer = way.offer(context, BYTES)?;
+    let offer = way.offer(context, size(setup))?;
+    let bytes = offer.bytes();
     let agent = Agent::start(setup.ordinal)?;
     match agent.ask_with(&offer, Task::Hold)? {
         Reply::Here => {}
         other => return Err(unexpected(&other)),
     }
     let stream = context.stream(Priority::High)?;
-    let pinned = context.pinned(BYTES)?;
+    let pinned = context.pinned(bytes)?;
     // SAFETY: the whole of a pinned buffer that nobody else has.
-    unsafe { std::ptr::write_bytes(pinned.as_ptr(), PATTERN, BYTES) };
+    unsafe { std::ptr::write_bytes(pinned.as_ptr(), PATTERN, bytes) };
     for _ in 0..4 {
         // SAFETY: both are as long, and live until the stream is done.
-        unsafe { stream.copy_h2d(address(&offer), pinned.as_ptr(), BYTES) }?;
+        unsafe { stream.copy_h2d(address(&offer), pinned.as_ptr(), bytes) }?;
     }
     let since = Instant::now();
     agent.kill()?;
@@ -113,10 +117,6 @@ fn read(context: &Context, address: u64, bytes: usize) -> Result<Vec<u8>, Stop> 
     // SAFETY: the buffer was filled above and nobody else has it.
     unsafe { std::ptr::copy_nonoverlapping(pinned.as_ptr(), found.as_mut_ptr(), bytes) };
     Ok(found)
-}
-
-fn close(memory: ImportedBuffer) {
-    drop(memory);
 }
 
 /// Milliseconds until as much is free as before.

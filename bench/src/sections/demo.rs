@@ -34,9 +34,13 @@ pub(crate) fn run(setup: &Setup, figures: &Figures) -> Result<(), Stop> {
         "rows",
     );
     for row in report["rows"].as_array().into_iter().flatten() {
-        let name = row["method"].as_str().or_else(|| row["name"].as_str()).unwrap_or("a method");
+        let method = row["method"].as_str().unwrap_or("a method");
+        let budget = match &row["budget"] {
+            serde_json::Value::Null => String::new(),
+            budget => format!(" {}", budget.as_str().map_or_else(|| budget.to_string(), str::to_owned)),
+        };
         if let Some(ms) = row["ms_per_token"].as_f64() {
-            figures.add(format!("{name}, a token"), ms, "ms");
+            figures.add(format!("{method}{budget}, a token"), ms, "ms");
         }
     }
     Ok(())

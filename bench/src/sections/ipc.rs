@@ -5,22 +5,23 @@ use crate::run::{Figures, Stop, median};
 
 use super::Setup;
 
+/// Allocations; the driver in software gets the smaller ones only.
 const SIZES: [usize; 3] = [2 << 20, 64 << 20, 256 << 20];
 
 pub(crate) fn run(setup: &Setup, figures: &Figures) -> Result<(), Stop> {
     let context = setup.context()?;
     let agent = Agent::start(setup.ordinal)?;
     let abilities = context.info().abilities;
-    let mut ways = Way::BOTH.into_iter().filter(|way| match way {
+    let can = |way: &Way| match way {
         Way::Descriptor => abilities.posix_fd,
         Way::Handle => abilities.ipc_events,
-    });
-    let all: Vec<Way> = ways.by_ref().collect();
+    };
+    let all: Vec<Way> = Way::BOTH.into_iter().filter(can).collect();
     if all.is_empty() {
         return Err(Stop::Failed("the device cannot export memory in any way".into()));
     }
     for way in all {
-        for bytes in SIZES {
+        for &bytes in if setup.software { &SIZES[..2] } else { &SIZES[..] } {
             let (mut theirs, mut ours) = (Vec::new(), Vec::new());
             for _ in 0..setup.samples().min(5) {
                 let offer = way.offer(&context, bytes)?;

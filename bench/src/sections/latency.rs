@@ -1,6 +1,5 @@
 //! From the doorbell that a stream rings to the word that it waits for, through a real daemon.
 
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -34,11 +33,13 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(program: &Path, ordinal: u32, arena: &str) -> Result<Self, Stop> {
+    /// This program is the daemon too.
+    fn start(ordinal: u32, arena: &str) -> Result<Self, Stop> {
         let folder = tempfile::tempdir()?;
         let path = |name: &str| folder.path().join(name).display().to_string();
         let log = std::fs::File::create(folder.path().join("log"))?;
-        let child = Command::new(program)
+        let child = Command::new(std::env::current_exe()?)
+            .arg(crate::DAEMON)
             .args(["--config", "/dev/null", "--arena", arena, "--slab", "512MiB"])
             .args(["--device", &format!("cuda:{ordinal}"), "--keep", "1"])
             .args(["--socket", &path("kvoyantd.sock"), "--admin-socket", &path("admin.sock")])
@@ -93,11 +94,10 @@ fn spec() -> ModelSpec {
 }
 
 pub(crate) fn run(setup: &Setup, figures: &Figures) -> Result<(), Stop> {
-    let program = setup.program("kvoyantd")?;
     // Long enough that little of an answer was in the one before; the driver in software gets less to do.
     let (tokens, requests, turns) =
         if setup.software { (4096, &REQUESTS[..2], 8) } else { (32_768, &REQUESTS[..], 300) };
-    let daemon = Daemon::start(&program, setup.ordinal, if setup.software { "512MiB" } else { "4GiB" })?;
+    let daemon = Daemon::start(setup.ordinal, if setup.software { "512MiB" } else { "4GiB" })?;
     let model = Client::connect(&daemon.socket(), Options::default())?.register(spec(), None)?;
     let device =
         model.device_session().ok_or_else(|| Stop::Failed("the daemon's device is no GPU".into()))?.clone();
@@ -109,7 +109,8 @@ pub(crate) fn run(setup: &Setup, figures: &Figures) -> Result<(), Stop> {
     for &count in requests {
         let members = &sequences[..count];
         let (mut times, moved) = turn(&model, members, device.context(), &stream, &mut noise, turns)?;
-        let name = |what: &str| format!("{count} requests a layer: {what}");
+        let requests = if count == 1 { "request" } else { "requests" };
+        let name = |what: &str| format!("{what}, {count} {requests} a layer");
         let half = quantile(&mut times, 0.5);
         if count == 1 {
             figures.aim(name("p50"), half, "µs", Target::AtMost(TARGET_US));

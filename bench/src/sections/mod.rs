@@ -29,6 +29,8 @@ pub(crate) struct Setup {
     pub(crate) model: Option<PathBuf>,
     /// Whether the driver is the one in software.
     pub(crate) software: bool,
+    /// How long a section may take, instead of what suits each.
+    pub(crate) patience: Option<Duration>,
 }
 
 impl Setup {

@@ -15,7 +15,8 @@ const SHARE: usize = 4;
 
 pub(crate) fn run(setup: &Setup, figures: &Figures) -> Result<(), Stop> {
     let context = setup.context()?;
-    let bytes = room().map_or(GIB, |room| (room / SHARE).min(GIB)) / (2 << 20) * (2 << 20);
+    let most = if setup.software { GIB / 16 } else { GIB };
+    let bytes = room().map_or(most, |room| (room / SHARE).min(most)) / (2 << 20) * (2 << 20);
     if bytes == 0 {
         return Err(Stop::Skipped("there is no host memory to try it with".into()));
     }
