@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use kvoyant_daemon::admin::{AdminError, fetch_status};
 use kvoyant_daemon::config::Config;
-use kvoyant_daemon::status::{PoolReport, PoolState, SessionReport, StatusReport};
+use kvoyant_daemon::status::{DeviceReport, PoolReport, PoolState, SessionReport, StatusReport};
 
 use crate::args::StatusArgs;
 
@@ -43,6 +43,9 @@ fn words(report: &StatusReport) -> String {
         report.mode,
         counted(report.lanes as u64, "lane")
     );
+    if let Some(gpu) = &report.gpu {
+        let _ = writeln!(out, "gpu        {}", gpu_line(gpu));
+    }
     let _ = writeln!(
         out,
         "arena      {} of {} in use, {} locked into memory",
@@ -76,6 +79,28 @@ fn words(report: &StatusReport) -> String {
         let _ = writeln!(out, "{}", line(session));
     }
     out
+}
+
+fn gpu_line(gpu: &DeviceReport) -> String {
+    let [dma, staged, zerocopy] = gpu.transfers;
+    let mut text = format!(
+        "{} (CUDA {}), {} of {} set aside in use, by {} and {}; {dma} transfers by dma, {staged} staged, {zerocopy} by \
+         zero copy, costs {}",
+        gpu.model,
+        gpu.driver,
+        bytes(gpu.used_bytes),
+        bytes(gpu.set_aside_bytes),
+        gpu.export,
+        gpu.signal,
+        gpu.costs
+    );
+    if gpu.quarantined_bytes > 0 {
+        let _ = write!(text, "; {} wait for dead processes", bytes(gpu.quarantined_bytes));
+    }
+    if let Some(lost) = &gpu.lost {
+        let _ = write!(text, "; LOST: {lost}");
+    }
+    text
 }
 
 fn pool(pool: &PoolReport) -> String {
@@ -135,7 +160,7 @@ fn duration(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvoyant_daemon::status::{ArenaReport, Totals};
+    use kvoyant_daemon::status::{ArenaReport, DeviceReport, Totals};
 
     #[test]
     fn the_words_name_every_session_and_no_control_character_gets_through() {

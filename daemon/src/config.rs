@@ -331,6 +331,7 @@ impl Config {
             signal: self.signal.clone(),
             zerocopy: self.zerocopy.clone(),
             state: self.state.clone(),
+            spin: Duration::from_micros(self.spin_us),
         }
     }
 

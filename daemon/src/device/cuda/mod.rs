@@ -31,6 +31,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crossbeam::channel::{Sender, unbounded};
 use kvoyant_cuda::{ComputeMode, Context, CudaError, Driver, KernelCache, Module, Priority, Unavailable};
@@ -68,6 +69,8 @@ pub struct Options {
     pub zerocopy: String,
     /// Folder of calibrations and compiled kernels.
     pub state: PathBuf,
+    /// How long the worker polls for more work before it sleeps: a wake-up costs as much as a small copy.
+    pub spin: Duration,
 }
 
 /// Why a GPU cannot be the daemon's device.
@@ -120,6 +123,7 @@ struct Shared {
     context: Context,
     registered: Arc<Registered>,
     transfers: [AtomicU64; 3],
+    spin: Duration,
     lost: watch::Sender<Option<String>>,
 }
 
@@ -215,6 +219,7 @@ impl CudaDevice {
             context,
             registered: Arc::new(Registered::default()),
             transfers: Default::default(),
+            spin: options.spin,
             lost: watch::Sender::new(None),
         });
         let quarantine = Quarantine::start()?;

@@ -91,9 +91,9 @@ impl Worker {
         let mut idle_since = Instant::now();
         loop {
             let busy = self.flights.iter().any(|flights| !flights.is_empty());
-            let next = if !busy {
+            let next = if !busy && idle_since.elapsed() >= self.shared.spin {
                 inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            } else if idle_since.elapsed() < POLL_FOR {
+            } else if !busy || idle_since.elapsed() < POLL_FOR {
                 std::hint::spin_loop();
                 inbox.try_recv().map_err(|error| match error {
                     crossbeam::channel::TryRecvError::Empty => RecvTimeoutError::Timeout,
