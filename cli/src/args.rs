@@ -116,6 +116,9 @@ pub(crate) struct ModelArgs {
 /// The daemon that `demo` and `run` start for themselves.
 #[derive(Debug, Args)]
 pub(crate) struct OwnDaemonArgs {
+    /// Where rows are kept ready and attention runs: host, or a GPU such as cuda:0 (linear layers stay on the CPU)
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub(crate) device: DeviceName,
     /// Let rows be read where they lie instead of copying them: nothing moves
     #[arg(long)]
     pub(crate) in_place: bool,
@@ -130,7 +133,7 @@ pub(crate) struct OwnDaemonArgs {
 impl OwnDaemonArgs {
     /// The same as arguments of `serve`.
     pub(crate) fn for_serve(&self) -> Vec<String> {
-        let mut all = Vec::new();
+        let mut all = vec!["--device".to_owned(), self.device.to_string()];
         if self.in_place {
             all.push("--in-place".to_owned());
         }
@@ -208,7 +211,7 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) stats: bool,
     /// Use the daemon at this socket instead of starting one
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["in_place", "shape_gbps", "shape_latency_us", "attention"])]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["device", "in_place", "shape_gbps", "shape_latency_us", "attention"])]
     pub(crate) socket: Option<PathBuf>,
     /// The daemon that it starts
     #[command(flatten)]

@@ -15,13 +15,15 @@ pub(crate) struct Machine {
     pub(crate) os: String,
     /// The instruction set that the kernels use.
     pub(crate) kernels: String,
+    /// The daemon's device, with a GPU's name.
+    pub(crate) device: String,
     /// This program's version.
     pub(crate) version: String,
 }
 
 impl Machine {
     /// This machine; what cannot be found out is called `unknown`, or 0.
-    pub(crate) fn this(kernels: &str) -> Self {
+    pub(crate) fn this(kernels: &str, device: &str) -> Self {
         let field = |file: &str, name: &str| {
             let text = std::fs::read_to_string(file).ok()?;
             let line = text.lines().find(|line| line.starts_with(name))?;
@@ -41,6 +43,7 @@ impl Machine {
                 |name| format!("{} {}", name.sysname().display(), name.release().display()),
             ),
             kernels: kernels.to_owned(),
+            device: device.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
@@ -52,7 +55,7 @@ mod tests {
 
     #[test]
     fn this_machine_has_cores_and_memory() {
-        let machine = Machine::this("scalar");
+        let machine = Machine::this("scalar", "host");
         assert!(machine.cores > 0);
         assert!(machine.memory_bytes > 1 << 20);
         assert!(machine.os.starts_with("Linux"), "{}", machine.os);

@@ -17,6 +17,9 @@ pub(crate) const LOG_FILE: &str = "daemon.log";
 /// How long the daemon may take until its socket is there.
 const START: Duration = Duration::from_secs(20);
 
+/// Where NVRTC is: a matter of the machine, as which kernels its processor runs.
+const NVRTC: &str = "KVOYANT_NVRTC";
+
 /// A socket's path must fit `sockaddr_un`.
 const LONGEST_SOCKET_PATH: usize = 103;
 
@@ -64,7 +67,7 @@ impl PrivateDaemon {
         let mut command = Command::new(this);
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
-            if name.starts_with("KVOYANT_") && name != kvoyant_kernels::ENV {
+            if name.starts_with("KVOYANT_") && name != kvoyant_kernels::ENV && name != NVRTC {
                 command.env_remove(&*name);
             }
         }

@@ -70,6 +70,15 @@ pub(crate) fn connect(
     Ok(DaemonKv::connect(socket, shape(model), options)?)
 }
 
+/// The daemon's device in words: `host`, or `cuda:0` with the GPU's name.
+pub(crate) fn device(kv: &DaemonKv) -> String {
+    let model = kv.model();
+    match model.device_session() {
+        Some(session) => format!("{} ({})", model.device(), session.context().info().name),
+        None => model.device().to_owned(),
+    }
+}
+
 /// `serve`'s arguments for a daemon that can hold `tokens` tokens in an arena and a share of them in a slab.
 pub(crate) fn sizes(shape: &KvShape, tokens: usize, slab_tokens: usize) -> Vec<String> {
     // Pages are not all full, and an extent is 64 MiB.

@@ -126,6 +126,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
         prefill_tokens: plan.prefill_tokens(),
         questions: asked.questions(),
         tiny: chosen.tiny,
+        device: kv.model().device_session().map(|_| session::device(&kv)),
     };
 
     let step = progress.step("answering: dense", ROWS.len() as u64 + 1);
@@ -142,7 +143,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
 
     if args.json {
         let kernels = KernelPath::best().to_string();
-        let report = Report { machine: Machine::this(&kernels), rows };
+        let report = Report { machine: Machine::this(&kernels, &session::device(&kv)), rows };
         return Ok(serde_json::to_string_pretty(&report)? + "\n");
     }
     let colour = console::Term::stdout().is_term() && console::colors_enabled();

@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn the_json_has_the_published_names_and_reads_back() {
-        let report = Report { machine: Machine::this("scalar"), rows: vec![row()] };
+        let report = Report { machine: Machine::this("scalar", "host"), rows: vec![row()] };
         let text = serde_json::to_string(&report).unwrap();
         assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report);
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();

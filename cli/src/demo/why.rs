@@ -7,7 +7,7 @@ use super::tasks::Task;
 const WIDTH: usize = 103;
 
 /// What the sentences need to know besides the rows.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Effort {
     /// Texts that were read.
     pub(crate) texts: usize,
@@ -21,6 +21,8 @@ pub(crate) struct Effort {
     pub(crate) questions: usize,
     /// The weights are random.
     pub(crate) tiny: bool,
+    /// The GPU that attention ran on, if it was one.
+    pub(crate) device: Option<String>,
 }
 
 /// The sentences, each on lines of its own.
@@ -67,6 +69,11 @@ fn sentences(rows: &[Row], effort: &Effort) -> Vec<String> {
         effort.questions,
         rows.len(),
     ));
+    if let Some(device) = &effort.device {
+        all.push(format!(
+            "Attention ran on {device}, all but dense's; linear layers ran on the CPU, so times are not a GPU's."
+        ));
+    }
     let find = |method: &str| {
         rows.iter()
             .filter(|row| row.method == method)
