@@ -59,6 +59,9 @@ pub enum Error {
     /// The CUDA driver refused something.
     #[error("the device failed: {0}")]
     Cuda(#[from] kvoyant_cuda::CudaError),
+    /// A kernel that cannot be had.
+    #[error(transparent)]
+    Kernel(Box<kvoyant_cuda::KernelError>),
     /// Rows that lie on a device, asked for as if they lay here.
     #[error("these rows lie in the memory of {device}: attend there, or copy them out with copy_rows")]
     OnDevice {
@@ -95,6 +98,12 @@ pub enum Error {
     /// A socket error.
     #[error("socket error: {0}")]
     Io(#[from] std::io::Error),
+}
+
+impl From<kvoyant_cuda::KernelError> for Error {
+    fn from(error: kvoyant_cuda::KernelError) -> Self {
+        Self::Kernel(Box::new(error))
+    }
 }
 
 impl From<RingError> for Error {

@@ -40,5 +40,5 @@ pub use kvoyant_protocol::control::{Failure, Mode, ModelSpec};
 pub use kvoyant_protocol::layout::Limits;
 pub use kvoyant_protocol::wire::{Completion, SequenceId, Status};
 pub use model::{Member, Model};
-pub use ready::{Pending, Ready, RowRun};
+pub use ready::{Answer, Pending, Ready, RowRun};
 pub use sequence::Sequence;

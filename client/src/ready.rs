@@ -1,11 +1,13 @@
 //! Answers: waited for, read, released.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kvoyant_kernels::Run;
 use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, Status};
 
+use crate::cuda::StreamPending;
 use crate::error::Error;
 use crate::model::Inner;
 
@@ -36,23 +38,21 @@ impl Pending {
     pub fn wait(mut self, deadline: Duration) -> Result<Ready, Error> {
         let completion = self.inner.rings.wait(&self.inner.control, self.ticket, deadline)?;
         self.taken = true;
-        let (heads, runs) = if completion.status == Status::Ready {
-            self.inner.rings.table(&completion, self.inner.geometry.kv_heads)?
-        } else {
-            (Vec::new(), Vec::new())
-        };
         // From here on, dropping releases.
-        let ready = Ready { inner: Arc::clone(&self.inner), completion, heads, runs };
-        for run in &ready.runs {
-            self.inner
-                .memory
-                .address(run.row, run.rows(), run.in_slab())
-                .map_err(|error| Error::Broken(format!("a run of an answer lies nowhere: {error}")))?;
-        }
-        match completion.status {
-            Status::Ready => Ok(ready),
-            status => Err(Error::NotReady { layer: completion.layer, status }),
-        }
+        let release = Release { inner: Arc::clone(&self.inner), ticket: self.ticket };
+        let answer = Answer::of(&self.inner, completion)?;
+        Ok(Ready { answer, release })
+    }
+
+    /// Leaves the waiting to a stream: the same answer as [`Model::submit_on_stream`](crate::Model::submit_on_stream)
+    /// gives, asked for with hints that lie on the host, or without any.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] if the daemon's device is no GPU.
+    pub fn on_stream(mut self) -> Result<StreamPending, Error> {
+        let pending = StreamPending::of_ticket(&self.inner, self.ticket)?;
+        self.taken = true;
+        Ok(pending)
     }
 }
 
@@ -75,16 +75,32 @@ pub struct RowRun {
     pub in_slab: bool,
 }
 
-/// An answer: for each member and KV head, the rows to attend to. Dropping it releases its slots.
-#[derive(Debug)]
-pub struct Ready {
-    inner: Arc<Inner>,
+/// What an answer is made of: for each member and KV head, the rows to attend to.
+#[derive(Debug, Clone)]
+pub struct Answer {
     completion: Completion,
+    kv_heads: usize,
     heads: Vec<HeadEntry>,
     runs: Vec<BlockRun>,
 }
 
-impl Ready {
+impl Answer {
+    /// Copies the block table of an answer out, and checks that its runs lie in the session's memory.
+    pub(crate) fn of(inner: &Inner, completion: Completion) -> Result<Self, Error> {
+        if completion.status != Status::Ready {
+            return Err(Error::NotReady { layer: completion.layer, status: completion.status });
+        }
+        let kv_heads = inner.geometry.kv_heads;
+        let (heads, runs) = inner.rings.table(&completion, kv_heads)?;
+        for run in &runs {
+            inner
+                .memory
+                .address(run.row, run.rows(), run.in_slab())
+                .map_err(|error| Error::Broken(format!("a run of an answer lies nowhere: {error}")))?;
+        }
+        Ok(Self { completion, kv_heads, heads, runs })
+    }
+
     /// What the daemon said of it: rows, hits, bytes, times.
     #[must_use]
     pub fn completion(&self) -> &Completion {
@@ -98,7 +114,7 @@ impl Ready {
     }
 
     fn entry(&self, member: usize, kv_head: usize) -> &HeadEntry {
-        &self.heads[member * self.inner.geometry.kv_heads + kv_head]
+        &self.heads[member * self.kv_heads + kv_head]
     }
 
     fn blocks(&self, member: usize, kv_head: usize) -> &[BlockRun] {
@@ -126,19 +142,50 @@ impl Ready {
             in_slab: run.in_slab(),
         })
     }
+}
 
+/// Lets go of an answer when it is dropped.
+#[derive(Debug)]
+struct Release {
+    inner: Arc<Inner>,
+    ticket: u64,
+}
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        self.inner.rings.release(self.ticket);
+    }
+}
+
+/// An answer that has come, with its rows. Dropping it releases its slots.
+#[derive(Debug)]
+pub struct Ready {
+    answer: Answer,
+    release: Release,
+}
+
+impl Deref for Ready {
+    type Target = Answer;
+
+    fn deref(&self) -> &Answer {
+        &self.answer
+    }
+}
+
+impl Ready {
     /// Adds the runs of rows of one member's head, in token order, for an attention kernel. They are readable for
     /// as long as this answer lives.
     ///
     /// # Errors
     /// [`Error::OnDevice`] if any of them lie in a device's memory.
     pub fn runs(&self, member: usize, kv_head: usize, runs: &mut Vec<Run>) -> Result<(), Error> {
-        if self.inner.memory.device().is_some() && self.blocks(member, kv_head).iter().any(BlockRun::in_slab)
+        if self.release.inner.memory.device().is_some()
+            && self.blocks(member, kv_head).iter().any(BlockRun::in_slab)
         {
-            return Err(Error::OnDevice { device: self.inner.device.clone() });
+            return Err(Error::OnDevice { device: self.release.inner.device.clone() });
         }
         runs.extend(self.blocks(member, kv_head).iter().filter_map(|run| {
-            let address = self.inner.memory.address(run.row, run.rows(), run.in_slab()).ok()?;
+            let address = self.release.inner.memory.address(run.row, run.rows(), run.in_slab()).ok()?;
             Some(Run { rows_ptr: address, rows: run.rows() as usize })
         }));
         Ok(())
@@ -156,7 +203,10 @@ impl Ready {
         runs: &mut Vec<(u64, u32)>,
     ) -> Result<(), Error> {
         for run in self.blocks(member, kv_head) {
-            runs.push((self.inner.memory.device_address(run.row, run.rows(), run.in_slab())?, run.rows()));
+            runs.push((
+                self.release.inner.memory.device_address(run.row, run.rows(), run.in_slab())?,
+                run.rows(),
+            ));
         }
         Ok(())
     }
@@ -169,18 +219,12 @@ impl Ready {
     /// # Errors
     /// A run outside the session's memory.
     pub fn copy_rows(&self, member: usize, kv_head: usize, rows: &mut Vec<u8>) -> Result<(), Error> {
-        let row_bytes = self.inner.geometry.row_bytes();
+        let row_bytes = self.release.inner.geometry.row_bytes();
         for run in self.blocks(member, kv_head) {
             let at = rows.len();
             rows.resize(at + run.rows() as usize * row_bytes, 0);
-            self.inner.memory.read_run(run.row, run.in_slab(), &mut rows[at..])?;
+            self.release.inner.memory.read_run(run.row, run.in_slab(), &mut rows[at..])?;
         }
         Ok(())
-    }
-}
-
-impl Drop for Ready {
-    fn drop(&mut self) {
-        self.inner.rings.release(self.completion.ticket);
     }
 }

@@ -167,22 +167,55 @@ impl Sequence {
     ///
     /// The runs are valid until the sequence is truncated, closed or written to there.
     pub fn local_runs(&self, layer: usize, kv_head: usize, tokens: Range<usize>, runs: &mut Vec<Run>) {
+        let row_bytes = self.inner.geometry.row_bytes();
+        self.each_part(layer, kv_head, tokens, |row, count| {
+            let Ok(address) = self.inner.memory.address(row, count, false) else { return };
+            match runs.last_mut() {
+                Some(last) if last.rows_ptr.wrapping_add(last.rows * row_bytes) == address => {
+                    last.rows += count as usize;
+                }
+                _ => runs.push(Run { rows_ptr: address, rows: count as usize }),
+            }
+        });
+    }
+
+    /// The same for kernels on the session's device, as addresses and row counts: they read these rows over the
+    /// device's link.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] if the daemon's device is no GPU.
+    pub fn local_device_runs(
+        &self,
+        layer: usize,
+        kv_head: usize,
+        tokens: Range<usize>,
+        runs: &mut Vec<(u64, u32)>,
+    ) -> Result<(), Error> {
+        let row_bytes = self.inner.geometry.row_bytes() as u64;
+        // What is there already belongs to another head.
+        let first = runs.len();
+        let mut failed = Ok(());
+        self.each_part(layer, kv_head, tokens, |row, count| {
+            match self.inner.memory.device_address(row, count, false) {
+                Err(error) => failed = Err(error),
+                Ok(address) => match runs[first..].last_mut() {
+                    Some((last, rows)) if *last + u64::from(*rows) * row_bytes == address => *rows += count,
+                    _ => runs.push((address, count)),
+                },
+            }
+        });
+        failed
+    }
+
+    /// Calls `take` with the locator of the first row and the number of rows of each page's part of these tokens.
+    fn each_part(&self, layer: usize, kv_head: usize, tokens: Range<usize>, mut take: impl FnMut(u32, u32)) {
         let state = self.state();
-        let geometry = &self.inner.geometry;
-        let (page_rows, row_bytes) = (geometry.pages.page_rows, geometry.row_bytes());
+        let page_rows = self.inner.geometry.pages.page_rows;
         let mut token = tokens.start;
         while token < tokens.end {
             let count = (tokens.end - token).min(page_rows - token % page_rows);
-            let address = self
-                .locate(&state, layer, kv_head, token)
-                .and_then(|row| self.inner.memory.address(row, count as u32, false).ok());
-            if let Some(address) = address {
-                match runs.last_mut() {
-                    Some(last) if last.rows_ptr.wrapping_add(last.rows * row_bytes) == address => {
-                        last.rows += count;
-                    }
-                    _ => runs.push(Run { rows_ptr: address, rows: count }),
-                }
+            if let Some(row) = self.locate(&state, layer, kv_head, token) {
+                take(row, count as u32);
             }
             token += count;
         }

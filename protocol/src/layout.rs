@@ -180,6 +180,12 @@ impl Layout {
         self.tables + self.answer_slot(ticket) * self.table_stride
     }
 
+    /// Runs that the block table of an answer for so many heads has room for.
+    #[must_use]
+    pub fn table_runs(&self, heads: usize) -> usize {
+        (self.limits.table_bytes as usize).saturating_sub(heads * HEAD_ENTRY_BYTES) / RUN_BYTES
+    }
+
     /// Slot of the answer to this ticket.
     #[must_use]
     pub fn answer_slot(&self, ticket: u64) -> usize {

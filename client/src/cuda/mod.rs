@@ -3,17 +3,22 @@
 //! The daemon's memory is opened once, when the model is registered: the slab for reading, the board for its words.
 //! From then on nothing on a step needs the engine's CPU: [`Model::submit_on_stream`](crate::Model::submit_on_stream)
 //! copies a hint off the device and rings the doorbell in stream order, and
-//! [`StreamPending::wait_on_stream`] makes a stream wait for the answer's timeline word. A [`Watchdog`] lets streams go
-//! when the daemon has died.
+//! [`StreamPending::wait_on_stream`] makes a stream wait for the answer's timeline word. Behind that, [`AttendKernel`]
+//! attends over the answer and over rows in the session's extents. A `Watchdog` lets streams go when the daemon has died.
 //!
 //! Streams come in as raw `CUstream` pointers ([`Stream::borrow`]), so those of PyTorch and candle work.
 #![allow(unsafe_code)]
 
+mod attend;
 mod session;
 mod stream;
 mod watchdog;
 
-pub use kvoyant_cuda::{Context, CudaError, DeviceInfo, Stream, Unavailable};
+pub use attend::{Attend, AttendKernel, kernel_folder};
+pub use kvoyant_cuda::{
+    Context, CudaError, DeviceBuffer, DeviceInfo, KernelCache, KernelError, PinnedBuffer, Priority, Stream,
+    Unavailable,
+};
 pub use session::DeviceSession;
 pub use stream::{StreamMember, StreamPending, TableRef};
 

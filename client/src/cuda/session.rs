@@ -154,6 +154,12 @@ impl DeviceSession {
         self.slab.ptr() + self.slab_offset
     }
 
+    /// Bytes of the slab.
+    #[must_use]
+    pub fn slab_bytes(&self) -> u64 {
+        self.slab_bytes
+    }
+
     /// Address of a range of the slab.
     pub(crate) fn slab_range(&self, offset: usize, bytes: usize) -> Result<u64, MemoryError> {
         let len = self.slab_bytes as usize;
@@ -167,6 +173,11 @@ impl DeviceSession {
     #[must_use]
     pub fn extent_addresses(&self) -> u64 {
         self.extents.addresses.device_ptr()
+    }
+
+    /// How many extents there are by now.
+    pub(crate) fn extent_count(&self) -> usize {
+        self.extents.registrations.read().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     /// Address of a range of an extent, as kernels see it.
@@ -209,6 +220,13 @@ impl DeviceSession {
         Ok(())
     }
 
+    /// Lets every stream go that waits for an answer, as if the daemon had died. For whoever gives the session up while
+    /// the daemon stands still: a stream that waits for it would hold up the freeing of any memory.
+    pub fn let_streams_go(&self) {
+        // A watchdog that ends does so.
+        *self.watchdog.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Copies device memory of the slab to the host. For whoever has no kernel: it waits for the device.
     pub(crate) fn read_slab(&self, offset: usize, bytes: &mut [u8]) -> Result<(), Error> {
         let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
@@ -230,8 +248,8 @@ impl DeviceSession {
 
 impl Drop for DeviceSession {
     fn drop(&mut self) {
-        // Before the board that it writes to.
-        *self.watchdog.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        // Before the board that the watchdog writes to.
+        self.let_streams_go();
         // Streams may still be waiting for words, or reading rows.
         if let Err(error) = self.context.synchronize() {
             tracing::warn!("the device did not come to rest before its memory was closed: {error}");

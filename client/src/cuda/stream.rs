@@ -11,6 +11,7 @@ use kvoyant_protocol::wire::{BatchEntry, Completion, Status};
 use super::session::{DeviceSession, Signalled};
 use crate::error::Error;
 use crate::model::{Inner, Model};
+use crate::ready::Answer;
 use crate::sequence::Sequence;
 
 /// One member of a batch whose hints lie on the device.
@@ -100,7 +101,7 @@ impl Model {
     }
 }
 
-fn no_gpu(device: &str) -> Error {
+pub(super) fn no_gpu(device: &str) -> Error {
     Error::NoDevice(format!("the daemon's device is {device}, which has no streams"))
 }
 
@@ -117,6 +118,12 @@ impl DeviceSession {
 }
 
 impl StreamPending {
+    /// Takes a ticket over whose request is in the ring.
+    pub(crate) fn of_ticket(inner: &Arc<Inner>, ticket: u64) -> Result<Self, Error> {
+        let device = inner.memory.device().ok_or_else(|| no_gpu(&inner.device))?;
+        Ok(Self { inner: Arc::clone(inner), device: Arc::clone(device), ticket, released: false })
+    }
+
     /// Its ticket.
     #[must_use]
     pub fn ticket(&self) -> u64 {
@@ -180,6 +187,14 @@ impl StreamPending {
     /// [`Error::Deadline`] if it does not come in time, [`Error::DaemonGone`] if it never will.
     pub fn completion(&self, deadline: Duration) -> Result<Completion, Error> {
         self.inner.rings.peek(&self.inner.control, self.ticket, deadline)
+    }
+
+    /// Waits on the CPU for the answer, and copies its block table out: which rows it is made of. The answer stays.
+    ///
+    /// # Errors
+    /// As [`StreamPending::completion`], and [`Error::NotReady`] with the daemon's reason.
+    pub fn answer(&self, deadline: Duration) -> Result<Answer, Error> {
+        Answer::of(&self.inner, self.completion(deadline)?)
     }
 }
 

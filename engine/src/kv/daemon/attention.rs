@@ -4,8 +4,9 @@
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
+use std::ops::Range;
 
-use kvoyant_client::Ready;
+use kvoyant_client::{Answer, Ready};
 use kvoyant_kernels::Run;
 use rayon::prelude::*;
 
@@ -24,8 +25,8 @@ pub(super) struct Pass<'a> {
     pub(super) sinks: usize,
     pub(super) window: usize,
     pub(super) layer: usize,
-    /// The daemon's answer; `None`: the layer is dense.
-    pub(super) ready: Option<&'a Ready>,
+    /// Whether the daemon selects rows; else the layer attends to all that it sees.
+    pub(super) selects: bool,
 }
 
 thread_local! {
@@ -38,28 +39,40 @@ impl Pass<'_> {
         (position + 1).saturating_sub(self.window).max(self.sinks.min(position + 1))
     }
 
-    /// The rows that member `i` attends to, in token order.
-    fn runs(&self, i: usize, head: usize, sequence: &DaemonSequence, position: usize, runs: &mut Vec<Run>) {
+    /// The tokens that are read in the session's extents: those before what the daemon selects, and those behind it.
+    pub(super) fn local(&self, position: usize) -> [Range<usize>; 2] {
         let end = position + 1;
-        match self.ready {
-            None => {
-                let first = self.shape.first_visible(self.layer, position);
-                sequence.inner().local_runs(self.layer, head, first..end, runs);
-            }
-            Some(ready) => {
-                sequence.inner().local_runs(self.layer, head, 0..self.sinks.min(end), runs);
-                // Answers of a device that this process cannot read are attended there: see `DaemonKv::attend`.
-                if let Err(error) = ready.runs(i, head, runs) {
-                    unreachable!("{error}");
-                }
-                sequence.inner().local_runs(self.layer, head, self.window_start(position)..end, runs);
-            }
+        if self.selects {
+            [0..self.sinks.min(end), self.window_start(position)..end]
+        } else {
+            [self.shape.first_visible(self.layer, position)..end, end..end]
         }
+    }
+
+    /// The rows that member `i` attends to, in token order. `ready` is there if the daemon selects.
+    fn runs(
+        &self,
+        ready: Option<&Ready>,
+        (i, head): (usize, usize),
+        sequence: &DaemonSequence,
+        position: usize,
+        runs: &mut Vec<Run>,
+    ) {
+        let [before, behind] = self.local(position);
+        sequence.inner().local_runs(self.layer, head, before, runs);
+        if let Some(ready) = ready
+            && let Err(error) = ready.runs(i, head, runs)
+        {
+            // Answers on a device are attended there: see `DaemonKv::attend`.
+            unreachable!("{error}");
+        }
+        sequence.inner().local_runs(self.layer, head, behind, runs);
     }
 
     /// `queries` and `out` are `[batch][Hq][d]`.
     pub(super) fn attend(
         &self,
+        ready: Option<&Ready>,
         batch: &[&DaemonSequence],
         positions: &[usize],
         queries: &[f32],
@@ -72,14 +85,14 @@ impl Pass<'_> {
             let (i, head) = (task / kv_heads, task % kv_heads);
             RUNS.with_borrow_mut(|runs| {
                 runs.clear();
-                self.runs(i, head, batch[i], positions[i], runs);
+                self.runs(ready, (i, head), batch[i], positions[i], runs);
                 // SAFETY: the runs lie in mappings that the sequence and the answer keep alive for this call. Extents
                 // are written by this session alone, and not at these rows while a step of it runs; slab slots of an
                 // answer are left alone until it is dropped.
                 unsafe { attend_runs(dtype, q, d, runs, o) };
             });
         };
-        let rows = match self.ready {
+        let rows = match ready {
             None => positions.iter().sum::<usize>(),
             Some(ready) => ready.completion().rows_selected as usize / kv_heads + batch.len() * self.window,
         };
@@ -93,13 +106,13 @@ impl Pass<'_> {
     /// Adds the share of the true attention that the attended rows cover, one share per query head.
     pub(super) fn add_mass(
         &self,
+        answer: &Answer,
         batch: &[&DaemonSequence],
         positions: &[usize],
         queries: &[f32],
         stats: &mut StepStats,
     ) {
         let KvShape { kv_heads, head_dim: d, dtype, .. } = *self.shape;
-        let Some(ready) = self.ready else { return };
         let group_values = self.shape.group() * d;
         let shares: Vec<f64> = queries
             .par_chunks(group_values)
@@ -114,8 +127,9 @@ impl Pass<'_> {
                 let mut attended = vec![false; end];
                 attended[..self.sinks.min(end)].fill(true);
                 attended[self.window_start(positions[i])..].fill(true);
-                for run in ready.tokens(i, head) {
-                    attended[run.token..run.token + run.rows].fill(true);
+                for run in answer.tokens(i, head) {
+                    let tokens = run.token..run.token.saturating_add(run.rows);
+                    attended.get_mut(tokens).into_iter().for_each(|tokens| tokens.fill(true));
                 }
                 // A pool that dropped rows for good leaves fewer rows than tokens, and then nothing can be said.
                 let whole = weights.len() == q.len() / d * end;

@@ -3,30 +3,36 @@
 //! Every row is written through to the session's pages. A decode step attends, in layers that the daemon selects for,
 //! over sinks, what the daemon answered with, and the recent window; in dense layers over everything. On a CPU the
 //! session's own extents *are* this process's memory, so sinks, window and dense layers are read there and no second
-//! copy of them is kept.
+//! copy of them is kept. Where the daemon's device is a GPU, attention runs there: see `device`.
 //!
 //! The hint of layer `l + 1` leaves while layer `l` runs ([`KvBackend::hint`]); methods that need none are asked at the
 //! same moment. The answer is waited for when that layer attends.
 
 mod attention;
+mod device;
+mod options;
 mod sequence;
 mod stats;
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvoyant_client::{Client, Limits, Member, ModelSpec, Options, Pending};
+use kvoyant_client::cuda::{KernelError, StreamMember, StreamPending};
+use kvoyant_client::{Client, Member, Mode, ModelSpec, Options, Pending};
 use kvoyant_kernels::Kernels;
-use kvoyant_methods::infinigen::{self, SkewArtifact};
-use kvoyant_methods::{Fingerprint, MethodError, MethodSpec, Needs, Shape};
+use kvoyant_methods::infinigen;
+use kvoyant_methods::{MethodError, MethodSpec, Needs, Shape};
 use rayon::prelude::*;
 use thiserror::Error;
 
+pub use options::DaemonOptions;
 pub use sequence::DaemonSequence;
 pub use stats::StepStats;
 
+use self::attention::Pass;
+use self::device::{DeviceAttention, Layer};
+use self::options::Statistics;
 use super::{KvBackend, KvShape};
 
 /// What can go wrong with the daemon.
@@ -38,6 +44,32 @@ pub enum DaemonError {
     /// A method that does not fit the model.
     #[error(transparent)]
     Method(#[from] MethodError),
+    /// Attention on the daemon's GPU needs a kernel that cannot be had.
+    #[error("attention on {device} needs its kernel: {error}")]
+    Kernel {
+        /// The daemon's device.
+        device: String,
+        /// Why it cannot be had, and what to do.
+        error: Box<KernelError>,
+    },
+    /// The device could not read an answer that the daemon calls ready.
+    #[error("the device could not read the answer to layer {layer} (ticket {ticket}): {why}")]
+    Table {
+        /// The layer.
+        layer: usize,
+        /// The answer's ticket; 0 for none.
+        ticket: u64,
+        /// What the kernel found.
+        why: &'static str,
+    },
+    /// A step that failed has left the stream waiting for the daemon.
+    #[error(
+        "the device has waited {waited:.1?} for the daemon since a step failed; is it stopped or overloaded?"
+    )]
+    Stuck {
+        /// How long this call waited for it.
+        waited: Duration,
+    },
     /// Methods of one session that want different statistics of a prompt.
     #[error("methods `{a}` and `{b}` want different statistics of a prompt (skew, index); use two sessions")]
     Statistics {
@@ -48,115 +80,20 @@ pub enum DaemonError {
     },
 }
 
-/// What a model registers with.
-#[derive(Debug, Clone)]
-pub struct DaemonOptions {
-    /// A name for `kvoyant status`.
-    pub name: String,
-    /// Fingerprint of the weights.
-    pub fingerprint: Fingerprint,
-    /// Methods that sequences may use, by index.
-    pub methods: Vec<MethodSpec>,
-    /// InfiniGen's skew matrices, where a method needs them.
-    pub skew: Option<Arc<SkewArtifact>>,
-    /// First tokens that are always attended.
-    pub sinks: usize,
-    /// Recent tokens that are always attended, the current one included.
-    pub window: usize,
-    /// Layers `0..dense_layers` attend to everything.
-    pub dense_layers: usize,
-    /// Longest sequence, in tokens; sizes the answers.
-    pub context_tokens: usize,
-    /// Most sequences in one step.
-    pub batch_max: usize,
-    /// How long to wait for an answer before giving up.
-    pub deadline: Duration,
-}
-
-impl Default for DaemonOptions {
-    fn default() -> Self {
-        Self {
-            name: "kvoyant-engine".into(),
-            fingerprint: Fingerprint::default(),
-            methods: vec![MethodSpec::Full],
-            skew: None,
-            sinks: 4,
-            window: 64,
-            dense_layers: 2,
-            context_tokens: 8192,
-            batch_max: 32,
-            deadline: Duration::from_secs(30),
-        }
-    }
-}
-
-impl DaemonOptions {
-    /// The shape that methods and artifacts are made for.
-    #[must_use]
-    pub fn shape(&self, kv: &KvShape, page_rows: usize) -> Shape {
-        Shape {
-            layers: kv.layers,
-            query_heads: kv.query_heads,
-            kv_heads: kv.kv_heads,
-            head_dim: kv.head_dim,
-            page_rows,
-            sinks: self.sinks,
-            window: self.window,
-            dense_layers: self.dense_layers,
-            dtype: kv.dtype,
-            fingerprint: self.fingerprint,
-        }
-    }
-
-    /// Rings for a few answers under way, each with a block table for the worst case: every second row selected.
-    fn limits(&self, kv: &KvShape) -> Limits {
-        let heads = self.batch_max * kv.kv_heads;
-        let table = heads * (16 + 12 * (self.context_tokens / 2 + 2));
-        let hints = self.batch_max * kv.query_heads * kv.head_dim * 4;
-        Limits {
-            ring_slots: 8,
-            batch_max: self.batch_max as u32,
-            hint_bytes: hints.max(kv.kv_heads * kv.head_dim * 4).max(64) as u32,
-            // A session's answers may take 256 MiB in all; longer contexts with that many members end in a typed error.
-            table_bytes: table.clamp(4096, 24 << 20) as u32,
-            sequences_max: 4096,
-        }
-    }
-}
-
-/// Which statistics of a prompt are collected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Statistics {
-    /// In the calibrated basis.
-    skew: bool,
-    /// Of the keys too.
-    keys: bool,
-}
-
-impl Statistics {
-    /// What all methods that want any agree on.
-    fn wanted_by(methods: &[MethodSpec]) -> Result<Option<Self>, DaemonError> {
-        let mut found: Option<(Self, &MethodSpec)> = None;
-        for method in methods {
-            let MethodSpec::Infinigen(spec) = method else { continue };
-            let wanted = Self { skew: spec.skew, keys: spec.index == infinigen::IndexRule::Both };
-            match found {
-                Some((other, a)) if other != wanted => {
-                    return Err(DaemonError::Statistics {
-                        a: Box::new(a.clone()),
-                        b: Box::new(method.clone()),
-                    });
-                }
-                _ => found = Some((wanted, method)),
-            }
-        }
-        Ok(found.map(|(wanted, _)| wanted))
-    }
+/// An answer under way.
+#[derive(Debug)]
+enum Asked {
+    /// That this process waits for and reads.
+    Host(Pending),
+    /// That a stream waits for.
+    Stream(StreamPending),
 }
 
 /// The backend. See the module.
 #[derive(Debug)]
 pub struct DaemonKv {
+    /// Before the session, whose memory it uses.
+    device: Option<Box<DeviceAttention>>,
     shape: KvShape,
     methods_shape: Shape,
     options: DaemonOptions,
@@ -165,7 +102,7 @@ pub struct DaemonKv {
     /// What statistics of a prompt are collected; `None`: no method wants any.
     statistics: Option<Statistics>,
     /// Answers under way, by layer.
-    pending: Vec<Option<Pending>>,
+    pending: Vec<Option<Asked>>,
     in_step: bool,
     hinted: bool,
     measure_mass: bool,
@@ -209,8 +146,13 @@ impl DaemonKv {
             .map(|spec| Ok(kvoyant_methods::build(spec, &methods_shape, skew.as_ref())?.needs()))
             .collect::<Result<Vec<_>, MethodError>>()?;
         let statistics = Statistics::wanted_by(&options.methods)?;
+        let device = match model.mode() {
+            Mode::Device => Some(Box::new(DeviceAttention::new(&model)?)),
+            Mode::InPlace | Mode::Slab => None,
+        };
         let pending = (0..shape.layers).map(|_| None).collect();
         Ok(Self {
+            device,
             shape,
             methods_shape,
             options,
@@ -336,6 +278,19 @@ impl DaemonKv {
         positions: &[usize],
         queries: &[f32],
     ) -> Result<(), DaemonError> {
+        if self.hinted
+            && let Some(device) = &mut self.device
+        {
+            let members: Vec<_> = batch
+                .iter()
+                .zip(positions)
+                .map(|(sequence, position)| StreamMember { sequence: sequence.inner(), position: *position })
+                .collect();
+            let deadline = self.options.deadline;
+            let pending = device.speculate(&self.model, layer, &members, queries, deadline)?;
+            self.pending[layer] = Some(Asked::Stream(pending));
+            return Ok(());
+        }
         let width = self.shape.query_heads * self.shape.head_dim;
         let members: Vec<_> = batch
             .iter()
@@ -350,7 +305,11 @@ impl DaemonKv {
                 Member { sequence: sequence.inner(), position: *position, hint }
             })
             .collect();
-        self.pending[layer] = Some(self.model.speculate(layer, &members)?);
+        let pending = self.model.speculate(layer, &members)?;
+        self.pending[layer] = Some(match &self.device {
+            Some(_) => Asked::Stream(pending.on_stream()?),
+            None => Asked::Host(pending),
+        });
         Ok(())
     }
 }
@@ -510,26 +469,47 @@ impl KvBackend for DaemonKv {
         queries: &[f32],
         out: &mut [f32],
     ) -> Result<(), DaemonError> {
-        let ready = match self.pending[layer].take() {
-            None => None,
-            Some(pending) => {
-                let since = Instant::now();
-                let ready = pending.wait(self.options.deadline)?;
-                self.stats.answered(since.elapsed(), ready.completion());
-                Some(ready)
-            }
-        };
-        let pass = attention::Pass {
+        let batch: Vec<&DaemonSequence> = batch.iter().map(|sequence| &**sequence).collect();
+        let asked = self.pending[layer].take();
+        let pass = Pass {
             shape: &self.shape,
             sinks: self.options.sinks,
             window: self.options.window,
             layer,
-            ready: ready.as_ref(),
+            selects: asked.is_some(),
         };
-        let batch: Vec<&DaemonSequence> = batch.iter().map(|sequence| &**sequence).collect();
-        pass.attend(&batch, positions, queries, out);
-        if self.measure_mass && ready.is_some() {
-            pass.add_mass(&batch, positions, queries, &mut self.stats);
+        let deadline = self.options.deadline;
+        if let Some(device) = &mut self.device {
+            let asked = match asked {
+                None => None,
+                Some(Asked::Stream(pending)) => Some(pending),
+                Some(Asked::Host(pending)) => Some(pending.on_stream()?),
+            };
+            let attended = Layer { pass, batch: &batch, positions, queries };
+            let Some(answered) = device.attend(attended, asked, deadline, self.measure_mass, out)? else {
+                return Ok(());
+            };
+            self.stats.answered(answered.waited, &answered.completion);
+            if let Some(answer) = &answered.answer {
+                pass.add_mass(answer, &batch, positions, queries, &mut self.stats);
+            }
+            return Ok(());
+        }
+        let ready = match asked {
+            Some(Asked::Host(pending)) => {
+                let since = Instant::now();
+                let ready = pending.wait(deadline)?;
+                self.stats.answered(since.elapsed(), ready.completion());
+                Some(ready)
+            }
+            // Streams are asked for where there is a device alone.
+            Some(Asked::Stream(_)) | None => None,
+        };
+        pass.attend(ready.as_ref(), &batch, positions, queries, out);
+        if self.measure_mass
+            && let Some(ready) = &ready
+        {
+            pass.add_mass(ready, &batch, positions, queries, &mut self.stats);
         }
         Ok(())
     }

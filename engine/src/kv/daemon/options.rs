@@ -1,0 +1,117 @@
+//! What a model registers with.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvoyant_client::Limits;
+use kvoyant_methods::infinigen::{self, SkewArtifact};
+use kvoyant_methods::{Fingerprint, MethodSpec, Shape};
+
+use super::super::KvShape;
+use super::DaemonError;
+
+/// What a model registers with.
+#[derive(Debug, Clone)]
+pub struct DaemonOptions {
+    /// A name for `kvoyant status`.
+    pub name: String,
+    /// Fingerprint of the weights.
+    pub fingerprint: Fingerprint,
+    /// Methods that sequences may use, by index.
+    pub methods: Vec<MethodSpec>,
+    /// InfiniGen's skew matrices, where a method needs them.
+    pub skew: Option<Arc<SkewArtifact>>,
+    /// First tokens that are always attended.
+    pub sinks: usize,
+    /// Recent tokens that are always attended, the current one included.
+    pub window: usize,
+    /// Layers `0..dense_layers` attend to everything.
+    pub dense_layers: usize,
+    /// Longest sequence, in tokens; sizes the answers.
+    pub context_tokens: usize,
+    /// Most sequences in one step.
+    pub batch_max: usize,
+    /// How long to wait for an answer before giving up.
+    pub deadline: Duration,
+}
+
+impl Default for DaemonOptions {
+    fn default() -> Self {
+        Self {
+            name: "kvoyant-engine".into(),
+            fingerprint: Fingerprint::default(),
+            methods: vec![MethodSpec::Full],
+            skew: None,
+            sinks: 4,
+            window: 64,
+            dense_layers: 2,
+            context_tokens: 8192,
+            batch_max: 32,
+            deadline: Duration::from_secs(30),
+        }
+    }
+}
+
+impl DaemonOptions {
+    /// The shape that methods and artifacts are made for.
+    #[must_use]
+    pub fn shape(&self, kv: &KvShape, page_rows: usize) -> Shape {
+        Shape {
+            layers: kv.layers,
+            query_heads: kv.query_heads,
+            kv_heads: kv.kv_heads,
+            head_dim: kv.head_dim,
+            page_rows,
+            sinks: self.sinks,
+            window: self.window,
+            dense_layers: self.dense_layers,
+            dtype: kv.dtype,
+            fingerprint: self.fingerprint,
+        }
+    }
+
+    /// Rings for a few answers under way, each with a block table for the worst case: every second row selected.
+    pub(super) fn limits(&self, kv: &KvShape) -> Limits {
+        let heads = self.batch_max * kv.kv_heads;
+        let table = heads * (16 + 12 * (self.context_tokens / 2 + 2));
+        let hints = self.batch_max * kv.query_heads * kv.head_dim * 4;
+        Limits {
+            ring_slots: 8,
+            batch_max: self.batch_max as u32,
+            hint_bytes: hints.max(kv.kv_heads * kv.head_dim * 4).max(64) as u32,
+            // A session's answers may take 256 MiB in all; longer contexts with that many members end in a typed error.
+            table_bytes: table.clamp(4096, 24 << 20) as u32,
+            sequences_max: 4096,
+        }
+    }
+}
+
+/// Which statistics of a prompt are collected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Statistics {
+    /// In the calibrated basis.
+    pub(super) skew: bool,
+    /// Of the keys too.
+    pub(super) keys: bool,
+}
+
+impl Statistics {
+    /// What all methods that want any agree on.
+    pub(super) fn wanted_by(methods: &[MethodSpec]) -> Result<Option<Self>, DaemonError> {
+        let mut found: Option<(Self, &MethodSpec)> = None;
+        for method in methods {
+            let MethodSpec::Infinigen(spec) = method else { continue };
+            let wanted = Self { skew: spec.skew, keys: spec.index == infinigen::IndexRule::Both };
+            match found {
+                Some((other, a)) if other != wanted => {
+                    return Err(DaemonError::Statistics {
+                        a: Box::new(a.clone()),
+                        b: Box::new(method.clone()),
+                    });
+                }
+                _ => found = Some((wanted, method)),
+            }
+        }
+        Ok(found.map(|(wanted, _)| wanted))
+    }
+}
