@@ -83,7 +83,7 @@ fn words(calibration: &Calibration, path: &Path) -> String {
     {
         let large = (LARGE_BYTES / run_bytes).clamp(1, LARGE_RUNS);
         let cells: String = [SMALL_RUNS, large].map(|runs| cells(costs, runs, run_bytes)).concat();
-        let _ = writeln!(out, "{:>8}{cells}", bytes(run_bytes));
+        let _ = writeln!(out, "{:>8}{}", bytes(run_bytes), cells.trim_end());
     }
     let range_us = costs.of(EngineKind::Staged).map_or(0.0, |staged| staged.range_us);
     let _ = writeln!(
@@ -107,7 +107,7 @@ fn cells(costs: &Table, runs: u64, run_bytes: u64) -> String {
         }
         let gbps = bytes as f64 / us / 1e3;
         let winner = if us <= least { "*" } else { " " };
-        format!("{gbps:>9.2} {:>4.0} %{winner}", 100.0 * gbps / costs.h2d_gbps)
+        format!("{gbps:>8.2} {:>4.0} %{winner}", 100.0 * gbps / costs.h2d_gbps)
     };
     us.map(cell).concat()
 }
@@ -136,7 +136,8 @@ mod tests {
         for line in lines {
             let halves = line.split_at(8 + 3 * 16);
             assert!(halves.0.contains('*') && halves.1.contains('*'), "{text}");
-            assert_eq!(line.chars().count(), 8 + 6 * 16, "{text}");
+            let width = line.chars().count() + usize::from(!line.ends_with('*'));
+            assert_eq!(width, 8 + 6 * 16, "{text}");
         }
         assert!(text.contains("/state/file.json"));
     }
