@@ -239,10 +239,10 @@ impl Report {
     }
 }
 
-/// Three digits that count.
+/// Three digits that count; whole numbers as they are.
 fn number(value: f64) -> String {
     match value.abs() {
-        v if v >= 100.0 || v == 0.0 => format!("{value:.0}"),
+        v if v >= 100.0 || v.fract() == 0.0 => format!("{value:.0}"),
         v if v >= 10.0 => format!("{value:.1}"),
         v if v >= 1.0 => format!("{value:.2}"),
         _ => format!("{value:.4}"),

@@ -97,7 +97,7 @@ pub(crate) fn run(setup: &Setup, figures: &Figures) -> Result<(), Stop> {
     // Long enough that little of an answer was in the one before; the driver in software gets less to do.
     let (tokens, requests, turns) =
         if setup.software { (4096, &REQUESTS[..2], 8) } else { (32_768, &REQUESTS[..], 300) };
-    let daemon = Daemon::start(setup.ordinal, if setup.software { "512MiB" } else { "4GiB" })?;
+    let daemon = Daemon::start(setup.ordinal, if setup.software { "512MiB" } else { "2GiB" })?;
     let model = Client::connect(&daemon.socket(), Options::default())?.register(spec(), None)?;
     let device =
         model.device_session().ok_or_else(|| Stop::Failed("the daemon's device is no GPU".into()))?.clone();

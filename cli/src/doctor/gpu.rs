@@ -103,7 +103,7 @@ impl Patient<'_> {
 
     /// Whether contexts can be made by several processes.
     fn compute_mode(&self, report: &mut Report) -> bool {
-        let default = Some(format!("nvidia-smi -i {} -c DEFAULT", self.info.ordinal));
+        let default = format!("nvidia-smi -i {} -c DEFAULT", self.info.ordinal);
         match self.info.compute_mode {
             ComputeMode::Default => report.pass("compute-mode", "default: any number of processes"),
             ComputeMode::ExclusiveProcess if cuda::mps_runs() => {
@@ -111,17 +111,17 @@ impl Patient<'_> {
             }
             ComputeMode::ExclusiveProcess => {
                 let found = "exclusive-process: the daemon and an engine cannot both have a context";
-                report.add("compute-mode", self.bad, found.into(), default);
+                report.add("compute-mode", self.bad, found.into(), Some(default));
                 return false;
             }
             ComputeMode::Prohibited => {
                 let found = "prohibited: nobody may have a context";
-                report.add("compute-mode", self.bad, found.into(), default);
+                report.add("compute-mode", self.bad, found.into(), Some(default));
                 return false;
             }
             ComputeMode::Unknown(mode) => {
                 let found = format!("{mode}, which this version does not know");
-                report.warn("compute-mode", found, default.unwrap_or_default());
+                report.warn("compute-mode", found, default);
             }
         }
         true
@@ -131,7 +131,7 @@ impl Patient<'_> {
         let nodes = std::fs::read_to_string("/sys/devices/system/node/online").unwrap_or_default();
         match self.info.numa_node {
             Some(node) => {
-                report.pass("numa", format!("the device is on node {node}: extents are made there"))
+                report.pass("numa", format!("the device is on node {node}: extents are made there"));
             }
             None if nodes.trim().is_empty() || nodes.trim() == "0" => {
                 report.pass("numa", "this machine has one node");
@@ -226,7 +226,7 @@ impl Patient<'_> {
         ] {
             match result {
                 Ok(answer) => {
-                    report.pass(name, format!("another process opens ours by {way} in {:.0} µs", answer.us))
+                    report.pass(name, format!("another process opens ours by {way} in {:.0} µs", answer.us));
                 }
                 Err(Refusal { what, advice }) => {
                     let found = format!("another process cannot open ours by {way}: {what}");
