@@ -160,7 +160,7 @@ fn duration(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvoyant_daemon::status::{ArenaReport, DeviceReport, Totals};
+    use kvoyant_daemon::status::{ArenaReport, Totals};
 
     #[test]
     fn the_words_name_every_session_and_no_control_character_gets_through() {
