@@ -128,9 +128,10 @@ fn pool(pool: &PoolReport) -> String {
 }
 
 fn line(session: &SessionReport) -> String {
-    let hits = match session.rows_selected {
+    let found = session.rows_hit + session.rows_in_place + session.graph_hits;
+    let hits = match session.rows_selected + session.graph_hits + session.graph_misses {
         0 => "–".to_owned(),
-        all => format!("{:.0} %", (session.rows_hit + session.rows_in_place) as f64 / all as f64 * 100.0),
+        all => format!("{:.0} %", found as f64 / all as f64 * 100.0),
     };
     // A client chooses its own name: what could steer a terminal is not passed on.
     let name: String = session.client.chars().filter(|c| !c.is_control()).take(20).collect();
@@ -187,6 +188,10 @@ mod tests {
             bytes_moved: 0,
             select_ns: 0,
             transfer_ns: 0,
+            graph_reports: 0,
+            graph_hits: 0,
+            graph_misses: 0,
+            graph_lost: 0,
         };
         let report = StatusReport {
             version: "1.2.3".into(),

@@ -10,6 +10,7 @@ use kvoyant_kernels::Dtype;
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Failure, ModelSpec, ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::device::SlabRef;
+use kvoyant_protocol::graph::GraphLayout;
 use kvoyant_protocol::layout::{Layout, Limits, PageGeometry};
 use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::packet;
@@ -252,6 +253,8 @@ impl Client {
             Error::Failed(Failure::BadModel(format!("storage type {} is not known", spec.dtype)))
         })?;
         let mut spec = spec;
+        let graph =
+            spec.graph.map(|graph| GraphLayout::new(graph, spec.layers, spec.kv_heads)).transpose()?;
         spec.artifact_bytes = artifact.map(|bytes| bytes.len() as u64);
         let file = artifact.map(artifact_file).transpose()?;
         let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
@@ -269,8 +272,8 @@ impl Client {
             }
             SlabRef::Device(export) => {
                 let watch = self.control.watch.try_clone()?;
-                let session =
-                    DeviceSession::open(&export, fds, self.rings.layout(), self.rings.mappings(), watch)?;
+                let layouts = (self.rings.layout(), graph);
+                let session = DeviceSession::open(&export, fds, layouts, self.rings.mappings(), watch)?;
                 Slab::Device(session)
             }
         };

@@ -37,6 +37,7 @@ pub use connection::{Client, Options};
 pub use error::Error;
 pub use kvoyant_kernels::{Dtype, Run};
 pub use kvoyant_protocol::control::{Failure, Mode, ModelSpec};
+pub use kvoyant_protocol::graph::GraphSpec;
 pub use kvoyant_protocol::layout::Limits;
 pub use kvoyant_protocol::wire::{Completion, SequenceId, Status};
 pub use model::{Member, Model};

@@ -108,6 +108,18 @@ impl Sequence {
         (page != NO_PAGE).then(|| page.wrapping_mul(geometry.pages.page_rows as u32).wrapping_add(row as u32))
     }
 
+    /// Copies the page table out, `[layer][KV head][capacity]`, with [`NO_PAGE`] where it ends earlier.
+    pub(crate) fn copy_pages(&self, capacity: usize, into: &mut [u32]) {
+        let state = self.state();
+        let have = state.table.capacity as usize;
+        for (head, pages) in into.chunks_exact_mut(capacity).enumerate() {
+            for (page, word) in pages.iter_mut().enumerate() {
+                let at = state.table.offset as usize + (head * have + page) * 4;
+                *word = if page < have { state.map.load_u32(at) } else { NO_PAGE };
+            }
+        }
+    }
+
     /// Writes rows of one layer and KV head, in the model's storage type, from a position on: `[rows][2 · head dim]`,
     /// K then V. They count once they are appended.
     ///

@@ -408,6 +408,7 @@ async fn register(
     let slab = SlabRequest {
         session: session.status.id,
         bytes: usize::try_from(asked.min(SLAB_MAX)).unwrap_or(usize::MAX),
+        records: 0,
         layout: session.layout,
         d2c: Arc::clone(&session.d2c),
         features: session.features,
@@ -426,10 +427,13 @@ async fn register(
             .map_err(Ended::Refused)
     })
     .await?;
-    let (slab, fds) = match &model.slab {
+    let (slab, mut fds) = match &model.slab {
         None => (SlabRef::None, Vec::new()),
         Some(slab) => slab.slab.0.export().map_err(|error| Ended::Refused(error.into()))?,
     };
+    if let Some(graph) = &model.graph {
+        fds.push(graph.mailbox.fd()?);
+    }
     let message = ToClient::Registered {
         device: plane.device.name().into(),
         mode: plane.device.mode(),

@@ -92,6 +92,10 @@ impl SessionStatus {
             bytes_moved: stat(Stat::BytesMoved),
             select_ns: stat(Stat::SelectNs),
             transfer_ns: stat(Stat::TransferNs),
+            graph_reports: stat(Stat::GraphReports),
+            graph_hits: stat(Stat::GraphHits),
+            graph_misses: stat(Stat::GraphMisses),
+            graph_lost: stat(Stat::GraphLost),
         }
     }
 }
@@ -324,4 +328,12 @@ pub struct SessionReport {
     pub bytes_moved: u64,
     pub select_ns: u64,
     pub transfer_ns: u64,
+    #[serde(default)]
+    pub graph_reports: u64,
+    #[serde(default)]
+    pub graph_hits: u64,
+    #[serde(default)]
+    pub graph_misses: u64,
+    #[serde(default)]
+    pub graph_lost: u64,
 }

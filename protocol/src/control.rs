@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::device::SlabRef;
+use crate::graph::GraphSpec;
 use crate::layout::Limits;
 use crate::memory::MemoryError;
 use crate::wire::SequenceId;
@@ -74,6 +75,8 @@ pub struct ModelSpec {
     /// Bytes of device memory for resident rows, out of what the operator has set aside; 0: as much as the daemon
     /// gives a session by default.
     pub slab_bytes: u64,
+    /// Graph mode, if the session wants it; on a GPU only.
+    pub graph: Option<GraphSpec>,
     /// Bytes of the artifact whose memfd comes beside this message, if one does.
     pub artifact_bytes: Option<u64>,
 }
@@ -145,6 +148,14 @@ pub enum ToDaemon {
         /// Tokens that stay.
         tokens: u32,
     },
+    /// Serves a sequence in graph mode from now on: its residency lies in this slot of the records, its reports come
+    /// through the mailbox, and it is not speculated any more. Closing the sequence frees the slot.
+    Graph {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// Which slot; one sequence has it at a time.
+        slot: u32,
+    },
     /// The client has closed all device memory that it had opened: the daemon may free it at once instead of waiting
     /// for the client's process to end. Not answered.
     Goodbye,
@@ -180,7 +191,8 @@ pub enum ToClient {
     },
     /// Answer to `Mapped`.
     Sealed,
-    /// Answer to `Register`; file descriptors of the slab's memory are beside it where it has any.
+    /// Answer to `Register`; file descriptors of the slab's memory are beside it where it has any, and behind them, in
+    /// graph mode, that of the mailbox.
     Registered {
         /// Name of the device.
         device: String,
@@ -214,7 +226,7 @@ pub enum ToClient {
         /// Page table and room in tokens of each sequence.
         tables: Vec<(TableRef, u32)>,
     },
-    /// Answer to `Truncate` and `Close`.
+    /// Answer to `Truncate`, `Graph` and `Close`.
     Done,
     /// Anything that could not be done. Unless it is [`Failure::Protocol`], the session goes on.
     Failed(Failure),
@@ -280,6 +292,14 @@ pub enum Failure {
     /// The device is there, and cannot serve this client.
     #[error("the device cannot serve this client: {0}")]
     Device(String),
+    /// A sequence that cannot be served in graph mode.
+    #[error("sequence {sequence} cannot be served in graph mode: {reason}")]
+    Graph {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// Why.
+        reason: String,
+    },
     /// The device is gone for this daemon; its supervisor starts another one.
     #[error(
         "the device is lost: {0}; the session's rows are still in its own memory, and a restarted daemon takes new sessions"

@@ -99,6 +99,8 @@ pub struct DeviceExport {
     pub slab_bytes: u64,
     /// The board's allocation; the board begins with it.
     pub board: Export,
+    /// The allocation of the residency records, which begin with it; in graph mode only.
+    pub records: Option<Export>,
     /// How streams are signalled.
     pub signal: Signal,
 }

@@ -8,6 +8,7 @@
 //! | [`layout`] | where everything lies in a session's two memfds |
 //! | [`wire`] | descriptors, batch tables and block tables, and their checked forms |
 //! | [`device`] | memory of a GPU: how it travels, what lies where in a session's board |
+//! | [`graph`] | graph mode: residency records and the mailbox of reports |
 //! | [`control`] | the handshake and the control messages |
 //! | [`packet`] | `SOCK_SEQPACKET` sockets and file-descriptor passing |
 //!
@@ -18,6 +19,7 @@
 pub mod control;
 pub mod device;
 pub mod futex;
+pub mod graph;
 pub mod layout;
 pub mod memory;
 pub mod packet;

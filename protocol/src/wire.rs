@@ -254,6 +254,8 @@ pub enum Status {
     NotAppended = 5,
     /// The daemon failed inside; its log says how.
     Failed = 6,
+    /// A member is served in graph mode, where rows are selected on the device.
+    InGraphMode = 7,
 }
 
 impl Status {
@@ -265,6 +267,7 @@ impl Status {
             Self::NotObserved,
             Self::NotAppended,
             Self::Failed,
+            Self::InGraphMode,
         ]
         .into_iter()
         .find(|status| *status as u8 == code)
@@ -280,6 +283,7 @@ impl std::fmt::Display for Status {
             Self::NotObserved => "the method needs the prompt's query statistics, which were not sent",
             Self::NotAppended => "a member's position lies beyond the rows that were appended",
             Self::Failed => "the daemon failed on it; its log says how",
+            Self::InGraphMode => "a member is served in graph mode, where rows are selected on the device",
         })
     }
 }
@@ -502,10 +506,18 @@ pub enum Stat {
     TransferNs,
     /// Rows appended, all layers and heads together.
     RowsAppended,
+    /// Reports of graph mode that were read.
+    GraphReports,
+    /// Rows that kernels of graph mode found on the device.
+    GraphHits,
+    /// Rows that kernels of graph mode read over the link.
+    GraphMisses,
+    /// Reports of graph mode that were overwritten before they were read, or outrun by the next one.
+    GraphLost,
 }
 
 /// How many counters there are.
-pub const STATS: usize = Stat::RowsAppended as usize + 1;
+pub const STATS: usize = Stat::GraphLost as usize + 1;
 
 #[cfg(test)]
 mod tests {

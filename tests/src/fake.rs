@@ -35,6 +35,7 @@ pub fn spec(methods: &[&str]) -> ModelSpec {
         sliding_layers: Vec::new(),
         methods: methods.iter().map(ToString::to_string).collect(),
         slab_bytes: 0,
+        graph: None,
         artifact_bytes: None,
     }
 }

@@ -45,10 +45,19 @@ impl Raw {
     /// If the daemon refuses.
     #[must_use]
     pub fn connect(path: &Path, spec: ModelSpec) -> Self {
+        Self::connect_with(path, spec, features::COMMON).0
+    }
+
+    /// As [`Raw::connect`], with these abilities; gives the descriptors that came with the registration, too.
+    ///
+    /// # Panics
+    /// If the daemon refuses.
+    #[must_use]
+    pub fn connect_with(path: &Path, spec: ModelSpec, features: u64) -> (Self, Vec<OwnedFd>) {
         let limits = Limits { ring_slots: 8, ..Limits::default() };
         let layout = Layout::new(limits).expect("limits");
         let socket = Self::socket(path);
-        let hello = ToDaemon::Hello { features: features::COMMON, name: "raw".into(), limits };
+        let hello = ToDaemon::Hello { features, name: "raw".into(), limits };
         packet::send(socket.as_fd(), &encode(&hello), &[]).expect("a hello");
         let welcome = packet::receive(socket.as_fd()).expect("a welcome");
         let [c2d, d2c] = <[OwnedFd; 2]>::try_from(welcome.fds).expect("two memfds");
@@ -58,9 +67,11 @@ impl Raw {
         let d2c = d2c.map_read_only().expect("a map");
         let mut raw = Self { socket, layout, c2d, c2d_file, d2c, tail: 0 };
         assert_eq!(raw.call(&ToDaemon::Mapped).expect("an answer"), ToClient::Sealed);
-        let registered = raw.call(&ToDaemon::Register(spec)).expect("an answer");
-        assert!(matches!(registered, ToClient::Registered { .. }), "{registered:?}");
-        raw
+        raw.say(&encode(&ToDaemon::Register(spec)));
+        let registered = packet::receive(raw.socket.as_fd()).expect("an answer");
+        let message = decode::<ToClient>(&registered.bytes).expect("a message");
+        assert!(matches!(message, ToClient::Registered { .. }), "{message:?}");
+        (raw, registered.fds)
     }
 
     /// Sends bytes as they are.

@@ -89,6 +89,7 @@ fn spec() -> ModelSpec {
         sliding_layers: Vec::new(),
         methods: vec![format!("quest:budget={},page={PAGE_ROWS}", PAGES * PAGE_ROWS)],
         slab_bytes: 0,
+        graph: None,
         artifact_bytes: None,
     }
 }

@@ -10,11 +10,13 @@
 #![allow(unsafe_code)]
 
 mod attend;
+mod graph;
 mod session;
 mod stream;
 mod watchdog;
 
 pub use attend::{Attend, AttendKernel, kernel_folder};
+pub use graph::{GraphBuffers, GraphKernels, GraphOptions, GraphSequence, OwnRows};
 pub use kvoyant_cuda::{
     Context, CudaError, DeviceBuffer, DeviceInfo, KernelCache, KernelError, PinnedBuffer, Priority, Stream,
     Unavailable,

@@ -7,14 +7,16 @@ use kvoyant_cuda::{
     Access, Context, CudaError, Event, ImportedBuffer, PinnedBuffer, Priority, Registration, Stream,
 };
 use kvoyant_protocol::device::{DeviceExport, Export, Signal};
+use kvoyant_protocol::graph::GraphLayout;
 use kvoyant_protocol::layout::Layout;
 use kvoyant_protocol::memory::{MemoryError, SharedMapping};
 
+use super::graph::GraphMemory;
 use super::watchdog::{self, Watchdog};
 use crate::error::Error;
 
 /// Extents that a session may have on a device: 64 GiB.
-const EXTENTS_MAX: usize = 1024;
+pub(super) const EXTENTS_MAX: usize = 1024;
 
 /// Bytes that are read back from the slab at once.
 const READ_BYTES: usize = 1 << 20;
@@ -46,6 +48,8 @@ pub struct DeviceSession {
     /// The client → daemon memory, registered: hints go there, doorbells and releases too.
     pub(super) c2d: Registration,
     pub(super) board: ImportedBuffer,
+    /// In graph mode only.
+    pub(super) graph: Option<GraphMemory>,
     slab: ImportedBuffer,
     /// What reads the slab back for the host, once it is asked to.
     reader: Mutex<Option<(Stream, PinnedBuffer)>>,
@@ -62,7 +66,7 @@ impl DeviceSession {
     pub(crate) fn open(
         export: &DeviceExport,
         fds: Vec<OwnedFd>,
-        layout: Layout,
+        (layout, graph): (Layout, Option<GraphLayout>),
         (c2d, d2c): (&Arc<SharedMapping>, &Arc<SharedMapping>),
         watch: OwnedFd,
     ) -> Result<Arc<Self>, Error> {
@@ -89,6 +93,18 @@ impl DeviceSession {
         };
         let slab = import(&export.slab, Access::Read)?;
         let board = import(&export.board, Access::ReadWrite)?;
+        let records = export.records.as_ref().map(|records| import(records, Access::Read)).transpose()?;
+        let graph = match (graph, records, fds.next()) {
+            (None, ..) => None,
+            (Some(layout), Some(records), Some(mailbox)) => {
+                Some(GraphMemory::open(&context, layout, records, mailbox)?)
+            }
+            _ => {
+                return Err(Error::Broken(
+                    "records and a mailbox did not come, as graph mode needs them".into(),
+                ));
+            }
+        };
         let inside =
             |offset: u64, bytes: u64, whole: u64| offset.checked_add(bytes).is_some_and(|end| end <= whole);
         if !inside(export.slab_offset, export.slab_bytes, export.slab.bytes())
@@ -118,6 +134,8 @@ impl DeviceSession {
         // after the registration.
         let registered = unsafe { context.register(address, c2d.len(), false) }?;
         let addresses = context.pinned(EXTENTS_MAX * 8)?;
+        // SAFETY: the whole of pinned memory that nobody else knows of yet. A kernel takes 0 for an extent that is not mapped.
+        unsafe { addresses.as_ptr().write_bytes(0, addresses.len()) };
         let release = watchdog::release(&context, board.ptr(), layout, Arc::clone(d2c))?;
         let watchdog = Watchdog::start(release, watch)?;
         Ok(Arc::new(Self {
@@ -126,6 +144,7 @@ impl DeviceSession {
             signalled,
             c2d: registered,
             board,
+            graph,
             slab,
             reader: Mutex::new(None),
             slab_offset: export.slab_offset,
@@ -158,6 +177,11 @@ impl DeviceSession {
     #[must_use]
     pub fn slab_bytes(&self) -> u64 {
         self.slab_bytes
+    }
+
+    /// Rows of the slab.
+    pub(super) fn slab_rows(&self, row_bytes: usize) -> u32 {
+        u32::try_from(self.slab_bytes as usize / row_bytes.max(1)).unwrap_or(u32::MAX)
     }
 
     /// Address of a range of the slab.

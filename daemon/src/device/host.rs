@@ -15,7 +15,7 @@ use kvoyant_protocol::control::{Mode, features};
 use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
 
-use super::{Device, Done, Slab, SlabError, SlabMemory, SlabRequest, Transfer};
+use super::{Device, Slab, SlabError, SlabMemory, SlabRequest, Transfer};
 
 /// Transfers that may wait for a copy thread.
 const QUEUE: usize = 1024;
@@ -87,9 +87,7 @@ fn copy_loop(transfers: &Receiver<Transfer>, link: &Mutex<Instant>, shape: Shape
         if !ahead.is_zero() {
             std::thread::sleep(ahead);
         }
-        let Transfer { session, ticket, mut copies, report, .. } = transfer;
-        copies.clear();
-        report.push(Done { session, ticket, copies, finished: Instant::now(), failed: false });
+        transfer.end(false);
     }
 }
 
@@ -184,7 +182,15 @@ mod tests {
         let importer = Arc::new(Importer { process: None, closed: AtomicBool::new(true) });
         let layout = Layout::new(Limits::default()).unwrap();
         let slab = device
-            .slab(SlabRequest { session: 1, bytes: 1 << 20, layout, d2c, features: features::SLAB, importer })
+            .slab(SlabRequest {
+                session: 1,
+                bytes: 1 << 20,
+                records: 0,
+                layout,
+                d2c,
+                features: features::SLAB,
+                importer,
+            })
             .unwrap();
         let (SlabRef::Host { bytes }, fds) = slab.0.export().unwrap() else { panic!("not in host memory") };
         let seals = Seals::frozen_for_readers();

@@ -49,12 +49,12 @@ impl SessionMemory {
     }
 }
 
-/// Copies that belong to one answer.
+/// Copies that belong to one answer, or to one report of graph mode.
 #[derive(Debug)]
 pub struct Transfer {
-    /// Session of the answer.
+    /// Its session.
     pub session: u64,
-    /// Ticket of the answer.
+    /// Ticket of the answer; 0 for a report.
     pub ticket: u64,
     /// What to copy. Every range lies in `memory`, or in the session's slab.
     pub copies: Vec<CopyRun>,
@@ -68,28 +68,74 @@ pub struct Transfer {
     pub report: Arc<Report>,
 }
 
+/// What a stream of the client's reads.
+#[derive(Debug)]
+pub enum Publication {
+    /// An answer.
+    Answer(AnswerWords),
+    /// The residency records of one layer of a sequence.
+    Records(Box<RecordUpdate>),
+}
+
 /// What a stream of the client's reads of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Publication {
+pub struct AnswerWords {
     /// Ticket and status, as in the timeline word.
     pub word: u64,
     /// Bytes of the block table, which lies where the session's layout has it.
     pub table_bytes: u32,
 }
 
+/// New contents of the residency records of one layer of a sequence. They hold once all of them have the new version.
+#[derive(Debug, Default)]
+pub struct RecordUpdate {
+    /// The sequence's slot of the records.
+    pub slot: u32,
+    /// The layer.
+    pub layer: u32,
+    /// Offset of the first record.
+    pub offset: u64,
+    /// Bytes from record to record.
+    pub stride: u64,
+    /// How many: one for each KV head.
+    pub heads: u32,
+    /// The new version.
+    pub version: u64,
+    /// The records' new contents one behind the other, each with a version that nobody expects; empty if nothing but the
+    /// version changes.
+    pub image: Vec<u8>,
+    /// Where each record's contents end in `image`.
+    pub ends: Vec<usize>,
+}
+
 /// A transfer that has ended.
 #[derive(Debug)]
 pub struct Done {
-    /// Session of the answer.
+    /// Its session.
     pub session: u64,
-    /// Ticket of the answer.
+    /// Ticket of the answer; 0 for a report.
     pub ticket: u64,
+    /// The records that it made known, if those.
+    pub records: Option<Box<RecordUpdate>>,
     /// The transfer's list, emptied, to be used again.
     pub copies: Vec<CopyRun>,
     /// When its last byte had arrived.
     pub finished: Instant,
     /// Whether the device could not do it: the slots hold anything.
     pub failed: bool,
+}
+
+impl Transfer {
+    /// Reports its end to the lane that asked for it.
+    pub fn end(mut self, failed: bool) {
+        self.copies.clear();
+        let records = match self.publish {
+            Some(Publication::Records(update)) => Some(update),
+            Some(Publication::Answer(_)) | None => None,
+        };
+        let (session, ticket, copies) = (self.session, self.ticket, self.copies);
+        self.report.push(Done { session, ticket, records, copies, finished: Instant::now(), failed });
+    }
 }
 
 /// A lane's queue of ended transfers, and the bell that wakes the lane.
@@ -175,6 +221,8 @@ pub struct SlabRequest {
     pub session: u64,
     /// Bytes of the slab.
     pub bytes: usize,
+    /// Bytes of the residency records; 0: no graph mode.
+    pub records: u64,
     /// Where everything lies in the session's memory.
     pub layout: Layout,
     /// The daemon → client memfd, from which block tables are published.
@@ -221,6 +269,11 @@ pub trait Device: Send + Sync + Debug {
 
     /// Whether it makes answers known to the client's streams, so that every answer goes through [`Device::submit`].
     fn publishes(&self) -> bool {
+        false
+    }
+
+    /// Whether sessions can be served in graph mode.
+    fn has_records(&self) -> bool {
         false
     }
 

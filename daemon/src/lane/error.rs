@@ -6,6 +6,8 @@ use kvoyant_protocol::ring::RingError;
 use kvoyant_protocol::wire::{RequestError, SequenceId};
 use thiserror::Error;
 
+use crate::lane::mailbox::ReportError;
+
 /// Rows, over all members and KV heads, that one speculation may have candidates for: a batch of 256 sequences of
 /// 128 Ki tokens with eight KV heads.
 pub(super) const WORK_MAX: usize = 1 << 28;
@@ -91,6 +93,9 @@ pub enum SessionError {
     /// A control request that failed after it had begun.
     #[error("a request failed half way: {0}")]
     HalfWay(String),
+    /// A report of graph mode that cannot be.
+    #[error(transparent)]
+    Report(#[from] ReportError),
     /// Completions that nobody reads.
     #[error("the completion ring is full: answers were released without being read")]
     CompletionsFull,

@@ -6,6 +6,8 @@
 
 pub mod digests;
 pub mod error;
+pub mod graph;
+pub mod mailbox;
 pub mod model;
 pub mod select;
 pub mod sequences;
@@ -259,6 +261,8 @@ impl Lane {
             let words: Vec<_> = self.words().collect();
             // More rings than can be watched at once are looked at every so often.
             let watched = words.len() < kvoyant_protocol::futex::WAIT_ANY_MAX;
+            // So are mailboxes: what a GPU writes wakes nobody.
+            let watched = watched && !self.sessions.iter().any(|attached| attached.session.listens());
             let timeout = if watched { SLEEP_MAX } else { Duration::from_millis(1) };
             if wait_any((&self.bell, rung), &words, timeout).is_err() {
                 std::thread::sleep(Duration::from_micros(100));
@@ -364,6 +368,9 @@ impl LaneSession {
             }),
             ToDaemon::Truncate { sequence, tokens } => {
                 model.truncate(*sequence, *tokens, released).map(|()| ToClient::Done)
+            }
+            ToDaemon::Graph { sequence, slot } => {
+                model.serve_graph(*sequence, *slot).map(|()| ToClient::Done)
             }
             ToDaemon::Close { sequences } => {
                 // One bad handle must not keep the others open.

@@ -8,10 +8,12 @@ use kvoyant_methods::infinigen::SkewArtifact;
 use kvoyant_methods::{Artifact, Fingerprint, Method, MethodSpec, Scratch, Selection, Shape};
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Failure, MemoryKind, Mode, ModelSpec, ToClient};
+use kvoyant_protocol::graph::GraphLayout;
 use kvoyant_protocol::memory::MemoryError;
 
 use crate::device::{Device, SessionMemory, Slab, SlabRequest};
 use crate::lane::digests::DigestPool;
+use crate::lane::graph::GraphState;
 use crate::lane::sequences::SequenceSlot;
 use crate::tiers::arena::{PageGeometry, SessionArena};
 use crate::tiers::heap::{Heap, Region};
@@ -94,6 +96,8 @@ pub struct ModelState {
     pub open: Vec<u32>,
     /// The device's slab; `None` in place.
     pub slab: Option<SlabState>,
+    /// Graph mode, if the session wants it.
+    pub graph: Option<GraphState>,
     /// What transfers hold on to.
     pub memory: Arc<SessionMemory>,
     /// How many times as many rows as are selected a head keeps on the device.
@@ -152,17 +156,33 @@ impl ModelState {
             })
             .collect::<Result<Vec<_>, String>>()
             .map_err(Failure::BadMethod)?;
+        let graph = match spec.graph {
+            None => None,
+            Some(_) if !device.has_records() => {
+                let device = device.name();
+                return Err(Failure::Device(format!(
+                    "graph mode needs a GPU, and this daemon's device is {device}"
+                )));
+            }
+            Some(graph) => Some(
+                GraphLayout::new(graph, spec.layers, spec.kv_heads)
+                    .map_err(|error| Failure::BadModel(error.to_string()))?,
+            ),
+        };
+        let records = graph.map_or(0, |layout| layout.records_bytes());
         let memory = Arc::new(SessionMemory::default());
         let slab = match device.mode() {
             Mode::InPlace => None,
             Mode::Slab | Mode::Device => {
                 let pages = (slab.bytes / geometry.page_bytes()).max(1);
-                let slab = device.slab(SlabRequest { bytes: pages * geometry.page_bytes(), ..slab })?;
+                let slab =
+                    device.slab(SlabRequest { bytes: pages * geometry.page_bytes(), records, ..slab })?;
                 memory.keep(Arc::clone(&slab.0) as _);
                 Some(SlabState { slab, pages: SlabPages::new(pages, shape.page_rows), limbo: Vec::new() })
             }
         };
         let budget = Arc::clone(extents.budget());
+        let graph = graph.map(GraphState::new).transpose()?;
         let mut meta = Heap::new("kvoyant-meta", Arc::clone(&budget), HEAP_FILE_BYTES);
         let directory = meta.allocate(sequences_max as usize * RECORD_BYTES)?;
         let mut sequences = Vec::new();
@@ -179,6 +199,7 @@ impl ModelState {
             sequences,
             open: Vec::new(),
             slab,
+            graph,
             memory,
             keep,
             buffers: Buffers::default(),

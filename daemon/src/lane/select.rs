@@ -100,6 +100,9 @@ impl ModelState {
     ) -> Result<(), Status> {
         let id = entry.sequence;
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
+        if sequence.graph.is_some() {
+            return Err(Status::InGraphMode);
+        }
         let tokens = entry.position as usize + 1;
         let candidates = self.shape.candidates(tokens);
         if !candidates.is_empty() && candidates.end > sequence.lens[layer] as usize {
@@ -191,7 +194,7 @@ impl ModelState {
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn place_head(
+    pub(super) fn place_head(
         &mut self,
         id: SequenceId,
         layer: usize,
@@ -253,8 +256,8 @@ impl ModelState {
     }
 
     /// Takes slab pages from the layers that were used longest ago until `pages` are free, or nobody has any that
-    /// no unread answer names.
-    fn make_room(&mut self, pages: usize, turn: Turn) {
+    /// no unread answer names. Those of graph mode stay where they are: kernels read them whenever they like.
+    pub(super) fn make_room(&mut self, pages: usize, turn: Turn) {
         loop {
             let Some(slab) = &mut self.slab else { return };
             if slab.pages.free() >= pages {
@@ -265,6 +268,7 @@ impl ModelState {
                 .open
                 .iter()
                 .filter_map(|slot| Some((*slot, sequences[*slot as usize].sequence.as_ref()?)))
+                .filter(|(_, sequence)| sequence.graph.is_none())
                 .flat_map(|(slot, sequence)| {
                     sequence.residency.iter().enumerate().map(move |(layer, slots)| (slot, layer, slots))
                 })

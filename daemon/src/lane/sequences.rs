@@ -56,6 +56,8 @@ pub struct Sequence {
     pub digests: Vec<DigestSet>,
     /// What is on the device, per layer.
     pub residency: Vec<LayerSlots>,
+    /// Its slot of the records, in graph mode.
+    pub graph: Option<u32>,
 }
 
 impl Sequence {
@@ -174,6 +176,7 @@ impl ModelState {
             observed: vec![false; layers],
             digests: Vec::new(),
             residency,
+            graph: None,
         };
         let id = self.install(slot, sequence);
         let ready = self
@@ -259,6 +262,7 @@ impl ModelState {
                 observed,
                 digests,
                 residency,
+                graph: None,
             },
         ))
     }
@@ -464,7 +468,11 @@ impl ModelState {
                 layer.heads.iter_mut().for_each(|head| head.truncate(tokens));
             }
         }
-        self.sequence_mut(id)?.residency = residency;
+        let sequence = self.sequence_mut(id)?;
+        sequence.residency = residency;
+        if let (Some(slot), Some(graph)) = (sequence.graph, &mut self.graph) {
+            graph.changed(slot);
+        }
         self.truncate_digests(id, tokens)?;
         self.record(id);
         Ok(())
@@ -485,6 +493,9 @@ impl ModelState {
                     self.arena.release(own);
                 }
             }
+        }
+        if let (Some(slot), Some(graph)) = (sequence.graph, &mut self.graph) {
+            graph.close(slot);
         }
         self.tables.release(sequence.table);
         if let Some(region) = sequence.observation {

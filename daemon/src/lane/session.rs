@@ -2,6 +2,8 @@
 //!
 //! Whatever a client does wrong here ends this session, with a reason, and no other.
 
+mod reports;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,8 +16,9 @@ use kvoyant_protocol::wire::{
     Append, BatchEntry, Completion, Observe, Operation, Request, STATS, Speculate, Stat, Status,
 };
 
-use crate::device::{Device, Done, Publication, Report, Transfer};
+use crate::device::{AnswerWords, Device, Done, Publication, Report, Transfer};
 use crate::lane::error::{SessionError, WORK_MAX};
+use crate::lane::mailbox::Report as GraphReport;
 use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::Sequence;
@@ -61,6 +64,7 @@ pub struct LaneSession {
     stats: [u64; STATS],
     batch: Vec<BatchEntry>,
     answer: Answer,
+    report: GraphReport,
     spare_copies: Vec<Vec<kvoyant_kernels::CopyRun>>,
     /// Whether a request waits for its doorbell, or an answer for room in the ring, so that the lane must poll.
     pub armed: bool,
@@ -109,6 +113,7 @@ impl LaneSession {
             stats: [0; STATS],
             batch: Vec::new(),
             answer: Answer::default(),
+            report: GraphReport::default(),
             spare_copies: Vec::new(),
             armed: false,
             dirty: true,
@@ -177,7 +182,7 @@ impl LaneSession {
             self.requests.advance(&self.d2c);
             handled += 1;
         }
-        Ok(handled > 0)
+        Ok(self.reports(tools, most)? | (handled > 0))
     }
 
     /// Handles every request that is there, doorbells aside: what a control request says comes after it.
@@ -192,6 +197,7 @@ impl LaneSession {
                 handled => waiting = waiting.saturating_sub(handled),
             }
         }
+        self.reports(tools, u32::MAX)?;
         Ok(())
     }
 
@@ -354,11 +360,11 @@ impl LaneSession {
         let publish = tools
             .device
             .publishes()
-            .then(|| Publication { word: completion.timeline(), table_bytes: completion.table_bytes });
+            .then(|| AnswerWords { word: completion.timeline(), table_bytes: completion.table_bytes });
         let waiting = publish.is_some() || !self.answer.copies.is_empty();
         self.flights.push_back(Flight { completion, planned, waiting });
         if waiting {
-            self.transfer(ticket, publish, tools);
+            self.transfer(ticket, publish.map(Publication::Answer), tools);
         }
         self.post_ready()
     }
@@ -397,6 +403,10 @@ impl LaneSession {
     pub fn transferred(&mut self, done: Done) -> Result<(), SessionError> {
         self.in_transfer -= 1;
         self.spare_copies.push(done.copies);
+        if let (Some(update), Some(model)) = (done.records, &mut self.model) {
+            model.records_written(update, done.failed);
+            return Ok(());
+        }
         for flight in &mut self.flights {
             if flight.completion.ticket == done.ticket {
                 let took = done.finished.saturating_duration_since(flight.planned).as_nanos();

@@ -54,6 +54,17 @@ pub struct Placed {
     pub fresh: bool,
 }
 
+/// A row that lies in a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotEntry {
+    /// Position of its token.
+    pub token: u32,
+    /// Its slot.
+    pub slot: u32,
+    /// Whether the last placement wanted it.
+    pub selected: bool,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Resident {
     token: u32,
@@ -82,6 +93,15 @@ impl SlotSet {
     #[must_use]
     pub fn resident(&self) -> usize {
         self.rows.len()
+    }
+
+    /// Rows that lie in slots, by token.
+    pub fn entries(&self) -> impl Iterator<Item = SlotEntry> + '_ {
+        self.rows.iter().map(|row| SlotEntry {
+            token: row.token,
+            slot: row.slot,
+            selected: row.used == self.step,
+        })
     }
 
     /// Pages that it owns.

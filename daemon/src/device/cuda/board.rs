@@ -8,7 +8,7 @@ use kvoyant_protocol::layout::{Layout, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 
 use super::pin::{Pinned, Registered};
-use crate::device::Publication;
+use crate::device::AnswerWords;
 
 /// How clients' streams are signalled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,13 +84,8 @@ impl Board {
     }
 
     /// Enqueues what makes an answer known, behind its copies.
-    pub(super) fn publish(
-        &self,
-        ticket: u64,
-        publication: Publication,
-        stream: &Stream,
-    ) -> Result<(), CudaError> {
-        let Publication { word, table_bytes } = publication;
+    pub(super) fn publish(&self, ticket: u64, words: AnswerWords, stream: &Stream) -> Result<(), CudaError> {
+        let AnswerWords { word, table_bytes } = words;
         let slot = self.layout.answer_slot(ticket);
         let at = |offset: usize| self.base + offset as u64;
         if table_bytes > 0

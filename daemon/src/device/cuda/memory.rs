@@ -146,13 +146,13 @@ impl Allocation {
     }
 }
 
-/// Allocates a session's slab and board, within the budget and with patience for the memory of the recently dead.
+/// Allocates a session's memory, one piece for each size, within the budget and with patience for the memory of the recently dead.
 pub(super) fn allocate(
     context: &Context,
     budget: &Arc<Budget>,
     way: Way,
-    sizes: [usize; 2],
-) -> Result<([Allocation; 2], Charge), SlabError> {
+    sizes: &[usize],
+) -> Result<(Vec<Allocation>, Charge), SlabError> {
     // The driver gives whole units; so that the budget means what the device loses, it counts them too.
     let rounded = |bytes: usize| bytes.checked_next_multiple_of(kvoyant_cuda::ALLOCATION_UNIT);
     let needed = sizes
@@ -167,10 +167,9 @@ pub(super) fn allocate(
             None if budget.quarantined() == 0 => return Err(budget.full(needed)),
             None => None,
             Some(charge) => {
-                let both = Allocation::new(context, way, sizes[0])
-                    .and_then(|slab| Ok([slab, Allocation::new(context, way, sizes[1])?]));
-                match both {
-                    Ok(both) => return Ok((both, charge)),
+                let all = sizes.iter().map(|bytes| Allocation::new(context, way, *bytes));
+                match all.collect::<Result<_, _>>() {
+                    Ok(all) => return Ok((all, charge)),
                     Err(error) if error.kind() == ErrorKind::OutOfMemory => Some(error),
                     Err(error) => return Err(refused(&error)),
                 }

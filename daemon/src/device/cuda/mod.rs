@@ -5,6 +5,7 @@
 //! | `memory` | what sessions may have on the device, and how it goes to clients |
 //! | `quarantine` | memory of ended sessions that somebody may still have open |
 //! | `pin` | host memory that the device can read |
+//! | `records` | residency records of graph mode, written in stream order |
 //! | `board` | timeline words, status words and block tables, written in stream order |
 //! | `worker` | the thread that makes the driver's calls |
 //! | [`engines`], [`cost`] | three ways to copy, and what each costs |
@@ -21,6 +22,7 @@ pub mod measure;
 mod memory;
 mod pin;
 mod quarantine;
+mod records;
 pub mod rig;
 pub mod store;
 pub mod trial;
@@ -45,6 +47,7 @@ use self::engines::Engines;
 use self::memory::{Allocation, Budget, Charge, Way, refused};
 use self::pin::{CudaPin, Registered};
 use self::quarantine::{Held, Quarantine};
+use self::records::Records;
 use self::worker::{Work, Worker};
 use super::{Device, Importer, Slab, SlabError, SlabMemory, SlabRequest, Transfer};
 use crate::status::DeviceReport;
@@ -311,15 +314,15 @@ pub fn version(driver: &Driver) -> String {
     format!("{}.{}", driver.version() / 1000, driver.version() % 1000 / 10)
 }
 
-/// One session's slab and board.
+/// One session's memory.
 #[derive(Debug)]
 struct CudaSlab {
     session: u64,
     uuid: [u8; 16],
     bytes: usize,
     signal: Signal,
-    /// Slab and board; taken when the session goes.
-    memory: Option<([Allocation; 2], Charge)>,
+    /// Slab, board and in graph mode the records; taken when the session goes.
+    memory: Option<(Vec<Allocation>, Charge)>,
     importer: Arc<Importer>,
     work: Sender<Work>,
 }
@@ -330,32 +333,39 @@ impl SlabMemory for CudaSlab {
     }
 
     fn base(&self) -> *mut u8 {
-        let address = self.memory.as_ref().map_or(0, |([slab, _], _)| slab.ptr());
+        let address = self.memory.as_ref().and_then(|(all, _)| all.first()).map_or(0, Allocation::ptr);
         std::ptr::without_provenance_mut(address as usize)
     }
 
     fn export(&self) -> Result<(SlabRef, Vec<OwnedFd>), SlabError> {
-        let Some(([slab, board], _)) = &self.memory else {
+        let mut fds = Vec::new();
+        let mut pieces = self.memory.iter().flat_map(|(all, _)| all);
+        let mut next = || {
+            let Some(piece) = pieces.next() else { return Ok(None) };
+            let (export, fd) = piece.export().map_err(|error| refused(&error))?;
+            fds.extend(fd);
+            Ok::<_, SlabError>(Some(export))
+        };
+        let (Some(slab), Some(board), records) = (next()?, next()?, next()?) else {
             return Err(SlabError::Refused(Failure::Device("its memory is gone".into())));
         };
-        let (slab, slab_fd) = slab.export().map_err(|error| refused(&error))?;
-        let (board, board_fd) = board.export().map_err(|error| refused(&error))?;
         let export = DeviceExport {
             device: self.uuid,
             slab,
             slab_offset: 0,
             slab_bytes: self.bytes as u64,
             board,
+            records,
             signal: self.signal.clone(),
         };
-        Ok((SlabRef::Device(Box::new(export)), [slab_fd, board_fd].into_iter().flatten().collect()))
+        Ok((SlabRef::Device(Box::new(export)), fds))
     }
 }
 
 impl Drop for CudaSlab {
     fn drop(&mut self) {
         if let Some((allocations, charge)) = self.memory.take() {
-            let held = Held { allocations: allocations.into(), importer: Arc::clone(&self.importer), charge };
+            let held = Held { allocations, importer: Arc::clone(&self.importer), charge };
             // Without a worker the daemon is ending, and the driver frees everything with the process.
             if let Err(back) = self.work.send(Work::Close(self.session, held))
                 && let Work::Close(_, held) = back.0
@@ -380,7 +390,7 @@ impl Device for CudaDevice {
     }
 
     fn slab(&self, request: SlabRequest) -> Result<Slab, SlabError> {
-        let SlabRequest { session, bytes, layout, d2c, features, importer } = request;
+        let SlabRequest { session, bytes, records, layout, d2c, features, importer } = request;
         if let Some(reason) = self.shared.lost.borrow().clone() {
             return Err(SlabError::Refused(Failure::DeviceLost(reason)));
         }
@@ -388,7 +398,11 @@ impl Device for CudaDevice {
         let way = Way::choose(features & self.exports).ok_or_else(|| {
             SlabError::Refused(Failure::Device("no way to share its memory is common to both".into()))
         })?;
-        let (memory, charge) = memory::allocate(context, &self.budget, way, [bytes, layout.board_bytes()])?;
+        let mut sizes = vec![bytes, layout.board_bytes()];
+        if records > 0 {
+            sizes.push(usize::try_from(records).unwrap_or(usize::MAX));
+        }
+        let (memory, charge) = memory::allocate(context, &self.budget, way, &sizes)?;
         let prepared = (|| {
             // What another session left there is nobody's business, and a word that was never written must be 0.
             let stream = context.stream(Priority::Normal)?;
@@ -410,13 +424,18 @@ impl Device for CudaDevice {
         let Some(work) = self.work.clone() else {
             return Err(SlabError::Refused(Failure::Device("the daemon is stopping".into())));
         };
-        self.send(Work::Open(session, Box::new(board)));
+        let records = memory.get(2).map(Records::new);
+        self.send(Work::Open(session, Box::new(board), records));
         let uuid = context.info().uuid;
         let memory = Some((memory, charge));
         Ok(Slab(Arc::new(CudaSlab { session, uuid, bytes, signal, memory, importer, work })))
     }
 
     fn publishes(&self) -> bool {
+        true
+    }
+
+    fn has_records(&self) -> bool {
         true
     }
 

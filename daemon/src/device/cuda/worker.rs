@@ -17,7 +17,8 @@ use super::Shared;
 use super::board::Board;
 use super::engines::{EngineError, EngineKind, Engines};
 use super::quarantine::Held;
-use crate::device::{Done, Publication, Transfer};
+use super::records::{Records, Staging};
+use crate::device::{AnswerWords, Publication, Transfer};
 
 /// Streams for sessions' copies; a session keeps to one, so that its answers become known in the order of tickets.
 const STREAMS: usize = 4;
@@ -41,7 +42,7 @@ const TIMEOUT: i32 = 702;
 #[derive(Debug)]
 pub(super) enum Work {
     /// A session has come.
-    Open(u64, Box<Board>),
+    Open(u64, Box<Board>, Option<Records>),
     /// A session's answer.
     Transfer(Box<Transfer>),
     /// A session has gone, and its memory can be freed when nobody has it open.
@@ -50,6 +51,8 @@ pub(super) enum Work {
 
 struct Flight {
     event: Event,
+    /// What its records are copied from.
+    staging: Option<Staging>,
     transfer: Box<Transfer>,
     since: Instant,
 }
@@ -60,11 +63,13 @@ pub(super) struct Worker {
     streams: Vec<Stream>,
     engines: Engines,
     quarantine: Option<Sender<Held>>,
-    boards: HashMap<u64, Box<Board>>,
+    boards: HashMap<u64, (Box<Board>, Option<Records>)>,
     /// What each stream has not done yet, in its order.
     flights: Vec<VecDeque<Flight>>,
     /// Events to be used again.
     events: Vec<Event>,
+    /// Staging memory to be used again.
+    staging: Vec<Staging>,
 }
 
 impl Worker {
@@ -76,8 +81,8 @@ impl Worker {
         let streams: Vec<_> =
             (0..STREAMS).map(|_| shared.context.stream(Priority::High)).collect::<Result<_, _>>()?;
         let flights = streams.iter().map(|_| VecDeque::new()).collect();
-        let (boards, events) = (HashMap::new(), Vec::new());
-        Ok(Self { shared, streams, engines, quarantine, boards, flights, events })
+        let (boards, events, staging) = (HashMap::new(), Vec::new(), Vec::new());
+        Ok(Self { shared, streams, engines, quarantine, boards, flights, events, staging })
     }
 
     fn context(&self) -> &Context {
@@ -117,8 +122,8 @@ impl Worker {
 
     fn handle(&mut self, work: Work) {
         match work {
-            Work::Open(session, board) => {
-                self.boards.insert(session, board);
+            Work::Open(session, board, records) => {
+                self.boards.insert(session, (board, records));
             }
             Work::Transfer(transfer) => self.start(transfer),
             Work::Close(session, held) => {
@@ -134,7 +139,10 @@ impl Worker {
     fn start(&mut self, transfer: Box<Transfer>) {
         let index = (transfer.session % self.streams.len() as u64) as usize;
         match self.enqueue(&transfer, index) {
-            Ok(event) => self.flights[index].push_back(Flight { event, transfer, since: Instant::now() }),
+            Ok((event, staging)) => {
+                let since = Instant::now();
+                self.flights[index].push_back(Flight { event, staging, transfer, since });
+            }
             Err(error) => {
                 tracing::warn!(
                     session = transfer.session,
@@ -146,7 +154,7 @@ impl Worker {
         }
     }
 
-    fn enqueue(&mut self, transfer: &Transfer, index: usize) -> Result<Event, CudaError> {
+    fn enqueue(&mut self, transfer: &Transfer, index: usize) -> Result<(Event, Option<Staging>), CudaError> {
         if self.shared.is_lost() {
             return Err(CudaError::new("transfer", TIMEOUT));
         }
@@ -165,33 +173,56 @@ impl Worker {
                 }
             }
         }
-        if let Some(publication) = transfer.publish
-            && let Some(board) = self.boards.get(&transfer.session)
-        {
-            board.publish(transfer.ticket, publication, &stream)?;
+        let mut staging = None;
+        match (&transfer.publish, self.boards.get(&transfer.session)) {
+            (Some(Publication::Answer(words)), Some((board, _))) => {
+                board.publish(transfer.ticket, *words, &stream)?;
+            }
+            (Some(Publication::Records(update)), Some((_, Some(records)))) => {
+                let wanted = Records::staging_bytes(update);
+                let fits = self.staging.iter().position(|staging| staging.bytes() >= wanted);
+                let mut memory = match fits {
+                    Some(at) => self.staging.swap_remove(at),
+                    None => Staging::new(self.context(), wanted)?,
+                };
+                let published = records.publish(update, &mut memory, &stream);
+                staging = Some(memory);
+                if let Err(error) = published {
+                    // Some of it may be queued, and nothing will say when that is over.
+                    std::mem::forget(staging);
+                    return Err(error);
+                }
+            }
+            _ => {}
         }
         let event = match self.events.pop() {
-            Some(event) => event,
-            None => self.context().event(EventKind::Local)?,
+            Some(event) => Ok(event),
+            None => self.context().event(EventKind::Local),
         };
-        event.record(&stream)?;
-        Ok(event)
+        let recorded = event.and_then(|event| event.record(&stream).map(|()| event));
+        match recorded {
+            Ok(event) => Ok((event, staging)),
+            Err(error) => {
+                std::mem::forget(staging);
+                Err(error)
+            }
+        }
     }
 
     /// Reports a transfer that could not be done, and lets the client's stream go with a status that says so.
     fn fail(&mut self, transfer: Transfer, error: &CudaError, index: usize) {
         if error.is_sticky() {
             self.shared.lose(error);
-        } else if transfer.publish.is_some()
-            && let Some(board) = self.boards.get(&transfer.session)
+        } else if let Some(Publication::Answer(_)) = transfer.publish
+            && let Some((board, _)) = self.boards.get(&transfer.session)
         {
             let word = transfer.ticket << 8 | Status::Failed as u64;
-            let failed = Publication { word, table_bytes: 0 };
+            let failed = AnswerWords { word, table_bytes: 0 };
             if let Err(error) = board.publish(transfer.ticket, failed, &self.streams[index]) {
                 tracing::warn!("cannot say on the device that an answer failed: {error}");
             }
         }
-        report(transfer, true);
+        transfer.end(true);
     }
 
     /// Reports what has ended.
@@ -209,12 +240,13 @@ impl Worker {
                 match ended {
                     Ok(()) => {
                         self.events.push(flight.event);
-                        report(*flight.transfer, false);
+                        self.staging.extend(flight.staging);
+                        flight.transfer.end(false);
                     }
                     Err(error) => {
                         // What follows in the stream cannot be told from this one any more.
                         self.shared.lose(&error);
-                        report(*flight.transfer, true);
+                        flight.transfer.end(true);
                     }
                 }
             }
@@ -226,10 +258,4 @@ impl Shared {
     pub(super) fn count(&self, kind: EngineKind) {
         self.transfers[kind as usize].fetch_add(1, Ordering::Relaxed);
     }
-}
-
-fn report(transfer: Transfer, failed: bool) {
-    let Transfer { session, ticket, mut copies, report, .. } = transfer;
-    copies.clear();
-    report.push(Done { session, ticket, copies, finished: Instant::now(), failed });
 }

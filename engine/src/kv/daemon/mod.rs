@@ -134,6 +134,7 @@ impl DaemonKv {
             sliding_layers: sliding.map(|layer| layer as u32).collect(),
             methods: options.methods.iter().map(ToString::to_string).collect(),
             slab_bytes: 0,
+            graph: None,
             artifact_bytes: None,
         };
         let artifact = options.skew.as_ref().map(|skew| skew.to_bytes()).transpose()?;
