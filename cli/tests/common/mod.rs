@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 pub(crate) fn kvoyant(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvoyant"));
     command.env("HOME", home).env("XDG_CACHE_HOME", home.join("cache")).env("TMPDIR", home);
+    command.env("XDG_STATE_HOME", home.join("state"));
     command
 }
 
