@@ -19,7 +19,7 @@ pub(crate) fn run(setup: &Setup, figures: &Figures) -> Result<(), Stop> {
     let mut command = Command::new(program);
     command.args(["demo", "--json", "--device", &format!("cuda:{}", setup.ordinal), "--model"]).arg(&model);
     if tiny {
-        command.args(["--context", "256"]);
+        command.args(["--context", "512"]);
     }
     let output = command.stdin(Stdio::null()).output()?;
     if !output.status.success() {
