@@ -50,6 +50,10 @@ pub struct GraphState {
     slots: Vec<RecordSlot>,
     last_report: Option<Instant>,
     /// Memory of updates that have been written, to be used again.
+    #[allow(
+        clippy::vec_box,
+        reason = "they travel in their boxes, so that none is made anew for each report"
+    )]
     spare: Vec<Box<RecordUpdate>>,
 }
 
