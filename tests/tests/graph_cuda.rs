@@ -424,7 +424,7 @@ fn a_slot_serves_one_sequence_at_a_time_and_none_that_is_speculated() {
     for (slot, reason) in [(0, "slot 0 is that of"), (2, "slot 2 is not one of 2")] {
         match serve(slot, TOKENS_MAX) {
             Err(Error::Failed(Failure::Graph { reason: said, .. })) => {
-                assert!(said.contains(reason), "{said}")
+                assert!(said.contains(reason), "{said}");
             }
             other => panic!("{other:?}"),
         }
