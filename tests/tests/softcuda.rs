@@ -35,7 +35,7 @@ fn faults_strike_processes_that_run_already() {
         return;
     }
     let context = driver().expect("a driver").context(0).expect("a context");
-    let mut alloc = || context.alloc(2 << 20).map(drop).map_err(|error| error.kind());
+    let alloc = || context.alloc(2 << 20).map(drop).map_err(|error| error.kind());
     assert_eq!([alloc(), alloc(), alloc()], [Ok(()), Err(ErrorKind::OutOfMemory), Ok(())]);
 }
 
