@@ -59,6 +59,11 @@ pub enum Error {
     /// The CUDA driver refused something.
     #[error("the device failed: {0}")]
     Cuda(#[from] kvoyant_cuda::CudaError),
+    /// A stream that is being captured, where only one that runs will do.
+    #[error(
+        "the stream is being captured, and what is submitted would be replayed with an old ticket; use graph mode (Model::graph)"
+    )]
+    Capturing,
     /// A kernel that cannot be had.
     #[error(transparent)]
     Kernel(Box<kvoyant_cuda::KernelError>),

@@ -27,6 +27,34 @@ struct Submit {
     released: BTreeSet<u64>,
     /// Everything up to here that is not released yet will be, by a stream, in the order of tickets.
     stream_will_release: u64,
+    /// Handle of the stream that has promised so: no other stream keeps that order.
+    promised_by: usize,
+    late: LateReleases,
+}
+
+/// Tickets that streams have released out of order, until somebody takes them in. A driver's callback thread adds to
+/// them, so that their lock is held for moments only, and never while the driver is called.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct LateReleases(Arc<Mutex<Vec<u64>>>);
+
+impl LateReleases {
+    /// Says that an answer is not read any more.
+    pub(crate) fn add(&self, ticket: u64) {
+        lock(&self.0).push(ticket);
+    }
+
+    fn take(&self) -> Vec<u64> {
+        std::mem::take(&mut *lock(&self.0))
+    }
+}
+
+/// How a stream lets go of an answer.
+#[derive(Debug)]
+pub(crate) enum StreamRelease {
+    /// By the word that means "up to here".
+    Word,
+    /// By itself, because something before it is still held or is released by another stream.
+    Late(LateReleases),
 }
 
 impl Submit {
@@ -36,6 +64,7 @@ impl Submit {
         if ahead > 0 {
             self.released_through += u64::from(ahead.unsigned_abs());
         }
+        self.released.extend(self.late.take());
         self.settle();
     }
 
@@ -49,8 +78,11 @@ impl Submit {
         }
     }
 
-    /// Whether everything before this ticket is released, or will be by a stream.
-    fn is_next(&self, ticket: u64) -> bool {
+    /// Whether everything before this ticket is released, or will be by this stream.
+    fn is_next(&self, ticket: u64, stream: usize) -> bool {
+        if self.stream_will_release > self.released_through && self.promised_by != stream {
+            return false;
+        }
         let mut next = self.released_through.max(self.stream_will_release) + 1;
         while self.released.contains(&next) {
             next += 1;
@@ -127,6 +159,8 @@ impl Rings {
                 released_through: 0,
                 released: BTreeSet::new(),
                 stream_will_release: 0,
+                promised_by: 0,
+                late: LateReleases::default(),
             }),
             receive: Mutex::new(Receive {
                 consumer: Consumer::completions(layout),
@@ -278,9 +312,8 @@ impl Rings {
         Ok(ticket)
     }
 
-    /// A stream will release this ticket. True if everything before it is, or will be, released too, so that it may do
-    /// so by the word that means "up to here"; else it has to call [`Rings::release`].
-    pub(crate) fn released_by_stream(&self, ticket: u64) -> bool {
+    /// The stream with this handle will release this ticket, in the way that is answered.
+    pub(crate) fn released_by_stream(&self, ticket: u64, stream: usize) -> StreamRelease {
         let mut receive = lock(&self.receive);
         if receive.done.remove(&ticket).is_none() {
             receive.streamed.insert(ticket);
@@ -288,34 +321,11 @@ impl Rings {
         drop(receive);
         let mut submit = lock(&self.submit);
         submit.follow_streams(&self.c2d);
-        let in_order = submit.is_next(ticket);
-        if in_order {
-            submit.stream_will_release = ticket;
+        if !submit.is_next(ticket, stream) {
+            return StreamRelease::Late(submit.late.clone());
         }
-        in_order
-    }
-
-    /// Waits until the device has been given this ticket's copies.
-    pub(crate) fn wait_planned(
-        &self,
-        control: &Control,
-        ticket: u64,
-        deadline: Duration,
-    ) -> Result<(), Error> {
-        let since = Instant::now();
-        while self.d2c.load_u64(d2c::PLANNED) < ticket {
-            let waited = since.elapsed();
-            if waited >= deadline {
-                return Err(Error::Deadline { ticket, waited });
-            }
-            if waited > self.spin {
-                if let Some(error) = control.gone() {
-                    return Err(error);
-                }
-                std::thread::sleep(Duration::from_micros(20));
-            }
-        }
-        Ok(())
+        (submit.stream_will_release, submit.promised_by) = (ticket, stream);
+        StreamRelease::Word
     }
 
     /// Pushes an append.
@@ -487,5 +497,40 @@ impl Rings {
             return Err(Error::Broken("a head's runs lie outside their block table".into()));
         }
         Ok((heads, runs))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvoyant_protocol::layout::Limits;
+    use kvoyant_protocol::memory::Memfd;
+
+    use super::*;
+
+    #[test]
+    fn only_the_stream_that_has_promised_releases_by_the_word() {
+        let layout = Layout::new(Limits::default()).unwrap();
+        let memory = |bytes| Arc::new(Memfd::create("rings-test", bytes).unwrap().map(true).unwrap());
+        let (c2d, d2c) = (memory(layout.c2d_bytes), memory(layout.d2c_bytes));
+        let rings = Rings::new(layout, Arc::clone(&c2d), d2c, 0, (Duration::ZERO, Duration::ZERO));
+        let word = |ticket, stream| matches!(rings.released_by_stream(ticket, stream), StreamRelease::Word);
+
+        assert!(word(1, 7));
+        assert!(word(2, 7), "one stream keeps its own order");
+        let StreamRelease::Late(late) = rings.released_by_stream(3, 9) else {
+            panic!("another stream's word would let go of what the first still reads");
+        };
+        // The driver's thread says so while a request holds the rings.
+        let submit = lock(&rings.submit);
+        late.add(3);
+        drop(submit);
+        assert!(!word(4, 9), "the first stream has released nothing yet");
+        c2d.store_u32(c2d::RELEASED, 2);
+        let StreamRelease::Late(late) = rings.released_by_stream(5, 9) else {
+            panic!("4 is still held");
+        };
+        late.add(4);
+        late.add(5);
+        assert!(word(6, 9), "nothing is promised any more");
     }
 }

@@ -173,6 +173,73 @@ fn a_stream_that_waits_for_a_daemon_that_dies_is_let_go_and_told() {
 }
 
 #[test]
+fn no_stream_is_made_to_wait_for_the_event_of_a_daemon_that_died() {
+    if !on_softcuda("no_stream_is_made_to_wait_for_the_event_of_a_daemon_that_died", &Machine::new()) {
+        return;
+    }
+    let daemon = start(&["--signal", "events"]);
+    let model = fake::connect(&daemon, &["random:budget=50%"]);
+    let sequence = filled(&model, 3);
+    daemon.stop();
+    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &[] };
+    let pending = model.speculate(1, &[member]).unwrap().on_stream().unwrap();
+    let stream = model.device_session().unwrap().context().stream(kvoyant_cuda::Priority::Normal).unwrap();
+    let killer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        daemon.end(Signal::SIGKILL)
+    });
+    let waited = pending.wait_on_stream(&stream, PATIENCE);
+    assert!(matches!(waited, Err(Error::DaemonGone)), "{waited:?}");
+    stream.synchronize().unwrap();
+    killer.join().unwrap();
+}
+
+#[test]
+fn a_stream_that_is_being_captured_is_refused() {
+    if !on_softcuda("a_stream_that_is_being_captured_is_refused", &Machine::new()) {
+        return;
+    }
+    let daemon = start(&[]);
+    let model = fake::connect(&daemon, &["quest:budget=50%"]);
+    let sequence = filled(&model, 3);
+    let context = model.device_session().unwrap().context();
+    let stream = context.stream(kvoyant_cuda::Priority::Normal).unwrap();
+    let hints = context.alloc(fake::QUERY_HEADS * fake::HEAD_DIM * 4).unwrap();
+    let hint = [1.0; fake::QUERY_HEADS * fake::HEAD_DIM];
+    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &hint };
+    let pending = model.speculate(1, &[member]).unwrap().on_stream().unwrap();
+    stream.begin_capture().unwrap();
+    let member = kvoyant_client::cuda::StreamMember { sequence: &sequence, position: 300 };
+    // SAFETY: the hints outlive the stream's work, which is of the session's context.
+    let submitted = unsafe { model.submit_on_stream(1, &[member], hints.ptr(), &stream) };
+    assert!(matches!(submitted, Err(Error::Capturing)), "{submitted:?}");
+    let waited = pending.wait_on_stream(&stream, PATIENCE);
+    assert!(matches!(waited, Err(Error::Capturing)), "{waited:?}");
+    let released = pending.release_on_stream(&stream);
+    assert!(matches!(released, Err(Error::Capturing)), "{released:?}");
+    stream.end_capture().expect("nothing that was refused has spoilt the capture");
+    // No slot was lost to what was refused.
+    let words = ask_by_stream(&model, &sequence, 100);
+    assert!(words.iter().all(|(found, expected)| found == expected));
+}
+
+#[test]
+fn a_client_loads_the_driver_only_for_a_daemon_with_a_gpu() {
+    if !on_softcuda("a_client_loads_the_driver_only_for_a_daemon_with_a_gpu", &Machine::new()) {
+        return;
+    }
+    let loaded = || std::fs::read_to_string("/proc/self/maps").unwrap().contains("libsoftcuda");
+    let host = Daemon::start(DAEMON, &["--device", "host"]);
+    let model = fake::connect(&host, &["random:budget=50%"]);
+    fake::check(&fake::ask(&model, &filled(&model, 6), 1), 0, 6, 1).unwrap();
+    assert!(!loaded());
+    let daemon = start(&[]);
+    let model = fake::connect(&daemon, &["random:budget=50%"]);
+    fake::check(&fake::ask(&model, &filled(&model, 6), 1), 0, 6, 1).unwrap();
+    assert!(loaded());
+}
+
+#[test]
 fn a_device_without_room_refuses_one_session_and_serves_the_others() {
     let machine = Machine::new().with("SOFTCUDA_MEMORY", "256MiB");
     if !on_softcuda("a_device_without_room_refuses_one_session_and_serves_the_others", &machine) {

@@ -12,6 +12,7 @@ use super::session::{DeviceSession, Signalled};
 use crate::error::Error;
 use crate::model::{Inner, Model};
 use crate::ready::Answer;
+use crate::rings::StreamRelease;
 use crate::sequence::Sequence;
 
 /// One member of a batch whose hints lie on the device.
@@ -60,8 +61,8 @@ impl Model {
     /// rung; the calling thread does not wait.
     ///
     /// # Errors
-    /// [`Error::NoDevice`] if the daemon's device is no GPU; [`Error::TooManyInFlight`] if as many answers as the ring
-    /// has slots are held or under way.
+    /// [`Error::NoDevice`] if the daemon's device is no GPU; [`Error::Capturing`] if the stream is being captured;
+    /// [`Error::TooManyInFlight`] if as many answers as the ring has slots are held or under way.
     ///
     /// # Safety
     /// `hints` is device memory of that size, of the context of [`Model::device_session`], and stays until the stream
@@ -75,6 +76,7 @@ impl Model {
     ) -> Result<StreamPending, Error> {
         let inner = self.inner();
         let device = Arc::clone(inner.memory.device().ok_or_else(|| no_gpu(&inner.device))?);
+        refuse_capture(stream)?;
         let hint_bytes = inner.geometry.query_heads * inner.geometry.head_dim * 4;
         let entries = members.iter().enumerate().map(|(index, member)| BatchEntry {
             sequence: member.sequence.id(),
@@ -105,6 +107,11 @@ pub(super) fn no_gpu(device: &str) -> Error {
     Error::NoDevice(format!("the daemon's device is {device}, which has no streams"))
 }
 
+/// A graph would repeat with every replay what belongs to one ticket.
+fn refuse_capture(stream: &Stream) -> Result<(), Error> {
+    if stream.is_capturing()? { Err(Error::Capturing) } else { Ok(()) }
+}
+
 impl DeviceSession {
     /// Writes a word of the client → daemon memory in stream order.
     fn write_word(&self, stream: &Stream, offset: usize, value: u32) -> Result<(), Error> {
@@ -132,11 +139,13 @@ impl StreamPending {
 
     /// Makes a stream wait until the answer is there, or will never be: what is enqueued after this must check the
     /// status word ([`StreamPending::table`]). The calling thread does not wait, except where the device has no stream
-    /// memory operations: then until the answer has been planned, for `deadline` at most.
+    /// memory operations: then until the answer's completion has come, for `deadline` at most.
     ///
     /// # Errors
-    /// [`Error::Deadline`] and [`Error::DaemonGone`] in that case.
+    /// [`Error::Capturing`] if the stream is being captured; without stream memory operations [`Error::Deadline`] and
+    /// [`Error::DaemonGone`] too.
     pub fn wait_on_stream(&self, stream: &Stream, deadline: Duration) -> Result<(), Error> {
+        refuse_capture(stream)?;
         let board = self.device.board.ptr();
         match &self.device.signalled {
             Signalled::Timeline64 => {
@@ -148,7 +157,8 @@ impl StreamPending {
                 Ok(unsafe { stream.wait_value32(board + TIMELINE_32 as u64, self.ticket as u32) }?)
             }
             Signalled::Events(events) => {
-                self.inner.rings.wait_planned(&self.inner.control, self.ticket, deadline)?;
+                // An event that a daemon died before reaching would hold the stream for ever, and no word lets it go.
+                self.completion(deadline)?;
                 Ok(stream.wait_event(&events[self.device.layout.answer_slot(self.ticket)])?)
             }
         }
@@ -170,15 +180,18 @@ impl StreamPending {
     /// Lets go of the answer in stream order, behind whatever reads it.
     ///
     /// # Errors
-    /// What the driver says; then the answer is held until the session ends.
+    /// [`Error::Capturing`] if the stream is being captured; then the answer is given up at once, as by dropping it.
+    /// Else what the driver says; then the answer is held until the session ends.
     pub fn release_on_stream(mut self, stream: &Stream) -> Result<(), Error> {
+        refuse_capture(stream)?;
         self.released = true;
-        if self.inner.rings.released_by_stream(self.ticket) {
-            return self.device.write_word(stream, c2d::RELEASED, self.ticket as u32);
+        let ticket = self.ticket;
+        match self.inner.rings.released_by_stream(ticket, stream.raw().addr()) {
+            StreamRelease::Word => self.device.write_word(stream, c2d::RELEASED, ticket as u32),
+            // The closure owns nothing of the session, which must not end on the driver's thread, and takes no lock
+            // under which the driver is called.
+            StreamRelease::Late(late) => Ok(stream.host_func(Box::new(move || late.add(ticket)))?),
         }
-        // An earlier answer is still held, and the word would let go of that too.
-        let (inner, ticket) = (Arc::clone(&self.inner), self.ticket);
-        Ok(stream.host_func(Box::new(move || inner.rings.release(ticket)))?)
     }
 
     /// Waits on the CPU for the answer's completion: its status, rows, bytes and times. The answer stays.

@@ -1,8 +1,9 @@
 //! Lets streams go that wait for a daemon that has died.
 //!
 //! A stream that waits for a timeline word waits for ever if nobody writes it. So a thread sleeps on the control
-//! socket, and when the daemon hangs up it moves the words past every ticket that can be under way. The slots' status
-//! words stay as they are: an attention kernel sees that its answer never came, and reads none of it.
+//! socket, and when the daemon hangs up it moves the words past every ticket that can be under way. It does so again
+//! and again for a while, because what a dying daemon had queued may still move them back. The slots' status words stay
+//! as they are: an attention kernel sees that its answer never came, and reads none of it.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -20,6 +21,10 @@ use crate::error::Error;
 
 /// A 64-bit timeline word that lies behind every ticket.
 const PAST_ALL: u64 = 1 << 62 | Status::Failed as u64;
+
+/// How often the words are moved again after the daemon has hung up, and how many milliseconds lie between.
+const REPEATS: u32 = 100;
+const REPEAT_EVERY_MS: u16 = 20;
 
 /// See the module.
 #[derive(Debug)]
@@ -57,6 +62,19 @@ impl Release {
         unsafe { self.stream.copy_h2d(self.board + TIMELINE_32 as u64, words.wrapping_add(8), 4) }?;
         self.stream.synchronize()
     }
+
+    /// Keeps the words there while anything of the daemon's may be under way, and once more when told to stop.
+    fn until(&self, stopped: &EventFd) -> Result<(), CudaError> {
+        let mut left = REPEATS;
+        loop {
+            self.all()?;
+            let pause = if left == 0 { PollTimeout::NONE } else { PollTimeout::from(REPEAT_EVERY_MS) };
+            match poll(&mut [PollFd::new(stopped.as_fd(), PollFlags::POLLIN)], pause) {
+                Ok(0) | Err(nix::errno::Errno::EINTR) => left = left.saturating_sub(1),
+                _ => return self.all(),
+            }
+        }
+    }
 }
 
 impl Watchdog {
@@ -72,7 +90,7 @@ impl Watchdog {
             ];
             while poll(&mut fds, PollTimeout::NONE) == Err(nix::errno::Errno::EINTR) {}
             // Whether the daemon has died or the session ends here: nobody will write the words any more.
-            if let Err(error) = release.all() {
+            if let Err(error) = release.until(&stopped) {
                 tracing::warn!("streams that wait for the daemon may not have been let go: {error}");
             }
         })?;
