@@ -190,10 +190,27 @@ pub struct Client {
 impl Client {
     /// Connects and goes through the handshake.
     ///
+    /// The CUDA driver is loaded only if the daemon's device is a GPU, for that is slow, and a process that has a driver
+    /// cannot use it after a fork: a daemon that refuses a client without one ([`Failure::Device`]) is asked once more,
+    /// with what the driver can do.
+    ///
     /// # Errors
     /// [`Error::Connect`] if nobody listens there or we may not; [`Error::Control`] if the daemon is of another
-    /// version (it says both); [`Error::Failed`] if it has no room for another session.
+    /// version (it says both); [`Error::Failed`] if it has no room for another session, or a GPU that this process has
+    /// no driver for.
     pub fn connect(path: &Path, options: Options) -> Result<Self, Error> {
+        let refused = match Self::connect_as(path, options.clone(), features::COMMON) {
+            Err(Error::Failed(failure @ Failure::Device(_))) => failure,
+            other => return other,
+        };
+        match cuda::features() {
+            0 => Err(Error::Failed(refused)),
+            driver => Self::connect_as(path, options, features::COMMON | driver),
+        }
+    }
+
+    /// Connects as a client with these features.
+    fn connect_as(path: &Path, options: Options, features: u64) -> Result<Self, Error> {
         let layout = Layout::new(options.limits)?;
         let socket =
             packet::connect_to(path).map_err(|source| Error::Connect { path: path.to_path_buf(), source })?;
@@ -204,11 +221,7 @@ impl Client {
             timeout: options.control_timeout,
             broken: AtomicBool::new(false),
         };
-        let hello = ToDaemon::Hello {
-            features: features::COMMON | cuda::features(),
-            name: options.name,
-            limits: options.limits,
-        };
+        let hello = ToDaemon::Hello { features, name: options.name, limits: options.limits };
         let Received { message, fds } = control.call(&hello, &[])?;
         let ToClient::Welcome { session, boot_id, limits, .. } = message else {
             return Err(Error::Broken(format!("{message:?} came instead of a welcome")));
