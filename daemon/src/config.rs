@@ -40,7 +40,7 @@ pub struct Config {
     pub device: String,
     /// Device memory of all sessions together, on a GPU; 0: four fifths of what is free at start.
     pub device_memory: ByteSize,
-    /// How a GPU's memory goes to clients: `auto`, `descriptor` or `handle`.
+    /// How a GPU's memory goes to clients: `descriptor`, `handle`, or `auto`: descriptors where the device has them.
     pub export: String,
     /// How a GPU's answers become known to clients' streams: `auto`, `timeline64`, `timeline32` or `events`.
     pub signal: String,
@@ -326,7 +326,7 @@ impl Config {
             exports: match self.export.as_str() {
                 "descriptor" => features::CUDA_DESCRIPTORS,
                 "handle" => features::CUDA_HANDLES,
-                _ => features::CUDA,
+                _ => 0,
             },
             signal: self.signal.clone(),
             zerocopy: self.zerocopy.clone(),

@@ -20,7 +20,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::config::Config;
 use crate::device::{Device, Importer, SlabRequest};
-use crate::lane::model::ModelState;
+use crate::lane::model::{ModelState, shape_of};
 use crate::lane::session::LaneSession;
 use crate::lane::{Command, Ending, LaneHandle, Outcome, Reply};
 use crate::status::{Registry, SessionStatus};
@@ -29,8 +29,14 @@ use crate::tiers::pool::{ExtentPool, Refusal};
 /// How long a client may take for each step of the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often a client's process is looked at, beside its socket, which tells of most ends at once.
+const PROCESS_LOOK_EVERY: Duration = Duration::from_millis(50);
+
 /// What an artifact may have beside its matrices, in bytes.
 const ARTIFACT_HEADER_MAX: u64 = 1 << 20;
+
+/// Largest artifact: skew matrices of 80 layers with 64 heads of 128 values in f32.
+const ARTIFACT_MAX: u64 = 512 << 20;
 
 /// Largest slab that a session may ask for.
 const SLAB_MAX: u64 = 1 << 40;
@@ -284,21 +290,37 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     }
 }
 
+/// Waits until the client's process has ended.
+async fn ended(importer: &Importer) {
+    loop {
+        tokio::time::sleep(PROCESS_LOOK_EVERY).await;
+        if importer.has_ended() {
+            return;
+        }
+    }
+}
+
 async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), Ended> {
-    let mut registered = false;
+    let (mut registered, mut left) = (false, false);
     loop {
         let (message, fds) = tokio::select! {
             received = socket.receive() => received?,
+            // A fork of the client's may hold the socket open for as long as it likes.
+            () = ended(&session.importer) => return Err(Ended::HungUp),
             reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
             reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
         };
         let lane = &plane.lanes[session.status.lane];
         let (answer, answered) = oneshot::channel();
         match message {
+            _ if left => return Err(Ended::Protocol("a message came after the goodbye".into())),
             ToDaemon::Hello { .. } | ToDaemon::Mapped => {
                 return Err(Ended::Protocol("the handshake is over".into()));
             }
-            ToDaemon::Goodbye => session.importer.closed.store(true, Ordering::Release),
+            ToDaemon::Goodbye => {
+                left = true;
+                session.importer.closed.store(true, Ordering::Release);
+            }
             ToDaemon::Register(_) if registered => {
                 return Err(Ended::Protocol("a session registers one model, once".into()));
             }
@@ -379,13 +401,15 @@ async fn register(
     fds: Vec<OwnedFd>,
 ) -> Result<Registered, Ended> {
     let spec = ModelSpec { name: printable(&spec.name), ..spec };
+    // Before anything is made as large as the client says.
+    shape_of(&spec).map_err(Ended::Refused)?;
     let artifact = match (spec.artifact_bytes, fds.into_iter().next()) {
         (None, _) => None,
         (Some(_), None) => return Err(Ended::Protocol("the artifact's memfd did not come".into())),
         (Some(bytes), Some(fd)) => {
             let heads = u64::from(spec.layers).saturating_mul(u64::from(spec.query_heads));
             let matrix = u64::from(spec.head_dim).saturating_mul(u64::from(spec.head_dim)).saturating_mul(4);
-            let max = heads.saturating_mul(matrix).saturating_add(ARTIFACT_HEADER_MAX);
+            let max = heads.saturating_mul(matrix).saturating_add(ARTIFACT_HEADER_MAX).min(ARTIFACT_MAX);
             if !(1..=max).contains(&bytes) {
                 let reason = format!("an artifact of {bytes} bytes is outside 1..={max} for this model");
                 return Err(Ended::Refused(Failure::BadMethod(reason)));
@@ -418,9 +442,8 @@ async fn register(
         let artifact = match artifact {
             None => None,
             Some(file) => {
-                let mut copy = vec![0; file.len()];
-                file.map_read_only()?.read(0, &mut copy)?;
-                Some(copy)
+                // Nothing else of this much is known to be there.
+                Some(file.read_out()?)
             }
         };
         ModelState::new(spec, artifact.as_deref(), sequences_max, extents, &*device, slab, keep)

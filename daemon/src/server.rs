@@ -19,7 +19,7 @@ use crate::config::Config;
 use crate::control::{Plane, serve_session};
 use crate::device::Device;
 use crate::device::DeviceName;
-use crate::device::cuda::{CudaDevice, OpenError};
+use crate::device::cuda::{CudaDevice, OpenError, leave};
 use crate::device::host::HostDevice;
 use crate::lane::LaneHandle;
 use crate::status::Registry;
@@ -177,6 +177,9 @@ fn raise_open_files(arena_bytes: u64) {
 /// How long sessions are given to hear that the device is lost.
 const FAREWELL: Duration = Duration::from_millis(300);
 
+/// How long a daemon whose device is lost tries to end in good order.
+const LEAVE_AFTER: Duration = Duration::from_secs(5);
+
 impl ServerError {
     /// What the process ends with: 75 ("try again", `EX_TEMPFAIL`) where another start may help, 69 (`EX_UNAVAILABLE`)
     /// where there is no such device, else 1.
@@ -288,7 +291,11 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
                         _ = terminate.recv() => break,
                         _ = interrupt.recv() => break,
                         reason = plane.lost() => {
-                            // The sessions' own tasks tell their clients meanwhile.
+                            // The sessions' own tasks tell their clients meanwhile. Going in good order may take for ever.
+                            std::thread::spawn(|| {
+                                std::thread::sleep(FAREWELL + LEAVE_AFTER);
+                                leave(75);
+                            });
                             tokio::time::sleep(FAREWELL).await;
                             return Err(ServerError::DeviceLost(reason));
                         }

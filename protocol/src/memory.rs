@@ -152,6 +152,19 @@ impl Memfd {
         }
     }
 
+    /// Copies its bytes out without mapping it: a hole or a missing page of a peer's file is zeros or an error here, and
+    /// never a fault.
+    pub fn read_out(&self) -> Result<Vec<u8>, MemoryError> {
+        use std::os::unix::fs::FileExt;
+        let fail = |source| MemoryError::Os { what: "read a peer's memfd", source };
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(self.len).map_err(|error| fail(io::Error::other(error)))?;
+        bytes.resize(self.len, 0);
+        let file = std::fs::File::from(self.fd.try_clone().map_err(fail)?);
+        file.read_exact_at(&mut bytes, 0).map_err(fail)?;
+        Ok(bytes)
+    }
+
     /// Length in bytes.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -347,6 +347,50 @@ fn a_lost_device_is_told_to_sessions_and_ends_the_daemon_for_its_supervisor() {
     }
 }
 
+#[test]
+fn a_copy_that_failed_ends_its_session_and_is_never_a_hit() {
+    if !on_softcuda("a_copy_that_failed_ends_its_session_and_is_never_a_hit", &Machine::new()) {
+        return;
+    }
+    let daemon = start(&[]);
+    let neighbour = fake::connect(&daemon, &["random:budget=50%"]);
+    let others = filled(&neighbour, 8);
+    let model = fake::connect(&daemon, &["random:budget=50%"]);
+    let sequence = filled(&model, 4);
+    set_faults("fail call=cuMemcpyHtoDAsync_v2 code=1 count=1 process=kvoyantd");
+    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &[] };
+    let asked = [(); 3].map(|()| model.speculate(1, &[member]));
+    for pending in asked {
+        let answer = pending.and_then(|pending| pending.wait(PATIENCE));
+        assert!(answer.is_err(), "rows that were never copied came back as ready");
+    }
+    set_faults("");
+    let told = std::iter::repeat_with(|| model.open(0, 10)).find_map(Result::err).unwrap();
+    assert!(
+        matches!(&told, Error::Failed(Failure::Protocol(reason)) if reason.contains("could not copy"))
+            || matches!(told, Error::DaemonGone),
+        "{told}"
+    );
+    fake::check(&fake::ask(&neighbour, &others, 1), 0, 8, 1).unwrap();
+    assert_eq!(gpu(&daemon).lost, None);
+}
+
+#[test]
+fn copies_that_never_end_are_a_lost_device_and_the_daemon_ends_all_the_same() {
+    let name = "copies_that_never_end_are_a_lost_device_and_the_daemon_ends_all_the_same";
+    if !on_softcuda(name, &Machine::new()) {
+        return;
+    }
+    let daemon = start(&[]);
+    let model = fake::connect(&daemon, &["random:budget=50%"]);
+    let sequence = filled(&model, 4);
+    set_faults("hang-copies process=kvoyantd");
+    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &[] };
+    assert!(model.speculate(1, &[member]).unwrap().wait(Duration::from_secs(40)).is_err());
+    let (status, words) = daemon.wait();
+    assert_eq!(status.code(), Some(75), "{words}");
+}
+
 /// What a daemon says that cannot start on a machine.
 fn refusal(machine: Option<&Machine>, flags: &[&str]) -> (Option<i32>, String) {
     let folder = tempfile::tempdir().unwrap();

@@ -205,9 +205,12 @@ impl Importer {
     /// Whether nothing of it can have device memory open any more.
     #[must_use]
     pub fn gone(&self) -> bool {
-        if self.closed.load(Ordering::Acquire) {
-            return true;
-        }
+        self.closed.load(Ordering::Acquire) || self.has_ended()
+    }
+
+    /// Whether its process has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
         let Some(process) = &self.process else { return false };
         let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
         matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))

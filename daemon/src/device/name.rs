@@ -28,7 +28,7 @@ impl fmt::Display for DeviceName {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum BadDeviceName {
     /// No kind of device is called so.
-    #[error("'{text}' is no device; use host, cuda (the first GPU) or cuda:N")]
+    #[error("'{text}' is no device; use host, or a GPU by its number, as in cuda:0")]
     Unknown {
         /// What was given.
         text: String,

@@ -96,6 +96,12 @@ pub enum SessionError {
     /// A report of graph mode that cannot be.
     #[error(transparent)]
     Report(#[from] ReportError),
+    /// Copies that the device could not do: what lies in their slots is not what the lane believes.
+    #[error("the device could not copy the rows of ticket {ticket}; the log says why")]
+    Transfer {
+        /// The answer's ticket.
+        ticket: u64,
+    },
     /// Completions that nobody reads.
     #[error("the completion ring is full: answers were released without being read")]
     CompletionsFull,

@@ -168,6 +168,10 @@ impl Drop for Bomb {
     }
 }
 
+fn lost(device: &dyn Device) -> bool {
+    device.lost().is_some_and(|lost| lost.borrow().is_some())
+}
+
 fn pin(cpu: usize) {
     let mut set = nix::sched::CpuSet::new();
     let pinned =
@@ -209,8 +213,14 @@ impl Lane {
             while let Some(done) = self.report.pop() {
                 busy = true;
                 if let Some(attached) = self.sessions.iter_mut().find(|a| a.session.id == done.session) {
+                    // Of a lost device every session is told by the control plane.
+                    let failed = done.failed && done.records.is_none() && !lost(&*self.device);
+                    let ticket = done.ticket;
                     let result = attached.session.transferred(done);
                     attached.check(result);
+                    if failed {
+                        attached.check::<()>(Err(SessionError::Transfer { ticket }));
+                    }
                 }
             }
             let mut armed = false;

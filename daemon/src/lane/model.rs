@@ -29,6 +29,9 @@ const BLOCK: usize = 4096;
 /// Bytes of a file of page tables or digests.
 pub(crate) const HEAP_FILE_BYTES: usize = 8 << 20;
 
+/// Shorter rows cost more in bookkeeping than they hold.
+const ROW_BYTES_MIN: usize = 16;
+
 /// Most methods that a session may register.
 const METHODS_MAX: usize = 64;
 
@@ -174,7 +177,9 @@ impl ModelState {
         let slab = match device.mode() {
             Mode::InPlace => None,
             Mode::Slab | Mode::Device => {
-                let pages = (slab.bytes / geometry.page_bytes()).max(1);
+                // Slots have 32 bits.
+                let addressable = u32::MAX as usize / shape.page_rows;
+                let pages = (slab.bytes / geometry.page_bytes()).clamp(1, addressable);
                 let slab =
                     device.slab(SlabRequest { bytes: pages * geometry.page_bytes(), records, ..slab })?;
                 memory.keep(Arc::clone(&slab.0) as _);
@@ -258,7 +263,8 @@ impl ModelState {
     }
 }
 
-fn shape_of(spec: &ModelSpec) -> Result<Shape, Failure> {
+/// The shape that a specification describes, if it is one that can be served.
+pub fn shape_of(spec: &ModelSpec) -> Result<Shape, Failure> {
     let bad = |reason: String| Failure::BadModel(reason);
     let dtype = Dtype::from_code(spec.dtype)
         .ok_or_else(|| bad(format!("storage type {} is not known", spec.dtype)))?;
@@ -271,6 +277,9 @@ fn shape_of(spec: &ModelSpec) -> Result<Shape, Failure> {
     };
     let head_dim = within("head_dim", spec.head_dim, 1, 1024)?;
     let row_bytes = 2 * head_dim * dtype.bytes();
+    if row_bytes < ROW_BYTES_MIN {
+        return Err(bad(format!("rows of {row_bytes} bytes are shorter than {ROW_BYTES_MIN}")));
+    }
     let page_rows = match spec.page_rows {
         // The smallest multiple of the default whose pages are whole blocks.
         0 => (1..=BLOCK as u32)

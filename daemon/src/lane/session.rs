@@ -323,6 +323,10 @@ impl LaneSession {
                 let into = bytemuck::cast_slice_mut(&mut model.buffers.hint);
                 self.c2d.read(self.layout.hints(index) + offset, into)?;
             }
+            work += (entry.position as usize + 1) * model.shape.kv_heads;
+            if work > WORK_MAX {
+                return Err(SessionError::Work { rows: work });
+            }
             let turn = Turn { ticket, released_through: self.released_through };
             if let Err(failed) = model.speculate(layer, entry, turn, &mut self.answer) {
                 status = failed;
@@ -331,10 +335,6 @@ impl LaneSession {
             if self.answer.table_bytes() > self.layout.limits.table_bytes as usize {
                 status = Status::TableFull;
                 break;
-            }
-            work += (entry.position as usize + 1) * model.shape.kv_heads;
-            if work > WORK_MAX {
-                return Err(SessionError::Work { rows: work });
             }
         }
         let table_bytes = if status == Status::Ready { self.write_table(ticket)? } else { 0 };

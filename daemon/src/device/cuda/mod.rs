@@ -63,7 +63,7 @@ pub struct Options {
     pub ordinal: u32,
     /// Device memory of all sessions together, in bytes; 0: four fifths of what is free at start.
     pub device_memory: u64,
-    /// Ways to export memory, as bits of [`features`]; 0: all that the device can.
+    /// Ways to export memory, as bits of [`features`]; 0: descriptors, or handles where the device has none.
     pub exports: u64,
     /// How streams are signalled: `auto`, `timeline64`, `timeline32`, `events`.
     pub signal: String,
@@ -191,7 +191,13 @@ impl CudaDevice {
         }
         let can = if abilities.posix_fd { features::CUDA_DESCRIPTORS } else { 0 }
             | if abilities.ipc_events { features::CUDA_HANDLES } else { 0 };
-        let exports = can & if options.exports == 0 { features::CUDA } else { options.exports };
+        // A handle opens for whoever holds its bytes, and nobody can tell when it has been closed: only where nothing else
+        // goes, or where the operator says so.
+        let exports = match options.exports {
+            0 if can & features::CUDA_DESCRIPTORS != 0 => features::CUDA_DESCRIPTORS,
+            0 => can,
+            wanted => can & wanted,
+        };
         if exports == 0 {
             return Err(unable("export memory to other processes in any way that the configuration allows"));
         }
@@ -273,6 +279,13 @@ impl Drop for CudaDevice {
             let _ = thread.join();
         }
     }
+}
+
+/// Ends the process at once. Of a device that hangs, neither streams nor registrations can be given back: whoever tries
+/// waits for ever.
+pub fn leave(code: i32) -> ! {
+    // SAFETY: it runs nothing of ours, and does not return.
+    unsafe { nix::libc::_exit(code) }
 }
 
 /// Whether NVIDIA's Multi-Process Service serves this process.
@@ -401,6 +414,10 @@ impl Device for CudaDevice {
         let mut sizes = vec![bytes, layout.board_bytes()];
         if records > 0 {
             sizes.push(usize::try_from(records).unwrap_or(usize::MAX));
+        }
+        if way == Way::Handle && importer.process.is_none() {
+            let reason = "its process cannot be watched, and what it opens by handle could never be freed";
+            return Err(SlabError::Refused(Failure::Device(reason.into())));
         }
         let (memory, charge) = memory::allocate(context, &self.budget, way, &sizes)?;
         let prepared = (|| {

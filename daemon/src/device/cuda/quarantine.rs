@@ -70,13 +70,15 @@ fn watch(outbox: &Receiver<Held>) {
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }
-        // What can be freed is freed, by dropping it.
+        // What can be freed is freed, by dropping it. What the driver counts can be freed at once, but the device has it
+        // back only when its importer has let go: until then it counts against what sessions may have.
         waiting.retain_mut(|held| {
-            let stays = held.allocations.iter().any(Allocation::needs_quarantine) && !held.importer.gone();
-            if stays {
-                held.charge.quarantine();
+            if held.importer.gone() {
+                return false;
             }
-            stays
+            held.charge.quarantine();
+            held.allocations.retain(Allocation::needs_quarantine);
+            true
         });
     }
     // The daemon ends with importers still there: the driver takes the memory back when the last of them has gone.

@@ -84,6 +84,14 @@ impl Records {
             // SAFETY: from the staging memory, which its flight keeps, into records of this session, each its own.
             unsafe { stream.copy_batch_h2d(&staging.copies) }?;
         }
+        if stream.context().info().abilities.memops_64 {
+            // The driver puts a memory barrier before such a write, and a kernel may be looking at the word already.
+            for head in 0..update.heads as usize {
+                // SAFETY: an aligned word of a record of this session.
+                unsafe { stream.write_value64(record(head), update.version) }?;
+            }
+            return Ok(());
+        }
         let version = memory.wrapping_add(image.len().next_multiple_of(VERSION));
         // SAFETY: an aligned word of the staging memory, as above.
         unsafe { version.cast::<u64>().write(update.version) };

@@ -4,7 +4,7 @@
 //! names an engine, the copies go into the session's stream with the publication behind them, and the transfer is
 //! reported once the event behind it all has happened.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -49,6 +49,10 @@ pub(super) enum Work {
     Close(u64, Held),
 }
 
+/// Staging memory that is kept for later updates, and the most that each may have: beyond that it is freed.
+const STAGING_KEPT: usize = 64;
+const STAGING_KEPT_BYTES: usize = 1 << 20;
+
 struct Flight {
     event: Event,
     /// What its records are copied from.
@@ -66,6 +70,10 @@ pub(super) struct Worker {
     boards: HashMap<u64, (Box<Board>, Option<Records>)>,
     /// What each stream has not done yet, in its order.
     flights: Vec<VecDeque<Flight>>,
+    /// Since when each stream has been working on its first flight.
+    advanced: Vec<Instant>,
+    /// Sessions of which a transfer failed: what lies in their slots is unknown, and no answer after it is ready.
+    poisoned: HashSet<u64>,
     /// Events to be used again.
     events: Vec<Event>,
     /// Staging memory to be used again.
@@ -81,8 +89,19 @@ impl Worker {
         let streams: Vec<_> =
             (0..STREAMS).map(|_| shared.context.stream(Priority::High)).collect::<Result<_, _>>()?;
         let flights = streams.iter().map(|_| VecDeque::new()).collect();
-        let (boards, events, staging) = (HashMap::new(), Vec::new(), Vec::new());
-        Ok(Self { shared, streams, engines, quarantine, boards, flights, events, staging })
+        let advanced = vec![Instant::now(); STREAMS];
+        Ok(Self {
+            shared,
+            streams,
+            engines,
+            quarantine,
+            boards: HashMap::new(),
+            flights,
+            advanced,
+            poisoned: HashSet::new(),
+            events: Vec::new(),
+            staging: Vec::new(),
+        })
     }
 
     fn context(&self) -> &Context {
@@ -129,6 +148,7 @@ impl Worker {
             Work::Close(session, held) => {
                 // A lane lets a session go only once its transfers have ended, so no stream uses the board any more.
                 self.boards.remove(&session);
+                self.poisoned.remove(&session);
                 if let Some(quarantine) = &self.quarantine {
                     let _ = quarantine.send(held);
                 }
@@ -157,6 +177,9 @@ impl Worker {
     fn enqueue(&mut self, transfer: &Transfer, index: usize) -> Result<(Event, Option<Staging>), CudaError> {
         if self.shared.is_lost() {
             return Err(CudaError::new("transfer", TIMEOUT));
+        }
+        if self.poisoned.contains(&transfer.session) {
+            return Err(CudaError::new("transfer", INVALID_VALUE));
         }
         let stream = self.streams[index].clone();
         if !transfer.copies.is_empty() {
@@ -211,8 +234,13 @@ impl Worker {
 
     /// Reports a transfer that could not be done, and lets the client's stream go with a status that says so.
     fn fail(&mut self, transfer: Transfer, error: &CudaError, index: usize) {
-        if error.is_sticky() {
-            self.shared.lose(error);
+        // A part of it may be queued: its memory is in use until the stream has done that.
+        let at_rest = if error.is_sticky() { Err(error.clone()) } else { self.streams[index].synchronize() };
+        if matches!(transfer.publish, Some(Publication::Answer(_)) | None) {
+            self.poisoned.insert(transfer.session);
+        }
+        if let Err(error) = at_rest {
+            self.shared.lose(&error);
         } else if let Some(Publication::Answer(_)) = transfer.publish
             && let Some((board, _)) = self.boards.get(&transfer.session)
         {
@@ -229,7 +257,9 @@ impl Worker {
     fn look(&mut self) {
         for index in 0..self.flights.len() {
             while let Some(flight) = self.flights[index].front() {
-                let over = self.shared.is_lost() || flight.since.elapsed() > STUCK_AFTER;
+                // What waits behind others is not stuck.
+                let since = flight.since.max(self.advanced[index]);
+                let over = self.shared.is_lost() || since.elapsed() > STUCK_AFTER;
                 let ended = match flight.event.query() {
                     Ok(true) => Ok(()),
                     Ok(false) if over => Err(CudaError::new("cuEventQuery", TIMEOUT)),
@@ -237,10 +267,14 @@ impl Worker {
                     Err(error) => Err(error),
                 };
                 let Some(flight) = self.flights[index].pop_front() else { break };
+                self.advanced[index] = Instant::now();
                 match ended {
                     Ok(()) => {
                         self.events.push(flight.event);
-                        self.staging.extend(flight.staging);
+                        let kept = |staging: &Staging| staging.bytes() <= STAGING_KEPT_BYTES;
+                        if self.staging.len() < STAGING_KEPT {
+                            self.staging.extend(flight.staging.filter(kept));
+                        }
                         flight.transfer.end(false);
                     }
                     Err(error) => {
