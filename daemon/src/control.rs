@@ -177,6 +177,11 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
     };
     match result {
         Ok(()) | Err(Ended::HungUp) => tracing::info!(pid, uid, "session ended"),
+        // A client asks for its driver only when it is told that it needs one.
+        Err(Ended::Refused(failure @ Failure::Device(_))) => {
+            tracing::info!(pid, uid, "{failure}");
+            let _ = packet::send(socket.0.as_fd(), &encode(&ToClient::Failed(failure)), &[]);
+        }
         Err(error) => {
             tracing::warn!(pid, uid, "session ended: {error}");
             let failure = match error {
@@ -220,6 +225,20 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     let ToDaemon::Hello { features: theirs, name, limits } = message else {
         return Err(Ended::Protocol("the first message must be a hello".into()));
     };
+    let wanted = plane.device.features();
+    let common = theirs & (wanted | features::DOORBELLS);
+    if common & wanted == 0 {
+        let failure = match plane.device.mode() {
+            Mode::Device => Failure::Device(format!(
+                "{} is a GPU, and the client has no CUDA driver that it could open its memory with",
+                plane.device.name()
+            )),
+            _ => Failure::Protocol(format!(
+                "the client cannot read answers of this device (features {wanted:#x})"
+            )),
+        };
+        return Err(Ended::Refused(failure));
+    }
     let max = plane.config.max_sessions;
     let place = Arc::clone(&plane.places)
         .try_acquire_owned()
@@ -239,20 +258,6 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     .await?;
     d2c_map.store_u64(d2c::BOOT_ID, plane.boot_id);
     let id = plane.next_session.fetch_add(1, Ordering::Relaxed);
-    let wanted = plane.device.features();
-    let common = theirs & (wanted | features::DOORBELLS);
-    if common & wanted == 0 {
-        let failure = match plane.device.mode() {
-            Mode::Device => Failure::Device(format!(
-                "{} is a GPU, and the client has no CUDA driver that it could open its memory with",
-                plane.device.name()
-            )),
-            _ => Failure::Protocol(format!(
-                "the client cannot read answers of this device (features {wanted:#x})"
-            )),
-        };
-        return Err(Ended::Refused(failure));
-    }
     let welcome = ToClient::Welcome { features: common, session: id, boot_id: plane.boot_id, limits };
     socket.send(&welcome, &[c2d_file.try_clone()?, d2c_file.try_clone()?]).await?;
     let (message, _) = step(socket.receive()).await?;

@@ -173,6 +173,10 @@ impl LaneSession {
                 self.armed = true;
                 break;
             }
+            if self.streams {
+                // What the request lets go of may be what it waits for.
+                self.release(request.release_through)?;
+            }
             if self.streams && self.must_catch_up(&request) {
                 self.seen = Some((index, arrived));
                 self.armed = true;
