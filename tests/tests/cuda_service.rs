@@ -430,6 +430,25 @@ fn a_device_that_cannot_be_used_is_refused_in_one_sentence() {
 }
 
 #[test]
+fn host_memory_that_cannot_be_registered_is_refused_with_the_limits_that_there_are() {
+    let name = "host_memory_that_cannot_be_registered_is_refused_with_the_limits_that_there_are";
+    if !on_softcuda(name, &Machine::new()) {
+        return;
+    }
+    let daemon = start(&["--pin-ahead", "0"]);
+    let model = fake::connect(&daemon, &["random:budget=50%"]);
+    set_faults("register-fails process=kvoyantd");
+    let refused = model.open(0, 100).unwrap_err();
+    assert!(
+        matches!(&refused, Error::Failed(Failure::NotReady(reason)) if reason.contains("memlock limit is")),
+        "{refused}"
+    );
+    set_faults("");
+    let sequence = filled(&model, 4);
+    fake::check(&fake::ask(&model, &sequence, 1), 0, 4, 1).unwrap();
+}
+
+#[test]
 fn a_slice_of_a_card_serves_like_a_card() {
     if !on_softcuda("a_slice_of_a_card_serves_like_a_card", &Machine::new().with("SOFTCUDA_MIG", "1")) {
         return;

@@ -59,6 +59,19 @@ pub enum PinError {
     },
 }
 
+/// The limits that keep memory from being pinned, as they are now: a driver does not say which one it has hit.
+#[must_use]
+pub fn limits_in_words() -> String {
+    let memlock = match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        Ok((u64::MAX, _)) => "unlimited".into(),
+        Ok((soft, _)) => format!("{soft} bytes"),
+        Err(error) => format!("unknown ({error})"),
+    };
+    let room = Limits::default().room();
+    let room = room.map_or_else(|| "no limit of memory can be read".into(), |room| room.to_string());
+    format!("the memlock limit is {memlock}, and of memory: {room}")
+}
+
 /// Pins with `mlock`.
 #[derive(Debug)]
 pub struct MlockPin {

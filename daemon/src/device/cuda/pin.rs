@@ -6,7 +6,7 @@ use kvoyant_cuda::{Context, Registration};
 use kvoyant_protocol::memory::SharedMapping;
 
 use super::engines::DeviceMap;
-use crate::tiers::pin::{Pin, PinError, PinGuard};
+use crate::tiers::pin::{Pin, PinError, PinGuard, limits_in_words};
 
 /// What is registered, shared between whoever registers and the worker that copies.
 #[derive(Debug, Default)]
@@ -70,7 +70,7 @@ impl Pin for CudaPin {
     fn pin(&self, memory: &Arc<SharedMapping>) -> Result<Box<dyn PinGuard>, PinError> {
         match Pinned::new(&self.context, &self.known, memory) {
             Ok(pinned) => Ok(Box::new(pinned)),
-            Err(error) => Err(PinError::Registration { reason: error.to_string() }),
+            Err(error) => Err(PinError::Registration { reason: format!("{error}; {}", limits_in_words()) }),
         }
     }
 }

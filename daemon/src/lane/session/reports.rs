@@ -1,8 +1,10 @@
 //! Reports of graph mode, as a session's lane reads them.
 
+use std::time::Instant;
+
 use kvoyant_protocol::wire::Stat;
 
-use super::{LaneSession, Tools};
+use super::{LaneSession, TURN_MAX, Tools};
 use crate::device::{Publication, RecordUpdate};
 use crate::lane::error::SessionError;
 use crate::lane::graph::GraphState;
@@ -40,8 +42,12 @@ impl LaneSession {
         tools: Tools<'_>,
         most: u32,
     ) -> Result<bool, SessionError> {
-        let mut handled = 0;
+        let (mut handled, since) = (0, Instant::now());
         while handled < most.min(graph.mailbox.slots()) {
+            // A turn is short, but for what a control message waits for.
+            if handled > 0 && most < u32::MAX && since.elapsed() > TURN_MAX {
+                break;
+            }
             let look = graph.mailbox.take(report)?;
             if look.lost > 0 {
                 self.count(Stat::GraphLost, look.lost);
