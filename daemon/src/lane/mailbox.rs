@@ -20,6 +20,9 @@ const _: () = {
     assert!(size_of::<ResidencyEntry>() as u64 == RECORD_ENTRY_BYTES);
 };
 
+/// No engine makes so many reports; a client that counts up to here by leaps is not let any further.
+const NUMBER_MAX: u64 = 1 << 62;
+
 /// More reports than this cannot have been lost.
 const LOST_MAX: u64 = 1 << 48;
 
@@ -199,7 +202,7 @@ impl Mailbox {
             }
             if number > expected {
                 let ahead = number - expected;
-                if !ahead.is_multiple_of(slots) || ahead > LOST_MAX {
+                if !ahead.is_multiple_of(slots) || ahead > LOST_MAX || number > NUMBER_MAX {
                     return Err(ReportError::Number { number, expected });
                 }
                 self.next = number - slots / 2;
