@@ -18,9 +18,11 @@
 mod cpu;
 pub mod cuda;
 mod dtype;
+mod layout;
 pub mod quantise;
 mod run;
 
 pub use cpu::{ENV, Kernels, Path, PathError};
 pub use dtype::{Dtype, UnknownDtype};
+pub use layout::{RowLayout, UnknownLayout};
 pub use run::{AttendScratch, CopyRun, Run, TopKScratch};

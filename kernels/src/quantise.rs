@@ -11,6 +11,9 @@
 //!
 //! All numbers are little endian. Dequantisation is exact to the last bit on every processor: a product and a sum, each rounded to f32.
 
+use std::fmt;
+use std::str::FromStr;
+
 use half::f16;
 
 use crate::{Dtype, Kernels};
@@ -35,14 +38,42 @@ pub enum Format {
 }
 
 impl Format {
-    /// The number that stands for the format in kernels: for plain values that of their type.
+    /// Every format, in the order of their codes.
+    pub const ALL: [Self; 7] = [
+        Self::Plain(Dtype::F32),
+        Self::Plain(Dtype::F16),
+        Self::Plain(Dtype::Bf16),
+        Self::Fp8,
+        Self::Int8,
+        Self::Int4 { group: 32 },
+        Self::Int4 { group: 64 },
+    ];
+
+    /// The number that stands for the format in binary formats: for plain values that of their type; never changes. An `Int4` of a group
+    /// that there is not has the code of 64.
     #[must_use]
     pub const fn code(self) -> u8 {
         match self {
             Self::Plain(dtype) => dtype.code(),
             Self::Fp8 => 3,
             Self::Int8 => 4,
+            Self::Int4 { group: 32 } => 5,
+            Self::Int4 { .. } => 6,
+        }
+    }
+
+    /// The inverse of [`Format::code`]; `None` for a code that stands for nothing.
+    #[must_use]
+    pub fn from_code(code: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(code)).copied()
+    }
+
+    /// The number that stands for the format in GPU kernels, which are told the group besides: for plain values that of their type.
+    #[must_use]
+    pub const fn kernel_code(self) -> u8 {
+        match self {
             Self::Int4 { .. } => 5,
+            _ => self.code(),
         }
     }
 
@@ -113,30 +144,41 @@ impl Format {
     /// Unless `row` has the bytes that [`Format::row_bytes`] gives.
     pub fn dequantise(self, row: &[u8], values: &mut [f32]) {
         self.checked_row_bytes("dequantise", values.len(), row.len());
+        Kernels::best().dequantise(self, row, values);
+    }
+}
+
+impl fmt::Display for Format {
+    /// `f32`, `f16`, `bf16`, `fp8-e4m3`, `int8`, `int4-g32` or `int4-g64`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Plain(dtype) => Kernels::best().to_f32(dtype, row, values),
-            Self::Fp8 => values.iter_mut().zip(row).for_each(|(value, code)| *value = from_fp8(*code)),
-            Self::Int8 => {
-                let (codes, scale) = row.split_at(values.len());
-                let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
-                for (value, code) in values.iter_mut().zip(codes) {
-                    *value = f32::from(code.cast_signed()) * scale;
-                }
-            }
-            Self::Int4 { group } => {
-                let (codes, scales) = row.split_at(values.len() / 2);
-                for (j, value) in values.iter_mut().enumerate() {
-                    let code = codes[j / 2] >> (j % 2 * 4) & 15;
-                    let (scale, zero) = group_scale(&scales[j / group * 4..][..4]);
-                    *value = f32::from(code) * scale + zero;
-                }
-            }
+            Self::Plain(dtype) => f.pad(dtype.name()),
+            Self::Fp8 => f.pad("fp8-e4m3"),
+            Self::Int8 => f.pad("int8"),
+            Self::Int4 { group } => f.pad(&format!("int4-g{group}")),
         }
     }
 }
 
+/// A text that names no format.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{text}' is no format of rows; use f32, f16, bf16, fp8-e4m3, int8, int4-g32 or int4-g64")]
+pub struct UnknownFormat {
+    /// What was given.
+    pub text: String,
+}
+
+impl FromStr for Format {
+    type Err = UnknownFormat;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let named = Self::ALL.into_iter().find(|format| format.to_string().eq_ignore_ascii_case(text));
+        named.ok_or_else(|| UnknownFormat { text: text.to_owned() })
+    }
+}
+
 /// Scale and zero of a group.
-fn group_scale(bytes: &[u8]) -> (f32, f32) {
+pub(crate) fn group_scale(bytes: &[u8]) -> (f32, f32) {
     (f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(), f16::from_le_bytes([bytes[2], bytes[3]]).to_f32())
 }
 
@@ -170,7 +212,7 @@ fn to_fp8(value: f32) -> u8 {
     sign | (steps + (exponent + 6) * 8) as u8
 }
 
-fn from_fp8(code: u8) -> f32 {
+pub(crate) fn from_fp8(code: u8) -> f32 {
     if code & 0x7f == 0x7f {
         return f32::NAN;
     }
@@ -243,6 +285,17 @@ mod tests {
             }
             assert_eq!(round_trip(format, &[]), []);
         }
+    }
+
+    #[test]
+    fn names_and_codes_come_back_as_the_format_they_stand_for() {
+        for (code, format) in (0..).zip(Format::ALL) {
+            assert_eq!((format.code(), Format::from_code(code)), (code, Some(format)));
+            assert_eq!(format.to_string().parse(), Ok(format));
+        }
+        assert_eq!(Format::from_code(7), None);
+        let error = "int4".parse::<Format>().unwrap_err().to_string();
+        assert!(error.starts_with("'int4' is no format"), "{error}");
     }
 
     #[test]

@@ -41,10 +41,11 @@ unsafe impl Send for CopyRun {}
 unsafe impl Sync for CopyRun {}
 
 /// Memory that [`Kernels::attend`](crate::Kernels::attend) keeps between calls: the weights of some hundred rows per query, on the
-/// scalar path of all.
+/// scalar path of all; and as many rows, where they have to be dequantised first.
 #[derive(Clone, Debug, Default)]
 pub struct AttendScratch {
     values: Vec<f32>,
+    pub(crate) rows: Vec<f32>,
 }
 
 impl AttendScratch {

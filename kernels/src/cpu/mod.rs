@@ -1,9 +1,12 @@
 //! Which instruction set to use, and the kernels' public face.
 
 mod attend;
+mod bounds;
 mod convert;
 mod copy;
 mod elementwise;
+mod hash;
+mod layout;
 mod reduce;
 mod scalar;
 mod score;
@@ -40,6 +43,7 @@ impl Path {
         {
             let avx2 = || {
                 is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("popcnt")
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
             };

@@ -69,24 +69,6 @@ impl Kernels {
         dispatch!(self, min_max_update(rows, d, minmax));
     }
 
-    /// In how many bits each binary code differs from each query: `out[h * out_stride + t] = |queries[h] xor codes[t]|`.
-    ///
-    /// `queries` is `[group][words]`, `codes` is `[rows][words]`, `out` has one distance per row for each query, one query every
-    /// `out_stride` values. Exact; the same on every path.
-    ///
-    /// # Panics
-    /// When `group` is 0 or does not divide `queries`, a code has no words, or a slice has the wrong length.
-    pub fn hamming(self, queries: &[u64], group: usize, codes: &[u64], out: &mut [u32], out_stride: usize) {
-        let words = columns("hamming", queries, group);
-        assert!(words > 0 && codes.len().is_multiple_of(words), "hamming: codes are [rows][{words}]");
-        check_out("hamming", group, codes.len() / words, out, out_stride);
-        for (h, query) in queries.chunks_exact(words).enumerate() {
-            for (distance, code) in out[h * out_stride..].iter_mut().zip(codes.chunks_exact(words)) {
-                *distance = query.iter().zip(code).map(|(a, b)| (a ^ b).count_ones()).sum();
-            }
-        }
-    }
-
     /// `out = x · a`: `x` is `[d_in]`, `a` is `[d_in][d_out]`, `out` is `[d_out]`.
     ///
     /// # Panics

@@ -268,7 +268,7 @@ pub struct DequantiseParams {
     pub rows: u32,
     /// Values of a row: see [`crate::quantise::Format::row_bytes`].
     pub n: u32,
-    /// [`crate::quantise::Format::code`].
+    /// [`crate::quantise::Format::kernel_code`].
     pub format: u32,
     /// Values that share a scale: [`crate::quantise::Format::group`].
     pub group: u32,

@@ -1,9 +1,11 @@
 //! Attention over scattered rows, and the merge of partial answers.
 
 use super::convert::read;
+use super::dequantise::dequantise;
 use super::reduce::{exp_sum, max};
 use super::score::dot_stored;
 use crate::dtype::Dtype;
+use crate::layout::{RowLayout, RowShape};
 use crate::run::{AttendScratch, Run};
 
 /// Every row of the runs, in order, as bytes.
@@ -30,10 +32,82 @@ pub(in crate::cpu) unsafe fn scores(
     out_stride: usize,
 ) {
     // SAFETY: passed on to the caller.
-    for (t, row) in unsafe { rows(runs, 2 * d * dtype.bytes()) }.enumerate() {
-        for (h, query) in queries.chunks_exact(d).enumerate() {
+    unsafe { shaped_scores(dtype, RowShape::pairs(d, dtype), queries, runs, out, out_stride) }
+}
+
+/// # Safety
+/// As [`Kernels::scores_layout`](crate::Kernels::scores_layout), of plain rows.
+unsafe fn shaped_scores(
+    dtype: Dtype,
+    shape: RowShape,
+    queries: &[f32],
+    runs: &[Run],
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    // SAFETY: passed on to the caller.
+    for (t, row) in unsafe { rows(runs, shape.row_bytes) }.enumerate() {
+        for (h, query) in queries.chunks_exact(shape.keys).enumerate() {
             out[h * out_stride + t] = dot_stored(dtype, query, row);
         }
+    }
+}
+
+/// # Safety
+/// As [`Kernels::scores_layout`](crate::Kernels::scores_layout).
+pub(in crate::cpu) unsafe fn scores_layout(
+    layout: RowLayout,
+    queries: &[f32],
+    runs: &[Run],
+    scratch: &mut AttendScratch,
+    out: &mut [f32],
+    out_stride: usize,
+) {
+    // SAFETY: passed on to the caller; dequantised rows live until the end.
+    unsafe {
+        if let Some((dtype, shape)) = layout.plain() {
+            return shaped_scores(dtype, shape, queries, runs, out, out_stride);
+        }
+        let run = decoded(layout, runs, &mut scratch.rows);
+        shaped_scores(Dtype::F32, layout.decoded(), queries, &[run], out, out_stride);
+    }
+}
+
+/// All rows in f32, one after the other.
+///
+/// # Safety
+/// Each run's rows are readable.
+unsafe fn decoded(layout: RowLayout, runs: &[Run], to: &mut Vec<f32>) -> Run {
+    let (bytes, values) = (layout.checked_row_bytes("decoded"), layout.decoded().row_bytes / 4);
+    let n: usize = runs.iter().map(|run| run.rows).sum();
+    to.resize(n * values, 0.0);
+    // SAFETY: passed on to the caller.
+    for (row, to) in unsafe { rows(runs, bytes) }.zip(to.chunks_exact_mut(values)) {
+        layout.decode_row(row, to, dequantise);
+    }
+    Run::new(to.as_ptr().cast(), n)
+}
+
+/// # Safety
+/// As [`Kernels::attend_layout`](crate::Kernels::attend_layout), of one row at least.
+pub(in crate::cpu) unsafe fn attend_layout(
+    layout: RowLayout,
+    queries: &[f32],
+    scale: f32,
+    runs: &[Run],
+    scratch: &mut AttendScratch,
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
+    // SAFETY: passed on to the caller; dequantised rows live until the end.
+    unsafe {
+        if let Some((dtype, shape)) = layout.plain() {
+            return shaped_attend(dtype, shape, queries, scale, runs, scratch, out, lse);
+        }
+        let mut rows = std::mem::take(&mut scratch.rows);
+        let run = decoded(layout, runs, &mut rows);
+        shaped_attend(Dtype::F32, layout.decoded(), queries, scale, &[run], scratch, out, lse);
+        scratch.rows = rows;
     }
 }
 
@@ -50,10 +124,27 @@ pub(in crate::cpu) unsafe fn attend(
     out: &mut [f32],
     lse: &mut [f32],
 ) {
+    // SAFETY: passed on to the caller.
+    unsafe { shaped_attend(dtype, RowShape::pairs(d, dtype), queries, scale, runs, scratch, out, lse) }
+}
+
+/// # Safety
+/// As [`Kernels::attend_layout`](crate::Kernels::attend_layout), of one plain row at least.
+#[allow(clippy::too_many_arguments)]
+unsafe fn shaped_attend(
+    dtype: Dtype,
+    shape: RowShape,
+    queries: &[f32],
+    scale: f32,
+    runs: &[Run],
+    scratch: &mut AttendScratch,
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
     let n: usize = runs.iter().map(|run| run.rows).sum();
     let (weights, norms) = scratch.room(lse.len() * (n + 1)).split_at_mut(lse.len() * n);
     // SAFETY: passed on to the caller.
-    unsafe { scores(dtype, queries, d, runs, weights, n) };
+    unsafe { shaped_scores(dtype, shape, queries, runs, weights, n) };
     out.fill(0.0);
     for ((weights, lse), norm) in weights.chunks_exact_mut(n).zip(lse.iter_mut()).zip(norms.iter_mut()) {
         weights.iter_mut().for_each(|weight| *weight *= scale);
@@ -68,10 +159,10 @@ pub(in crate::cpu) unsafe fn attend(
         *lse = top + sum.ln();
         *norm = 1.0 / sum;
     }
-    let size = dtype.bytes();
+    let (size, d) = (dtype.bytes(), shape.values);
     // SAFETY: passed on to the caller.
-    for (t, row) in unsafe { rows(runs, 2 * d * size) }.enumerate() {
-        for (j, bytes) in row[d * size..].chunks_exact(size).enumerate() {
+    for (t, row) in unsafe { rows(runs, shape.row_bytes) }.enumerate() {
+        for (j, bytes) in row[shape.column..][..d * size].chunks_exact(size).enumerate() {
             let value = read(dtype, bytes);
             for h in 0..lse.len() {
                 out[h * d + j] += weights[h * n + t] * value;

@@ -1,17 +1,23 @@
 //! The specification: every kernel in plain Rust. It runs where no SIMD path exists, and the SIMD paths are compared with it.
 
 mod attend;
+mod bounds;
 mod convert;
+mod dequantise;
 mod elementwise;
+mod hash;
 mod reduce;
 mod score;
 mod top_k;
 
 #[cfg(target_arch = "x86_64")]
 pub(super) use attend::merge_weights;
-pub(super) use attend::{attend, merge, scores};
+pub(super) use attend::{attend, attend_layout, merge, scores, scores_layout};
+pub(super) use bounds::{page_bounds_i8, page_bounds_many};
 pub(super) use convert::{from_f32, to_f32};
+pub(super) use dequantise::dequantise;
 pub(super) use elementwise::{add, axpy, rms_norm, rope_halves, silu_mul, softmax_add, softmax_in_place};
+pub(super) use hash::{hamming, hamming_sum, sign_bits};
 pub(super) use reduce::{count_above, dot, exp_sum, max};
 pub(super) use score::{min_max_update, page_bounds, project, project_columns, score_columns};
 pub(super) use top_k::top_k;

@@ -12,6 +12,7 @@ use super::stored::{Stored, by_dtype};
 use super::values::add_block;
 use crate::cpu::scalar::merge_weights;
 use crate::dtype::Dtype;
+use crate::layout::RowShape;
 use crate::run::{AttendScratch, Run};
 
 /// Rows of a tile of scores: as many as [`Simd::sum4`] sums.
@@ -20,7 +21,7 @@ const TILE: usize = 4;
 const CHUNK_BYTES: usize = 128 << 10;
 
 /// Rows of a chunk, whole blocks.
-fn chunk_rows(row_bytes: usize) -> usize {
+pub(super) fn chunk_rows(row_bytes: usize) -> usize {
     (CHUNK_BYTES / row_bytes).next_multiple_of(BLOCK).clamp(4 * BLOCK, 64 * BLOCK)
 }
 
@@ -36,51 +37,56 @@ pub(super) unsafe fn scores<S: Simd>(
     out: &mut [f32],
     out_stride: usize,
 ) {
+    let shape = RowShape::pairs(d, dtype);
     // SAFETY: passed on to the caller.
-    unsafe { by_dtype!(dtype, all_scores(s, queries, d, runs, out.as_mut_ptr(), out_stride)) }
+    unsafe { by_dtype!(dtype, all_scores(s, shape, queries, runs, out.as_mut_ptr(), out_stride)) }
 }
 
 /// # Safety
 /// Every row is readable; `out` has room for a score per row for each query, one query every `out_stride` values.
 #[inline(always)]
-unsafe fn all_scores<S: Simd, E: Stored>(
+pub(super) unsafe fn all_scores<S: Simd, E: Stored>(
     s: S,
+    shape: RowShape,
     queries: &[f32],
-    d: usize,
     runs: &[Run],
     out: *mut f32,
     out_stride: usize,
 ) {
-    let mut blocks = Blocks::new(runs, 2 * d * E::BYTES);
+    // Nobody is going to read the values.
+    let shape = RowShape { values: 0, ..shape };
+    let mut blocks = Blocks::new(runs, shape.row_bytes);
     let mut t = 0;
     while !blocks.rows().is_empty() {
         // SAFETY: passed on to the caller; the block's scores are a part of the whole.
-        unsafe { score_block::<S, E, false>(s, queries, d, 1.0, &blocks, out.add(t), out_stride) };
+        unsafe { score_block::<S, E>(s, shape, queries, 1.0, &blocks, out.add(t), out_stride) };
         t += blocks.rows().len();
         blocks.advance();
     }
 }
 
-/// Scores of a block's rows; meanwhile the next block's keys are asked for, and its VALUES.
+/// Scores of a block's rows; meanwhile the next block's keys are asked for, and its values, where they lie elsewhere.
 ///
 /// # Safety
 /// The rows are readable; `out` has room for a score per row for each query, one query every `out_stride` values.
 #[inline(always)]
-unsafe fn score_block<S: Simd, E: Stored, const VALUES: bool>(
+unsafe fn score_block<S: Simd, E: Stored>(
     s: S,
+    shape: RowShape,
     queries: &[f32],
-    d: usize,
     scale: f32,
     blocks: &Blocks,
     out: *mut f32,
     out_stride: usize,
 ) {
+    let d = shape.keys;
     let (group, n) = (queries.len() / d, blocks.rows().len());
+    let values = if shape.column > 0 { shape.values * E::BYTES } else { 0 };
     for first in (0..n).step_by(TILE) {
         for row in blocks.ahead().iter().skip(first).take(TILE) {
             prefetch::<true>(*row, d * E::BYTES);
-            if VALUES {
-                prefetch::<false>(row.wrapping_add(d * E::BYTES), d * E::BYTES);
+            if values > 0 {
+                prefetch::<false>(row.wrapping_add(shape.column), values);
             }
         }
         let (rows, count) = (blocks.tile(first), TILE.min(n - first));
@@ -184,71 +190,129 @@ pub(super) unsafe fn attend<S: Simd>(
     out: &mut [f32],
     lse: &mut [f32],
 ) {
+    let shape = RowShape::pairs(d, dtype);
     // SAFETY: passed on to the caller.
-    unsafe { by_dtype!(dtype, attend_rows(s, queries, d, scale, runs, scratch, out, lse)) }
+    unsafe { by_dtype!(dtype, attend_rows(s, shape, queries, scale, runs, scratch, out, lse)) }
 }
 
 /// # Safety
-/// As [`Kernels::attend`](crate::Kernels::attend).
+/// As [`Kernels::attend_layout`](crate::Kernels::attend_layout), of plain rows.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn attend_rows<S: Simd, E: Stored>(
+pub(super) unsafe fn attend_rows<S: Simd, E: Stored>(
     s: S,
+    shape: RowShape,
     queries: &[f32],
-    d: usize,
     scale: f32,
     runs: &[Run],
     scratch: &mut AttendScratch,
     out: &mut [f32],
     lse: &mut [f32],
 ) {
-    let (group, row_bytes) = (lse.len(), 2 * d * E::BYTES);
-    let chunk = chunk_rows(row_bytes);
-    let (weights, sums) = scratch.room(group * (chunk + 1)).split_at_mut(group * chunk);
-    // Until the end, `lse` holds the largest score so far.
-    lse.fill(f32::NEG_INFINITY);
-    sums.fill(0.0);
-    out.fill(0.0);
-    let (mut keys, mut values) = (Blocks::new(runs, row_bytes), Blocks::new(runs, row_bytes));
+    let chunk = chunk_rows(shape.row_bytes);
+    let room = scratch.room(lse.len() * (chunk + 1));
+    let mut attention = Attention::new(shape, scale, chunk, room, out, lse);
+    let (mut keys, mut values) = (Blocks::new(runs, shape.row_bytes), Blocks::new(runs, shape.row_bytes));
     while !keys.rows().is_empty() {
+        // SAFETY: passed on to the caller.
+        unsafe { attention.add::<S, E>(s, queries, &mut keys, &mut values) };
+    }
+    attention.finish(s);
+}
+
+/// Attention under way: what is kept from chunk to chunk.
+pub(super) struct Attention<'a> {
+    shape: RowShape,
+    scale: f32,
+    /// Rows of a chunk, whole blocks.
+    chunk: usize,
+    /// `[group][chunk]`.
+    weights: &'a mut [f32],
+    /// `[group]`: the weights so far, added.
+    sums: &'a mut [f32],
+    /// `[group][values]`: the weighted values so far, added.
+    out: &'a mut [f32],
+    /// `[group]`: until the end, the largest score so far.
+    lse: &'a mut [f32],
+}
+
+impl<'a> Attention<'a> {
+    /// Nothing yet; `room` has a place for each query and row of a chunk, and one more for each query.
+    #[inline(always)]
+    pub(super) fn new(
+        shape: RowShape,
+        scale: f32,
+        chunk: usize,
+        room: &'a mut [f32],
+        out: &'a mut [f32],
+        lse: &'a mut [f32],
+    ) -> Self {
+        let (weights, sums) = room.split_at_mut(lse.len() * chunk);
+        lse.fill(f32::NEG_INFINITY);
+        sums.fill(0.0);
+        out.fill(0.0);
+        Self { shape, scale, chunk, weights, sums, out, lse }
+    }
+
+    /// Adds the next chunk: `keys` and `values` stand at its first row, and then at the next one's.
+    ///
+    /// # Safety
+    /// The rows are readable, of the shape and the type.
+    #[inline(always)]
+    pub(super) unsafe fn add<S: Simd, E: Stored>(
+        &mut self,
+        s: S,
+        queries: &[f32],
+        keys: &mut Blocks,
+        values: &mut Blocks,
+    ) {
+        let (group, d, chunk) = (self.lse.len(), self.shape.values, self.chunk);
         let mut n = 0;
         while n < chunk && !keys.rows().is_empty() {
             // SAFETY: passed on to the caller; a chunk is whole blocks, and `weights` has room for a chunk of each query.
             unsafe {
-                score_block::<S, E, true>(s, queries, d, scale, &keys, weights.as_mut_ptr().add(n), chunk);
+                let weights = self.weights.as_mut_ptr().add(n);
+                score_block::<S, E>(s, self.shape, queries, self.scale, keys, weights, chunk);
             };
             n += keys.rows().len();
             keys.advance();
         }
         for h in 0..group {
-            let weights = &mut weights[h * chunk..][..n];
-            let top = max(s, weights);
-            if top > lse[h] {
-                let factor = (lse[h] - top).exp();
-                multiply(s, &mut out[h * d..][..d], factor);
-                sums[h] *= factor;
-                lse[h] = top;
+            let weights = &mut self.weights[h * chunk..][..n];
+            let (top, lse) = (max(s, weights), &mut self.lse[h]);
+            if top > *lse {
+                let factor = (*lse - top).exp();
+                multiply(s, &mut self.out[h * d..][..d], factor);
+                self.sums[h] *= factor;
+                *lse = top;
             }
-            if lse[h] == f32::NEG_INFINITY {
+            if *lse == f32::NEG_INFINITY {
                 weights.fill(0.0);
             } else {
-                sums[h] += exp_in_place(s, weights, lse[h]);
+                self.sums[h] += exp_in_place(s, weights, *lse);
             }
         }
         let mut t = 0;
         while t < n {
             // SAFETY: passed on to the caller; `weights` holds this chunk's, `out` is [group][d].
             unsafe {
-                add_block::<S, E>(s, &values, d, group, weights.as_ptr().add(t), chunk, out.as_mut_ptr());
+                let weights = self.weights.as_ptr().add(t);
+                add_block::<S, E>(s, values, self.shape, group, weights, chunk, self.out.as_mut_ptr());
             };
             t += values.rows().len();
             values.advance();
         }
     }
-    for h in 0..group {
-        if lse[h] != f32::NEG_INFINITY {
-            multiply(s, &mut out[h * d..][..d], 1.0 / sums[h]);
-            lse[h] += sums[h].ln();
+
+    /// Divides by the sum of weights.
+    #[inline(always)]
+    pub(super) fn finish<S: Simd>(self, s: S) {
+        let d = self.shape.values;
+        for (h, lse) in self.lse.iter_mut().enumerate() {
+            if *lse != f32::NEG_INFINITY {
+                multiply(s, &mut self.out[h * d..][..d], 1.0 / self.sums[h]);
+                *lse += self.sums[h].ln();
+            }
         }
     }
 }

@@ -136,6 +136,22 @@ fn keys(v: __m256) -> __m256i {
     _mm256_blendv_epi8(_mm256_xor_si256(bits, flip), lowest, nan)
 }
 
+/// Eight fp8 as f16 of a 256th of their value: the same fields, seven bits further up, of a smaller bias.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn from_fp8(bytes: __m128i) -> __m256 {
+    let words = _mm_cvtepu8_epi16(bytes);
+    let magnitude = _mm_and_si128(words, _mm_set1_epi16(0x7f));
+    let sign = _mm_slli_epi16::<8>(_mm_xor_si128(words, magnitude));
+    // The one code that is no number gets all bits, and so is none in f16.
+    let nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
+    let half = _mm_or_si128(
+        _mm_slli_epi16::<7>(magnitude),
+        _mm_or_si128(sign, _mm_and_si128(nan, _mm_set1_epi16(0x7fff))),
+    );
+    _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0))
+}
+
 impl Simd for Avx2 {
     type V = __m256;
     type I = __m256i;
@@ -279,6 +295,27 @@ impl Simd for Avx2 {
     unsafe fn store_bf16_part(self, v: __m256, at: *mut u8, n: usize) {
         // SAFETY: see above.
         unsafe { store_u16_part(to_bf16(v), at, n) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, at: *const u8) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_u4(self, at: *const u8) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            // Each byte in a word of 64 bits; its high half goes to the word's upper 32.
+            let bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(at.cast::<i32>().read_unaligned()));
+            let halves = _mm256_or_si256(bytes, _mm256_slli_epi64::<28>(bytes));
+            _mm256_cvtepi32_ps(_mm256_and_si256(halves, _mm256_set1_epi32(15)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_fp8(self, at: *const u8) -> __m256 {
+        // SAFETY: see above.
+        unsafe { from_fp8(_mm_loadl_epi64(at.cast())) }
     }
 
     #[inline(always)]

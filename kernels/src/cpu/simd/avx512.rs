@@ -70,6 +70,20 @@ fn keys(v: __m512) -> __m512i {
     _mm512_mask_mov_epi32(_mm512_xor_si512(bits, flip), nan, lowest)
 }
 
+/// Sixteen fp8, by way of f16 of a 256th of their value: the same fields, seven bits further up, of a smaller bias.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn from_fp8(bytes: __m128i) -> __m512 {
+    let words = _mm256_cvtepu8_epi16(bytes);
+    let magnitude = _mm256_and_si256(words, _mm256_set1_epi16(0x7f));
+    let sign = _mm256_slli_epi16::<8>(_mm256_xor_si256(words, magnitude));
+    let half = _mm256_or_si256(_mm256_slli_epi16::<7>(magnitude), sign);
+    // The one code that is no number gets all bits, and so is none in f16.
+    let nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7f));
+    let half = _mm256_mask_mov_epi16(half, nan, _mm256_or_si256(sign, _mm256_set1_epi16(0x7fff)));
+    _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0))
+}
+
 impl Simd for Avx512 {
     type V = __m512;
     type I = __m512i;
@@ -216,6 +230,27 @@ impl Simd for Avx512 {
     unsafe fn store_bf16_part(self, v: __m512, at: *mut u8, n: usize) {
         // SAFETY: see above.
         unsafe { _mm256_mask_storeu_epi16(at.cast(), mask(n), to_bf16(v)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(self, at: *const u8) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_u4(self, at: *const u8) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            // Each byte in a word of 64 bits; its high half goes to the word's upper 32.
+            let bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(at.cast()));
+            let halves = _mm512_or_si512(bytes, _mm512_slli_epi64::<28>(bytes));
+            _mm512_cvtepi32_ps(_mm512_and_si512(halves, _mm512_set1_epi32(15)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_fp8(self, at: *const u8) -> __m512 {
+        // SAFETY: see above.
+        unsafe { from_fp8(_mm_loadu_si128(at.cast())) }
     }
 
     #[inline(always)]

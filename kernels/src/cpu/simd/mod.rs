@@ -7,9 +7,14 @@
 mod attend;
 mod avx2;
 mod avx512;
+mod bounds;
+mod bounds_i8;
 mod convert;
 mod copy;
+mod dequantise;
 mod elementwise;
+mod hash;
+mod layout;
 mod paths;
 mod reduce;
 mod rows;
@@ -117,6 +122,19 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// As above.
     unsafe fn store_bf16_part(self, v: Self::V, at: *mut u8, n: usize);
+
+    /// `LANES` signed bytes as f32.
+    /// # Safety
+    /// `LANES` bytes are readable at `at`.
+    unsafe fn load_i8(self, at: *const u8) -> Self::V;
+    /// `LANES` half bytes as f32, of each byte the low half first.
+    /// # Safety
+    /// `LANES / 2` bytes are readable at `at`.
+    unsafe fn load_u4(self, at: *const u8) -> Self::V;
+    /// `LANES` fp8 (e4m3) as f32.
+    /// # Safety
+    /// `LANES` bytes are readable at `at`.
+    unsafe fn load_fp8(self, at: *const u8) -> Self::V;
 
     /// Integers that order as the scores do; NaN as -inf, -0 as 0.
     fn keys(self, v: Self::V) -> Self::I;

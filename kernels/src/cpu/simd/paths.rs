@@ -1,14 +1,19 @@
 //! One compiled copy of every kernel per instruction set: functions for whose whole body the compiler may use the instructions.
 
+use crate::cpu::bounds::{Block, Query8};
 use crate::dtype::Dtype;
+use crate::layout::RowLayout;
+use crate::quantise::Format;
 use crate::run::{AttendScratch, CopyRun, Run, TopKScratch};
 
 macro_rules! path {
-    ($module:ident, $features:literal, $simd:path) => {
+    ($module:ident, $features:literal, $simd:path, { $($own:item)* }) => {
         /// Calling one of these is unsafe outside functions with the same features: the machine must have them.
         pub(in crate::cpu) mod $module {
             use super::*;
             use crate::cpu::simd as kernels;
+
+            $($own)*
 
             /// The proof, for functions that run with the features on.
             #[inline]
@@ -25,6 +30,10 @@ macro_rules! path {
                     dtype: Dtype, queries: &[f32], group: usize, block: &[u8], tokens: usize, out: &mut [f32], out_stride: usize,
                 );
                 score::page_bounds(queries: &[f32], group: usize, minmax: &[f32], out: &mut [f32]);
+                bounds::page_bounds_many(
+                    dtype: Dtype, queries: &[f32], group: usize, blocks: &[u8], pages: usize, out: &mut [f32], out_stride: usize,
+                );
+                dequantise::dequantise(format: Format, row: &[u8], values: &mut [f32]);
                 score::min_max_update(rows: &[f32], d: usize, minmax: &mut [f32]);
                 score::project(x: &[f32], a: &[f32], out: &mut [f32]);
                 score::project_columns(
@@ -37,6 +46,7 @@ macro_rules! path {
                 elementwise::rope_halves(x: &mut [f32], d: usize, cos: &[f32], sin: &[f32]);
                 elementwise::add(acc: &mut [f32], x: &[f32]);
                 elementwise::axpy(acc: &mut [f32], a: f32, x: &[f32]);
+                hash::sign_bits(projected: &[f32], out: &mut [u8]);
                 attend::merge(o: &mut [f32], lse: &mut [f32], other_o: &[f32], other_lse: &[f32]);
                 top_k::top_k(scores: &[f32], k: usize, scratch: &mut TopKScratch, out: &mut Vec<u32>);
             );
@@ -70,6 +80,27 @@ macro_rules! path {
             }
 
             /// # Safety
+            /// As [`Kernels::scores_layout`](crate::Kernels::scores_layout).
+            #[target_feature(enable = $features)]
+            pub(in crate::cpu) unsafe fn scores_layout(
+                layout: RowLayout, queries: &[f32], runs: &[Run], scratch: &mut AttendScratch, out: &mut [f32], out_stride: usize,
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { kernels::layout::scores_layout(simd(), layout, queries, runs, scratch, out, out_stride) }
+            }
+
+            /// # Safety
+            /// As [`Kernels::attend_layout`](crate::Kernels::attend_layout).
+            #[target_feature(enable = $features)]
+            pub(in crate::cpu) unsafe fn attend_layout(
+                layout: RowLayout, queries: &[f32], scale: f32, runs: &[Run], scratch: &mut AttendScratch, out: &mut [f32],
+                lse: &mut [f32],
+            ) {
+                // SAFETY: passed on to the caller.
+                unsafe { kernels::layout::attend_layout(simd(), layout, queries, scale, runs, scratch, out, lse) }
+            }
+
+            /// # Safety
             /// As [`Kernels::copy_runs`](crate::Kernels::copy_runs).
             #[target_feature(enable = $features)]
             pub(in crate::cpu) unsafe fn copy_runs(runs: &[CopyRun]) {
@@ -93,5 +124,56 @@ macro_rules! path {
     )*};
 }
 
-path!(avx2, "avx2,fma,f16c", kernels::avx2::Avx2);
-path!(avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq", kernels::avx512::Avx512);
+path!(avx2, "avx2,fma,f16c,popcnt", kernels::avx2::Avx2, {
+    pub(in crate::cpu) use kernels::bounds_i8::halves::page_bounds_i8;
+    pub(in crate::cpu) use kernels::hash::bytes::{hamming, hamming_sum};
+});
+path!(avx512, "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512vl,avx512dq", kernels::avx512::Avx512, {
+    /// As the path says.
+    #[target_feature(enable = "avx2,popcnt,avx512f")]
+    pub(in crate::cpu) fn hamming(
+        queries: &[u64],
+        group: usize,
+        codes: &[u8],
+        out: &mut [u32],
+        out_stride: usize,
+    ) {
+        if is_x86_feature_detected!("avx512vpopcntdq") {
+            // SAFETY: the instruction was just found.
+            unsafe { kernels::hash::words::hamming(queries, group, codes, out, out_stride) }
+        } else {
+            kernels::hash::bytes::hamming(queries, group, codes, out, out_stride);
+        }
+    }
+
+    /// As the path says.
+    #[target_feature(enable = "avx2,popcnt,avx512f")]
+    pub(in crate::cpu) fn hamming_sum(queries: &[u64], group: usize, codes: &[u8], out: &mut [u32]) {
+        if is_x86_feature_detected!("avx512vpopcntdq") {
+            // SAFETY: the instruction was just found.
+            unsafe { kernels::hash::words::hamming_sum(queries, group, codes, out) }
+        } else {
+            kernels::hash::bytes::hamming_sum(queries, group, codes, out);
+        }
+    }
+
+    /// As the path says.
+    #[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq")]
+    pub(in crate::cpu) fn page_bounds_i8(
+        block: Block,
+        queries: &[Query8],
+        digests: &[u8],
+        pages: usize,
+        out: &mut [f32],
+        out_stride: usize,
+    ) {
+        if is_x86_feature_detected!("avx512vnni") {
+            // SAFETY: the instruction was just found.
+            unsafe {
+                kernels::bounds_i8::vnni::page_bounds_i8(block, queries, digests, pages, out, out_stride);
+            }
+        } else {
+            kernels::bounds_i8::halves::page_bounds_i8(block, queries, digests, pages, out, out_stride);
+        }
+    }
+});

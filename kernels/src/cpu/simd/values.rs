@@ -3,6 +3,7 @@
 use super::Simd;
 use super::rows::{Blocks, prefetch};
 use super::stored::Stored;
+use crate::layout::RowShape;
 
 /// `out[h] += Σ_t weights[h][t] · v_t` over a block's rows, in order.
 ///
@@ -12,14 +13,14 @@ use super::stored::Stored;
 pub(super) unsafe fn add_block<S: Simd, E: Stored>(
     s: S,
     blocks: &Blocks,
-    d: usize,
+    shape: RowShape,
     group: usize,
     weights: *const f32,
     stride: usize,
     out: *mut f32,
 ) {
-    let (rows, ahead) = (blocks.rows(), blocks.ahead());
-    let mut values = Values { rows, ahead, d, stride, column: d * E::BYTES };
+    let (rows, ahead, d) = (blocks.rows(), blocks.ahead(), shape.values);
+    let mut values = Values { rows, ahead, d, stride, column: shape.column };
     let mut h = 0;
     while h < group {
         let heads = super::tile(group - h, S::HEADS);

@@ -61,7 +61,7 @@ pub(crate) fn quantised_rows_are_read_as_the_cpu_reads_them(device: &mut impl De
             dst_stride: (n * dtype.bytes()) as u64,
             rows: rows as u32,
             n: n as u32,
-            format: u32::from(format.code()),
+            format: u32::from(format.kernel_code()),
             group: format.group() as u32,
             dtype: u32::from(dtype.code()),
             pad: 0,
