@@ -20,32 +20,41 @@
 //! there.
 #![forbid(unsafe_code)]
 
+pub mod artifact;
 pub mod budget;
+pub mod context;
 pub mod error;
 pub mod full;
 pub mod infinigen;
 pub mod method;
+pub mod needs;
 pub mod options;
 mod pages;
 pub mod quest;
 pub mod random;
 pub mod registry;
+pub mod replay;
 pub mod scratch;
 pub mod selection;
 pub mod shape;
+pub mod spec;
+pub mod store;
 #[cfg(test)]
 mod testing;
 pub mod window;
 
 pub use kvoyant_kernels::Dtype;
 
+pub use artifact::{Artifact, ArtifactKind, Artifacts, Tensor, TensorArtifact};
 pub use budget::{Budget, Share};
+pub use context::SelectContext;
 pub use error::{BudgetError, MethodError, SpecError};
-pub use method::{
-    Append, Artifact, ArtifactKind, DigestKey, DigestSource, HintNorm, Method, Needs, NoDigests,
-    SelectContext,
-};
-pub use registry::{MethodSpec, build};
+pub use method::{Append, DigestKey, FeedbackRow, HintNorm, Method, Truncated};
+pub use needs::{CpuAttention, Feedback, HintSource, Needs, RowPart, mark};
+pub use registry::build;
+pub use replay::Replay;
 pub use scratch::Scratch;
 pub use selection::{Selection, TokenRange};
 pub use shape::{Fingerprint, Shape};
+pub use spec::{MethodSpec, Spec};
+pub use store::{NoRows, NoStore, RowSource, Store};

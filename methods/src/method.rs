@@ -1,28 +1,13 @@
 //! The trait that every method implements.
 
 use std::fmt::Debug;
-use std::sync::Arc;
 
-use crate::infinigen::SkewArtifact;
-use crate::registry::MethodSpec;
+use crate::context::SelectContext;
+use crate::needs::Needs;
 use crate::scratch::Scratch;
-use crate::selection::Selection;
-
-/// Which calibrated artifact a method wants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ArtifactKind {
-    /// Orthogonal matrices per layer and KV head ([`crate::infinigen::SkewArtifact`]).
-    Skew,
-}
-
-/// A calibrated artifact, read from a file.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub enum Artifact {
-    /// Of [`ArtifactKind::Skew`].
-    Skew(Arc<SkewArtifact>),
-}
+use crate::selection::{Selection, TokenRange};
+use crate::spec::MethodSpec;
+use crate::store::Store;
 
 /// What the engine normalises layer i−1's attention input with, before layer i's query projection turns it
 /// into the hint.
@@ -40,21 +25,6 @@ impl HintNorm {
         &[("own", Self::Own), ("previous", Self::Previous)];
 }
 
-/// What a method wants from the engine and the daemon.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Needs {
-    /// A query hint `[Hq, d]` with each request.
-    pub hint: bool,
-    /// Prefill statistics, once per layer and KV head, before keys are digested ([`Method::observe`]).
-    pub observe: bool,
-    /// A calibrated artifact when it is built.
-    pub artifact: Option<ArtifactKind>,
-    /// Digest blocks and [`Method::on_append`].
-    pub digest: bool,
-    /// A pool of counters per layer and KV head ([`Method::on_admit`], [`Method::on_selected`]).
-    pub pool: bool,
-}
-
 /// Tells digests that can be shared from those that cannot: the method's kind and the parameters that shape
 /// its digest. Budgets and other parameters of the selection alone are not in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -65,72 +35,30 @@ pub struct DigestKey {
     pub parameters: [u64; 4],
 }
 
-/// Where a method reads what it kept of one sequence and layer.
-pub trait DigestSource {
-    /// Digest block of a page, [`Method::digest_bytes`] long. `page` counts from the sequence's start.
-    fn page(&self, kv_head: usize, page: usize) -> &[u8];
-
-    /// State of a KV head, [`Method::head_state_bytes`] long.
-    fn state(&self, kv_head: usize) -> &[u8];
-
-    /// Pool of a KV head, [`Method::pool_bytes`] long; empty where the method keeps none.
-    fn pool(&self, kv_head: usize) -> &[u8] {
-        let _ = kv_head;
-        &[]
-    }
-}
-
-/// The digests of a method that keeps none.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NoDigests;
-
-impl DigestSource for NoDigests {
-    fn page(&self, _kv_head: usize, _page: usize) -> &[u8] {
-        &[]
-    }
-
-    fn state(&self, _kv_head: usize) -> &[u8] {
-        &[]
-    }
-}
-
-/// One request for one sequence and layer.
-#[derive(Debug, Clone, Copy)]
-pub struct SelectContext<'a> {
-    /// The layer to select for.
-    pub layer: usize,
-    /// Tokens of the sequence, the current one among them, `n`.
-    pub tokens: usize,
-    /// Predicted query of the layer after RoPE, `[Hq][d]`, f32, not scaled by `1/√d`; empty where the method
-    /// needs none.
-    pub hint: &'a [f32],
-    /// A number that stays with the sequence (and its forks), for methods that draw.
-    pub sequence_seed: u64,
-    /// Decode step, or any number that differs from one step to the next.
-    pub step: u64,
-}
-
 /// A selection method, built for one model.
 ///
-/// Same input, same answer: no method looks at a clock or at anything outside its arguments. All state of a
-/// sequence lies in byte slices that the caller keeps (little-endian, no alignment needed), so that it can
-/// live in shared memory by offset.
+/// Same input, same answer: no method looks at a clock or at anything outside its arguments. All it keeps of a
+/// sequence lies in byte slices that the caller keeps (little-endian, no alignment needed), so that it can live in
+/// shared memory by offset.
 ///
-/// Keys are post-RoPE, as f32. Of one sequence and layer, each KV head has: a *state*
-/// ([`Self::head_state_bytes`]; begins as [`Self::init_state`] leaves it), one *digest* block per page
-/// ([`Self::digest_bytes`]; begins as anything) and perhaps a *pool* ([`Self::pool_bytes`]; begins as zeros).
+/// Keys are post-RoPE, as f32. Of one sequence and layer, each KV head has: a *state* ([`Self::head_state_bytes`]; begins as
+/// [`Self::init_state`] leaves it, is what digests are made under), one *digest* block per page ([`Self::digest_bytes`];
+/// begins as anything) and perhaps a *memory* ([`Self::memory_bytes`]; begins as zeros), which both appends and selections
+/// may change. Digests are shared by forks, state and memory are copied.
 pub trait Method: Send + Sync + Debug {
     /// What the user chose.
     fn spec(&self) -> &MethodSpec;
 
     /// The method's name, as in its specification.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &'static str {
+        self.spec().name()
+    }
 
     /// What it wants from engine and daemon.
     fn needs(&self) -> Needs;
 
     /// Sequences whose methods have equal keys can share digest blocks, if their states are equal too (those
-    /// of a fork are). `None`: it keeps no digest.
+    /// of a fork are). `None`: it keeps nothing. A method with a memory has a key, perhaps with digests of 0 bytes.
     fn digest_key(&self) -> Option<DigestKey> {
         None
     }
@@ -157,43 +85,79 @@ pub trait Method: Send + Sync + Debug {
         false
     }
 
-    /// Takes in new rows of *one* page: `keys` is `[rows][d]`, the first of them row `first_row` of the page.
+    /// Takes in new rows of *one* page. `memory` is the head's, and long enough for them.
     ///
-    /// After a truncation inside a page, digest the page's remaining rows again from `first_row` 0.
-    fn on_append(&self, append: &Append<'_>, digest: &mut [u8], scratch: &mut Scratch) {
-        let _ = (append, digest, scratch);
+    /// After a truncation inside a page the page's remaining rows come again, from `first_row` 0 (see
+    /// [`Self::on_truncate`]).
+    fn on_append(&self, append: &Append<'_>, digest: &mut [u8], memory: &mut [u8], scratch: &mut Scratch) {
+        let _ = (append, digest, memory, scratch);
     }
 
-    /// Chooses, for every KV head, the rows to have ready; `out` is cleared first.
+    /// Chooses, for every KV head of the request, the rows to have ready; `out` is cleared first and gets one head after
+    /// the other.
     fn select(
         &self,
         context: &SelectContext<'_>,
-        digests: &dyn DigestSource,
+        store: &mut dyn Store,
         scratch: &mut Scratch,
         out: &mut Selection,
     );
 
-    /// Bytes of the pool of one sequence, layer and KV head that can hold up to `max_tokens` tokens.
-    fn pool_bytes(&self, max_tokens: usize) -> usize {
+    /// Where [`Needs::prefetch`] is set: chooses for the layer's *next* step, after an answer, off the critical path.
+    /// `context` has no hint, and `tokens` is one more than in the selection before. True where `out` names rows worth having
+    /// ready by then. It may be called late or never: what [`Self::select`] chooses must not depend on it.
+    fn prefetch(
+        &self,
+        context: &SelectContext<'_>,
+        store: &mut dyn Store,
+        scratch: &mut Scratch,
+        out: &mut Selection,
+    ) -> bool {
+        let _ = (context, store, scratch, out);
+        false
+    }
+
+    /// Bytes of memory of one sequence, layer and KV head that can hold up to `max_tokens` tokens.
+    fn memory_bytes(&self, max_tokens: usize) -> usize {
         let _ = max_tokens;
         0
     }
 
-    /// The sequence grew to `tokens` tokens. Calls `victim` for every token that has to leave this KV head's
-    /// pool: it will not be selected any more and its row may be overwritten.
-    fn on_admit(&self, tokens: usize, pool: &mut [u8], victim: &mut dyn FnMut(u32)) {
-        let _ = (tokens, pool, victim);
+    /// Moves the memory of a sequence that outgrew it: `old` was made for fewer tokens than `new`, which is zeroed.
+    fn grow_memory(&self, old: &[u8], new: &mut [u8]) {
+        new[..old.len()].copy_from_slice(old);
     }
 
-    /// The rows in `selected` were selected for this KV head.
-    fn on_selected(&self, selected: &[crate::TokenRange], pool: &mut [u8]) {
-        let _ = (selected, pool);
+    /// Takes in an attention row, where [`Needs::feedback`] is set.
+    fn on_feedback(&self, feedback: &FeedbackRow<'_>, memory: &mut [u8]) {
+        let _ = (feedback, memory);
+    }
+
+    /// The sequence grew to `tokens` tokens. Calls `victim` for every token that has to leave this KV head's
+    /// pool: it will not be selected any more and its row may be overwritten. For [`Needs::drops_rows`] alone.
+    fn on_admit(&self, tokens: usize, memory: &mut [u8], victim: &mut dyn FnMut(u32)) {
+        let _ = (tokens, memory, victim);
+    }
+
+    /// The rows in `selected` were selected for this KV head. For [`Needs::drops_rows`] alone.
+    fn on_selected(&self, selected: &[TokenRange], memory: &mut [u8]) {
+        let _ = (selected, memory);
     }
 
     /// The sequence was cut down to `tokens` tokens.
-    fn on_truncate(&self, tokens: usize, pool: &mut [u8]) {
-        let _ = (tokens, pool);
+    fn on_truncate(&self, tokens: usize, memory: &mut [u8]) -> Truncated {
+        let _ = (tokens, memory);
+        Truncated::Kept
     }
+}
+
+/// What a truncation leaves of a memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Truncated {
+    /// The memory fits the shorter sequence; the rows that are left of the page that was cut come again.
+    Kept,
+    /// The memory has to be made anew: the caller zeroes it and appends every row of the sequence again.
+    Rebuild,
 }
 
 /// New rows of one page of one KV head.
@@ -207,6 +171,26 @@ pub struct Append<'a> {
     pub state: &'a [u8],
     /// Keys after RoPE, `[rows][d]`.
     pub keys: &'a [f32],
-    /// Row of the page that the first key becomes.
+    /// Position of the first row's token in the sequence.
+    pub first_token: usize,
+    /// Row of the page that the first key becomes: `first_token` modulo the page's rows.
     pub first_row: usize,
+    /// One [mark](crate::needs::mark) per row, or none at all.
+    pub marks: &'a [u8],
+}
+
+/// An attention row of one KV head.
+#[derive(Debug, Clone, Copy)]
+pub struct FeedbackRow<'a> {
+    /// The layer.
+    pub layer: usize,
+    /// The KV head.
+    pub kv_head: usize,
+    /// Tokens that the row is over, the query's own among them.
+    pub tokens: usize,
+    /// Largest attention weight in each block of [`crate::needs::Feedback::block`] tokens, over the group's query heads;
+    /// `⌈tokens / block⌉` of them. All finite, in `[0, 1]`.
+    pub blocks: &'a [f32],
+    /// Whether it is full attention, or that over the attended rows alone.
+    pub full: bool,
 }

@@ -10,18 +10,29 @@
 
 use kvoyant_kernels::Kernels;
 
+use crate::artifact::Artifacts;
 use crate::budget::Budget;
+use crate::context::SelectContext;
 use crate::error::{MethodError, SpecError};
-use crate::method::{Append, DigestKey, DigestSource, HintNorm, Method, Needs, SelectContext};
+use crate::method::{Append, DigestKey, HintNorm, Method};
+use crate::needs::{HintSource, Needs};
 use crate::options::{OptionWriter, Options};
 use crate::pages;
-use crate::registry::MethodSpec;
+use crate::registry::Entry;
 use crate::scratch::Scratch;
 use crate::selection::Selection;
 use crate::shape::Shape;
+use crate::spec::{MethodSpec, Spec};
+use crate::store::Store;
 
 /// The method's name.
 pub const NAME: &str = "quest";
+
+pub(crate) const ENTRY: Entry = Entry {
+    name: NAME,
+    about: "pages by the upper bound of their scores",
+    parse: |options| Ok(Box::new(QuestSpec::from_options(options)?)),
+};
 
 /// The page size of the paper.
 const PAGE: usize = 16;
@@ -49,11 +60,41 @@ impl QuestSpec {
         options.finish(&["budget", "page", "hint_norm"])?;
         Ok(spec)
     }
+}
 
-    pub(crate) fn write(&self, writer: &mut OptionWriter) {
+impl Spec for QuestSpec {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn write(&self, writer: &mut OptionWriter) {
         writer.option("budget", self.budget);
         writer.option_unless("page", &self.page, &PAGE);
         writer.word_unless("hint_norm", HintNorm::WORDS, self.hint_norm, HintNorm::default());
+    }
+
+    fn budget(&self) -> Option<Budget> {
+        Some(self.budget)
+    }
+
+    fn set_budget(&mut self, budget: Budget) {
+        self.budget = budget;
+    }
+
+    fn hint(&self) -> HintSource {
+        HintSource::Ahead
+    }
+
+    fn hint_norm(&self) -> Option<HintNorm> {
+        Some(self.hint_norm)
+    }
+
+    fn build(&self, shape: &Shape, _artifacts: &Artifacts) -> Result<Box<dyn Method>, MethodError> {
+        Ok(Box::new(Quest::new(*self, shape)?))
+    }
+
+    fn boxed(&self) -> Box<dyn Spec> {
+        Box::new(*self)
     }
 }
 
@@ -81,7 +122,7 @@ impl Quest {
                 ),
             });
         }
-        Ok(Self { shape: *shape, quest, spec: MethodSpec::Quest(quest), kernels: Kernels::best() })
+        Ok(Self { shape: *shape, quest, spec: MethodSpec::new(quest), kernels: Kernels::best() })
     }
 
     /// Bytes of one page's `[2][d]`.
@@ -95,12 +136,8 @@ impl Method for Quest {
         &self.spec
     }
 
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
     fn needs(&self) -> Needs {
-        Needs { hint: true, digest: true, ..Needs::default() }
+        Needs { hint: HintSource::Ahead, digest: true, ..Needs::default() }
     }
 
     fn digest_key(&self) -> Option<DigestKey> {
@@ -112,7 +149,7 @@ impl Method for Quest {
         self.shape.page_rows / self.quest.page * self.page_bytes()
     }
 
-    fn on_append(&self, append: &Append<'_>, digest: &mut [u8], scratch: &mut Scratch) {
+    fn on_append(&self, append: &Append<'_>, digest: &mut [u8], _memory: &mut [u8], scratch: &mut Scratch) {
         let minmax = &mut scratch.matrix;
         let (d, dtype) = (self.shape.head_dim, self.shape.dtype);
         // The bound has to hold for keys as attention will read them, after rounding to the storage type.
@@ -143,13 +180,13 @@ impl Method for Quest {
     fn select(
         &self,
         context: &SelectContext<'_>,
-        digests: &dyn DigestSource,
+        store: &mut dyn Store,
         scratch: &mut Scratch,
         out: &mut Selection,
     ) {
         out.clear();
-        let Scratch { matrix: minmax, scores, group, pages: bounds, ids, top, .. } = scratch;
-        let (d, g, size) = (self.shape.head_dim, self.shape.group(), self.quest.page);
+        let Scratch { rows: gathered, matrix: minmax, scores, group, pages: bounds, ids, top, .. } = scratch;
+        let (d, g, size) = (self.shape.head_dim, context.group(&self.shape), self.quest.page);
         let candidates = self.shape.candidates(context.tokens);
         let covering = pages::covering(&candidates, size);
         let count = covering.len();
@@ -160,17 +197,17 @@ impl Method for Quest {
         minmax.resize(2 * d, 0.0);
         bounds.resize(g, 0.0);
         scores.resize(g * count, 0.0);
-        for head in 0..self.shape.kv_heads {
+        for head in context.heads.clone() {
             // Nothing to choose where everything is wanted.
             if wanted == count {
                 out.push(candidates.start, candidates.end);
                 out.finish_head();
                 continue;
             }
-            let queries = &context.hint[head * g * d..(head + 1) * g * d];
+            let queries = context.group_queries(&self.shape, head, gathered);
             for (at, page) in covering.clone().enumerate() {
                 let row = page * size;
-                let block = &digests.page(head, row / self.shape.page_rows)
+                let block = &store.page(head, row / self.shape.page_rows)
                     [row % self.shape.page_rows / size * self.page_bytes()..][..self.page_bytes()];
                 self.kernels.to_f32(self.shape.dtype, block, minmax);
                 self.kernels.page_bounds(queries, g, minmax, bounds);
@@ -208,8 +245,17 @@ mod tests {
         let mut digest = vec![0x40 + chunk as u8 % 8; method.digest_bytes()];
         let d = method.shape.head_dim;
         for (at, keys) in keys.chunks(chunk * d).enumerate() {
-            let append = Append { layer: 0, kv_head: 0, state: &[], keys, first_row: at * chunk };
-            method.on_append(&append, &mut digest, &mut Scratch::new());
+            let row = at * chunk;
+            let append = Append {
+                layer: 0,
+                kv_head: 0,
+                state: &[],
+                keys,
+                first_token: row,
+                first_row: row,
+                marks: &[],
+            };
+            method.on_append(&append, &mut digest, &mut [], &mut Scratch::new());
         }
         digest
     }

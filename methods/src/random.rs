@@ -1,16 +1,27 @@
 //! `random`: rows drawn at random, the baseline that shows what a budget alone is worth.
 
+use crate::artifact::Artifacts;
 use crate::budget::Budget;
-use crate::error::SpecError;
-use crate::method::{DigestSource, Method, Needs, SelectContext};
+use crate::context::SelectContext;
+use crate::error::{MethodError, SpecError};
+use crate::method::Method;
+use crate::needs::Needs;
 use crate::options::{OptionWriter, Options};
-use crate::registry::MethodSpec;
+use crate::registry::Entry;
 use crate::scratch::Scratch;
 use crate::selection::Selection;
 use crate::shape::Shape;
+use crate::spec::{MethodSpec, Spec};
+use crate::store::Store;
 
 /// The method's name.
 pub const NAME: &str = "random";
+
+pub(crate) const ENTRY: Entry = Entry {
+    name: NAME,
+    about: "random rows",
+    parse: |options| Ok(Box::new(RandomSpec::from_options(options)?)),
+};
 
 /// What a user chooses: `random:budget=12%,seed=7`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,10 +41,32 @@ impl RandomSpec {
         options.finish(&["budget", "seed"])?;
         Ok(spec)
     }
+}
 
-    pub(crate) fn write(&self, writer: &mut OptionWriter) {
+impl Spec for RandomSpec {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn write(&self, writer: &mut OptionWriter) {
         writer.option("budget", self.budget);
         writer.option_unless("seed", &self.seed, &0);
+    }
+
+    fn budget(&self) -> Option<Budget> {
+        Some(self.budget)
+    }
+
+    fn set_budget(&mut self, budget: Budget) {
+        self.budget = budget;
+    }
+
+    fn build(&self, shape: &Shape, _artifacts: &Artifacts) -> Result<Box<dyn Method>, MethodError> {
+        Ok(Box::new(Random::new(*self, shape)))
+    }
+
+    fn boxed(&self) -> Box<dyn Spec> {
+        Box::new(*self)
     }
 }
 
@@ -49,17 +82,13 @@ impl Random {
     /// For a model of that shape.
     #[must_use]
     pub fn new(random: RandomSpec, shape: &Shape) -> Self {
-        Self { shape: *shape, random, spec: MethodSpec::Random(random) }
+        Self { shape: *shape, random, spec: MethodSpec::new(random) }
     }
 }
 
 impl Method for Random {
     fn spec(&self) -> &MethodSpec {
         &self.spec
-    }
-
-    fn name(&self) -> &'static str {
-        NAME
     }
 
     fn needs(&self) -> Needs {
@@ -69,14 +98,14 @@ impl Method for Random {
     fn select(
         &self,
         context: &SelectContext<'_>,
-        _digests: &dyn DigestSource,
+        _store: &mut dyn Store,
         _scratch: &mut Scratch,
         out: &mut Selection,
     ) {
         out.clear();
         let candidates = self.shape.candidates(context.tokens);
         let rows = self.random.budget.rows_of(context.tokens).min(candidates.len());
-        for head in 0..self.shape.kv_heads {
+        for head in context.heads.clone() {
             let mut draw = Draw::new(&[
                 self.random.seed,
                 context.sequence_seed,
@@ -131,15 +160,16 @@ impl Draw {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::method::NoDigests;
     use crate::shape::tests::small;
+    use crate::store::NoStore;
 
     fn select(seed: u64, step: u64, tokens: usize) -> Selection {
         let random = RandomSpec { budget: Budget::rows(20).unwrap(), seed };
         let method = Random::new(random, &small());
         let mut out = Selection::new();
-        let context = SelectContext { layer: 1, tokens, hint: &[], sequence_seed: 5, step };
-        method.select(&context, &NoDigests, &mut Scratch::new(), &mut out);
+        let context =
+            SelectContext { sequence_seed: 5, step, ..SelectContext::new(&small(), 1, tokens, &[]) };
+        method.select(&context, &mut NoStore, &mut Scratch::new(), &mut out);
         out
     }
 

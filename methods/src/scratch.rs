@@ -5,6 +5,8 @@
 /// Buffers grow to the longest sequence seen and stay; after that a selection allocates nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Scratch {
+    /// Queries of one KV head of a block of tokens.
+    pub(crate) block: Vec<f32>,
     /// Queries of one group in the digest's basis.
     pub(crate) rows: Vec<f32>,
     /// A digest of one page in f32, or the chosen columns of a skew matrix.

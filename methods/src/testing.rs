@@ -1,10 +1,9 @@
 //! What several modules' tests need: numbers from a seed and naive linear algebra.
 
 use crate::infinigen::{HeadRows, SkewArtifact};
-use crate::method::{Append, DigestSource, Method, SelectContext};
-use crate::scratch::Scratch;
-use crate::selection::Selection;
 use crate::shape::Shape;
+
+pub(crate) use crate::replay::Replay as Store;
 
 /// Numbers from a seed (xorshift64*).
 pub(crate) struct Rng(u64);
@@ -78,107 +77,6 @@ pub(crate) fn random_artifact(shape: &Shape, seed: u64) -> SkewArtifact {
     let mut rng = Rng::new(seed);
     let matrices = (0..shape.layers * shape.kv_heads).flat_map(|_| rng.orthogonal(shape.head_dim)).collect();
     SkewArtifact::new(shape, matrices).unwrap()
-}
-
-/// What a daemon keeps of one sequence and layer: digests, states and pools.
-pub(crate) struct Store {
-    shape: Shape,
-    layer: usize,
-    tokens: usize,
-    pages: Vec<Vec<Vec<u8>>>,
-    states: Vec<Vec<u8>>,
-    pools: Vec<Vec<u8>>,
-    /// Per KV head, the victims so far.
-    pub(crate) victims: Vec<Vec<u32>>,
-}
-
-impl Store {
-    /// An empty sequence of up to `max_tokens` tokens.
-    pub(crate) fn new(method: &dyn Method, shape: &Shape, layer: usize, max_tokens: usize) -> Self {
-        let states = (0..shape.kv_heads)
-            .map(|head| {
-                let mut state = vec![0; method.head_state_bytes()];
-                method.init_state(layer, head, &mut state);
-                state
-            })
-            .collect();
-        Self {
-            shape: *shape,
-            layer,
-            tokens: 0,
-            pages: vec![Vec::new(); shape.kv_heads],
-            states,
-            pools: vec![vec![0; method.pool_bytes(max_tokens)]; shape.kv_heads],
-            victims: vec![Vec::new(); shape.kv_heads],
-        }
-    }
-
-    pub(crate) fn tokens(&self) -> usize {
-        self.tokens
-    }
-
-    pub(crate) fn observe(&mut self, method: &dyn Method, kv_head: usize, sums: &[f32]) -> bool {
-        method.observe(self.layer, kv_head, sums, &mut self.states[kv_head])
-    }
-
-    /// Appends `keys`, `[T][Hkv][d]`, split at page ends and every `chunk` tokens.
-    pub(crate) fn append(&mut self, method: &dyn Method, keys: &[f32], chunk: usize) {
-        let Shape { kv_heads, head_dim, page_rows, .. } = self.shape;
-        let total = keys.len() / (kv_heads * head_dim);
-        let (mut scratch, mut done) = (Scratch::new(), 0);
-        while done < total {
-            let first_row = self.tokens % page_rows;
-            let count = chunk.min(total - done).min(page_rows - first_row);
-            for head in 0..kv_heads {
-                // A page's digest begins as anything: here as NaNs.
-                self.pages[head].resize(self.tokens / page_rows + 1, vec![0xff; method.digest_bytes()]);
-                let chunk = &keys[done * kv_heads * head_dim..(done + count) * kv_heads * head_dim];
-                let keys: Vec<f32> =
-                    HeadRows::keys(chunk, &self.shape, head).rows().flatten().copied().collect();
-                let state = &self.states[head];
-                let append = Append { layer: self.layer, kv_head: head, state, keys: &keys, first_row };
-                method.on_append(&append, &mut self.pages[head][self.tokens / page_rows], &mut scratch);
-                let victims = &mut self.victims[head];
-                let tokens = self.tokens + count;
-                method.on_admit(tokens, &mut self.pools[head], &mut |victim| victims.push(victim));
-            }
-            self.tokens += count;
-            done += count;
-        }
-    }
-
-    /// One selection for all tokens so far, noted in the pools.
-    pub(crate) fn select(&mut self, method: &dyn Method, hint: &[f32], scratch: &mut Scratch) -> Selection {
-        let context = SelectContext {
-            layer: self.layer,
-            tokens: self.tokens,
-            hint,
-            sequence_seed: 1,
-            step: self.tokens as u64,
-        };
-        let mut out = Selection::new();
-        out.push(0, 1);
-        out.finish_head();
-        method.select(&context, self, scratch, &mut out);
-        for head in 0..self.shape.kv_heads {
-            method.on_selected(out.head(head), &mut self.pools[head]);
-        }
-        out
-    }
-}
-
-impl DigestSource for Store {
-    fn page(&self, kv_head: usize, page: usize) -> &[u8] {
-        &self.pages[kv_head][page]
-    }
-
-    fn state(&self, kv_head: usize) -> &[u8] {
-        &self.states[kv_head]
-    }
-
-    fn pool(&self, kv_head: usize) -> &[u8] {
-        &self.pools[kv_head]
-    }
 }
 
 /// True logits `[g][n]` of the query heads of a KV head: `hint` is `[Hq][d]`, `keys` `[T][Hkv][d]`.

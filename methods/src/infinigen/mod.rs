@@ -38,16 +38,27 @@ pub use pool::{CounterPool, PoolLimits};
 pub use skew::{HeadRows, SkewBuilder, column_sums};
 pub use spec::{Amount, Count, Granularity, IndexRule, InfinigenSpec};
 
+use crate::artifact::{ArtifactKind, Artifacts};
+use crate::context::SelectContext;
 use crate::error::MethodError;
-use crate::method::{Append, ArtifactKind, DigestKey, DigestSource, Method, Needs, SelectContext};
+use crate::method::{Append, DigestKey, Method, Truncated};
+use crate::needs::{HintSource, Needs};
 use crate::pages;
-use crate::registry::MethodSpec;
+use crate::registry::Entry;
 use crate::scratch::Scratch;
 use crate::selection::{Selection, TokenRange};
 use crate::shape::Shape;
+use crate::spec::MethodSpec;
+use crate::store::Store;
 
 /// The method's name.
 pub const NAME: &str = "infinigen";
+
+pub(crate) const ENTRY: Entry = Entry {
+    name: NAME,
+    about: "rows by their predicted scores, one layer ahead",
+    parse: |options| Ok(Box::new(InfinigenSpec::from_options(options)?)),
+};
 
 /// Selects the rows with the highest predicted scores.
 #[derive(Debug)]
@@ -66,13 +77,9 @@ impl Infinigen {
     ///
     /// # Errors
     /// The artifact is missing or not this model's, or the pool is too small.
-    pub fn new(
-        options: InfinigenSpec,
-        shape: &Shape,
-        artifact: Option<&Arc<SkewArtifact>>,
-    ) -> Result<Self, MethodError> {
+    pub fn new(options: InfinigenSpec, shape: &Shape, artifacts: &Artifacts) -> Result<Self, MethodError> {
         let skew = if options.skew {
-            let artifact = artifact.ok_or(MethodError::ArtifactMissing {
+            let artifact = artifacts.skew().ok_or(MethodError::ArtifactMissing {
                 method: NAME,
                 artifact: "a skew artifact (or the option `skew=off`)",
             })?;
@@ -84,7 +91,7 @@ impl Infinigen {
         Ok(Self {
             shape: *shape,
             options,
-            spec: MethodSpec::Infinigen(options),
+            spec: MethodSpec::new(options),
             skew,
             pool: options.pool.map(|capacity| PoolLimits::new(capacity, shape)).transpose()?,
             columns: options.columns(shape.head_dim),
@@ -98,13 +105,18 @@ impl Infinigen {
 
     /// The rows wanted of each KV head, given how many its query heads count above the threshold; before
     /// limits by what there is.
-    fn amount(&self, counts: &[usize], kv_head: usize, tokens: usize) -> usize {
+    fn amount(&self, context: &SelectContext<'_>, counts: &[usize], kv_head: usize) -> usize {
+        let tokens = context.tokens;
+        let group = context.group(&self.shape);
         match self.options.amount {
             Amount::Budget(budget) => budget.rows_of(tokens),
             Amount::Threshold { cap, .. } => {
                 let mean = match self.options.count {
-                    Count::Mean => counts.iter().sum::<usize>() / self.shape.query_heads,
-                    Count::Head => counts[kv_head] / self.shape.group(),
+                    Count::Mean => {
+                        let counts = &counts[context.heads.clone()];
+                        counts.iter().sum::<usize>() / (counts.len() * group).max(1)
+                    }
+                    Count::Head => counts[kv_head] / group,
                 };
                 mean.max(1).min(cap.rows_of(tokens))
             }
@@ -117,17 +129,15 @@ impl Method for Infinigen {
         &self.spec
     }
 
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
     fn needs(&self) -> Needs {
         Needs {
-            hint: true,
+            hint: HintSource::Ahead,
             observe: true,
             artifact: self.options.skew.then_some(ArtifactKind::Skew),
             digest: true,
-            pool: self.pool.is_some(),
+            memory: self.pool.is_some(),
+            drops_rows: self.pool.is_some(),
+            ..Needs::default()
         }
     }
 
@@ -157,7 +167,7 @@ impl Method for Infinigen {
         index::choose(column_sums, state)
     }
 
-    fn on_append(&self, append: &Append<'_>, digest: &mut [u8], scratch: &mut Scratch) {
+    fn on_append(&self, append: &Append<'_>, digest: &mut [u8], _memory: &mut [u8], scratch: &mut Scratch) {
         let a = self.matrix(append.layer, append.kv_head);
         digest::gather(a, self.shape.head_dim, append.state, &mut scratch.matrix);
         self.kernels.project_columns(
@@ -174,35 +184,35 @@ impl Method for Infinigen {
     fn select(
         &self,
         context: &SelectContext<'_>,
-        digests: &dyn DigestSource,
+        store: &mut dyn Store,
         scratch: &mut Scratch,
         out: &mut Selection,
     ) {
         out.clear();
         let candidates = self.shape.candidates(context.tokens);
         if candidates.is_empty() {
-            (0..self.shape.kv_heads).for_each(|_| out.finish_head());
+            context.heads.clone().for_each(|_| out.finish_head());
             return;
         }
         if matches!(self.options.amount, Amount::Budget(budget) if budget.rows_of(context.tokens) >= candidates.len())
         {
-            for head in 0..self.shape.kv_heads {
-                let pool = digests.pool(head);
+            for head in context.heads.clone() {
+                let pool = store.memory(head);
                 pages::push_live(out, candidates.start, candidates.end, |token| pool::is_live(pool, token));
                 out.finish_head();
             }
             return;
         }
-        self.rank(context, digests, scratch);
-        for head in 0..self.shape.kv_heads {
-            let pool = digests.pool(head);
+        self.rank(context, &*store, scratch);
+        for head in context.heads.clone() {
+            let pool = store.memory(head);
             let live = |token| pool::is_live(pool, token);
             let alive = if pool.is_empty() {
                 candidates.len()
             } else {
                 candidates.clone().filter(|token| live(*token)).count()
             };
-            let wanted = self.amount(&scratch.counts, head, context.tokens).min(alive);
+            let wanted = self.amount(context, &scratch.counts, head).min(alive);
             let Scratch { group, pages: best, ids, top, .. } = scratch;
             let scores = &group[head * candidates.len()..][..candidates.len()];
             match self.options.granularity {
@@ -237,35 +247,36 @@ impl Method for Infinigen {
         }
     }
 
-    fn pool_bytes(&self, max_tokens: usize) -> usize {
+    fn memory_bytes(&self, max_tokens: usize) -> usize {
         if self.pool.is_some() { pool::pool_bytes(max_tokens) } else { 0 }
     }
 
-    fn on_admit(&self, tokens: usize, pool: &mut [u8], victim: &mut dyn FnMut(u32)) {
+    fn on_admit(&self, tokens: usize, memory: &mut [u8], victim: &mut dyn FnMut(u32)) {
         if let Some(limits) = self.pool {
-            CounterPool::new(pool, limits).admit(tokens, victim);
+            CounterPool::new(memory, limits).admit(tokens, victim);
         }
     }
 
-    fn on_selected(&self, selected: &[TokenRange], pool: &mut [u8]) {
+    fn on_selected(&self, selected: &[TokenRange], memory: &mut [u8]) {
         if let Some(limits) = self.pool {
-            CounterPool::new(pool, limits).note_selected(selected);
+            CounterPool::new(memory, limits).note_selected(selected);
         }
     }
 
-    fn on_truncate(&self, tokens: usize, pool: &mut [u8]) {
+    fn on_truncate(&self, tokens: usize, memory: &mut [u8]) -> Truncated {
         if let Some(limits) = self.pool {
-            CounterPool::new(pool, limits).truncate(tokens);
+            CounterPool::new(memory, limits).truncate(tokens);
         }
+        Truncated::Kept
     }
 }
 
 impl Infinigen {
     /// Fills `scratch.group` (`[Hkv][candidates]`, rows to rank by) and, for the threshold rule,
     /// `scratch.counts` (`[Hkv]`, summed over each group's query heads).
-    fn rank(&self, context: &SelectContext<'_>, digests: &dyn DigestSource, scratch: &mut Scratch) {
-        let Scratch { rows: queries, matrix, scores, group, counts, .. } = scratch;
-        let (d, g, rows) = (self.shape.head_dim, self.shape.group(), self.shape.page_rows);
+    fn rank(&self, context: &SelectContext<'_>, store: &dyn Store, scratch: &mut Scratch) {
+        let Scratch { rows: queries, block: gathered, matrix, scores, group, counts, .. } = scratch;
+        let (d, g, rows) = (self.shape.head_dim, context.group(&self.shape), self.shape.page_rows);
         let dtype = digest::dtype(self.shape.dtype);
         let candidates = self.shape.candidates(context.tokens);
         // Whole pages are scored, candidates or not: `offset` rows of the first come before them.
@@ -280,19 +291,19 @@ impl Infinigen {
         counts.resize(self.shape.kv_heads, 0);
         queries.resize(g * self.columns, 0.0);
         scores.resize(g * stride, 0.0);
-        for head in 0..self.shape.kv_heads {
-            digest::gather(self.matrix(context.layer, head), d, digests.state(head), matrix);
-            let hints = context.hint[head * g * d..(head + 1) * g * d].chunks_exact(d);
+        for head in context.heads.clone() {
+            digest::gather(self.matrix(context.layer, head), d, store.state(head), matrix);
+            let hints = context.group_queries(&self.shape, head, gathered).chunks_exact(d);
             for (hint, query) in hints.zip(queries.chunks_exact_mut(self.columns)) {
                 self.kernels.project(hint, matrix, query);
             }
             for (at, page) in pages.clone().enumerate() {
-                let block = digests.page(head, page);
+                let block = store.page(head, page);
                 let out = &mut scores[at * rows..];
                 self.kernels.score_columns(dtype, queries, g, block, rows, out, stride);
             }
 
-            let pool = digests.pool(head);
+            let pool = store.memory(head);
             let mean = &mut group[head * len..(head + 1) * len];
             for scores in scores.chunks_exact_mut(stride) {
                 let scores = &mut scores[offset..offset + len];

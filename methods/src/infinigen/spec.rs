@@ -1,10 +1,14 @@
 //! What a user chooses of `infinigen`.
 
+use crate::artifact::{ArtifactKind, Artifacts};
 use crate::budget::{Budget, Share};
-use crate::error::SpecError;
-use crate::method::HintNorm;
+use crate::error::{MethodError, SpecError};
+use crate::method::{HintNorm, Method};
+use crate::needs::HintSource;
 use crate::options::{OptionWriter, Options};
 use crate::registry::constant_share;
+use crate::shape::Shape;
+use crate::spec::Spec;
 
 /// The threshold for Llama-2 in the reference's scripts (OPT: 4), in logits after the scaling by `1/√d`.
 pub const ALPHA: f32 = 5.0;
@@ -149,8 +153,14 @@ impl InfinigenSpec {
         options.finish(KNOWN)?;
         Ok(spec)
     }
+}
 
-    pub(crate) fn write(&self, writer: &mut OptionWriter) {
+impl Spec for InfinigenSpec {
+    fn name(&self) -> &'static str {
+        super::NAME
+    }
+
+    fn write(&self, writer: &mut OptionWriter) {
         let default = Self::default();
         match self.amount {
             Amount::Budget(budget) => writer.option("budget", budget),
@@ -168,5 +178,37 @@ impl InfinigenSpec {
             writer.option("pool", pool);
         }
         writer.word_unless("hint_norm", HintNorm::WORDS, self.hint_norm, default.hint_norm);
+    }
+
+    fn budget(&self) -> Option<Budget> {
+        match self.amount {
+            Amount::Budget(budget) => Some(budget),
+            Amount::Threshold { .. } => None,
+        }
+    }
+
+    fn set_budget(&mut self, budget: Budget) {
+        // A budget turns the threshold rule off.
+        self.amount = Amount::Budget(budget);
+    }
+
+    fn hint(&self) -> HintSource {
+        HintSource::Ahead
+    }
+
+    fn hint_norm(&self) -> Option<HintNorm> {
+        Some(self.hint_norm)
+    }
+
+    fn artifact(&self) -> Option<ArtifactKind> {
+        self.skew.then_some(ArtifactKind::Skew)
+    }
+
+    fn build(&self, shape: &Shape, artifacts: &Artifacts) -> Result<Box<dyn Method>, MethodError> {
+        Ok(Box::new(super::Infinigen::new(*self, shape, artifacts)?))
+    }
+
+    fn boxed(&self) -> Box<dyn Spec> {
+        Box::new(*self)
     }
 }

@@ -3,12 +3,21 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::artifact::Artifact;
+use crate::infinigen::{Amount, InfinigenSpec};
 use crate::infinigen::{Count, Granularity, IndexRule};
+use crate::method::HintNorm;
+use crate::quest::QuestSpec;
+use crate::random::RandomSpec;
 use crate::scratch::Scratch;
 use crate::shape::Fingerprint;
 use crate::shape::tests::small;
 use crate::testing::{Rng, Store, random_artifact};
 use kvoyant_kernels::Dtype;
+
+fn skew(shape: &Shape) -> Artifacts {
+    [Artifact::Skew(Arc::new(random_artifact(shape, 1)))].into_iter().collect()
+}
 
 fn budget() -> impl Strategy<Value = Budget> {
     prop_oneof![
@@ -40,7 +49,7 @@ fn infinigen() -> impl Strategy<Value = MethodSpec> {
     (amount, 0.01_f64..=1.0, words, any::<bool>(), pool, hint_norm()).prop_map(
         |(amount, partial, (count, granularity, index), skew, pool, hint_norm)| {
             let partial = Share::new(partial).unwrap();
-            MethodSpec::Infinigen(InfinigenSpec {
+            MethodSpec::new(InfinigenSpec {
                 amount,
                 partial,
                 count,
@@ -56,11 +65,11 @@ fn infinigen() -> impl Strategy<Value = MethodSpec> {
 
 fn spec() -> impl Strategy<Value = MethodSpec> {
     prop_oneof![
-        Just(MethodSpec::Full),
-        Just(MethodSpec::Window),
-        (budget(), any::<u64>()).prop_map(|(budget, seed)| MethodSpec::Random(RandomSpec { budget, seed })),
+        Just(MethodSpec::new(full::FullSpec)),
+        Just(MethodSpec::new(window::WindowSpec)),
+        (budget(), any::<u64>()).prop_map(|(budget, seed)| MethodSpec::new(RandomSpec { budget, seed })),
         (budget(), prop::sample::select(vec![1, 8, 16, 32]), hint_norm())
-            .prop_map(|(budget, page, hint_norm)| MethodSpec::Quest(QuestSpec { budget, page, hint_norm })),
+            .prop_map(|(budget, page, hint_norm)| MethodSpec::new(QuestSpec { budget, page, hint_norm })),
         infinigen(),
     ]
 }
@@ -86,8 +95,8 @@ proptest! {
         broken in prop::option::weighted(0.2, prop::sample::select(vec![f32::NAN, f32::INFINITY, -0.0])),
     ) {
         let shape = Shape { dtype, ..small() };
-        let artifact = Artifact::Skew(Arc::new(random_artifact(&shape, 1)));
-        let method = build(&spec, &shape, Some(&artifact)).unwrap();
+        let artifacts = skew(&shape);
+        let method = build(&spec, &shape, &artifacts).unwrap();
         let mut rng = Rng::new(seed);
         let mut store = Store::new(&*method, &shape, 1, tokens);
         store.append(&*method, &rng.normal(tokens * 16), 37);
@@ -110,7 +119,7 @@ proptest! {
             if let (Some(budget), None) = (method.spec().budget(), broken) {
                 // A page is the least that a page-wise method can take.
                 let page = if method.spec().to_string().contains("granularity=page") { 32 } else { 16 };
-                let rowwise = !matches!(spec, MethodSpec::Quest(_)) && page == 16;
+                let rowwise = spec.name() != quest::NAME && page == 16;
                 let most = budget.rows_of(tokens).max(if rowwise { 0 } else { 32 });
                 prop_assert!(selection.rows(head) <= most);
             }
@@ -128,9 +137,9 @@ proptest! {
     ) {
         let options = if page && name == "infinigen" { ",granularity=page" } else { "" };
         let shape = small();
-        let artifact = Artifact::Skew(Arc::new(random_artifact(&shape, 1)));
+        let artifacts = skew(&shape);
         let spec: MethodSpec = format!("{name}:budget=100%{options}").parse().unwrap();
-        let method = build(&spec, &shape, Some(&artifact)).unwrap();
+        let method = build(&spec, &shape, &artifacts).unwrap();
         let mut rng = Rng::new(seed);
         let mut store = Store::new(&*method, &shape, 1, tokens);
         store.append(&*method, &rng.normal(tokens * 16), 64);
@@ -143,9 +152,9 @@ proptest! {
 #[test]
 fn a_second_selection_as_long_as_the_first_grows_no_buffer() {
     let shape = small();
-    let artifact = Artifact::Skew(Arc::new(random_artifact(&shape, 1)));
+    let artifacts = skew(&shape);
     for text in ["quest:budget=6%", "infinigen", "infinigen:budget=6%,granularity=page,pool=80%"] {
-        let method = build(&text.parse().unwrap(), &shape, Some(&artifact)).unwrap();
+        let method = build(&text.parse().unwrap(), &shape, &artifacts).unwrap();
         let mut rng = Rng::new(3);
         let mut store = Store::new(&*method, &shape, 0, 500);
         store.append(&*method, &rng.normal(500 * 16), 64);
@@ -175,7 +184,7 @@ fn a_second_selection_as_long_as_the_first_grows_no_buffer() {
 #[test]
 fn the_forms_that_the_documentation_shows_are_read() {
     let parse = |text: &str| text.parse::<MethodSpec>().unwrap();
-    assert_eq!(parse(" full "), MethodSpec::Full);
+    assert_eq!(parse(" full "), MethodSpec::new(full::FullSpec));
     assert_eq!(parse("quest:budget=6%").to_string(), "quest:budget=6%");
     assert_eq!(parse("infinigen").to_string(), "infinigen:alpha=5,cap=20%");
     assert_eq!(
@@ -187,7 +196,7 @@ fn the_forms_that_the_documentation_shows_are_read() {
     assert_eq!(parse("random:budget=12%,seed=7").name(), "random");
     let twelve = Budget::share(0.12).unwrap();
     assert_eq!(parse("infinigen").with_budget(twelve), parse("infinigen:budget=12%"));
-    assert_eq!(parse("full").with_budget(twelve), MethodSpec::Full);
+    assert_eq!(parse("full").with_budget(twelve), MethodSpec::new(full::FullSpec));
 }
 
 #[test]
@@ -204,7 +213,7 @@ fn a_table_with_numbers_is_read_like_the_text() {
 #[test]
 fn what_is_no_specification_is_refused_and_says_what_would_be() {
     let message = |text: &str| text.parse::<MethodSpec>().unwrap_err().to_string();
-    assert!(message("oracle").contains("full, infinigen, quest, window, random"));
+    assert!(message("fortune").contains("full, infinigen, quest, window, random"));
     assert!(message("quest:alpha=5").contains("budget, page, hint_norm"));
     assert!(message("full:budget=6%").contains("it has none"));
     assert!(message("quest:budget").contains("key=value"));
@@ -222,26 +231,25 @@ fn what_is_no_specification_is_refused_and_says_what_would_be() {
 #[test]
 fn an_artifact_that_is_missing_or_of_another_model_is_refused() {
     let shape = small();
-    let spec = MethodSpec::Infinigen(InfinigenSpec::default());
-    let error = build(&spec, &shape, None).unwrap_err().to_string();
+    let spec = MethodSpec::new(InfinigenSpec::default());
+    let error = build(&spec, &shape, &Artifacts::none()).unwrap_err().to_string();
     assert!(error.contains("skew artifact"), "{error}");
-    let artifact = Artifact::Skew(Arc::new(random_artifact(&shape, 1)));
+    let artifacts = skew(&shape);
     let other = Shape { fingerprint: Fingerprint([1; 16]), ..shape };
-    assert!(matches!(
-        build(&spec, &other, Some(&artifact)).unwrap_err(),
-        MethodError::ArtifactFingerprint { .. }
-    ));
+    assert!(matches!(build(&spec, &other, &artifacts).unwrap_err(), MethodError::ArtifactFingerprint { .. }));
     let other = Shape { kv_heads: 4, ..shape };
-    assert!(matches!(build(&spec, &other, Some(&artifact)).unwrap_err(), MethodError::ArtifactShape { .. }));
-    assert!(build(&"infinigen:skew=off".parse().unwrap(), &shape, None).is_ok());
-    assert!(build(&MethodSpec::Full, &Shape { layers: 0, ..shape }, None).is_err());
+    assert!(matches!(build(&spec, &other, &artifacts).unwrap_err(), MethodError::ArtifactShape { .. }));
+    assert!(build(&"infinigen:skew=off".parse().unwrap(), &shape, &Artifacts::none()).is_ok());
+    assert!(
+        build(&MethodSpec::new(full::FullSpec), &Shape { layers: 0, ..shape }, &Artifacts::none()).is_err()
+    );
 }
 
 #[test]
 fn digests_are_shared_between_budgets_and_not_between_what_shapes_them() {
     let shape = small();
-    let artifact = Artifact::Skew(Arc::new(random_artifact(&shape, 1)));
-    let key = |text: &str| build(&text.parse().unwrap(), &shape, Some(&artifact)).unwrap().digest_key();
+    let artifacts = skew(&shape);
+    let key = |text: &str| build(&text.parse().unwrap(), &shape, &artifacts).unwrap().digest_key();
     assert_eq!(key("infinigen:budget=6%"), key("infinigen:alpha=5,granularity=page,pool=80%"));
     assert_ne!(key("infinigen"), key("infinigen:partial=50%"));
     assert_ne!(key("infinigen"), key("infinigen:skew=off"));
