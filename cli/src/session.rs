@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use kvoyant_engine::{DaemonError, DaemonKv, DaemonOptions, Dtype, KvShape, Model};
-use kvoyant_methods::MethodSpec;
+use kvoyant_methods::{Artifact, ArtifactKind, MethodSpec};
 
 use crate::fingerprint;
 use crate::progress::Progress;
@@ -51,9 +51,10 @@ pub(crate) fn options(
         batch_max,
         ..DaemonOptions::default()
     };
-    if options.methods.iter().any(|method| matches!(method, MethodSpec::Infinigen(spec) if spec.skew)) {
+    if options.methods.iter().any(|method| method.artifact() == Some(ArtifactKind::Skew)) {
         let shape = options.shape(&shape(model), ANY_PAGE_ROWS);
-        options.skew = Some(Arc::new(skew_cache::skew(model, &shape, progress)?));
+        let skew = skew_cache::skew(model, &shape, progress)?;
+        options.artifacts.insert(Artifact::Skew(Arc::new(skew)));
     }
     Ok(options)
 }

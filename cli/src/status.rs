@@ -192,6 +192,9 @@ mod tests {
             graph_hits: 0,
             graph_misses: 0,
             graph_lost: 0,
+            cpu_rows: 0,
+            prefetched_rows: 0,
+            prefetch_bytes: 0,
         };
         let report = StatusReport {
             version: "1.2.3".into(),

@@ -257,20 +257,21 @@ impl Client {
         self.session
     }
 
-    /// Registers the session's model. `artifact` is what a method was calibrated to, as safetensors.
+    /// Registers the session's model. `artifacts` are what its methods were calibrated to, as safetensors: at most one of
+    /// each kind.
     ///
     /// # Errors
     /// [`Error::Failed`] with [`Failure::BadModel`] or [`Failure::BadMethod`] that say what does not fit.
-    pub fn register(self, spec: ModelSpec, artifact: Option<&[u8]>) -> Result<Model, Error> {
+    pub fn register(self, spec: ModelSpec, artifacts: &[Vec<u8>]) -> Result<Model, Error> {
         let dtype = Dtype::from_code(spec.dtype).ok_or_else(|| {
             Error::Failed(Failure::BadModel(format!("storage type {} is not known", spec.dtype)))
         })?;
         let mut spec = spec;
         let graph =
             spec.graph.map(|graph| GraphLayout::new(graph, spec.layers, spec.kv_heads)).transpose()?;
-        spec.artifact_bytes = artifact.map(|bytes| bytes.len() as u64);
-        let file = artifact.map(artifact_file).transpose()?;
-        let fds: Vec<_> = file.iter().map(AsFd::as_fd).collect();
+        spec.artifacts = artifacts.iter().map(|bytes| bytes.len() as u64).collect();
+        let files = artifacts.iter().map(|bytes| artifact_file(bytes)).collect::<Result<Vec<_>, _>>()?;
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let Received { message, fds } = self.control.call(&ToDaemon::Register(spec.clone()), &fds)?;
         let ToClient::Registered { device, mode, page_rows, slab } = message else {
             return Err(Error::Broken(format!("{message:?} came instead of a registration")));

@@ -6,13 +6,14 @@
 //! # let (model_spec, hint, keys, values) = (unimplemented(), vec![0.0f32; 576], vec![0.0f32; 192], vec![0.0f32; 192]);
 //! # fn unimplemented() -> kvoyant_client::ModelSpec { panic!() }
 //! use std::time::Duration;
-//! use kvoyant_client::{Client, Member, Options};
+//! use kvoyant_client::{Client, Hint, Member, Options};
 //!
-//! let model = Client::connect("/run/kvoyant/kvoyantd.sock".as_ref(), Options::default())?.register(model_spec, None)?;
+//! let model = Client::connect("/run/kvoyant/kvoyantd.sock".as_ref(), Options::default())?.register(model_spec, &[])?;
 //! let sequence = model.open(0, 2048)?;
 //! sequence.write(0, 0, &keys, &values)?;            // one token's K and V of one layer, straight into its pages
 //! model.append(&[(&sequence, 1)])?;                 // … of all layers: now they are there
-//! let pending = model.speculate(2, &[Member { sequence: &sequence, position: 1, hint: &hint }])?;
+//! let hint = Hint::Query(&hint);
+//! let pending = model.speculate(2, &[Member { sequence: &sequence, position: 1, hint }])?;
 //! let ready = pending.wait(Duration::from_secs(1))?; // the rows of layer 2 that matter
 //! let mut runs = Vec::new();
 //! ready.runs(0, 0, &mut runs)?;                     // member 0, KV head 0
@@ -40,6 +41,6 @@ pub use kvoyant_protocol::control::{Failure, Mode, ModelSpec};
 pub use kvoyant_protocol::graph::GraphSpec;
 pub use kvoyant_protocol::layout::Limits;
 pub use kvoyant_protocol::wire::{Completion, SequenceId, Status};
-pub use model::{Member, Model};
-pub use ready::{Answer, Pending, Ready, RowRun};
+pub use model::{Hint, Member, Model};
+pub use ready::{Answer, Partial, Pending, Ready, RowRun};
 pub use sequence::Sequence;

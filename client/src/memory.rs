@@ -23,6 +23,11 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
+    /// Values of a row's value part.
+    pub(crate) fn values(&self) -> usize {
+        self.head_dim
+    }
+
     /// Bytes of a row: K then V.
     pub(crate) fn row_bytes(&self) -> usize {
         self.pages.row_bytes

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvoyant_protocol::control::{Mode, ModelSpec, ToClient, ToDaemon};
-use kvoyant_protocol::wire::{BatchEntry, Stat};
+use kvoyant_protocol::wire::{BatchEntry, FeedbackRows, Observe, Operation, QUERIES_MAX, Stat};
 
 use crate::connection::Control;
 use crate::error::Error;
@@ -34,10 +34,32 @@ pub struct Model {
 pub struct Member<'a> {
     /// Its sequence.
     pub sequence: &'a Sequence,
-    /// Position of the token that is being computed: `position` rows precede it.
+    /// Position of the token that is being computed: `position` rows precede it. Of a block of query tokens, that of
+    /// its first one.
     pub position: usize,
-    /// The predicted query of the layer after RoPE, `[query heads][head dim]` f32; empty for methods without one.
-    pub hint: &'a [f32],
+    /// What its method selects by.
+    pub hint: Hint<'a>,
+}
+
+/// What a method selects by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Hint<'a> {
+    /// Nothing.
+    None,
+    /// Queries of the layer after RoPE, `[queries][query heads][head dim]`; all of them finite.
+    Query(&'a [f32]),
+    /// Tokens that the caller chose: for each KV head how many, then so many.
+    Ids(&'a [u32]),
+}
+
+impl<'a> Hint<'a> {
+    fn bytes(self) -> &'a [u8] {
+        match self {
+            Self::None => &[],
+            Self::Query(values) => bytemuck::cast_slice(values),
+            Self::Ids(words) => bytemuck::cast_slice(words),
+        }
+    }
 }
 
 impl Model {
@@ -155,7 +177,59 @@ impl Model {
             return Err(Error::Size { what: "statistics of a layer (values)", found: sums.len(), wanted });
         }
         let entry = BatchEntry { sequence: sequence.id(), position: 0, value: 0 };
-        self.inner.rings.observe(&self.inner.control, self.layer(layer)?, entry, sums)
+        let payload: &[u8] = bytemuck::cast_slice(sums);
+        let observe = Observe { layer: self.layer(layer)?, payload_bytes: payload.len() as u32 };
+        let rings = &self.inner.rings;
+        rings.tell(&self.inner.control, Operation::Observe(observe), entry, ("statistics (bytes)", payload))
+    }
+
+    /// Sends an attention row of each KV head over the first `tokens` tokens, `[KV heads][blocks]`: the largest weight of
+    /// each block of tokens and of the group's query heads, all within `[0, 1]`. `full`: of attention over all tokens,
+    /// and not only over those attended.
+    ///
+    /// # Errors
+    /// [`Error::Size`] if the rows do not divide into KV heads, or are larger than the session's `hint_bytes`.
+    pub fn feedback(
+        &self,
+        sequence: &Sequence,
+        layer: usize,
+        tokens: usize,
+        full: bool,
+        rows: &[f32],
+    ) -> Result<(), Error> {
+        let heads = self.inner.geometry.kv_heads;
+        if !rows.len().is_multiple_of(heads) {
+            return Err(Error::Size { what: "feedback (values)", found: rows.len(), wanted: heads });
+        }
+        let position = narrow("tokens", tokens)?;
+        let entry = BatchEntry { sequence: sequence.id(), position, value: 0 };
+        let payload: &[u8] = bytemuck::cast_slice(rows);
+        let feedback = FeedbackRows { layer: self.layer(layer)?, payload_bytes: payload.len() as u32, full };
+        let rings = &self.inner.rings;
+        rings.tell(&self.inner.control, Operation::Feedback(feedback), entry, ("feedback (bytes)", payload))
+    }
+
+    /// Marks the text of tokens that have room and have not been appended yet, one byte each from `first_token` on. What a
+    /// mark says is the methods' business.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] if the sequence has no room for them.
+    pub fn mark(&self, sequence: &Sequence, first_token: usize, marks: &[u8]) -> Result<(), Error> {
+        // So many that they fit into the smallest hint area.
+        const AT_ONCE: usize = 64;
+        let room = sequence.room();
+        let end = first_token + marks.len();
+        if end > room {
+            return Err(Error::NoRoom { position: end, room });
+        }
+        let at_once = (self.inner.rings.layout().limits.hint_bytes as usize).max(AT_ONCE);
+        for (part, marks) in marks.chunks(at_once).enumerate() {
+            let position = narrow("tokens", first_token + part * at_once)?;
+            let entry = BatchEntry { sequence: sequence.id(), position, value: marks.len() as u32 };
+            let mark = Operation::Mark { payload_bytes: marks.len() as u32 };
+            self.inner.rings.tell(&self.inner.control, mark, entry, ("marks (bytes)", marks))?;
+        }
+        Ok(())
     }
 
     /// Asks for the rows of a layer for a whole batch. Members join and leave from one call to the next.
@@ -163,17 +237,42 @@ impl Model {
     /// # Errors
     /// [`Error::TooManyInFlight`] if as many answers as the ring has slots are held or under way.
     pub fn speculate(&self, layer: usize, members: &[Member<'_>]) -> Result<Pending, Error> {
-        let wanted = self.inner.geometry.query_heads * self.inner.geometry.head_dim;
-        if let Some(member) = members.iter().find(|m| !m.hint.is_empty() && m.hint.len() != wanted) {
-            return Err(Error::Size { what: "a hint (values)", found: member.hint.len(), wanted });
+        self.speculate_block(layer, members, 1)
+    }
+
+    /// As [`Self::speculate`], for a block of so many query tokens of each member at once: candidates are counted for its
+    /// first token, and the block itself and its window are the caller's.
+    ///
+    /// # Errors
+    /// As for [`Self::speculate`].
+    pub fn speculate_block(
+        &self,
+        layer: usize,
+        members: &[Member<'_>],
+        queries: usize,
+    ) -> Result<Pending, Error> {
+        let wanted = queries * self.inner.geometry.query_heads * self.inner.geometry.head_dim;
+        let sizes = members.iter().filter_map(|member| match member.hint {
+            Hint::Query(values) => Some(values.len()),
+            Hint::None | Hint::Ids(_) => None,
+        });
+        if let Some(found) = sizes.into_iter().find(|found| *found != wanted) {
+            return Err(Error::Size { what: "a hint (values)", found, wanted });
         }
+        let queries = match narrow("query tokens", queries)? {
+            queries @ 1..=QUERIES_MAX => queries,
+            queries => {
+                let (found, wanted) = (queries as usize, QUERIES_MAX as usize);
+                return Err(Error::Size { what: "a block (query tokens)", found, wanted });
+            }
+        };
         let entries = members.iter().map(|member| {
             let entry =
                 BatchEntry { sequence: member.sequence.id(), position: member.position as u32, value: 0 };
-            (entry, member.hint)
+            (entry, member.hint.bytes())
         });
         let layer = self.layer(layer)?;
-        let ticket = self.inner.rings.speculate(&self.inner.control, layer, entries, 0)?;
+        let ticket = self.inner.rings.speculate(&self.inner.control, layer, entries, queries)?;
         Ok(Pending::new(Arc::clone(&self.inner), ticket))
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvoyant_kernels::Run;
-use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, Status};
+use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, PartialLayout, Status};
 
 use crate::cuda::StreamPending;
 use crate::error::Error;
@@ -82,6 +82,20 @@ pub struct Answer {
     kv_heads: usize,
     heads: Vec<HeadEntry>,
     runs: Vec<BlockRun>,
+    partial_layout: PartialLayout,
+    partials: Vec<u32>,
+}
+
+/// What the daemon's CPU has attended for one member of a batch: the softmax over those rows alone. To be merged with the
+/// attention over the answer's runs, in which they are not.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Partial<'a> {
+    /// Weighted values, `[query heads][values of a row]`.
+    pub out: &'a [f32],
+    /// Logarithm of the sum of the exponentials of the scaled scores, per query head; `−∞` where no row was attended.
+    pub lse: &'a [f32],
+    /// Rows, all KV heads together.
+    pub rows: u32,
 }
 
 impl Answer {
@@ -91,14 +105,16 @@ impl Answer {
             return Err(Error::NotReady { layer: completion.layer, status: completion.status });
         }
         let kv_heads = inner.geometry.kv_heads;
-        let (heads, runs) = inner.rings.table(&completion, kv_heads)?;
+        let partial_layout =
+            PartialLayout { query_heads: inner.geometry.query_heads, values: inner.geometry.values() };
+        let (heads, runs, partials) = inner.rings.table(&completion, kv_heads, partial_layout)?;
         for run in &runs {
             inner
                 .memory
                 .address(run.row, run.rows(), run.in_slab())
                 .map_err(|error| Error::Broken(format!("a run of an answer lies nowhere: {error}")))?;
         }
-        Ok(Self { completion, kv_heads, heads, runs })
+        Ok(Self { completion, kv_heads, heads, runs, partial_layout, partials })
     }
 
     /// What the daemon said of it: rows, hits, bytes, times.
@@ -132,6 +148,15 @@ impl Answer {
     #[must_use]
     pub fn resident(&self, member: usize, kv_head: usize) -> usize {
         self.entry(member, kv_head).resident as usize
+    }
+
+    /// What the daemon's CPU attended for a member, if anything. Those rows are not in its runs.
+    #[must_use]
+    pub fn partial(&self, member: usize) -> Option<Partial<'_>> {
+        let words = self.partials.chunks_exact(self.partial_layout.words()).nth(member)?;
+        let (rows, rest) = words.split_first().filter(|(rows, _)| **rows > 0)?;
+        let (lse, out) = rest.split_at(self.partial_layout.query_heads);
+        Some(Partial { out: bytemuck::cast_slice(out), lse: bytemuck::cast_slice(lse), rows: *rows })
     }
 
     /// Which tokens they are, in rising order.

@@ -9,7 +9,8 @@ use kvoyant_protocol::layout::{Layout, c2d, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
 use kvoyant_protocol::wire::{
-    Append, BatchEntry, BlockRun, Completion, HeadEntry, Observe, Operation, Request, STATS, Speculate, Stat,
+    Append, BatchEntry, BlockRun, Completion, HeadEntry, Operation, PartialLayout, Request, STATS, Speculate,
+    Stat,
 };
 
 use crate::connection::Control;
@@ -253,13 +254,13 @@ impl Rings {
         if found > wanted { Err(Error::Size { what: "hints (bytes)", found, wanted }) } else { Ok(()) }
     }
 
-    /// Pushes a speculation. `hints` has as many values for each member.
+    /// Pushes a speculation of `queries` query tokens for each member, with the bytes of its hint.
     pub(crate) fn speculate<'h>(
         &self,
         control: &Control,
         layer: u16,
-        members: impl ExactSizeIterator<Item = (BatchEntry, &'h [f32])>,
-        deadline_ns: u64,
+        members: impl ExactSizeIterator<Item = (BatchEntry, &'h [u8])>,
+        queries: u32,
     ) -> Result<u64, Error> {
         self.check_batch(members.len())?;
         let mut submit = self.ticket_room(control)?;
@@ -267,8 +268,7 @@ impl Rings {
         let batch = members.len() as u32;
         let (at, hints) = (self.layout.batch(index), self.layout.hints(index));
         let mut offset = 0;
-        for (member, (mut entry, hint)) in members.enumerate() {
-            let bytes: &[u8] = bytemuck::cast_slice(hint);
+        for (member, (mut entry, bytes)) in members.enumerate() {
             self.check_hints(offset + bytes.len())?;
             self.c2d.write(hints + offset, bytes)?;
             entry.value = offset as u32;
@@ -276,8 +276,9 @@ impl Rings {
             offset += bytes.len();
         }
         let ticket = submit.last_ticket + 1;
+        let hint_bytes = offset as u32;
         let speculate =
-            Speculate { layer, batch, ticket, hint_bytes: offset as u32, deadline_ns, doorbell: false };
+            Speculate { layer, batch, ticket, hint_bytes, queries, deadline_ns: 0, doorbell: false };
         submit.last_ticket = ticket;
         self.push(&mut submit, Operation::Speculate(speculate));
         Ok(ticket)
@@ -303,8 +304,9 @@ impl Rings {
             self.c2d.write_pod(at + member * size_of::<BatchEntry>(), &entry)?;
         }
         let ticket = submit.last_ticket + 1;
+        let hint_bytes = hint_bytes as u32;
         let speculate =
-            Speculate { layer, batch, ticket, hint_bytes: hint_bytes as u32, deadline_ns: 0, doorbell: true };
+            Speculate { layer, batch, ticket, hint_bytes, queries: 1, deadline_ns: 0, doorbell: true };
         submit.last_ticket = ticket;
         self.push(&mut submit, Operation::Speculate(speculate));
         let (hints, doorbell) = (self.layout.hints(index), self.layout.doorbell(index));
@@ -344,24 +346,23 @@ impl Rings {
         Ok(())
     }
 
-    /// Pushes a prompt's statistics.
-    pub(crate) fn observe(
+    /// Pushes a request about one sequence, with its payload in the hint area.
+    pub(crate) fn tell(
         &self,
         control: &Control,
-        layer: u16,
+        operation: Operation,
         entry: BatchEntry,
-        sums: &[f32],
+        (what, payload): (&'static str, &[u8]),
     ) -> Result<(), Error> {
-        let bytes: &[u8] = bytemuck::cast_slice(sums);
         let wanted = self.layout.limits.hint_bytes as usize;
-        if bytes.len() > wanted {
-            return Err(Error::Size { what: "statistics (bytes)", found: bytes.len(), wanted });
+        if payload.len() > wanted {
+            return Err(Error::Size { what, found: payload.len(), wanted });
         }
         let mut submit = self.room(lock(&self.submit), control)?;
         let index = submit.producer.next_index();
         self.c2d.write_pod(self.layout.batch(index), &entry)?;
-        self.c2d.write(self.layout.hints(index), bytes)?;
-        self.push(&mut submit, Operation::Observe(Observe { layer, payload_bytes: bytes.len() as u32 }));
+        self.c2d.write(self.layout.hints(index), payload)?;
+        self.push(&mut submit, operation);
         Ok(())
     }
 
@@ -471,17 +472,22 @@ impl Rings {
         consumer.say_sleeping(&self.c2d, *sleepers > 0);
     }
 
-    /// Copies an answer's block table out, and checks that every head's runs lie inside it.
+    /// Copies an answer's block table out, and checks that every head's runs lie inside it. The words of its partial
+    /// attentions come as they are.
     pub(crate) fn table(
         &self,
         completion: &Completion,
         kv_heads: usize,
-    ) -> Result<(Vec<HeadEntry>, Vec<BlockRun>), Error> {
+        partial: PartialLayout,
+    ) -> Result<(Vec<HeadEntry>, Vec<BlockRun>, Vec<u32>), Error> {
         let count = completion.batch as usize * kv_heads;
         let bytes = completion.table_bytes as usize;
         let head_bytes = count * size_of::<HeadEntry>();
-        let run_bytes =
-            bytes.checked_sub(head_bytes).filter(|rest| rest.is_multiple_of(size_of::<BlockRun>()));
+        let partial_words = if completion.partials { completion.batch as usize * partial.words() } else { 0 };
+        let run_bytes = bytes
+            .checked_sub(head_bytes)
+            .and_then(|rest| rest.checked_sub(partial_words * 4))
+            .filter(|rest| rest.is_multiple_of(size_of::<BlockRun>()));
         let Some(run_bytes) = run_bytes else {
             return Err(Error::Broken(format!("a block table of {bytes} bytes for {count} heads")));
         };
@@ -489,14 +495,16 @@ impl Rings {
         let mut heads = vec![<HeadEntry as bytemuck::Zeroable>::zeroed(); count];
         let mut runs = vec![<BlockRun as bytemuck::Zeroable>::zeroed(); run_bytes / size_of::<BlockRun>()];
         self.d2c.read(at, bytemuck::cast_slice_mut(&mut heads))?;
+        let mut partials = vec![0; partial_words];
         self.d2c.read(at + head_bytes, bytemuck::cast_slice_mut(&mut runs))?;
+        self.d2c.read(at + head_bytes + run_bytes, bytemuck::cast_slice_mut(&mut partials))?;
         let inside = |head: &HeadEntry| {
             head.first_run.checked_add(head.runs).is_some_and(|end| end as usize <= runs.len())
         };
         if !heads.iter().all(inside) {
             return Err(Error::Broken("a head's runs lie outside their block table".into()));
         }
-        Ok((heads, runs))
+        Ok((heads, runs, partials))
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use kvoyant_methods::ArtifactKind;
 use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::layout::{Layout, d2c};
@@ -399,6 +400,29 @@ fn printable(name: &str) -> String {
     name.chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
+/// The memfds of the artifacts, each as large as the client says and no larger than one can be.
+fn artifact_files(spec: &ModelSpec, fds: Vec<OwnedFd>) -> Result<Vec<Memfd>, Ended> {
+    let (wanted, most) = (spec.artifacts.len(), ArtifactKind::ALL.len());
+    if wanted > most {
+        let reason = format!("{wanted} artifacts were registered, and there are {most} kinds");
+        return Err(Ended::Refused(Failure::BadMethod(reason)));
+    }
+    if fds.len() < wanted {
+        return Err(Ended::Protocol(format!("{} memfds came for {wanted} artifacts", fds.len())));
+    }
+    let heads = u64::from(spec.layers).saturating_mul(u64::from(spec.query_heads));
+    let matrix = u64::from(spec.head_dim).saturating_mul(u64::from(spec.head_dim)).saturating_mul(4);
+    let max = heads.saturating_mul(matrix).saturating_add(ARTIFACT_HEADER_MAX).min(ARTIFACT_MAX);
+    let file = |(bytes, fd): (&u64, OwnedFd)| {
+        if !(1..=max).contains(bytes) {
+            let reason = format!("an artifact of {bytes} bytes is outside 1..={max} for this model");
+            return Err(Ended::Refused(Failure::BadMethod(reason)));
+        }
+        Ok(Memfd::from_peer(fd, *bytes as usize, Seals::fixed_size())?)
+    };
+    spec.artifacts.iter().zip(fds).map(file).collect()
+}
+
 async fn register(
     plane: &Plane,
     session: &Session,
@@ -408,20 +432,7 @@ async fn register(
     let spec = ModelSpec { name: printable(&spec.name), ..spec };
     // Before anything is made as large as the client says.
     shape_of(&spec).map_err(Ended::Refused)?;
-    let artifact = match (spec.artifact_bytes, fds.into_iter().next()) {
-        (None, _) => None,
-        (Some(_), None) => return Err(Ended::Protocol("the artifact's memfd did not come".into())),
-        (Some(bytes), Some(fd)) => {
-            let heads = u64::from(spec.layers).saturating_mul(u64::from(spec.query_heads));
-            let matrix = u64::from(spec.head_dim).saturating_mul(u64::from(spec.head_dim)).saturating_mul(4);
-            let max = heads.saturating_mul(matrix).saturating_add(ARTIFACT_HEADER_MAX).min(ARTIFACT_MAX);
-            if !(1..=max).contains(&bytes) {
-                let reason = format!("an artifact of {bytes} bytes is outside 1..={max} for this model");
-                return Err(Ended::Refused(Failure::BadMethod(reason)));
-            }
-            Some(Memfd::from_peer(fd, bytes as usize, Seals::fixed_size())?)
-        }
-    };
+    let artifacts = artifact_files(&spec, fds)?;
     if let Ok(mut name) = session.status.model.lock() {
         name.clone_from(&spec.name);
     }
@@ -444,14 +455,9 @@ async fn register(
         importer: Arc::clone(&session.importer),
     };
     let model = beside(move || {
-        let artifact = match artifact {
-            None => None,
-            Some(file) => {
-                // Nothing else of this much is known to be there.
-                Some(file.read_out()?)
-            }
-        };
-        ModelState::new(spec, artifact.as_deref(), sequences_max, extents, &*device, slab, keep)
+        // Nothing else of this much is known to be there.
+        let artifacts = artifacts.iter().map(Memfd::read_out).collect::<Result<Vec<_>, _>>()?;
+        ModelState::new(spec, &artifacts, sequences_max, extents, &*device, slab, keep)
             .map_err(Ended::Refused)
     })
     .await?;

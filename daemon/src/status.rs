@@ -96,6 +96,9 @@ impl SessionStatus {
             graph_hits: stat(Stat::GraphHits),
             graph_misses: stat(Stat::GraphMisses),
             graph_lost: stat(Stat::GraphLost),
+            cpu_rows: stat(Stat::CpuRows),
+            prefetched_rows: stat(Stat::PrefetchedRows),
+            prefetch_bytes: stat(Stat::PrefetchBytes),
         }
     }
 }
@@ -336,4 +339,10 @@ pub struct SessionReport {
     pub graph_misses: u64,
     #[serde(default)]
     pub graph_lost: u64,
+    /// Rows attended by the daemon's CPU.
+    pub cpu_rows: u64,
+    /// Rows brought to the device ahead of any request.
+    pub prefetched_rows: u64,
+    /// Bytes copied for them.
+    pub prefetch_bytes: u64,
 }

@@ -56,9 +56,12 @@ pub struct ModelSpec {
     pub query_heads: u32,
     /// KV heads.
     pub kv_heads: u32,
-    /// Values of one head's key.
+    /// Values of one head's key; of a latent row, all of its values.
     pub head_dim: u32,
-    /// Code of the storage type (`Dtype::code` of the kernels crate).
+    /// 0: a row is a key and a value of `head_dim` values each. Else it is one latent of `head_dim` values, all of which
+    /// are the key and the first so many of which are the value (MLA, with one KV head).
+    pub latent_values: u32,
+    /// Code of the storage format (`Format::code` of the kernels crate; plain types have their `Dtype::code`).
     pub dtype: u8,
     /// Rows per page; 0: the daemon chooses.
     pub page_rows: u32,
@@ -77,8 +80,8 @@ pub struct ModelSpec {
     pub slab_bytes: u64,
     /// Graph mode, if the session wants it; on a GPU only.
     pub graph: Option<GraphSpec>,
-    /// Bytes of the artifact whose memfd comes beside this message, if one does.
-    pub artifact_bytes: Option<u64>,
+    /// Bytes of the artifacts whose memfds come beside this message, one each: at most one of a kind.
+    pub artifacts: Vec<u64>,
 }
 
 /// How a device gives its answers.
@@ -410,7 +413,7 @@ mod tests {
         let mut bytes = encode(&ToDaemon::Mapped);
         bytes[8] = 9;
         let error = decode::<ToDaemon>(&bytes).unwrap_err();
-        assert_eq!(error.to_string(), "the peer speaks version 9 of the protocol and this side version 1");
+        assert_eq!(error.to_string(), "the peer speaks version 9 of the protocol and this side version 2");
         bytes[0] = 0;
         assert_eq!(decode::<ToDaemon>(&bytes), Err(ControlError::NotKvoyant));
         assert_eq!(decode::<ToDaemon>(b"GET /"), Err(ControlError::NotKvoyant));

@@ -1,6 +1,6 @@
 //! A model that is only numbers: every value says where it belongs, so that any row can be checked by itself.
 
-use kvoyant_client::{Client, Dtype, Error, Member, Model, ModelSpec, Options, Ready, Sequence};
+use kvoyant_client::{Client, Dtype, Error, Hint, Member, Model, ModelSpec, Options, Ready, Sequence};
 
 use crate::{Daemon, PATIENCE};
 
@@ -36,7 +36,8 @@ pub fn spec(methods: &[&str]) -> ModelSpec {
         methods: methods.iter().map(ToString::to_string).collect(),
         slab_bytes: 0,
         graph: None,
-        artifact_bytes: None,
+        latent_values: 0,
+        artifacts: Vec::new(),
     }
 }
 
@@ -98,7 +99,7 @@ pub fn check(ready: &Ready, member: usize, seed: usize, layer: usize) -> Result<
 #[must_use]
 pub fn connect(daemon: &Daemon, methods: &[&str]) -> Model {
     let client = Client::connect(&daemon.socket(), Options::default()).expect("a connection");
-    client.register(spec(methods), None).expect("a registration")
+    client.register(spec(methods), &[]).expect("a registration")
 }
 
 /// Asks for one sequence's next token, and waits.
@@ -107,6 +108,6 @@ pub fn connect(daemon: &Daemon, methods: &[&str]) -> Model {
 /// If there is no answer.
 #[must_use]
 pub fn ask(model: &Model, sequence: &Sequence, layer: usize) -> Ready {
-    let member = Member { sequence, position: sequence.tokens(), hint: &[] };
+    let member = Member { sequence, position: sequence.tokens(), hint: Hint::None };
     model.speculate(layer, &[member]).expect("a request").wait(PATIENCE).expect("an answer")
 }

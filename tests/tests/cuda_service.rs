@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use kvoyant_client::{Client, Error, Failure, Model, Options, Sequence};
+use kvoyant_client::{Client, Error, Failure, Hint, Model, Options, Sequence};
 use kvoyant_tests::softcuda::{Machine, is_child, on_softcuda};
 use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until, words};
 use nix::sys::signal::Signal;
@@ -121,7 +121,7 @@ fn a_stream_asks_waits_and_releases_while_the_cpu_goes_on() {
         let member = kvoyant_client::Member {
             sequence: &sequence,
             position: 300,
-            hint: &[0.5; fake::QUERY_HEADS * fake::HEAD_DIM],
+            hint: Hint::Query(&[0.5; fake::QUERY_HEADS * fake::HEAD_DIM]),
         };
         let ready = model.speculate(2, &[member]).unwrap().wait(PATIENCE).unwrap();
         fake::check(&ready, 0, 3, 2).unwrap();
@@ -137,7 +137,7 @@ fn a_stream_releases_out_of_order_what_the_cpu_still_holds() {
     let model = fake::connect(&daemon, &["quest:budget=50%"]);
     let sequence = filled(&model, 3);
     let hint = [1.0; fake::QUERY_HEADS * fake::HEAD_DIM];
-    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &hint };
+    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: Hint::Query(&hint) };
     let held = model.speculate(1, &[member]).unwrap().wait(PATIENCE).unwrap();
     let words = ask_by_stream(&model, &sequence, 5);
     assert!(words.iter().all(|(found, expected)| found == expected));
@@ -181,7 +181,7 @@ fn no_stream_is_made_to_wait_for_the_event_of_a_daemon_that_died() {
     let model = fake::connect(&daemon, &["random:budget=50%"]);
     let sequence = filled(&model, 3);
     daemon.stop();
-    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &[] };
+    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: Hint::None };
     let pending = model.speculate(1, &[member]).unwrap().on_stream().unwrap();
     let stream = model.device_session().unwrap().context().stream(kvoyant_cuda::Priority::Normal).unwrap();
     let killer = std::thread::spawn(move || {
@@ -206,7 +206,7 @@ fn a_stream_that_is_being_captured_is_refused() {
     let stream = context.stream(kvoyant_cuda::Priority::Normal).unwrap();
     let hints = context.alloc(fake::QUERY_HEADS * fake::HEAD_DIM * 4).unwrap();
     let hint = [1.0; fake::QUERY_HEADS * fake::HEAD_DIM];
-    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &hint };
+    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: Hint::Query(&hint) };
     let pending = model.speculate(1, &[member]).unwrap().on_stream().unwrap();
     stream.begin_capture().unwrap();
     let member = kvoyant_client::cuda::StreamMember { sequence: &sequence, position: 300 };
@@ -248,7 +248,7 @@ fn a_device_without_room_refuses_one_session_and_serves_the_others() {
     let daemon = start(&["--device-memory", "96MiB"]);
     let connect = |slab_bytes| {
         let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
-        client.register(kvoyant_client::ModelSpec { slab_bytes, ..fake::spec(&["random:budget=50%"]) }, None)
+        client.register(kvoyant_client::ModelSpec { slab_bytes, ..fake::spec(&["random:budget=50%"]) }, &[])
     };
     let first = connect(16 << 20).unwrap();
     let sequence = filled(&first, 1);
@@ -325,7 +325,7 @@ fn a_lost_device_is_told_to_sessions_and_ends_the_daemon_for_its_supervisor() {
         let sequence = filled(&model, 4);
         fake::check(&fake::ask(&model, &sequence, 1), 0, 4, 1).unwrap();
         set_faults(&format!("{fault} process=kvoyantd"));
-        let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &[] };
+        let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: Hint::None };
         // It may be this answer or the session that fails first; but something says so, in time.
         let told = std::iter::repeat_with(|| model.speculate(2, &[member]).and_then(|p| p.wait(PATIENCE)))
             .find_map(Result::err)
@@ -358,7 +358,7 @@ fn a_copy_that_failed_ends_its_session_and_is_never_a_hit() {
     let model = fake::connect(&daemon, &["random:budget=50%"]);
     let sequence = filled(&model, 4);
     set_faults("fail call=cuMemcpyHtoDAsync_v2 code=1 count=1 process=kvoyantd");
-    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &[] };
+    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: Hint::None };
     let asked = [(); 3].map(|()| model.speculate(1, &[member]));
     for pending in asked {
         let answer = pending.and_then(|pending| pending.wait(PATIENCE));
@@ -385,7 +385,7 @@ fn copies_that_never_end_are_a_lost_device_and_the_daemon_ends_all_the_same() {
     let model = fake::connect(&daemon, &["random:budget=50%"]);
     let sequence = filled(&model, 4);
     set_faults("hang-copies process=kvoyantd");
-    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: &[] };
+    let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: Hint::None };
     assert!(model.speculate(1, &[member]).unwrap().wait(Duration::from_secs(40)).is_err());
     let (status, words) = daemon.wait();
     assert_eq!(status.code(), Some(75), "{words}");

@@ -4,7 +4,7 @@ use kvoyant_engine::{
     DaemonKv, DaemonOptions, Decoder, DecoderOptions, DenseKv, Dtype, KvBackend, KvShape, Model,
     PrefillOptions, WeightsMode, argmax, synthetic,
 };
-use kvoyant_methods::infinigen::SkewArtifact;
+use kvoyant_methods::{Artifact, Artifacts};
 use kvoyant_tests::Daemon;
 use std::sync::Arc;
 
@@ -24,12 +24,12 @@ fn connect(daemon: &Daemon, model: &Model, dtype: Dtype, methods: &[&str]) -> Da
     let methods = methods.iter().map(|text| text.parse().unwrap()).collect();
     let shape = KvShape::new(model.config(), dtype);
     let options = DaemonOptions { methods, dense_layers: 1, ..DaemonOptions::default() };
-    let skew = Some(Arc::new(identity(&options, &shape)));
-    DaemonKv::connect(&daemon.socket(), shape, DaemonOptions { skew, ..options }).unwrap()
+    let artifacts = identity(&options, &shape);
+    DaemonKv::connect(&daemon.socket(), shape, DaemonOptions { artifacts, ..options }).unwrap()
 }
 
 /// Skew matrices that turn nothing: good for mechanics.
-fn identity(options: &DaemonOptions, shape: &KvShape) -> SkewArtifact {
+fn identity(options: &DaemonOptions, shape: &KvShape) -> Artifacts {
     let shape = options.shape(shape, 32);
     let mut builder = kvoyant_methods::infinigen::SkewBuilder::new(&shape).unwrap();
     let values = |heads: usize| -> Vec<f32> {
@@ -41,7 +41,7 @@ fn identity(options: &DaemonOptions, shape: &KvShape) -> SkewArtifact {
     for layer in 0..shape.layers {
         builder.observe(layer, &values(shape.query_heads), &values(shape.kv_heads));
     }
-    builder.finish().unwrap()
+    [Artifact::Skew(Arc::new(builder.finish().unwrap()))].into_iter().collect()
 }
 
 /// Logits of a prompt and some greedy steps.
@@ -172,8 +172,9 @@ fn the_induction_circuit_recalls_when_the_right_rows_come_and_not_when_random_on
         let shape = KvShape::new(model.config(), Dtype::F16);
         let specs = methods.iter().map(|text| text.parse().unwrap()).collect();
         let options = DaemonOptions { methods: specs, ..DaemonOptions::default() };
-        let skew = Some(Arc::new(identity(&options, &shape)));
-        let mut kv = DaemonKv::connect(&daemon.socket(), shape, DaemonOptions { skew, ..options }).unwrap();
+        let artifacts = identity(&options, &shape);
+        let mut kv =
+            DaemonKv::connect(&daemon.socket(), shape, DaemonOptions { artifacts, ..options }).unwrap();
         let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
         let mut base = kv.sequence(0).unwrap();
         decoder.prefill(&mut kv, &mut base, &task.tokens, PrefillOptions::default()).unwrap();

@@ -6,7 +6,8 @@ use kvoyant_engine::{
     DaemonKv, DaemonOptions, Decoder, DecoderOptions, DenseKv, Dtype, KvBackend, KvShape, Model,
     PrefillOptions, WeightsMode, argmax, synthetic,
 };
-use kvoyant_methods::infinigen::{SkewArtifact, SkewBuilder};
+use kvoyant_methods::infinigen::SkewBuilder;
+use kvoyant_methods::{Artifact, Artifacts};
 use kvoyant_tests::Daemon;
 use kvoyant_tests::softcuda::{Machine, in_child, is_child, on_softcuda};
 use nix::sys::signal::Signal;
@@ -37,7 +38,7 @@ fn prompt(model: &Model, tokens: usize) -> Vec<u32> {
 }
 
 /// Skew matrices that turn nothing: good for mechanics.
-fn identity(options: &DaemonOptions, shape: &KvShape) -> SkewArtifact {
+fn identity(options: &DaemonOptions, shape: &KvShape) -> Artifacts {
     let shape = options.shape(shape, 32);
     let mut builder = SkewBuilder::new(&shape).unwrap();
     let values = |heads: usize| -> Vec<f32> {
@@ -49,15 +50,15 @@ fn identity(options: &DaemonOptions, shape: &KvShape) -> SkewArtifact {
     for layer in 0..shape.layers {
         builder.observe(layer, &values(shape.query_heads), &values(shape.kv_heads));
     }
-    builder.finish().unwrap()
+    [Artifact::Skew(Arc::new(builder.finish().unwrap()))].into_iter().collect()
 }
 
 fn connect(daemon: &Daemon, model: &Model, dtype: Dtype, methods: &[&str]) -> DaemonKv {
     let methods = methods.iter().map(|text| text.parse().unwrap()).collect();
     let shape = KvShape::new(model.config(), dtype);
     let options = DaemonOptions { methods, dense_layers: 1, ..DaemonOptions::default() };
-    let skew = Some(Arc::new(identity(&options, &shape)));
-    DaemonKv::connect(&daemon.socket(), shape, DaemonOptions { skew, ..options }).unwrap()
+    let artifacts = identity(&options, &shape);
+    DaemonKv::connect(&daemon.socket(), shape, DaemonOptions { artifacts, ..options }).unwrap()
 }
 
 /// Logits of a prompt and some steps with given tokens.

@@ -8,7 +8,9 @@ use std::time::Duration;
 use kvoyant_client::cuda::{
     GraphBuffers, GraphKernels, GraphOptions, GraphSequence, KernelCache, OwnRows, Stream,
 };
-use kvoyant_client::{Client, Dtype, Error, Failure, GraphSpec, Member, Model, ModelSpec, Options, Status};
+use kvoyant_client::{
+    Client, Dtype, Error, Failure, GraphSpec, Hint, Member, Model, ModelSpec, Options, Status,
+};
 use kvoyant_cuda::{Context, DeviceBuffer, ExecGraph, Priority};
 use kvoyant_kernels::cuda::params::ReportHeader;
 use kvoyant_kernels::{AttendScratch, Kernels, Run};
@@ -101,7 +103,7 @@ struct Engine {
 impl Engine {
     fn connect(daemon: &Daemon, splits: u32) -> Self {
         let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
-        Self::new(client.register(spec(), None).unwrap(), 0, splits)
+        Self::new(client.register(spec(), &[]).unwrap(), 0, splits)
     }
 
     fn new(model: Model, slot: u32, splits: u32) -> Self {
@@ -410,7 +412,7 @@ fn a_slot_serves_one_sequence_at_a_time_and_none_that_is_speculated() {
     let daemon = start();
     let mut engine = Engine::connect(&daemon, 1);
     engine.grow(100);
-    let member = Member { sequence: engine.sequence.sequence(), position: 100, hint: &[] };
+    let member = Member { sequence: engine.sequence.sequence(), position: 100, hint: Hint::None };
     let answer = engine.model.speculate(1, &[member]).unwrap().wait(Duration::from_secs(30));
     assert!(matches!(answer, Err(Error::NotReady { status: Status::InGraphMode, .. })), "{answer:?}");
     let kernels = {
@@ -522,7 +524,7 @@ fn graph_mode_is_refused_where_it_cannot_be() {
     }
     let register = |daemon: &Daemon, graph| {
         let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
-        client.register(ModelSpec { graph: Some(graph), ..spec() }, None)
+        client.register(ModelSpec { graph: Some(graph), ..spec() }, &[])
     };
     let host = Daemon::start(DAEMON, &[]);
     let refused = register(&host, GRAPH).unwrap_err();

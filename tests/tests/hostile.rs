@@ -48,6 +48,7 @@ fn a_client_that_lies_is_disconnected_with_the_reason_and_its_neighbour_sees_not
             batch,
             ticket,
             hint_bytes: 0,
+            queries: 1,
             deadline_ns: 0,
             doorbell: false,
         }),
@@ -227,7 +228,7 @@ fn requests_that_would_take_a_lane_or_memory_for_themselves_are_refused() {
     }
     let refusal = |spec| {
         let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
-        client.register(spec, None).unwrap_err().to_string()
+        client.register(spec, &[]).unwrap_err().to_string()
     };
     let spec = fake::spec(&["full"]);
     let wide = kvoyant_client::ModelSpec { layers: 1024, query_heads: 1024, kv_heads: 1024, ..spec.clone() };
@@ -239,7 +240,7 @@ fn requests_that_would_take_a_lane_or_memory_for_themselves_are_refused() {
     // Forks are free of pages, but not of tables: they end in a typed answer, and closing them helps.
     let limits = Limits { sequences_max: 1 << 16, ..Limits::default() };
     let client = Client::connect(&daemon.socket(), Options { limits, ..Options::default() }).unwrap();
-    let model = client.register(fake::spec(&["full"]), None).unwrap();
+    let model = client.register(fake::spec(&["full"]), &[]).unwrap();
     let base = model.open(0, 80_000).unwrap();
     let mut forks = Vec::new();
     let error = loop {
@@ -269,6 +270,7 @@ fn a_request_with_a_doorbell_waits_for_it() {
             batch: 1,
             ticket,
             hint_bytes: 0,
+            queries: 1,
             deadline_ns: 0,
             doorbell,
         }),

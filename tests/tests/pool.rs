@@ -133,7 +133,7 @@ fn an_arena_beyond_every_limit_is_refused_in_one_sentence_that_names_the_limit()
 fn huge_pages_that_are_required_and_not_there_are_a_typed_answer_and_the_session_goes_on() {
     let daemon = Daemon::start(DAEMON, &["--huge-pages", "require"]);
     let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
-    let model = client.register(fake::spec(&["full"]), None).unwrap();
+    let model = client.register(fake::spec(&["full"]), &[]).unwrap();
     let empty = model.open(0, 0).unwrap();
     match model.open(0, 100) {
         Ok(_) => assert_eq!(daemon.status().arena.pool.huge_bytes, 64 * MIB),

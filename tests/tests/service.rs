@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use kvoyant_client::{Client, Error, Failure, Limits, Member, Options, Sequence};
+use kvoyant_client::{Client, Error, Failure, Hint, Limits, Member, Options, Sequence};
 use kvoyant_tests::{Daemon, PATIENCE, fake, words};
 use nix::sys::signal::Signal;
 use proptest::prelude::*;
@@ -32,7 +32,7 @@ fn every_row_that_comes_back_is_the_row_that_was_written() {
             for layer in 1..fake::LAYERS {
                 let members: Vec<_> = sequences
                     .iter()
-                    .map(|sequence| Member { sequence, position: sequence.tokens(), hint: &[] })
+                    .map(|sequence| Member { sequence, position: sequence.tokens(), hint: Hint::None })
                     .collect();
                 let ready = model.speculate(layer, &members).unwrap().wait(PATIENCE).unwrap();
                 for (seed, expected) in [480 + 1, 150, 7, 481, 150, 7].into_iter().enumerate() {
@@ -170,7 +170,7 @@ fn a_daemon_that_is_killed_is_an_error_within_the_deadline_and_own_rows_stay_rea
     drop(fake::ask(&model, &sequence, 1));
     daemon.end(Signal::SIGKILL);
     let since = Instant::now();
-    let member = Member { sequence: &sequence, position: 100, hint: &[] };
+    let member = Member { sequence: &sequence, position: 100, hint: Hint::None };
     let error = model.speculate(1, &[member]).unwrap().wait(PATIENCE).unwrap_err();
     assert!(matches!(error, Error::DaemonGone), "{error}");
     assert!(since.elapsed() < PATIENCE, "it was noticed, not waited for");
@@ -188,7 +188,7 @@ fn a_daemon_that_is_stopped_is_an_error_at_the_deadline_and_goes_on_when_it_is_c
     fake::fill(&model, &sequence, 3, 100).unwrap();
     drop(fake::ask(&model, &sequence, 1));
     daemon.stop();
-    let member = Member { sequence: &sequence, position: 100, hint: &[] };
+    let member = Member { sequence: &sequence, position: 100, hint: Hint::None };
     let pending = model.speculate(1, &[member]).unwrap();
     let error = pending.wait(Duration::from_millis(100)).unwrap_err();
     assert!(matches!(error, Error::Deadline { .. }), "{error}");
@@ -262,10 +262,10 @@ fn answers_that_are_held_or_given_up_free_their_tickets() {
     let limits = Limits { ring_slots: 4, ..Limits::default() };
     let options = Options { limits, ticket_timeout: Duration::ZERO, ..Options::default() };
     let client = Client::connect(&daemon.socket(), options).unwrap();
-    let model = client.register(fake::spec(&["random:budget=20%"]), None).unwrap();
+    let model = client.register(fake::spec(&["random:budget=20%"]), &[]).unwrap();
     let sequence = model.open(0, 300).unwrap();
     fake::fill(&model, &sequence, 2, 300).unwrap();
-    let ask_at = |position| model.speculate(1, &[Member { sequence: &sequence, position, hint: &[] }]);
+    let ask_at = |position| model.speculate(1, &[Member { sequence: &sequence, position, hint: Hint::None }]);
     let held: Vec<_> = (0..4).map(|i| ask_at(300 - i).unwrap()).collect();
     assert!(matches!(ask_at(200), Err(Error::TooManyInFlight { slots: 4 })));
     let mut held = held.into_iter();
@@ -351,7 +351,7 @@ fn a_memlock_limit_that_is_too_small_is_named_with_what_raises_it_and_the_daemon
     let socket = folder.path().join("kvoyantd.sock");
     kvoyant_tests::wait_until("its socket", || socket.exists());
     let client = Client::connect(&socket, Options::default()).unwrap();
-    let model = client.register(fake::spec(&["full"]), None).unwrap();
+    let model = client.register(fake::spec(&["full"]), &[]).unwrap();
     let sequence = model.open(0, 100).unwrap();
     fake::fill(&model, &sequence, 1, 100).unwrap();
     fake::check(&fake::ask(&model, &sequence, 1), 0, 1, 1).unwrap();
@@ -369,9 +369,9 @@ fn a_memlock_limit_that_is_too_small_is_named_with_what_raises_it_and_the_daemon
 #[test]
 fn models_and_methods_that_cannot_be_served_are_refused_by_name() {
     let daemon = Daemon::start(DAEMON, &[]);
-    let refusal = |spec, artifact: Option<&[u8]>| {
+    let refusal = |spec, artifacts: &[Vec<u8>]| {
         let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
-        client.register(spec, artifact).unwrap_err().to_string()
+        client.register(spec, artifacts).unwrap_err().to_string()
     };
     let spec = fake::spec(&["full"]);
     for (spec, expected) in [
@@ -385,10 +385,10 @@ fn models_and_methods_that_cannot_be_served_are_refused_by_name() {
         (fake::spec(&["random:budget=101%"]), "101"),
         (fake::spec(&["infinigen:budget=6%"]), "skew"),
     ] {
-        let said = refusal(spec, None);
+        let said = refusal(spec, &[]);
         assert!(said.contains(expected), "{said}");
     }
-    let said = refusal(fake::spec(&["infinigen:budget=6%"]), Some(b"not an artifact at all"));
+    let said = refusal(fake::spec(&["infinigen:budget=6%"]), &[b"not an artifact at all".to_vec()]);
     assert!(said.contains("artifact"), "{said}");
 }
 

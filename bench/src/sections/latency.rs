@@ -90,7 +90,8 @@ fn spec() -> ModelSpec {
         methods: vec![format!("quest:budget={},page={PAGE_ROWS}", PAGES * PAGE_ROWS)],
         slab_bytes: 0,
         graph: None,
-        artifact_bytes: None,
+        latent_values: 0,
+        artifacts: Vec::new(),
     }
 }
 
@@ -99,7 +100,7 @@ pub(crate) fn run(setup: &Setup, figures: &Figures) -> Result<(), Stop> {
     let (tokens, requests, turns) =
         if setup.software { (4096, &REQUESTS[..2], 8) } else { (32_768, &REQUESTS[..], 300) };
     let daemon = Daemon::start(setup.ordinal, if setup.software { "512MiB" } else { "2GiB" })?;
-    let model = Client::connect(&daemon.socket(), Options::default())?.register(spec(), None)?;
+    let model = Client::connect(&daemon.socket(), Options::default())?.register(spec(), &[])?;
     let device =
         model.device_session().ok_or_else(|| Stop::Failed("the daemon's device is no GPU".into()))?.clone();
     let stream = device.context().stream(Priority::High)?;

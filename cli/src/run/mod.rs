@@ -128,7 +128,7 @@ fn method(args: &RunArgs) -> Result<MethodSpec, RunError> {
         None => Ok(args.method.clone()),
         Some(budget) => {
             // A threshold that the user wrote and a budget contradict one another; the default one gives way.
-            if let MethodSpec::Infinigen(spec) = &args.method
+            if let Some(spec) = args.method.options::<InfinigenSpec>()
                 && matches!(spec.amount, Amount::Threshold { .. })
                 && spec.amount != InfinigenSpec::default().amount
             {

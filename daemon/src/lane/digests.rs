@@ -1,15 +1,17 @@
-//! What methods keep of a sequence: digest blocks, head states and counter pools, built as rows are appended.
+//! What methods keep of a sequence: digest blocks, head states and memories, built as rows are appended.
 //!
 //! A digest block belongs to one page of one KV head and is shared by forks like the page itself. A method that
-//! needs the prompt's statistics has its digests built once those have come; before, rows only wait.
+//! needs the prompt's statistics has its digests built once those have come; before, rows only wait. A memory belongs to
+//! one sequence, layer and KV head, and is the only one of them that a selection may change.
 
 use kvoyant_methods::method::Append;
-use kvoyant_methods::{DigestKey, DigestSource, Method};
+use kvoyant_methods::{DigestKey, FeedbackRow, Method, Shape, Store, Truncated};
 use kvoyant_protocol::control::NO_PAGE;
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
 
 use crate::lane::model::ModelState;
+use crate::lane::sequences::Sequence;
 use crate::tiers::blocks::Blocks;
 use crate::tiers::heap::{Heap, Region};
 
@@ -35,31 +37,75 @@ pub struct DigestSet {
     pub table: Region,
     /// Head states, `[layer][KV head]`.
     state: Region,
-    /// Counter pools, `[layer][KV head]`, and the dead rows of each page, `[layer][KV head][capacity]`.
-    pool: Option<(Region, Region)>,
+    /// Memories, `[layer][KV head]`.
+    memory: Option<Region>,
+    /// Rows of each page that a pool has dropped, `[layer][KV head][capacity]`.
+    dead: Option<Region>,
     /// Rows digested, per layer.
     built: Vec<u32>,
     /// Whether a layer's digests can be built.
     ready: Vec<bool>,
 }
 
-/// Digests of one sequence and layer, as a method reads them.
+impl DigestSet {
+    /// Whether a method reads it. Digests are shared by all methods of a kind; a memory is one method's, for it may
+    /// depend on any of its options.
+    fn serves(&self, key: DigestKey, method: usize) -> bool {
+        self.key == key && (self.memory.is_none() || self.method == method)
+    }
+
+    /// Bytes of everything but the blocks.
+    pub(crate) fn bytes(&self) -> usize {
+        let parts = [Some(self.table), Some(self.state), self.memory, self.dead];
+        parts.into_iter().flatten().map(|region| region.len).sum()
+    }
+
+    fn memory_of(&self, head: usize, heads: usize) -> Option<Region> {
+        self.memory.map(|memory| part(memory, head, memory.len / heads))
+    }
+}
+
+/// What a method keeps of one sequence and layer, as it sees it.
 #[derive(Debug)]
 pub(crate) struct View<'a> {
-    meta: &'a Heap,
+    meta: &'a mut Heap,
     blocks: &'a Blocks,
     set: &'a DigestSet,
     capacity: usize,
+    heads: usize,
     first_head: usize,
     state_bytes: usize,
-    pool_bytes: usize,
+}
+
+impl<'a> View<'a> {
+    /// What the method with this index keeps; `None` if it keeps nothing.
+    pub(crate) fn new(
+        meta: &'a mut Heap,
+        pools: &'a [DigestPool],
+        sequence: &'a Sequence,
+        (method, index): (&dyn Method, usize),
+        (shape, layer): (&Shape, usize),
+    ) -> Option<Self> {
+        let key = method.digest_key()?;
+        let set = sequence.digests.iter().find(|set| set.serves(key, index))?;
+        let pool = pools.iter().find(|pool| pool.key == key)?;
+        Some(Self {
+            meta,
+            blocks: &pool.blocks,
+            set,
+            capacity: sequence.capacity,
+            heads: shape.layers * shape.kv_heads,
+            first_head: layer * shape.kv_heads,
+            state_bytes: method.head_state_bytes(),
+        })
+    }
 }
 
 fn part(region: Region, index: usize, len: usize) -> Region {
     Region { file: region.file, offset: region.offset + index * len, len }
 }
 
-impl DigestSource for View<'_> {
+impl Store for View<'_> {
     fn page(&self, kv_head: usize, page: usize) -> &[u8] {
         let block = self.meta.word(self.set.table, (self.first_head + kv_head) * self.capacity + page);
         self.blocks.get(self.meta, block)
@@ -69,11 +115,14 @@ impl DigestSource for View<'_> {
         self.meta.get(part(self.set.state, self.first_head + kv_head, self.state_bytes))
     }
 
-    fn pool(&self, kv_head: usize) -> &[u8] {
-        match self.set.pool {
-            None => &[],
-            Some((pool, _)) => self.meta.get(part(pool, self.first_head + kv_head, self.pool_bytes)),
-        }
+    fn memory(&self, kv_head: usize) -> &[u8] {
+        let memory = self.set.memory_of(self.first_head + kv_head, self.heads);
+        memory.map_or(&[], |memory| self.meta.get(memory))
+    }
+
+    fn memory_mut(&mut self, kv_head: usize) -> &mut [u8] {
+        let memory = self.set.memory_of(self.first_head + kv_head, self.heads);
+        memory.map_or(&mut [], |memory| self.meta.get_mut(memory))
     }
 }
 
@@ -96,36 +145,18 @@ impl ModelState {
     pub(crate) fn digested(&self, id: SequenceId, layer: usize, tokens: usize) -> Digested {
         let Ok(sequence) = self.sequence(id) else { return Digested::Behind };
         let Some(key) = self.methods[sequence.method].digest_key() else { return Digested::Yes };
-        match sequence.digests.iter().find(|set| set.key == key) {
+        match sequence.digests.iter().find(|set| set.serves(key, sequence.method)) {
             Some(set) if !set.ready[layer] => Digested::NotObserved,
             Some(set) if set.built[layer] as usize >= tokens => Digested::Yes,
             _ => Digested::Behind,
         }
     }
 
-    /// The digests that the sequence's method reads; `None` if it reads none.
-    pub(crate) fn view(&self, id: SequenceId, layer: usize) -> Option<View<'_>> {
-        let sequence = self.sequence(id).ok()?;
-        let method = &self.methods[sequence.method];
-        let key = method.digest_key()?;
-        let set = sequence.digests.iter().find(|set| set.key == key)?;
-        let pool = self.pools.iter().find(|pool| pool.key == key)?;
-        Some(View {
-            meta: &self.meta,
-            blocks: &pool.blocks,
-            set,
-            capacity: sequence.capacity,
-            first_head: layer * self.shape.kv_heads,
-            state_bytes: method.head_state_bytes(),
-            pool_bytes: method.pool_bytes(sequence.capacity * self.shape.page_rows),
-        })
-    }
-
     /// Makes sure that a sequence has the digests that a method reads, built as far as rows are there.
     pub(crate) fn ensure_digests(&mut self, id: SequenceId, method: usize) -> Result<(), MemoryError> {
         let Some(key) = self.methods[method].digest_key() else { return Ok(()) };
         let Ok(sequence) = self.sequence(id) else { return Ok(()) };
-        if sequence.digests.iter().any(|set| set.key == key) {
+        if sequence.digests.iter().any(|set| set.serves(key, method)) {
             return Ok(());
         }
         let (capacity, layers, heads) = (sequence.capacity, self.shape.layers, self.total_heads());
@@ -141,13 +172,14 @@ impl ModelState {
             let bytes = self.meta.get_mut(part(state, head, state_bytes));
             self.methods[method].init_state(layer, kv_head, bytes);
         }
-        let pool = self.new_counters(method, capacity)?;
+        let (memory, dead) = self.new_memory(method, capacity)?;
         let set = DigestSet {
             key,
             method,
             table,
             state,
-            pool,
+            memory,
+            dead,
             built: vec![0; layers],
             ready: vec![!needs.observe; layers],
         };
@@ -163,44 +195,36 @@ impl ModelState {
         Ok(())
     }
 
-    fn new_counters(
+    fn new_memory(
         &mut self,
         method: usize,
         capacity: usize,
-    ) -> Result<Option<(Region, Region)>, MemoryError> {
-        if !self.methods[method].needs().pool {
-            return Ok(None);
-        }
+    ) -> Result<(Option<Region>, Option<Region>), MemoryError> {
         let heads = self.total_heads();
-        let bytes = self.methods[method].pool_bytes(capacity * self.shape.page_rows);
-        let pool = self.meta.allocate(heads * bytes)?;
-        let dead = self.meta.allocate(heads * capacity * 4)?;
-        Ok(Some((pool, dead)))
+        let method = &self.methods[method];
+        let needs = method.needs();
+        let bytes = method.memory_bytes(capacity * self.shape.page_rows);
+        let memory = needs.memory.then(|| self.meta.allocate(heads * bytes)).transpose()?;
+        let dead = needs.drops_rows.then(|| self.meta.allocate(heads * capacity * 4)).transpose()?;
+        Ok((memory, dead))
     }
 
     /// A fork's own set over the parent's blocks.
     pub(crate) fn share_digests(
         &mut self,
         parent: SequenceId,
-        key: DigestKey,
+        method: usize,
     ) -> Result<Vec<DigestSet>, MemoryError> {
+        let Some(key) = self.methods[method].digest_key() else { return Ok(Vec::new()) };
         let Ok(sequence) = self.sequence(parent) else { return Ok(Vec::new()) };
-        let Some(mut set) = sequence.digests.iter().find(|set| set.key == key).cloned() else {
+        let Some(mut set) = sequence.digests.iter().find(|set| set.serves(key, method)).cloned() else {
             return Ok(Vec::new());
         };
         let words = sequence.capacity * self.total_heads();
-        let copy = |meta: &mut Heap, from: Region| -> Result<Region, MemoryError> {
-            let to = meta.allocate(from.len)?;
-            let bytes = meta.get(from).to_vec();
-            meta.get_mut(to).copy_from_slice(&bytes);
-            Ok(to)
-        };
-        set.table = copy(&mut self.meta, set.table)?;
-        set.state = copy(&mut self.meta, set.state)?;
-        set.pool = match set.pool {
-            None => None,
-            Some((pool, dead)) => Some((copy(&mut self.meta, pool)?, copy(&mut self.meta, dead)?)),
-        };
+        set.table = self.meta.copy(set.table)?;
+        set.state = self.meta.copy(set.state)?;
+        set.memory = set.memory.map(|memory| self.meta.copy(memory)).transpose()?;
+        set.dead = set.dead.map(|dead| self.meta.copy(dead)).transpose()?;
         if let Some(pool) = self.pools.iter_mut().find(|pool| pool.key == key) {
             for word in 0..words {
                 let block = self.meta.word(set.table, word);
@@ -212,7 +236,7 @@ impl ModelState {
         Ok(vec![set])
     }
 
-    /// Moves digest tables and counter pools to regions for `capacity` pages.
+    /// Moves digest tables, memories and marks to regions for `capacity` pages.
     pub(crate) fn grow_digests(
         &mut self,
         id: SequenceId,
@@ -221,20 +245,36 @@ impl ModelState {
     ) -> Result<(), MemoryError> {
         let (heads, rows) = (self.total_heads(), self.shape.page_rows);
         let Ok(sequence) = self.sequence_mut(id) else { return Ok(()) };
+        if let Some(marks) = sequence.marks.take() {
+            let larger = self.meta.allocate(capacity * rows)?;
+            self.move_parts(marks, larger, 1, old * rows, capacity * rows);
+            if let Ok(sequence) = self.sequence_mut(id) {
+                sequence.marks = Some(larger);
+            }
+        }
+        let Ok(sequence) = self.sequence_mut(id) else { return Ok(()) };
         let mut sets = std::mem::take(&mut sequence.digests);
         for set in &mut sets {
             let table = self.meta.allocate(heads * capacity * 4)?;
             self.meta.get_mut(table).fill(0xff);
             self.move_parts(set.table, table, heads, old * 4, capacity * 4);
             set.table = table;
-            if let Some((pool, dead)) = set.pool {
-                let method = &self.methods[set.method];
-                let (from, to) = (method.pool_bytes(old * rows), method.pool_bytes(capacity * rows));
-                let new_pool = self.meta.allocate(heads * to)?;
-                self.move_parts(pool, new_pool, heads, from, to);
-                let new_dead = self.meta.allocate(heads * capacity * 4)?;
-                self.move_parts(dead, new_dead, heads, old * 4, capacity * 4);
-                set.pool = Some((new_pool, new_dead));
+            if let Some(dead) = set.dead {
+                let larger = self.meta.allocate(heads * capacity * 4)?;
+                self.move_parts(dead, larger, heads, old * 4, capacity * 4);
+                set.dead = Some(larger);
+            }
+            if let Some(memory) = set.memory {
+                let larger =
+                    self.meta.allocate(heads * self.methods[set.method].memory_bytes(capacity * rows))?;
+                let (from, to) = (memory.len / heads, larger.len / heads);
+                for head in 0..heads {
+                    let bytes = self.meta.get(part(memory, head, from)).to_vec();
+                    let into = self.meta.get_mut(part(larger, head, to));
+                    self.methods[set.method].grow_memory(&bytes, into);
+                }
+                self.meta.release(memory);
+                set.memory = Some(larger);
             }
         }
         if let Ok(sequence) = self.sequence_mut(id) {
@@ -316,8 +356,10 @@ impl ModelState {
             return Ok(());
         }
         let (key, table, state, method) = (set.key, set.table, set.state, set.method);
-        let (pages, capacity) = (sequence.table, sequence.capacity);
-        let (rows, heads) = (self.shape.page_rows, self.shape.kv_heads);
+        let (pages, capacity, set) = (sequence.table, sequence.capacity, set.clone());
+        let (rows, heads, total) = (self.shape.page_rows, self.shape.kv_heads, self.total_heads());
+        let marked = self.methods[method].needs().marks;
+        let marks = sequence.marks.filter(|_| marked);
         let Some(pool) = self.pools.iter_mut().find(|pool| pool.key == key) else { return Ok(()) };
         let method: &dyn Method = &*self.methods[method];
         let state_bytes = method.head_state_bytes();
@@ -343,9 +385,33 @@ impl ModelState {
                     block => pool.blocks.make_private(&mut self.meta, block)?,
                 };
                 self.meta.set_word(table, word, block);
-                let append = Append { layer, kv_head, state: &buffers.state, keys: &buffers.keys, first_row };
-                let digest = pool.blocks.get_mut(&mut self.meta, block);
-                method.on_append(&append, digest, &mut buffers.scratch);
+                buffers.marks.clear();
+                if let Some(marks) = marks {
+                    buffers.marks.extend_from_slice(&self.meta.get(marks)[token..token + count]);
+                }
+                let append = Append {
+                    layer,
+                    kv_head,
+                    state: &buffers.state,
+                    keys: &buffers.keys,
+                    first_token: token,
+                    first_row,
+                    marks: &buffers.marks,
+                };
+                match set.memory_of(head, total) {
+                    None => {
+                        let digest = pool.blocks.get_mut(&mut self.meta, block);
+                        method.on_append(&append, digest, &mut [], &mut buffers.scratch);
+                    }
+                    Some(memory) => {
+                        // Both lie in one heap, and the digest is the smaller by far.
+                        buffers.digest.clear();
+                        buffers.digest.extend_from_slice(pool.blocks.get(&self.meta, block));
+                        let memory = self.meta.get_mut(memory);
+                        method.on_append(&append, &mut buffers.digest, memory, &mut buffers.scratch);
+                        pool.blocks.get_mut(&mut self.meta, block).copy_from_slice(&buffers.digest);
+                    }
+                }
                 token += count;
             }
         }
@@ -356,45 +422,76 @@ impl ModelState {
         Ok(())
     }
 
-    /// Tells counter pools that the sequence grew, and gives up pages of which every row has left the pool.
+    /// Tells pools that the sequence grew, and gives up pages of which every row has left the pool.
     fn admit(&mut self, id: SequenceId, index: usize, layer: usize, tokens: usize) {
         let Ok(sequence) = self.sequence(id) else { return };
         let set = &sequence.digests[index];
-        let Some((pool, dead)) = set.pool else { return };
-        let (pages, capacity, method) = (sequence.table, sequence.capacity, set.method);
-        let (rows, heads) = (self.shape.page_rows, self.shape.kv_heads);
-        let pool_bytes = self.methods[method].pool_bytes(capacity * rows);
+        let Some(dead) = set.dead else { return };
+        let (pages, capacity, set) = (sequence.table, sequence.capacity, set.clone());
+        let (rows, heads, total) = (self.shape.page_rows, self.shape.kv_heads, self.total_heads());
         let mut victims: Vec<u32> = Vec::new();
         for kv_head in 0..heads {
             let head = layer * heads + kv_head;
             victims.clear();
-            let bytes = self.meta.get_mut(part(pool, head, pool_bytes));
-            self.methods[method].on_admit(tokens, bytes, &mut |victim| victims.push(victim));
-            for victim in &victims {
+            let bytes = set.memory_of(head, total).map_or(&mut [][..], |memory| self.meta.get_mut(memory));
+            self.methods[set.method].on_admit(tokens, bytes, &mut |victim| victims.push(victim));
+            for victim in victims.iter().filter(|victim| (**victim as usize) < tokens) {
                 let word = head * capacity + *victim as usize / rows;
                 let gone = self.meta.word(dead, word) + 1;
                 self.meta.set_word(dead, word, gone);
                 if gone as usize == rows {
                     let page = self.tables.word(pages, word);
-                    self.tables.set_word(pages, word, NO_PAGE);
-                    self.arena.release(page);
+                    if page != NO_PAGE {
+                        self.tables.set_word(pages, word, NO_PAGE);
+                        self.arena.release(page);
+                    }
                 }
             }
         }
     }
 
-    /// Counts the rows that a method has just selected.
+    /// Tells a pool which rows have just been selected.
     pub(crate) fn note_selected(&mut self, id: SequenceId, layer: usize) {
+        let (heads, total) = (self.shape.kv_heads, self.total_heads());
         let Ok(sequence) = self.sequence(id) else { return };
         let method = sequence.method;
         let Some(key) = self.methods[method].digest_key() else { return };
-        let Some(set) = sequence.digests.iter().find(|set| set.key == key) else { return };
-        let Some((pool, _)) = set.pool else { return };
-        let pool_bytes = self.methods[method].pool_bytes(sequence.capacity * self.shape.page_rows);
-        for kv_head in 0..self.shape.kv_heads {
-            let bytes = self.meta.get_mut(part(pool, layer * self.shape.kv_heads + kv_head, pool_bytes));
+        let Some(set) = sequence.digests.iter().find(|set| set.serves(key, method)) else { return };
+        let (Some(memory), Some(_)) = (set.memory, set.dead) else { return };
+        for kv_head in 0..heads {
+            let bytes = self.meta.get_mut(part(memory, layer * heads + kv_head, memory.len / total));
             self.methods[method].on_selected(self.buffers.selection.head(kv_head), bytes);
         }
+    }
+
+    /// Gives attention rows, `[KV head][blocks]` over the first `tokens` tokens, to the methods that learn from them.
+    pub(crate) fn feedback(&mut self, id: SequenceId, layer: usize, tokens: usize, rows: &[f32], full: bool) {
+        let (heads, total) = (self.shape.kv_heads, self.total_heads());
+        let Ok(sequence) = self.sequence(id) else { return };
+        let method = sequence.method;
+        let Some(key) = self.methods[method].digest_key() else { return };
+        let Some(set) = sequence.digests.iter().find(|set| set.serves(key, method)) else { return };
+        let Some(memory) = set.memory else { return };
+        for (kv_head, blocks) in rows.chunks_exact(rows.len() / heads).enumerate() {
+            let bytes = self.meta.get_mut(part(memory, layer * heads + kv_head, memory.len / total));
+            let row = FeedbackRow { layer, kv_head, tokens, blocks, full };
+            self.methods[method].on_feedback(&row, bytes);
+        }
+    }
+
+    /// Keeps marks of tokens from `first` on, which have room.
+    pub(crate) fn mark(&mut self, id: SequenceId, first: usize, marks: &[u8]) -> Result<(), MemoryError> {
+        let rows = self.shape.page_rows;
+        let Ok(sequence) = self.sequence(id) else { return Ok(()) };
+        let region = match sequence.marks {
+            Some(region) => region,
+            None => self.meta.allocate(sequence.capacity * rows)?,
+        };
+        self.meta.get_mut(region)[first..first + marks.len()].copy_from_slice(marks);
+        if let Ok(sequence) = self.sequence_mut(id) {
+            sequence.marks = Some(region);
+        }
+        Ok(())
     }
 
     /// Forgets rows from token `tokens` on, and digests what is left of the page that was cut.
@@ -419,23 +516,21 @@ impl ModelState {
                     }
                 }
             }
-            if let Some((pool, dead)) = set.pool {
-                let pool_bytes = self.methods[set.method].pool_bytes(capacity * rows);
+            if let Some(dead) = set.dead {
+                // Of the page that was cut, too few dead rows count from now on: it stays, which is the safe side.
                 for head in 0..total {
-                    let bytes = self.meta.get_mut(part(pool, head, pool_bytes));
-                    self.methods[set.method].on_truncate(tokens as usize, bytes);
-                    // Of the page that was cut, too few dead rows count from now on: it stays, which is the safe side.
                     for page in tokens as usize / rows..capacity {
                         self.meta.set_word(dead, head * capacity + page, 0);
                     }
                 }
             }
-            if let Ok(sequence) = self.sequence_mut(id) {
-                let start = tokens / rows as u32 * rows as u32;
-                for built in &mut sequence.digests[index].built {
-                    if *built > tokens {
-                        *built = start;
-                    }
+            let start = tokens / rows as u32 * rows as u32;
+            for layer in 0..self.shape.layers {
+                let built = set.built[layer];
+                let kept = if built > tokens { start } else { built };
+                let rebuild = self.cut_memory(&set, layer, capacity, tokens as usize);
+                if let Ok(sequence) = self.sequence_mut(id) {
+                    sequence.digests[index].built[layer] = if rebuild { 0 } else { kept };
                 }
             }
             for layer in 0..self.shape.layers {
@@ -443,6 +538,28 @@ impl ModelState {
             }
         }
         Ok(())
+    }
+
+    /// Tells one layer's memories of a truncation; true where they have to be made anew, for which they are zeroed.
+    fn cut_memory(&mut self, set: &DigestSet, layer: usize, capacity: usize, tokens: usize) -> bool {
+        let (heads, total) = (self.shape.kv_heads, self.total_heads());
+        let Some(memory) = set.memory else { return false };
+        let layer_heads = layer * heads..(layer + 1) * heads;
+        let mut rebuild = false;
+        for head in layer_heads.clone() {
+            let bytes = self.meta.get_mut(part(memory, head, memory.len / total));
+            rebuild |= self.methods[set.method].on_truncate(tokens, bytes) == Truncated::Rebuild;
+        }
+        if rebuild {
+            for head in layer_heads {
+                self.meta.get_mut(part(memory, head, memory.len / total)).fill(0);
+                // A pool that is made anew drops its rows anew.
+                if let Some(dead) = set.dead {
+                    self.meta.get_mut(part(dead, head, capacity * 4)).fill(0);
+                }
+            }
+        }
+        rebuild
     }
 
     /// Gives a closed sequence's digests back.
@@ -455,12 +572,8 @@ impl ModelState {
                 }
             }
         }
-        self.meta.release(set.table);
-        self.meta.release(set.state);
-        if let Some((pool, dead)) = set.pool {
-            self.meta.release(pool);
-            self.meta.release(dead);
-        }
+        let regions = [Some(set.table), Some(set.state), set.memory, set.dead];
+        regions.into_iter().flatten().for_each(|region| self.meta.release(region));
     }
 }
 

@@ -9,7 +9,7 @@ use thiserror::Error;
 use crate::lane::mailbox::ReportError;
 
 /// Rows, over all members and KV heads, that one speculation may have candidates for: a batch of 256 sequences of
-/// 128 Ki tokens with eight KV heads.
+/// 128 Ki tokens with eight KV heads. A block of query tokens counts once for each of them.
 pub(super) const WORK_MAX: usize = 1 << 28;
 
 /// Why a session ends.
@@ -83,6 +83,38 @@ pub enum SessionError {
         wanted: usize,
         /// Bytes of all payloads.
         have: usize,
+    },
+    /// Attention rows for a method that learns from none.
+    #[error("feedback came for sequence {sequence}, whose method learns from none")]
+    NoFeedback {
+        /// Which sequence.
+        sequence: SequenceId,
+    },
+    /// An attention weight that is none.
+    #[error("feedback for sequence {sequence} has a weight of {weight}, which is not within 0..=1")]
+    Weight {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// The weight.
+        weight: f32,
+    },
+    /// A mark that is none.
+    #[error("a mark of sequence {sequence} is {mark}, and the largest is {}", kvoyant_methods::mark::LINE)]
+    Mark {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// The mark.
+        mark: u8,
+    },
+    /// Marks or attention rows of tokens that cannot be, or marks of tokens that have been appended already.
+    #[error("marks or feedback up to token {end} do not fit sequence {sequence}, which has room for {room}")]
+    Tokens {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// Tokens up to which they go.
+        end: usize,
+        /// Tokens that it has room for.
+        room: usize,
     },
     /// A batch with more candidates than a lane can be asked to look at in one go.
     #[error("a speculation over {rows} rows and more is larger than {WORK_MAX}; split the batch")]

@@ -105,7 +105,7 @@ impl ModelState {
             return Err(refused("it is already".into()));
         }
         let method = &self.methods[sequence.method];
-        if method.needs().pool {
+        if method.needs().drops_rows {
             // Captured kernels know pages by a table of their own, which must not lose any.
             return Err(refused(format!("its method, {}, has a pool, which drops rows", method.spec())));
         }

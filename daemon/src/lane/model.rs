@@ -4,15 +4,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvoyant_kernels::Dtype;
-use kvoyant_methods::infinigen::SkewArtifact;
-use kvoyant_methods::{Artifact, Fingerprint, Method, MethodSpec, Scratch, Selection, Shape};
+use kvoyant_methods::{Artifact, Artifacts, Fingerprint, Method, MethodSpec, Scratch, Selection, Shape};
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Failure, MemoryKind, Mode, ModelSpec, ToClient};
 use kvoyant_protocol::graph::GraphLayout;
 use kvoyant_protocol::memory::MemoryError;
 
 use crate::device::{Device, SessionMemory, Slab, SlabRequest};
-use crate::lane::digests::DigestPool;
+use crate::lane::digests::{DigestPool, DigestSet};
 use crate::lane::graph::GraphState;
 use crate::lane::sequences::SequenceSlot;
 use crate::tiers::arena::{PageGeometry, SessionArena};
@@ -67,6 +66,9 @@ pub struct Buffers {
     pub(crate) selection: Selection,
     pub(crate) scratch: Scratch,
     pub(crate) hint: Vec<f32>,
+    pub(crate) ids: Vec<u32>,
+    pub(crate) digest: Vec<u8>,
+    pub(crate) marks: Vec<u8>,
     pub(crate) rows: Vec<u8>,
     pub(crate) keys: Vec<f32>,
     pub(crate) state: Vec<u8>,
@@ -118,7 +120,7 @@ impl ModelState {
     /// Checks a specification, builds its methods and makes its memory.
     pub fn new(
         spec: ModelSpec,
-        artifact: Option<&[u8]>,
+        artifacts: &[Vec<u8>],
         sequences_max: u32,
         extents: Supply,
         device: &dyn Device,
@@ -128,10 +130,7 @@ impl ModelState {
         let shape = shape_of(&spec)?;
         let row_bytes = 2 * shape.head_dim * shape.dtype.bytes();
         let geometry = PageGeometry { page_rows: shape.page_rows, row_bytes };
-        let artifact = artifact
-            .map(|bytes| SkewArtifact::from_bytes(bytes).map(|skew| Artifact::Skew(Arc::new(skew))))
-            .transpose()
-            .map_err(|error| Failure::BadMethod(error.to_string()))?;
+        let artifacts = read_artifacts(artifacts)?;
         if !(1..=METHODS_MAX).contains(&spec.methods.len()) {
             let count = spec.methods.len();
             return Err(Failure::BadMethod(format!(
@@ -155,7 +154,7 @@ impl ModelState {
             .iter()
             .map(|text| {
                 let method: MethodSpec = text.parse().map_err(|error| format!("{error}"))?;
-                kvoyant_methods::build(&method, &shape, artifact.as_ref()).map_err(|error| format!("{error}"))
+                kvoyant_methods::build(&method, &shape, &artifacts).map_err(|error| format!("{error}"))
             })
             .collect::<Result<Vec<_>, String>>()
             .map_err(Failure::BadMethod)?;
@@ -229,10 +228,12 @@ impl ModelState {
         (geometry.pages_per_extent() * geometry.page_rows) as u32
     }
 
-    /// Bytes of digests in use.
+    /// Bytes of all that methods keep: digest blocks, their tables, states and memories.
     #[must_use]
     pub fn digest_bytes(&self) -> usize {
-        self.pools.iter().map(|pool| pool.blocks.used_bytes()).sum()
+        let blocks: usize = self.pools.iter().map(|pool| pool.blocks.used_bytes()).sum();
+        let open = self.open_handles().filter_map(|id| self.sequence(id).ok());
+        blocks + open.flat_map(|sequence| &sequence.digests).map(DigestSet::bytes).sum::<usize>()
     }
 
     /// Memory that the client has not got yet, in messages of as many descriptors as fit.
@@ -261,6 +262,20 @@ impl ModelState {
         }
         Ok(list)
     }
+}
+
+/// What methods were calibrated to, at most one of each kind.
+fn read_artifacts(files: &[Vec<u8>]) -> Result<Artifacts, Failure> {
+    let mut artifacts = Artifacts::none();
+    for bytes in files {
+        let artifact = Artifact::from_bytes(bytes).map_err(|error| Failure::BadMethod(error.to_string()))?;
+        let kind = artifact.kind();
+        if artifacts.iter().any(|known| known.kind() == kind) {
+            return Err(Failure::BadMethod(format!("two {kind} artifacts were registered; a model has one")));
+        }
+        artifacts.insert(artifact);
+    }
+    Ok(artifacts)
 }
 
 /// The shape that a specification describes, if it is one that can be served.

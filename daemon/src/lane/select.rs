@@ -5,11 +5,11 @@
 //! into the transfer plan.
 
 use kvoyant_kernels::CopyRun;
-use kvoyant_methods::{NoDigests, SelectContext};
+use kvoyant_methods::{NoRows, NoStore, SelectContext};
 use kvoyant_protocol::control::NO_PAGE;
 use kvoyant_protocol::wire::{BatchEntry, BlockRun, HeadEntry, SequenceId, Status};
 
-use crate::lane::digests::Digested;
+use crate::lane::digests::{Digested, View};
 use crate::lane::model::ModelState;
 use crate::tiers::residency::SlotSet;
 
@@ -90,11 +90,12 @@ pub struct Turn {
 }
 
 impl ModelState {
-    /// Answers for one member. `hint` is `[query heads][head dim]`.
+    /// Answers for one member, whose hint is in the buffers.
     pub fn speculate(
         &mut self,
         layer: usize,
         entry: &BatchEntry,
+        queries: usize,
         turn: Turn,
         answer: &mut Answer,
     ) -> Result<(), Status> {
@@ -113,23 +114,38 @@ impl ModelState {
             Digested::NotObserved => return Err(Status::NotObserved),
             Digested::Behind => return Err(Status::NotAppended),
         }
-        self.select(id, layer, tokens);
+        self.select(id, layer, tokens, queries);
         self.note_selected(id, layer);
         if self.slab.is_some() { self.place(id, layer, turn, answer) } else { self.point(id, layer, answer) }
     }
 
-    fn select(&mut self, id: SequenceId, layer: usize, tokens: usize) {
-        let Ok(sequence) = self.sequence(id) else { return };
-        let (method, seed) = (sequence.method, sequence.seed);
+    fn select(&mut self, id: SequenceId, layer: usize, tokens: usize, queries: usize) {
         let mut selection = std::mem::take(&mut self.buffers.selection);
         let mut scratch = std::mem::take(&mut self.buffers.scratch);
         let hint = std::mem::take(&mut self.buffers.hint);
-        let context = SelectContext { layer, tokens, hint: &hint, sequence_seed: seed, step: tokens as u64 };
-        match self.view(id, layer) {
-            Some(view) => self.methods[method].select(&context, &view, &mut scratch, &mut selection),
-            None => self.methods[method].select(&context, &NoDigests, &mut scratch, &mut selection),
+        let ids = std::mem::take(&mut self.buffers.ids);
+        let slot = self.sequences.get(id.slot as usize);
+        if let Some(sequence) = slot.and_then(|slot| slot.sequence.as_ref()) {
+            let method = &*self.methods[sequence.method];
+            let context = SelectContext {
+                layer,
+                heads: 0..self.shape.kv_heads,
+                tokens,
+                queries,
+                hint: &hint,
+                ids: &ids,
+                sequence_seed: sequence.seed,
+                step: tokens as u64,
+                rows: &NoRows,
+            };
+            let of = (method, sequence.method);
+            match View::new(&mut self.meta, &self.pools, sequence, of, (&self.shape, layer)) {
+                Some(mut view) => method.select(&context, &mut view, &mut scratch, &mut selection),
+                None => method.select(&context, &mut NoStore, &mut scratch, &mut selection),
+            }
         }
-        (self.buffers.selection, self.buffers.scratch, self.buffers.hint) = (selection, scratch, hint);
+        (self.buffers.selection, self.buffers.scratch) = (selection, scratch);
+        (self.buffers.hint, self.buffers.ids) = (hint, ids);
     }
 
     /// Runs that point into the session's own extents.

@@ -52,6 +52,8 @@ pub struct Sequence {
     pub observation: Option<Region>,
     /// Layers whose statistics have come.
     pub observed: Vec<bool>,
+    /// Marks of the tokens' text, one byte for each token that the table can hold; zero where none came.
+    pub marks: Option<Region>,
     /// Digests, one set for each kind that its method, or a fork's, reads.
     pub digests: Vec<DigestSet>,
     /// What is on the device, per layer.
@@ -154,6 +156,10 @@ impl ModelState {
         )))
     }
 
+    fn drops_rows(&self, method: usize) -> bool {
+        self.methods[method].needs().drops_rows
+    }
+
     /// Opens an empty sequence with room for `tokens`.
     pub fn open(&mut self, method: u16, tokens: u32) -> Result<SequenceId, Failure> {
         let method = self.method_index(method)?;
@@ -174,6 +180,7 @@ impl ModelState {
             lens: vec![0; layers],
             observation: None,
             observed: vec![false; layers],
+            marks: None,
             digests: Vec::new(),
             residency,
             graph: None,
@@ -198,7 +205,7 @@ impl ModelState {
             None => self.sequence(parent)?.method,
         };
         let from = self.sequence(parent)?.method;
-        if from != method && (self.methods[from].needs().pool || self.methods[method].needs().pool) {
+        if from != method && (self.drops_rows(from) || self.drops_rows(method)) {
             return Err(Failure::BadMethod(format!(
                 "sequence {parent} cannot be forked from {} to {}: a method with a pool drops rows, so it neither takes \
                  over a sequence nor hands one on; open one with it",
@@ -209,13 +216,12 @@ impl ModelState {
         let slot = self.free_slot()?;
         self.check_tables(2, self.sequence(parent)?.capacity)?;
         self.ensure_digests(parent, method)?;
-        let key = self.methods[method].digest_key();
         let (rows, kept) = (self.shape.page_rows, 0..self.heads());
         let sequence = self.sequence(parent)?;
         let (tokens, capacity, from) = (sequence.tokens_max(), sequence.capacity, sequence.table);
         let room = sequence.tokens();
         let (seed, lens, observed) = (sequence.seed, sequence.lens.clone(), sequence.observed.clone());
-        let observation = sequence.observation;
+        let (observation, marks) = (sequence.observation, sequence.marks);
         let pages = tokens.div_ceil(rows);
         let table = self.tables.allocate(from.len)?;
         let bytes = self.tables.get(from).to_vec();
@@ -231,19 +237,9 @@ impl ModelState {
                 }
             }
         }
-        let observation = match observation {
-            None => None,
-            Some(from) => {
-                let region = self.meta.allocate(from.len)?;
-                let bytes = self.meta.get(from).to_vec();
-                self.meta.get_mut(region).copy_from_slice(&bytes);
-                Some(region)
-            }
-        };
-        let digests = match key {
-            None => Vec::new(),
-            Some(key) => self.share_digests(parent, key)?,
-        };
+        let observation = observation.map(|from| self.meta.copy(from)).transpose()?;
+        let marks = marks.map(|from| self.meta.copy(from)).transpose()?;
+        let digests = self.share_digests(parent, method)?;
         // Its pages are shared now: the parent may not write to them either until it asks for room again.
         self.sequence_mut(parent)?.room = room;
         let mut residency = Vec::new();
@@ -260,6 +256,7 @@ impl ModelState {
                 lens,
                 observation,
                 observed,
+                marks,
                 digests,
                 residency,
                 graph: None,
@@ -470,6 +467,13 @@ impl ModelState {
         }
         let sequence = self.sequence_mut(id)?;
         sequence.residency = residency;
+        let marks = sequence.marks;
+        if let Some(marks) = marks {
+            let marks = self.meta.get_mut(marks);
+            let kept = (tokens as usize).min(marks.len());
+            marks[kept..].fill(0);
+        }
+        let sequence = self.sequence_mut(id)?;
         if let (Some(slot), Some(graph)) = (sequence.graph, &mut self.graph) {
             graph.changed(slot);
         }
@@ -498,7 +502,7 @@ impl ModelState {
             graph.close(slot);
         }
         self.tables.release(sequence.table);
-        if let Some(region) = sequence.observation {
+        for region in [sequence.observation, sequence.marks].into_iter().flatten() {
             self.meta.release(region);
         }
         for mut layer in sequence.residency {
@@ -543,12 +547,16 @@ impl ModelState {
     pub(crate) fn check_tables(&self, count: usize, pages: usize) -> Result<(), Failure> {
         let heads = self.heads();
         let capacity = pages.next_power_of_two().max(8);
-        let per_page =
-            |method: &dyn kvoyant_methods::Method| 4 + method.digest_bytes() + 4 + self.shape.page_rows;
-        let digests = self.methods.iter().map(|method| per_page(&**method)).max().unwrap_or(0);
-        let states = self.methods.iter().map(|method| method.head_state_bytes()).max().unwrap_or(0);
-        let per_head = (4 + digests) * capacity + states + self.shape.head_dim * 4;
-        let wanted = (count as u64).saturating_mul((heads * per_head) as u64);
+        let kept = |method: &dyn kvoyant_methods::Method| {
+            let per_page = 4 + method.digest_bytes() + 4;
+            per_page * capacity
+                + method.head_state_bytes()
+                + method.memory_bytes(capacity * self.shape.page_rows)
+        };
+        let kept = self.methods.iter().map(|method| kept(&**method)).max().unwrap_or(0);
+        let per_head = 4 * capacity + kept + self.shape.head_dim * 4;
+        let marks = capacity * self.shape.page_rows;
+        let wanted = (count as u64).saturating_mul((heads * per_head + marks) as u64);
         // Either new files can be had, or what is wanted fits into free spans of those that are there.
         let new = self.arena.budget().free_table_bytes().saturating_sub(2 * HEAP_FILE_BYTES as u64);
         let free = new.max(self.tables.longest_span().min(self.meta.longest_span()));

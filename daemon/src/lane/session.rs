@@ -2,7 +2,9 @@
 //!
 //! Whatever a client does wrong here ends this session, with a reason, and no other.
 
+mod hints;
 mod reports;
+mod told;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,9 +14,7 @@ use std::time::{Duration, Instant};
 use kvoyant_protocol::layout::{Layout, c2d, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
-use kvoyant_protocol::wire::{
-    Append, BatchEntry, Completion, Observe, Operation, Request, STATS, Speculate, Stat, Status,
-};
+use kvoyant_protocol::wire::{BatchEntry, Completion, Operation, Request, STATS, Speculate, Stat, Status};
 
 use crate::device::{AnswerWords, Device, Done, Publication, Report, Transfer};
 use crate::lane::error::{SessionError, WORK_MAX};
@@ -22,6 +22,7 @@ use crate::lane::mailbox::Report as GraphReport;
 use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::Sequence;
+use crate::lane::session::hints::HintArea;
 use crate::status::SessionStatus;
 
 /// How long a session may keep its lane before another one gets its turn; one request may take longer.
@@ -218,6 +219,8 @@ impl LaneSession {
             Operation::Speculate(speculate) => self.speculate(&speculate, index, arrived, tools),
             Operation::Append(append) => self.append(&append, index),
             Operation::Observe(observe) => self.observe(&observe, index),
+            Operation::Feedback(feedback) => self.feedback(&feedback, index),
+            Operation::Mark { payload_bytes } => self.mark(payload_bytes, index),
         }
     }
 
@@ -311,28 +314,25 @@ impl LaneSession {
         self.answer.clear();
         self.answer.rows_per_extent = model.rows_per_extent();
         let mut work = 0;
-        let values = model.shape.query_heads * model.shape.head_dim;
         let mut status = Status::Ready;
+        let area = HintArea {
+            memory: &self.c2d,
+            at: self.layout.hints(index),
+            bytes: request.hint_bytes as usize,
+            queries: request.queries as usize,
+        };
         for entry in &self.batch {
-            let offset = entry.value as usize;
-            let have = request.hint_bytes as usize;
-            let inside =
-                offset.is_multiple_of(4) && offset.checked_add(values * 4).is_some_and(|end| end <= have);
-            model.buffers.hint.clear();
-            if model.sequence(entry.sequence).is_ok_and(|s| model.methods[s.method].needs().hint) {
-                if !inside {
-                    return Err(SessionError::Payload { offset, bytes: have, wanted: values * 4, have });
-                }
-                model.buffers.hint.resize(values, 0.0);
-                let into = bytemuck::cast_slice_mut(&mut model.buffers.hint);
-                self.c2d.read(self.layout.hints(index) + offset, into)?;
-            }
-            work += (entry.position as usize + 1) * model.shape.kv_heads;
+            let rows = (entry.position as usize + 1) * model.shape.kv_heads;
+            work += rows.saturating_mul(area.queries);
             if work > WORK_MAX {
                 return Err(SessionError::Work { rows: work });
             }
             let turn = Turn { ticket, released_through: self.released_through };
-            if let Err(failed) = model.speculate(layer, entry, turn, &mut self.answer) {
+            let answered = match area.read(entry, layer, model)? {
+                Ok(()) => model.speculate(layer, entry, area.queries, turn, &mut self.answer),
+                Err(bad) => Err(bad),
+            };
+            if let Err(failed) = answered {
                 status = failed;
                 break;
             }
@@ -358,6 +358,7 @@ impl LaneSession {
             select_ns: nanos(began, planned),
             transfer_ns: 0,
             table_bytes,
+            partials: false,
             boot_id: self.boot_id,
         };
         // Rows that were given slots must be copied there even if this answer failed: the slots count as resident.
@@ -461,63 +462,6 @@ impl LaneSession {
         *value += by;
         self.d2c.store_u64(d2c::STATS + stat as usize * 8, *value);
         self.status.stats[stat as usize].store(*value, Ordering::Relaxed);
-    }
-
-    fn append(&mut self, request: &Append, index: u32) -> Result<(), SessionError> {
-        self.read_batch(index, request.batch)?;
-        let batch = std::mem::take(&mut self.batch);
-        let model = self.model.as_mut().ok_or(SessionError::NoModel)?;
-        let layers = match request.layer {
-            None => 0..model.shape.layers,
-            Some(layer) if usize::from(layer) < model.shape.layers => {
-                usize::from(layer)..usize::from(layer) + 1
-            }
-            Some(layer) => {
-                return Err(SessionError::Layer { layer, verb: "appended to", layers: model.shape.layers });
-            }
-        };
-        let mut rows = 0;
-        for entry in &batch {
-            let (id, position, count) = (entry.sequence, entry.position, entry.value);
-            for layer in layers.clone() {
-                let sequence = model.sequence_mut(id).map_err(SessionError::Sequence)?;
-                let (len, room) = (sequence.lens[layer], sequence.room);
-                let end = position.checked_add(count);
-                if position != len || end.is_none_or(|end| end as usize > room) {
-                    return Err(SessionError::Append { sequence: id, layer, position, count, len, room });
-                }
-                sequence.lens[layer] = len + count;
-                model.build_layer(id, layer)?;
-            }
-            rows += u64::from(count) * (layers.len() * model.shape.kv_heads) as u64;
-            if request.layer.is_none() {
-                model.record(id);
-            }
-        }
-        self.batch = batch;
-        self.dirty = true;
-        self.count(Stat::RowsAppended, rows);
-        Ok(())
-    }
-
-    fn observe(&mut self, request: &Observe, index: u32) -> Result<(), SessionError> {
-        self.read_batch(index, 1)?;
-        let model = self.model.as_mut().ok_or(SessionError::NoModel)?;
-        let layer = usize::from(request.layer);
-        if layer >= model.shape.layers {
-            let layers = model.shape.layers;
-            return Err(SessionError::Layer { layer: request.layer, verb: "observed", layers });
-        }
-        let values = model.shape.kv_heads * model.shape.head_dim;
-        let bytes = request.payload_bytes as usize;
-        if bytes != values * 4 {
-            return Err(SessionError::Payload { offset: 0, bytes, wanted: values * 4, have: bytes });
-        }
-        let mut sums = vec![0.0f32; values];
-        self.c2d.read(self.layout.hints(index), bytemuck::cast_slice_mut(&mut sums))?;
-        let id = self.batch[0].sequence;
-        model.sequence(id).map_err(SessionError::Sequence)?;
-        Ok(model.observe(id, layer, &sums)?)
     }
 
     /// As [`LaneSession::refresh_status`], if anything was appended since.

@@ -104,6 +104,14 @@ impl Heap {
         Ok(region)
     }
 
+    /// A copy of a region in a region of its own.
+    pub fn copy(&mut self, from: Region) -> Result<Region, MemoryError> {
+        let to = self.allocate(from.len)?;
+        let bytes = self.get(from).to_vec();
+        self.get_mut(to).copy_from_slice(&bytes);
+        Ok(to)
+    }
+
     /// Gives a region back.
     pub fn release(&mut self, region: Region) {
         let span = region.len.max(1).next_multiple_of(ALIGN);

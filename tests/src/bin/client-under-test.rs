@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use kvoyant_client::{Client, Error, Member, Options};
+use kvoyant_client::{Client, Error, Hint, Member, Options};
 use kvoyant_tests::fake;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err("usage: client-under-test SOCKET hold|work [SECONDS]".into());
     };
     let model = Client::connect(Path::new(socket), Options::default())?
-        .register(fake::spec(&["random:budget=50%"]), None)?;
+        .register(fake::spec(&["random:budget=50%"]), &[])?;
     let sequences: Vec<_> = (0..4)
         .map(|seed| {
             let sequence = model.open(0, 300)?;
@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut answers = 0;
     while Instant::now() < until {
         let members: Vec<_> =
-            sequences.iter().map(|sequence| Member { sequence, position: 300, hint: &[] }).collect();
+            sequences.iter().map(|sequence| Member { sequence, position: 300, hint: Hint::None }).collect();
         let ready = model.speculate(1, &members)?.wait(kvoyant_tests::PATIENCE)?;
         for (member, seed) in (0..4).enumerate() {
             fake::check(&ready, member, seed, 1).map_err(|problem| format!("a wrong answer: {problem}"))?;

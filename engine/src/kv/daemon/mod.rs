@@ -19,7 +19,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kvoyant_client::cuda::{KernelError, StreamMember, StreamPending};
-use kvoyant_client::{Client, Member, Mode, ModelSpec, Options, Pending};
+use kvoyant_client::{Client, Hint, Member, Mode, ModelSpec, Options, Pending};
 use kvoyant_kernels::Kernels;
 use kvoyant_methods::infinigen;
 use kvoyant_methods::{MethodError, MethodSpec, Needs, Shape};
@@ -135,16 +135,18 @@ impl DaemonKv {
             methods: options.methods.iter().map(ToString::to_string).collect(),
             slab_bytes: 0,
             graph: None,
-            artifact_bytes: None,
+            latent_values: 0,
+            artifacts: Vec::new(),
         };
-        let artifact = options.skew.as_ref().map(|skew| skew.to_bytes()).transpose()?;
-        let model = client.register(spec, artifact.as_deref())?;
+        let artifacts = &options.artifacts;
+        let files =
+            artifacts.iter().map(|artifact| artifact.to_bytes()).collect::<Result<Vec<_>, MethodError>>()?;
+        let model = client.register(spec, &files)?;
         let methods_shape = options.shape(&shape, model.page_rows());
-        let skew = options.skew.clone().map(kvoyant_methods::Artifact::Skew);
         let needs = options
             .methods
             .iter()
-            .map(|spec| Ok(kvoyant_methods::build(spec, &methods_shape, skew.as_ref())?.needs()))
+            .map(|spec| Ok(kvoyant_methods::build(spec, &methods_shape, artifacts)?.needs()))
             .collect::<Result<Vec<_>, MethodError>>()?;
         let statistics = Statistics::wanted_by(&options.methods)?;
         let device = match model.mode() {
@@ -250,7 +252,7 @@ impl DaemonKv {
         let width = shape.kv_heads * d;
         let Some(sums) = sequence.sums_mut(self.shape.layers * width) else { return };
         let turned = self.statistics.is_some_and(|statistics| statistics.skew);
-        let skew = self.options.skew.as_deref().filter(|_| turned);
+        let skew = self.options.artifacts.skew().filter(|_| turned);
         sums[layer * width..(layer + 1) * width].par_chunks_exact_mut(d).enumerate().for_each(
             |(head, sums)| {
                 let matrix = skew.map_or(&[][..], |skew| skew.matrix(layer, head));
@@ -298,10 +300,10 @@ impl DaemonKv {
             .zip(positions)
             .enumerate()
             .map(|(i, (sequence, position))| {
-                let hint = if self.needs[sequence.method()].hint {
-                    &queries[i * width..(i + 1) * width]
+                let hint = if self.needs[sequence.method()].hint.is_query() {
+                    Hint::Query(&queries[i * width..(i + 1) * width])
                 } else {
-                    &[]
+                    Hint::None
                 };
                 Member { sequence: sequence.inner(), position: *position, hint }
             })
@@ -418,7 +420,7 @@ impl KvBackend for DaemonKv {
             batch.iter().zip(positions).map(|(sequence, position)| (&**sequence, position + 1)).collect();
         self.make_room(&wanted)?;
         self.in_step = true;
-        self.hinted = batch.iter().any(|sequence| self.needs[sequence.method()].hint);
+        self.hinted = batch.iter().any(|sequence| self.needs[sequence.method()].hint.is_query());
         self.stats.begin(batch.len(), positions);
         // A first layer that is not dense has nothing before it to be predicted from: only methods without hints
         // can be asked.

@@ -1,11 +1,11 @@
 //! What a model registers with.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use kvoyant_client::Limits;
-use kvoyant_methods::infinigen::{self, SkewArtifact};
-use kvoyant_methods::{Fingerprint, MethodSpec, Shape};
+use kvoyant_methods::full::FullSpec;
+use kvoyant_methods::infinigen::{IndexRule, InfinigenSpec};
+use kvoyant_methods::{Artifacts, Fingerprint, MethodSpec, Shape};
 
 use super::super::KvShape;
 use super::DaemonError;
@@ -19,8 +19,8 @@ pub struct DaemonOptions {
     pub fingerprint: Fingerprint,
     /// Methods that sequences may use, by index.
     pub methods: Vec<MethodSpec>,
-    /// InfiniGen's skew matrices, where a method needs them.
-    pub skew: Option<Arc<SkewArtifact>>,
+    /// What the methods were calibrated to.
+    pub artifacts: Artifacts,
     /// First tokens that are always attended.
     pub sinks: usize,
     /// Recent tokens that are always attended, the current one included.
@@ -40,8 +40,8 @@ impl Default for DaemonOptions {
         Self {
             name: "kvoyant-engine".into(),
             fingerprint: Fingerprint::default(),
-            methods: vec![MethodSpec::Full],
-            skew: None,
+            methods: vec![MethodSpec::new(FullSpec)],
+            artifacts: Artifacts::none(),
             sinks: 4,
             window: 64,
             dense_layers: 2,
@@ -100,8 +100,8 @@ impl Statistics {
     pub(super) fn wanted_by(methods: &[MethodSpec]) -> Result<Option<Self>, DaemonError> {
         let mut found: Option<(Self, &MethodSpec)> = None;
         for method in methods {
-            let MethodSpec::Infinigen(spec) = method else { continue };
-            let wanted = Self { skew: spec.skew, keys: spec.index == infinigen::IndexRule::Both };
+            let Some(spec) = method.options::<InfinigenSpec>() else { continue };
+            let wanted = Self { skew: spec.skew, keys: spec.index == IndexRule::Both };
             match found {
                 Some((other, a)) if other != wanted => {
                     return Err(DaemonError::Statistics {

@@ -1,0 +1,384 @@
+//! What lies in the completion ring and in block tables.
+
+use bytemuck::{Pod, Zeroable};
+use thiserror::Error;
+
+use crate::layout::{DESCRIPTOR_BYTES, HEAD_ENTRY_BYTES, Limits, RUN_BYTES};
+use crate::ring::Descriptor;
+
+/// How a speculation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Status {
+    /// The block table is complete.
+    Ready = 1,
+    /// The block table does not fit: split the batch, or connect with larger `table_bytes`.
+    TableFull = 2,
+    /// A member names a sequence that is not open (any more).
+    NoSuchSequence = 3,
+    /// The method needs the prompt's statistics, which were never sent.
+    NotObserved = 4,
+    /// A member's position lies beyond what was appended.
+    NotAppended = 5,
+    /// The daemon failed inside; its log says how.
+    Failed = 6,
+    /// A member is served in graph mode, where rows are selected on the device.
+    InGraphMode = 7,
+    /// A hint with a value that is no number, or ids that are none of the sequence's. The session goes on.
+    BadHint = 8,
+}
+
+impl Status {
+    fn from_code(code: u8) -> Option<Self> {
+        [
+            Self::Ready,
+            Self::TableFull,
+            Self::NoSuchSequence,
+            Self::NotObserved,
+            Self::NotAppended,
+            Self::Failed,
+            Self::InGraphMode,
+            Self::BadHint,
+        ]
+        .into_iter()
+        .find(|status| *status as u8 == code)
+    }
+}
+
+impl std::fmt::Display for Status {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Ready => "ready",
+            Self::TableFull => "the block table does not fit into the session's table_bytes: split the batch",
+            Self::NoSuchSequence => "a member's sequence is not open",
+            Self::NotObserved => "the method needs the prompt's query statistics, which were not sent",
+            Self::NotAppended => "a member's position lies beyond the rows that were appended",
+            Self::Failed => "the daemon failed on it; its log says how",
+            Self::InGraphMode => "a member is served in graph mode, where rows are selected on the device",
+            Self::BadHint => {
+                "a hint has a value that is no finite number, or ids that are none of its sequence's"
+            }
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct RawCompletion {
+    status: u8,
+    flags: u8,
+    layer: u16,
+    batch: u32,
+    ticket: u64,
+    bytes_moved: u64,
+    rows_selected: u32,
+    rows_hit: u32,
+    rows_in_place: u32,
+    rows_resident: u32,
+    select_ns: u32,
+    transfer_ns: u32,
+    queue_ns: u32,
+    table_bytes: u32,
+    boot_id: u64,
+}
+
+const _: () = assert!(size_of::<RawCompletion>() == DESCRIPTOR_BYTES);
+
+/// Behind the runs lie partial attentions of the daemon's CPU, see [`PartialLayout`].
+const FLAG_PARTIALS: u8 = 1;
+
+/// The answer to a speculation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Completion {
+    /// How it ended.
+    pub status: Status,
+    /// Layer that the rows are for.
+    pub layer: u16,
+    /// Members.
+    pub batch: u32,
+    /// Ticket of the speculation.
+    pub ticket: u64,
+    /// Bytes that were copied for it.
+    pub bytes_moved: u64,
+    /// Rows selected, all members and heads together.
+    pub rows_selected: u32,
+    /// Of these, rows that were on the device already.
+    pub rows_hit: u32,
+    /// Of these, rows that are to be read from the session's own extents, because the device reads in place or
+    /// had no room.
+    pub rows_in_place: u32,
+    /// Rows that the members' heads keep on the device in this layer, selected or not.
+    pub rows_resident: u32,
+    /// Time from the request's arrival at the lane until its selection began, in ns.
+    pub queue_ns: u32,
+    /// Time that selection and planning took, in ns.
+    pub select_ns: u32,
+    /// Time from the plan until its last byte had arrived, in ns.
+    pub transfer_ns: u32,
+    /// Bytes of the block table.
+    pub table_bytes: u32,
+    /// Whether partial attentions lie behind its runs ([`PartialLayout`]).
+    pub partials: bool,
+    /// Low 64 bits of the daemon's boot id.
+    pub boot_id: u64,
+}
+
+/// A completion that makes no sense.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum CompletionError {
+    /// Flags of a later version.
+    #[error("completion of ticket {ticket} has flags {flags:#x}, which this version does not know")]
+    UnknownFlags {
+        /// The flags.
+        flags: u8,
+        /// Ticket of the answer.
+        ticket: u64,
+    },
+    /// No such status.
+    #[error("completion of ticket {ticket} has status {code}, which is not known")]
+    UnknownStatus {
+        /// The code that came.
+        code: u8,
+        /// Ticket of the answer.
+        ticket: u64,
+    },
+    /// More table than the session has.
+    #[error("completion of ticket {ticket} claims a block table of {bytes} bytes, more than {max}")]
+    TableSize {
+        /// Ticket of the answer.
+        ticket: u64,
+        /// Bytes that it claims.
+        bytes: u32,
+        /// Bytes that there are.
+        max: u32,
+    },
+    /// Another daemon's answer.
+    #[error("completion of ticket {ticket} comes from another start of the daemon")]
+    OtherBoot {
+        /// Ticket of the answer.
+        ticket: u64,
+    },
+}
+
+impl Completion {
+    /// Parses a private copy of a descriptor.
+    pub fn parse(descriptor: &Descriptor, limits: &Limits, boot_id: u64) -> Result<Self, CompletionError> {
+        let raw: RawCompletion = bytemuck::pod_read_unaligned(descriptor);
+        let ticket = raw.ticket;
+        let status = Status::from_code(raw.status)
+            .ok_or(CompletionError::UnknownStatus { code: raw.status, ticket })?;
+        if raw.flags & !FLAG_PARTIALS != 0 {
+            return Err(CompletionError::UnknownFlags { flags: raw.flags, ticket });
+        }
+        if raw.table_bytes > limits.table_bytes {
+            let (bytes, max) = (raw.table_bytes, limits.table_bytes);
+            return Err(CompletionError::TableSize { ticket, bytes, max });
+        }
+        if raw.boot_id != boot_id {
+            return Err(CompletionError::OtherBoot { ticket });
+        }
+        Ok(Self {
+            status,
+            layer: raw.layer,
+            batch: raw.batch,
+            ticket,
+            bytes_moved: raw.bytes_moved,
+            rows_selected: raw.rows_selected,
+            rows_hit: raw.rows_hit,
+            rows_in_place: raw.rows_in_place,
+            rows_resident: raw.rows_resident,
+            queue_ns: raw.queue_ns,
+            select_ns: raw.select_ns,
+            transfer_ns: raw.transfer_ns,
+            table_bytes: raw.table_bytes,
+            partials: raw.flags & FLAG_PARTIALS != 0,
+            boot_id: raw.boot_id,
+        })
+    }
+
+    /// The descriptor that parses to this completion.
+    #[must_use]
+    pub fn encode(&self) -> Descriptor {
+        bytemuck::cast(RawCompletion {
+            status: self.status as u8,
+            flags: if self.partials { FLAG_PARTIALS } else { 0 },
+            layer: self.layer,
+            batch: self.batch,
+            ticket: self.ticket,
+            bytes_moved: self.bytes_moved,
+            rows_selected: self.rows_selected,
+            rows_hit: self.rows_hit,
+            rows_in_place: self.rows_in_place,
+            rows_resident: self.rows_resident,
+            select_ns: self.select_ns,
+            transfer_ns: self.transfer_ns,
+            queue_ns: self.queue_ns,
+            table_bytes: self.table_bytes,
+            boot_id: self.boot_id,
+        })
+    }
+
+    /// The timeline word that says this completion is there: waiters compare it with `ticket << 8`.
+    #[must_use]
+    pub fn timeline(&self) -> u64 {
+        self.ticket << 8 | u64::from(self.status as u8)
+    }
+}
+
+/// Front of a block table: `[member][KV head]` of these, then the runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct HeadEntry {
+    /// Index of the head's first run.
+    pub first_run: u32,
+    /// How many runs.
+    pub runs: u32,
+    /// Rows in all of them.
+    pub rows: u32,
+    /// Rows that this head keeps on the device in this layer, selected or not.
+    pub resident: u32,
+}
+
+const _: () = assert!(size_of::<HeadEntry>() == HEAD_ENTRY_BYTES);
+
+/// Rows of one head that lie one behind the other, both in memory and in the sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct BlockRun {
+    /// Row locator of the first row: page id times rows per page, plus the row in the page.
+    pub row: u32,
+    /// Position of the first row's token in the sequence.
+    pub token: u32,
+    rows_and_space: u32,
+}
+
+const _: () = assert!(size_of::<BlockRun>() == RUN_BYTES);
+
+const IN_SLAB: u32 = 1 << 31;
+
+impl BlockRun {
+    /// A run of `rows` rows, in the device slab or in the session's extents.
+    #[must_use]
+    pub fn new(row: u32, token: u32, rows: u32, in_slab: bool) -> Self {
+        debug_assert!(rows < IN_SLAB, "a run of {rows} rows");
+        Self { row, token, rows_and_space: rows | if in_slab { IN_SLAB } else { 0 } }
+    }
+
+    /// How many rows.
+    #[must_use]
+    pub fn rows(&self) -> u32 {
+        self.rows_and_space & !IN_SLAB
+    }
+
+    /// Whether they lie in the device slab; else they lie in the session's extents.
+    #[must_use]
+    pub fn in_slab(&self) -> bool {
+        self.rows_and_space & IN_SLAB != 0
+    }
+}
+
+/// Where the partial attentions of an answer lie: behind the runs of its block table, one for each member. What the
+/// daemon's CPU attended for a member is a count of rows (u32, all KV heads together), then for each query head the
+/// logarithm of the sum of its exponentials (f32, `−∞` where there were no rows), then `[query heads][values]` f32: the
+/// softmax over those rows alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PartialLayout {
+    /// Query heads.
+    pub query_heads: usize,
+    /// Values of a row's value part.
+    pub values: usize,
+}
+
+impl PartialLayout {
+    /// Words of 32 bits of one member's.
+    #[must_use]
+    pub fn words(self) -> usize {
+        1 + self.query_heads * (1 + self.values)
+    }
+
+    /// Bytes of one member's.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        self.words() * 4
+    }
+}
+
+/// Counters of a session, in the order in which they lie in the daemon → client memfd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Stat {
+    /// Speculations answered.
+    Speculations = 0,
+    /// Rows selected.
+    RowsSelected,
+    /// Rows found on the device.
+    RowsHit,
+    /// Rows read in place.
+    RowsInPlace,
+    /// Bytes copied.
+    BytesMoved,
+    /// Time in selection and planning, ns.
+    SelectNs,
+    /// Time from plan to the last byte, ns.
+    TransferNs,
+    /// Rows appended, all layers and heads together.
+    RowsAppended,
+    /// Reports of graph mode that were read.
+    GraphReports,
+    /// Rows that kernels of graph mode found on the device.
+    GraphHits,
+    /// Rows that kernels of graph mode read over the link.
+    GraphMisses,
+    /// Reports of graph mode that were overwritten before they were read, or outrun by the next one.
+    GraphLost,
+    /// Rows attended by the daemon's CPU.
+    CpuRows,
+    /// Rows brought to the device ahead of any request.
+    PrefetchedRows,
+    /// Bytes copied for them.
+    PrefetchBytes,
+}
+
+/// How many counters there are.
+pub const STATS: usize = Stat::PrefetchBytes as usize + 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits { batch_max: 8, hint_bytes: 4096, ..Limits::default() }
+    }
+
+    #[test]
+    fn a_completion_of_another_boot_or_an_oversized_table_is_refused() {
+        let completion = Completion {
+            status: Status::Ready,
+            layer: 3,
+            batch: 2,
+            ticket: 9,
+            bytes_moved: 1 << 40,
+            rows_selected: 5,
+            rows_hit: 4,
+            rows_in_place: 1,
+            rows_resident: 6,
+            queue_ns: 1,
+            select_ns: 2,
+            transfer_ns: 3,
+            table_bytes: 128,
+            partials: true,
+            boot_id: 77,
+        };
+        let limits = limits();
+        assert_eq!(Completion::parse(&completion.encode(), &limits, 77), Ok(completion));
+        let other = Completion::parse(&completion.encode(), &limits, 78);
+        assert_eq!(other, Err(CompletionError::OtherBoot { ticket: 9 }));
+        let huge = Completion { table_bytes: limits.table_bytes + 1, ..completion };
+        assert!(Completion::parse(&huge.encode(), &limits, 77).is_err());
+        assert_eq!(completion.timeline() >> 8, 9);
+        let mut later = completion.encode();
+        later[1] = 2;
+        let error = Completion::parse(&later, &limits, 77).unwrap_err();
+        assert_eq!(error, CompletionError::UnknownFlags { flags: 2, ticket: 9 });
+    }
+}
