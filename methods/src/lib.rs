@@ -21,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 pub mod artifact;
+mod bounds;
 pub mod budget;
 pub mod context;
 pub mod error;

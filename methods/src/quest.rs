@@ -8,16 +8,14 @@
 //! Quest's pages (16 rows in the paper) may be smaller than the pages of the arena: a digest block holds
 //! `[P/page][2][d]` values.
 
-use kvoyant_kernels::Kernels;
-
 use crate::artifact::Artifacts;
+use crate::bounds::PageBounds;
 use crate::budget::Budget;
 use crate::context::SelectContext;
 use crate::error::{MethodError, SpecError};
 use crate::method::{Append, DigestKey, HintNorm, Method};
 use crate::needs::{HintSource, Needs};
 use crate::options::{OptionWriter, Options};
-use crate::pages;
 use crate::registry::Entry;
 use crate::scratch::Scratch;
 use crate::selection::Selection;
@@ -101,10 +99,9 @@ impl Spec for QuestSpec {
 /// Selects the pages whose bounds are highest.
 #[derive(Debug)]
 pub struct Quest {
-    shape: Shape,
-    quest: QuestSpec,
+    bounds: PageBounds,
+    budget: Budget,
     spec: MethodSpec,
-    kernels: Kernels,
 }
 
 impl Quest {
@@ -113,21 +110,8 @@ impl Quest {
     /// # Errors
     /// [`MethodError::Unsuitable`] where `page` does not divide the arena's page.
     pub fn new(quest: QuestSpec, shape: &Shape) -> Result<Self, MethodError> {
-        if quest.page == 0 || !shape.page_rows.is_multiple_of(quest.page) {
-            return Err(MethodError::Unsuitable {
-                method: NAME,
-                reason: format!(
-                    "its pages of {} rows do not divide the arena's of {}; set `page` to a divisor",
-                    quest.page, shape.page_rows
-                ),
-            });
-        }
-        Ok(Self { shape: *shape, quest, spec: MethodSpec::new(quest), kernels: Kernels::best() })
-    }
-
-    /// Bytes of one page's `[2][d]`.
-    fn page_bytes(&self) -> usize {
-        2 * self.shape.head_dim * self.shape.dtype.bytes()
+        let bounds = PageBounds::new(NAME, quest.page, shape)?;
+        Ok(Self { bounds, budget: quest.budget, spec: MethodSpec::new(quest) })
     }
 }
 
@@ -141,40 +125,15 @@ impl Method for Quest {
     }
 
     fn digest_key(&self) -> Option<DigestKey> {
-        let parameters = [self.quest.page as u64, u64::from(self.shape.dtype.code()), 0, 0];
-        Some(DigestKey { method: NAME, parameters })
+        Some(self.bounds.digest_key())
     }
 
     fn digest_bytes(&self) -> usize {
-        self.shape.page_rows / self.quest.page * self.page_bytes()
+        self.bounds.digest_bytes()
     }
 
     fn on_append(&self, append: &Append<'_>, digest: &mut [u8], _memory: &mut [u8], scratch: &mut Scratch) {
-        let minmax = &mut scratch.matrix;
-        let (d, dtype) = (self.shape.head_dim, self.shape.dtype);
-        // The bound has to hold for keys as attention will read them, after rounding to the storage type.
-        // Rounding keeps order, so the rounded extremes are the extremes of the rounded keys.
-        minmax.resize(2 * d, 0.0);
-
-        let mut row = append.first_row;
-        let end = row + append.keys.len() / d;
-        let mut rest = append.keys;
-        while row < end {
-            let page = row / self.quest.page;
-            let count = ((page + 1) * self.quest.page).min(end) - row;
-            let (keys, later) = rest.split_at(count * d);
-            let block = &mut digest[page * self.page_bytes()..][..self.page_bytes()];
-            if row.is_multiple_of(self.quest.page) {
-                minmax[..d].fill(f32::INFINITY);
-                minmax[d..].fill(f32::NEG_INFINITY);
-            } else {
-                self.kernels.to_f32(dtype, block, minmax);
-            }
-            self.kernels.min_max_update(keys, d, minmax);
-            self.kernels.from_f32(dtype, minmax, block);
-            row += count;
-            rest = later;
-        }
+        self.bounds.append(append, digest, scratch);
     }
 
     fn select(
@@ -184,45 +143,7 @@ impl Method for Quest {
         scratch: &mut Scratch,
         out: &mut Selection,
     ) {
-        out.clear();
-        let Scratch { rows: gathered, matrix: minmax, scores, group, pages: bounds, ids, top, .. } = scratch;
-        let (d, g, size) = (self.shape.head_dim, context.group(&self.shape), self.quest.page);
-        let candidates = self.shape.candidates(context.tokens);
-        let covering = pages::covering(&candidates, size);
-        let count = covering.len();
-        let wanted = match count {
-            0 => 0,
-            _ => pages::affordable(self.quest.budget.rows_of(context.tokens), size, &candidates),
-        };
-        minmax.resize(2 * d, 0.0);
-        bounds.resize(g, 0.0);
-        scores.resize(g * count, 0.0);
-        for head in context.heads.clone() {
-            // Nothing to choose where everything is wanted.
-            if wanted == count {
-                out.push(candidates.start, candidates.end);
-                out.finish_head();
-                continue;
-            }
-            let queries = context.group_queries(&self.shape, head, gathered);
-            for (at, page) in covering.clone().enumerate() {
-                let row = page * size;
-                let block = &store.page(head, row / self.shape.page_rows)
-                    [row % self.shape.page_rows / size * self.page_bytes()..][..self.page_bytes()];
-                self.kernels.to_f32(self.shape.dtype, block, minmax);
-                self.kernels.page_bounds(queries, g, minmax, bounds);
-                bounds.iter().enumerate().for_each(|(query, bound)| scores[query * count + at] = *bound);
-            }
-            group.clear();
-            group.resize(count, 0.0);
-            for bounds in scores.chunks_exact(count) {
-                self.kernels.softmax_add(bounds, 1.0 / (d as f32).sqrt(), group);
-            }
-            pages::push_best(self.kernels, group, wanted, size, &candidates, top, ids, |first, end| {
-                out.push(first, end);
-            });
-            out.finish_head();
-        }
+        self.bounds.select(context, self.budget, store, scratch, out);
     }
 }
 
@@ -243,7 +164,7 @@ mod tests {
     fn digest(method: &Quest, keys: &[f32], chunk: usize) -> Vec<u8> {
         // A page begins as what its last owner left: some other value for every chunk length.
         let mut digest = vec![0x40 + chunk as u8 % 8; method.digest_bytes()];
-        let d = method.shape.head_dim;
+        let d = method.bounds.shape.head_dim;
         for (at, keys) in keys.chunks(chunk * d).enumerate() {
             let row = at * chunk;
             let append = Append {
@@ -262,19 +183,19 @@ mod tests {
 
     /// The bound of page `page` of a digest block, unscaled.
     fn bound(method: &Quest, digest: &[u8], page: usize, query: &[f32]) -> f32 {
-        let mut minmax = vec![0.0; 2 * method.shape.head_dim];
-        let block = &digest[page * method.page_bytes()..][..method.page_bytes()];
-        method.kernels.to_f32(method.shape.dtype, block, &mut minmax);
+        let mut minmax = vec![0.0; 2 * method.bounds.shape.head_dim];
+        let block = &digest[page * method.bounds.page_bytes()..][..method.bounds.page_bytes()];
+        method.bounds.kernels.to_f32(method.bounds.shape.dtype, block, &mut minmax);
         let mut bound = [0.0];
-        method.kernels.page_bounds(query, 1, &minmax, &mut bound);
+        method.bounds.kernels.page_bounds(query, 1, &minmax, &mut bound);
         bound[0]
     }
 
     fn stored(method: &Quest, keys: &[f32]) -> Vec<f32> {
-        let mut bytes = vec![0; keys.len() * method.shape.dtype.bytes()];
-        method.kernels.from_f32(method.shape.dtype, keys, &mut bytes);
+        let mut bytes = vec![0; keys.len() * method.bounds.shape.dtype.bytes()];
+        method.bounds.kernels.from_f32(method.bounds.shape.dtype, keys, &mut bytes);
         let mut stored = vec![0.0; keys.len()];
-        method.kernels.to_f32(method.shape.dtype, &bytes, &mut stored);
+        method.bounds.kernels.to_f32(method.bounds.shape.dtype, &bytes, &mut stored);
         stored
     }
 
@@ -300,7 +221,7 @@ mod tests {
             let keys = &keys[..rows * 8];
             let block = digest(&method, keys, 32);
             for (row, key) in stored(&method, keys).chunks(8).enumerate() {
-                let score = method.kernels.dot(&query, key);
+                let score = method.bounds.kernels.dot(&query, key);
                 let bound = bound(&method, &block, row / 16, &query);
                 prop_assert!(bound >= score, "row {row}: bound {bound} below score {score}");
             }
@@ -317,9 +238,9 @@ mod tests {
             let keys = &keys[..rows * 8];
             // As values, since 0 and -0 are one; pages without a row yet hold nothing.
             let [one, all] = [chunk, 32].map(|chunk| {
-                let bytes = &digest(&method, keys, chunk)[..rows.div_ceil(8) * method.page_bytes()];
+                let bytes = &digest(&method, keys, chunk)[..rows.div_ceil(8) * method.bounds.page_bytes()];
                 let mut values = vec![0.0; bytes.len() / dtype.bytes()];
-                method.kernels.to_f32(dtype, bytes, &mut values);
+                method.bounds.kernels.to_f32(dtype, bytes, &mut values);
                 values
             });
             prop_assert_eq!(one, all);
@@ -333,7 +254,7 @@ mod tests {
         let single = quest(1, 1, &small());
         let block = digest(&single, &keys, 32);
         for (row, key) in keys.chunks(8).enumerate() {
-            assert_eq!(bound(&single, &block, row, &query), single.kernels.dot(&query, key));
+            assert_eq!(bound(&single, &block, row, &query), single.bounds.kernels.dot(&query, key));
         }
         let method = quest(1, 32, &small());
         let bounds: Vec<f32> =
