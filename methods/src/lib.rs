@@ -11,6 +11,7 @@
 //! | `random` | [`random`] | none | baseline: random rows |
 //! | `quest` | [`quest`] | per-channel bounds of pages | Quest, ICML'24 |
 //! | `infinigen` | [`infinigen`] | partial keys in a skewed basis | InfiniGen, OSDI'24 |
+//! | `scout` | [`scout`] | per-channel bounds of blocks | ScoutAttention, DAC'26 |
 //!
 //! Notation throughout: `n` tokens of the sequence with the current one, `S` sinks, `W` recent window, `P`
 //! rows of a page, `d` head dimension, `g` query heads of a KV head. Candidates of a selection are the
@@ -35,6 +36,7 @@ pub mod quest;
 pub mod random;
 pub mod registry;
 pub mod replay;
+pub mod scout;
 pub mod scratch;
 pub mod selection;
 pub mod shape;

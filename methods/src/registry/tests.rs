@@ -9,6 +9,7 @@ use crate::infinigen::{Count, Granularity, IndexRule};
 use crate::method::HintNorm;
 use crate::quest::QuestSpec;
 use crate::random::RandomSpec;
+use crate::scout::{Query, ScoutSpec};
 use crate::scratch::Scratch;
 use crate::shape::Fingerprint;
 use crate::shape::tests::small;
@@ -71,7 +72,19 @@ fn spec() -> impl Strategy<Value = MethodSpec> {
         (budget(), prop::sample::select(vec![1, 8, 16, 32]), hint_norm())
             .prop_map(|(budget, page, hint_norm)| MethodSpec::new(QuestSpec { budget, page, hint_norm })),
         infinigen(),
+        scout(),
     ]
+}
+
+fn scout() -> impl Strategy<Value = MethodSpec> {
+    let words = (prop::sample::select(vec![Query::Predicted, Query::True]), hint_norm());
+    (budget(), prop::sample::select(vec![8, 16, 32]), 0.0_f32..=1.0, 0_u64..100, words).prop_map(
+        |(budget, page, beta, every, (query, hint_norm))| {
+            // A true query needs no norm to be made with.
+            let hint_norm = if query == Query::True { HintNorm::Own } else { hint_norm };
+            MethodSpec::new(ScoutSpec { budget, page, beta, every, query, hint_norm })
+        },
+    )
 }
 
 proptest! {
@@ -119,7 +132,7 @@ proptest! {
             if let (Some(budget), None) = (method.spec().budget(), broken) {
                 // A page is the least that a page-wise method can take.
                 let page = if method.spec().to_string().contains("granularity=page") { 32 } else { 16 };
-                let rowwise = spec.name() != quest::NAME && page == 16;
+                let rowwise = ![quest::NAME, scout::NAME].contains(&spec.name()) && page == 16;
                 let most = budget.rows_of(tokens).max(if rowwise { 0 } else { 32 });
                 prop_assert!(selection.rows(head) <= most);
             }
@@ -130,7 +143,7 @@ proptest! {
 
     #[test]
     fn a_budget_of_everything_selects_every_candidate(
-        name in prop::sample::select(vec!["quest", "infinigen", "random"]),
+        name in prop::sample::select(vec!["quest", "infinigen", "scout", "random"]),
         page in any::<bool>(),
         tokens in 0_usize..150,
         seed: u64,
@@ -213,7 +226,7 @@ fn a_table_with_numbers_is_read_like_the_text() {
 #[test]
 fn what_is_no_specification_is_refused_and_says_what_would_be() {
     let message = |text: &str| text.parse::<MethodSpec>().unwrap_err().to_string();
-    assert!(message("fortune").contains("full, infinigen, quest, window, random"));
+    assert!(message("fortune").contains("full, quest, infinigen, scout, window, random"));
     assert!(message("quest:alpha=5").contains("budget, page, hint_norm"));
     assert!(message("full:budget=6%").contains("it has none"));
     assert!(message("quest:budget").contains("key=value"));
