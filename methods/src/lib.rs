@@ -12,6 +12,7 @@
 //! | `quest` | [`quest`] | per-channel bounds of pages | Quest, ICML'24 |
 //! | `infinigen` | [`infinigen`] | partial keys in a skewed basis | InfiniGen, OSDI'24 |
 //! | `scout` | [`scout`] | per-channel bounds of blocks | ScoutAttention, DAC'26 |
+//! | `louver` | [`louver`] | boxes and balls of groups of rows | Louver, arXiv 2605.06763 |
 //!
 //! Notation throughout: `n` tokens of the sequence with the current one, `S` sinks, `W` recent window, `P`
 //! rows of a page, `d` head dimension, `g` query heads of a KV head. Candidates of a selection are the
@@ -28,6 +29,7 @@ pub mod context;
 pub mod error;
 pub mod full;
 pub mod infinigen;
+pub mod louver;
 pub mod method;
 pub mod needs;
 pub mod options;

@@ -7,7 +7,7 @@ use crate::method::Method;
 use crate::options::Options;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
-use crate::{full, infinigen, quest, random, scout, window};
+use crate::{full, infinigen, louver, quest, random, scout, window};
 
 /// A method that a user can name.
 #[derive(Debug, Clone, Copy)]
@@ -21,8 +21,15 @@ pub struct Entry {
 }
 
 /// Every method. To add one is to write its module and name it here.
-pub const METHODS: &[&Entry] =
-    &[&full::ENTRY, &quest::ENTRY, &infinigen::ENTRY, &scout::ENTRY, &window::ENTRY, &random::ENTRY];
+pub const METHODS: &[&Entry] = &[
+    &full::ENTRY,
+    &quest::ENTRY,
+    &infinigen::ENTRY,
+    &scout::ENTRY,
+    &louver::ENTRY,
+    &window::ENTRY,
+    &random::ENTRY,
+];
 
 /// Every method's name.
 pub fn names() -> impl Iterator<Item = &'static str> {

@@ -19,6 +19,14 @@ pub struct Scratch {
     pub(crate) pages: Vec<f32>,
     /// Per KV head, how many rows its query heads ask for.
     pub(crate) counts: Vec<usize>,
+    /// Norms of the queries of one group, rounded up.
+    pub(crate) norms: Vec<f64>,
+    /// Upper bounds of the scores of a group of rows, one per query.
+    pub(crate) bounds: Vec<f64>,
+    /// Thresholds, one per query.
+    pub(crate) taus: Vec<f32>,
+    /// Tokens found.
+    pub(crate) hits: Vec<u32>,
     /// Chosen ids.
     pub(crate) ids: Vec<u32>,
     /// The memory of choosing them.

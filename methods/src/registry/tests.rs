@@ -6,7 +6,9 @@ use super::*;
 use crate::artifact::Artifact;
 use crate::infinigen::{Amount, InfinigenSpec};
 use crate::infinigen::{Count, Granularity, IndexRule};
+use crate::louver::{Gate, LouverSpec, Tau};
 use crate::method::HintNorm;
+use crate::needs::HintSource;
 use crate::quest::QuestSpec;
 use crate::random::RandomSpec;
 use crate::scout::{Query, ScoutSpec};
@@ -73,7 +75,19 @@ fn spec() -> impl Strategy<Value = MethodSpec> {
             .prop_map(|(budget, page, hint_norm)| MethodSpec::new(QuestSpec { budget, page, hint_norm })),
         infinigen(),
         scout(),
+        louver(),
     ]
+}
+
+fn louver() -> impl Strategy<Value = MethodSpec> {
+    let tau = prop_oneof![budget().prop_map(Tau::Budget), Just(Tau::SampleMax), Just(Tau::SampleGap)];
+    let sizes = (prop::sample::select(vec![1, 8, 32]), 1_usize..300);
+    let gate = prop::sample::select(vec![Gate::Sound, Gate::Centre]);
+    let hints = [HintSource::Ahead, HintSource::Previous, HintSource::Current];
+    (tau, prop::option::of(budget()), sizes, gate, prop::sample::select(hints.to_vec()), hint_norm())
+        .prop_map(|(tau, cap, (group, sample), gate, hint, hint_norm)| {
+            MethodSpec::new(LouverSpec { tau, cap, group, sample, gate, hint, hint_norm })
+        })
 }
 
 fn scout() -> impl Strategy<Value = MethodSpec> {
@@ -129,7 +143,8 @@ proptest! {
                 prop_assert!(candidates.contains(&(token as usize)));
                 prop_assert!(!store.victims[head].contains(&token), "an evicted row was selected");
             }
-            if let (Some(budget), None) = (method.spec().budget(), broken) {
+            // How many rows are above a threshold no budget says.
+            if let (Some(budget), None) = (method.spec().budget().filter(|_| spec.name() != louver::NAME), broken) {
                 // A page is the least that a page-wise method can take.
                 let page = if method.spec().to_string().contains("granularity=page") { 32 } else { 16 };
                 let rowwise = ![quest::NAME, scout::NAME].contains(&spec.name()) && page == 16;
@@ -143,7 +158,7 @@ proptest! {
 
     #[test]
     fn a_budget_of_everything_selects_every_candidate(
-        name in prop::sample::select(vec!["quest", "infinigen", "scout", "random"]),
+        name in prop::sample::select(vec!["quest", "infinigen", "scout", "louver", "random"]),
         page in any::<bool>(),
         tokens in 0_usize..150,
         seed: u64,
@@ -226,7 +241,7 @@ fn a_table_with_numbers_is_read_like_the_text() {
 #[test]
 fn what_is_no_specification_is_refused_and_says_what_would_be() {
     let message = |text: &str| text.parse::<MethodSpec>().unwrap_err().to_string();
-    assert!(message("fortune").contains("full, quest, infinigen, scout, window, random"));
+    assert!(message("fortune").contains("full, quest, infinigen, scout, louver, window, random"));
     assert!(message("quest:alpha=5").contains("budget, page, hint_norm"));
     assert!(message("full:budget=6%").contains("it has none"));
     assert!(message("quest:budget").contains("key=value"));
