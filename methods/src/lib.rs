@@ -28,6 +28,7 @@ pub mod budget;
 pub mod context;
 pub mod error;
 pub mod full;
+pub mod hata;
 pub mod infinigen;
 pub mod louver;
 pub mod method;

@@ -132,10 +132,10 @@ impl Method for Random {
 
 /// SplitMix64 (Steele, Lea and Flood, OOPSLA'14): small, seedable, the same on every machine.
 #[derive(Debug)]
-struct Draw(u64);
+pub(crate) struct Draw(u64);
 
 impl Draw {
-    fn new(seeds: &[u64]) -> Self {
+    pub(crate) fn new(seeds: &[u64]) -> Self {
         let mut draw = Self(0);
         for seed in seeds {
             draw.0 = draw.next() ^ seed;
@@ -143,7 +143,7 @@ impl Draw {
         draw
     }
 
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -152,8 +152,14 @@ impl Draw {
     }
 
     /// A number in `0..bound`; its bias is below `bound / 2^64`.
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+    }
+
+    /// About normal with variance 1: twelve uniform numbers less six. No function of the platform's is in it.
+    pub(crate) fn normal(&mut self) -> f32 {
+        const UNIT: f32 = 1.0 / (1 << 24) as f32;
+        (0..12).map(|_| (self.next() >> 40) as f32 * UNIT).sum::<f32>() - 6.0
     }
 }
 

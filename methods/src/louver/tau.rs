@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::spec::Tau;
+use crate::random::Draw;
 
 /// Row `at` of a sample of `count` of the candidates: one drawn from each of `count` stretches of equal length, always the
 /// same one. A sample of all of them is all of them.
@@ -10,16 +11,7 @@ pub(super) fn sampled(at: usize, count: usize, candidates: &Range<usize>) -> usi
     let len = candidates.len() as u128;
     let edge = |at: usize| (at as u128 * len / count as u128) as usize;
     let (first, end) = (edge(at), edge(at + 1));
-    let draw = u128::from(mix(at as u64)) * (end - first).max(1) as u128;
-    candidates.start + first + (draw >> 64) as usize
-}
-
-/// The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA'14).
-fn mix(value: u64) -> u64 {
-    let z = value.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    candidates.start + first + Draw::new(&[at as u64]).below((end - first).max(1) as u64) as usize
 }
 
 /// The threshold by the scores of a sample, which are put in falling order. The budget asks for `wanted` of `all` candidates.
