@@ -12,6 +12,7 @@
 //! | `quest` | [`quest`] | per-channel bounds of pages | Quest, ICML'24 |
 //! | `infinigen` | [`infinigen`] | partial keys in a skewed basis | InfiniGen, OSDI'24 |
 //! | `scout` | [`scout`] | per-channel bounds of blocks | ScoutAttention, DAC'26 |
+//! | `resv` | [`resv`] | mean keys of clusters | V-Rex, HPCA'26 |
 //! | `louver` | [`louver`] | boxes and balls of groups of rows | Louver, arXiv 2605.06763 |
 //!
 //! Notation throughout: `n` tokens of the sequence with the current one, `S` sinks, `W` recent window, `P`
@@ -39,6 +40,7 @@ pub mod quest;
 pub mod random;
 pub mod registry;
 pub mod replay;
+pub mod resv;
 pub mod scout;
 pub mod scratch;
 pub mod selection;

@@ -7,7 +7,7 @@ use crate::method::Method;
 use crate::options::Options;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
-use crate::{full, infinigen, louver, quest, random, scout, window};
+use crate::{full, infinigen, louver, quest, random, resv, scout, window};
 
 /// A method that a user can name.
 #[derive(Debug, Clone, Copy)]
@@ -26,6 +26,7 @@ pub const METHODS: &[&Entry] = &[
     &quest::ENTRY,
     &infinigen::ENTRY,
     &scout::ENTRY,
+    &resv::ENTRY,
     &louver::ENTRY,
     &window::ENTRY,
     &random::ENTRY,

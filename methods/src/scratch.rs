@@ -27,6 +27,10 @@ pub struct Scratch {
     pub(crate) taus: Vec<f32>,
     /// Tokens found.
     pub(crate) hits: Vec<u32>,
+    /// Candidates of each cluster.
+    pub(crate) sizes: Vec<u32>,
+    /// How many of its first candidates each cluster leaves out.
+    pub(crate) skips: Vec<u32>,
     /// Chosen ids.
     pub(crate) ids: Vec<u32>,
     /// The memory of choosing them.

@@ -11,6 +11,7 @@ use crate::method::HintNorm;
 use crate::needs::HintSource;
 use crate::quest::QuestSpec;
 use crate::random::RandomSpec;
+use crate::resv::{ResvSpec, Score};
 use crate::scout::{Query, ScoutSpec};
 use crate::scratch::Scratch;
 use crate::shape::Fingerprint;
@@ -76,7 +77,23 @@ fn spec() -> impl Strategy<Value = MethodSpec> {
         infinigen(),
         scout(),
         louver(),
+        resv(),
     ]
+}
+
+fn resv() -> impl Strategy<Value = MethodSpec> {
+    let share = || (0.01_f64..=1.0).prop_map(|share| Share::new(share).unwrap());
+    let score = prop::sample::select(vec![Score::Softmax, Score::Raw]);
+    let numbers = (1_u32..=33, 1_usize..3000, any::<u64>());
+    let hints = vec![HintSource::Ahead, HintSource::Previous, HintSource::Current];
+    let words = (score, prop::sample::select(hints), hint_norm());
+    (prop::option::of(budget()), share(), share(), numbers, words).prop_map(
+        |(budget, ratio, clusters, (distance, recent, seed), (score, hint, hint_norm))| {
+            let options =
+                ResvSpec { budget, ratio, score, distance, recent, clusters, seed, hint, hint_norm };
+            MethodSpec::new(options)
+        },
+    )
 }
 
 fn louver() -> impl Strategy<Value = MethodSpec> {
@@ -241,7 +258,7 @@ fn a_table_with_numbers_is_read_like_the_text() {
 #[test]
 fn what_is_no_specification_is_refused_and_says_what_would_be() {
     let message = |text: &str| text.parse::<MethodSpec>().unwrap_err().to_string();
-    assert!(message("fortune").contains("full, quest, infinigen, scout, louver, window, random"));
+    assert!(message("fortune").contains("full, quest, infinigen, scout, resv, louver, window, random"));
     assert!(message("quest:alpha=5").contains("budget, page, hint_norm"));
     assert!(message("full:budget=6%").contains("it has none"));
     assert!(message("quest:budget").contains("key=value"));
