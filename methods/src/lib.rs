@@ -10,6 +10,7 @@
 //! | `window` | [`window`] | none | baseline: sinks and recent window only |
 //! | `random` | [`random`] | none | baseline: random rows |
 //! | `quest` | [`quest`] | per-channel bounds of pages | Quest, ICML'24 |
+//! | `shadowkv` | [`shadowkv`] | mean keys of chunks | ShadowKV, ICML'25 |
 //! | `infinigen` | [`infinigen`] | partial keys in a skewed basis | InfiniGen, OSDI'24 |
 //! | `scout` | [`scout`] | per-channel bounds of blocks | ScoutAttention, DAC'26 |
 //! | `resv` | [`resv`] | mean keys of clusters | V-Rex, HPCA'26 |
@@ -44,6 +45,7 @@ pub mod resv;
 pub mod scout;
 pub mod scratch;
 pub mod selection;
+pub mod shadowkv;
 pub mod shape;
 pub mod spec;
 pub mod store;

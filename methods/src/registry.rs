@@ -7,7 +7,7 @@ use crate::method::Method;
 use crate::options::Options;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
-use crate::{full, infinigen, louver, quest, random, resv, scout, window};
+use crate::{full, infinigen, louver, quest, random, resv, scout, shadowkv, window};
 
 /// A method that a user can name.
 #[derive(Debug, Clone, Copy)]
@@ -25,6 +25,7 @@ pub const METHODS: &[&Entry] = &[
     &full::ENTRY,
     &quest::ENTRY,
     &infinigen::ENTRY,
+    &shadowkv::ENTRY,
     &scout::ENTRY,
     &resv::ENTRY,
     &louver::ENTRY,
