@@ -11,6 +11,8 @@
 //! | `random` | [`random`] | none | baseline: random rows |
 //! | `quest` | [`quest`] | per-channel bounds of pages | Quest, ICML'24 |
 //! | `shadowkv` | [`shadowkv`] | mean keys of chunks | ShadowKV, ICML'25 |
+//! | `given` | [`given`] | none | models with native sparse attention |
+//! | `oracle` | [`oracle`] | none | baseline: the true best rows |
 //! | `infinigen` | [`infinigen`] | partial keys in a skewed basis | InfiniGen, OSDI'24 |
 //! | `scout` | [`scout`] | per-channel bounds of blocks | ScoutAttention, DAC'26 |
 //! | `resv` | [`resv`] | mean keys of clusters | V-Rex, HPCA'26 |
@@ -30,12 +32,14 @@ pub mod budget;
 pub mod context;
 pub mod error;
 pub mod full;
+pub mod given;
 pub mod hata;
 pub mod infinigen;
 pub mod louver;
 pub mod method;
 pub mod needs;
 pub mod options;
+pub mod oracle;
 mod pages;
 pub mod quest;
 pub mod random;

@@ -7,7 +7,7 @@ use crate::method::Method;
 use crate::options::Options;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
-use crate::{full, infinigen, louver, quest, random, resv, scout, shadowkv, window};
+use crate::{full, given, infinigen, louver, oracle, quest, random, resv, scout, shadowkv, window};
 
 /// A method that a user can name.
 #[derive(Debug, Clone, Copy)]
@@ -23,13 +23,19 @@ pub struct Entry {
 /// Every method. To add one is to write its module and name it here.
 pub const METHODS: &[&Entry] = &[
     &full::ENTRY,
+pub const METHODS: &[&Entry] = &[
+    &full::ENTRY,
     &quest::ENTRY,
     &infinigen::ENTRY,
     &shadowkv::ENTRY,
     &scout::ENTRY,
     &resv::ENTRY,
     &louver::ENTRY,
+    &given::ENTRY,
     &window::ENTRY,
+    &random::ENTRY,
+    &oracle::ENTRY,
+];
     &random::ENTRY,
 ];
 
