@@ -10,6 +10,7 @@
 //! | `window` | [`window`] | none | baseline: sinks and recent window only |
 //! | `random` | [`random`] | none | baseline: random rows |
 //! | `quest` | [`quest`] | per-channel bounds of pages | Quest, ICML'24 |
+//! | `freekv` | [`freekv`] | per-channel bounds of pages | FreeKV, ICLR'26 |
 //! | `shadowkv` | [`shadowkv`] | mean keys of chunks | ShadowKV, ICML'25 |
 //! | `given` | [`given`] | none | models with native sparse attention |
 //! | `oracle` | [`oracle`] | none | baseline: the true best rows |
@@ -31,6 +32,7 @@ mod bounds;
 pub mod budget;
 pub mod context;
 pub mod error;
+pub mod freekv;
 pub mod full;
 pub mod given;
 pub mod hata;

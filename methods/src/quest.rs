@@ -9,6 +9,7 @@
 //! `[P/page][2][d]` values.
 
 use crate::artifact::Artifacts;
+pub use crate::bounds::Digest;
 use crate::bounds::PageBounds;
 use crate::budget::Budget;
 use crate::context::SelectContext;
@@ -35,14 +36,18 @@ pub(crate) const ENTRY: Entry = Entry {
 /// The page size of the paper.
 const PAGE: usize = 16;
 
-/// What a user chooses: `quest:budget=6%,page=16,hint_norm=own`.
+/// What a user chooses: `quest:budget=6%,page=16,digest=int8,hint=ahead,hint_norm=own`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct QuestSpec {
     /// Rows per KV head.
     pub budget: Budget,
     /// Rows of a page, a divisor of the arena's.
     pub page: usize,
-    /// How the engine makes the hint.
+    /// How bounds are stored.
+    pub digest: Digest,
+    /// Which query selects.
+    pub hint: HintSource,
+    /// How the engine makes a hint ahead of its layer.
     pub hint_norm: HintNorm,
 }
 
@@ -53,9 +58,11 @@ impl QuestSpec {
             page: options
                 .take_value("page", "give rows of a page, at least 1", |rows| *rows > 0)?
                 .unwrap_or(PAGE),
+            digest: options.take_word("digest", Digest::WORDS)?.unwrap_or_default(),
+            hint: options.take_word("hint", HintSource::QUERIES)?.unwrap_or(HintSource::Ahead),
             hint_norm: options.take_word("hint_norm", HintNorm::WORDS)?.unwrap_or_default(),
         };
-        options.finish(&["budget", "page", "hint_norm"])?;
+        options.finish(&["budget", "page", "digest", "hint", "hint_norm"])?;
         Ok(spec)
     }
 }
@@ -68,6 +75,8 @@ impl Spec for QuestSpec {
     fn write(&self, writer: &mut OptionWriter) {
         writer.option("budget", self.budget);
         writer.option_unless("page", &self.page, &PAGE);
+        writer.word_unless("digest", Digest::WORDS, self.digest, Digest::default());
+        writer.word_unless("hint", HintSource::QUERIES, self.hint, HintSource::Ahead);
         writer.word_unless("hint_norm", HintNorm::WORDS, self.hint_norm, HintNorm::default());
     }
 
@@ -80,7 +89,7 @@ impl Spec for QuestSpec {
     }
 
     fn hint(&self) -> HintSource {
-        HintSource::Ahead
+        self.hint
     }
 
     fn hint_norm(&self) -> Option<HintNorm> {
@@ -100,7 +109,7 @@ impl Spec for QuestSpec {
 #[derive(Debug)]
 pub struct Quest {
     bounds: PageBounds,
-    budget: Budget,
+    quest: QuestSpec,
     spec: MethodSpec,
 }
 
@@ -110,8 +119,8 @@ impl Quest {
     /// # Errors
     /// [`MethodError::Unsuitable`] where `page` does not divide the arena's page.
     pub fn new(quest: QuestSpec, shape: &Shape) -> Result<Self, MethodError> {
-        let bounds = PageBounds::new(NAME, quest.page, shape)?;
-        Ok(Self { bounds, budget: quest.budget, spec: MethodSpec::new(quest) })
+        let bounds = PageBounds::new(NAME, quest.page, shape)?.stored(quest.digest);
+        Ok(Self { bounds, quest, spec: MethodSpec::new(quest) })
     }
 }
 
@@ -121,7 +130,7 @@ impl Method for Quest {
     }
 
     fn needs(&self) -> Needs {
-        Needs { hint: HintSource::Ahead, digest: true, ..Needs::default() }
+        Needs { hint: self.quest.hint, digest: true, ..Needs::default() }
     }
 
     fn digest_key(&self) -> Option<DigestKey> {
@@ -143,7 +152,7 @@ impl Method for Quest {
         scratch: &mut Scratch,
         out: &mut Selection,
     ) {
-        self.bounds.select(context, self.budget, store, scratch, out);
+        self.bounds.select(context, self.quest.budget, store, scratch, out);
     }
 }
 
@@ -155,9 +164,18 @@ mod tests {
     use kvoyant_kernels::Dtype;
     use proptest::prelude::*;
 
+    fn spec(budget: usize, page: usize) -> QuestSpec {
+        QuestSpec {
+            budget: Budget::rows(budget).unwrap(),
+            page,
+            digest: Digest::Plain,
+            hint: HintSource::Ahead,
+            hint_norm: HintNorm::Own,
+        }
+    }
+
     fn quest(budget: usize, page: usize, shape: &Shape) -> Quest {
-        let spec = QuestSpec { budget: Budget::rows(budget).unwrap(), page, hint_norm: HintNorm::Own };
-        Quest::new(spec, shape).unwrap()
+        Quest::new(spec(budget, page), shape).unwrap()
     }
 
     /// Digests `keys` (`[rows][d]`) as one page of the arena, one call per chunk of rows.
@@ -185,7 +203,7 @@ mod tests {
     fn bound(method: &Quest, digest: &[u8], page: usize, query: &[f32]) -> f32 {
         let mut minmax = vec![0.0; 2 * method.bounds.shape.head_dim];
         let block = &digest[page * method.bounds.page_bytes()..][..method.bounds.page_bytes()];
-        method.bounds.kernels.to_f32(method.bounds.shape.dtype, block, &mut minmax);
+        method.bounds.read(block, &mut minmax);
         let mut bound = [0.0];
         method.bounds.kernels.page_bounds(query, 1, &minmax, &mut bound);
         bound[0]
@@ -244,6 +262,33 @@ mod tests {
                 values
             });
             prop_assert_eq!(one, all);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+
+        #[test]
+        fn bounds_in_8_bits_are_never_below_the_plain_ones_of_any_page(
+            keys in prop::collection::vec(value(), 100 * 16),
+            query in prop::collection::vec(-3.0_f32..3.0, 32),
+            page in prop::sample::select(vec![4_usize, 16, 32]),
+        ) {
+            let shape = small();
+            let [plain, coarse] = [Digest::Plain, Digest::Int8].map(|digest| {
+                let method = Quest::new(QuestSpec { digest, ..spec(page, page) }, &shape).unwrap();
+                let mut store = Store::new(&method, &shape, 0, 100);
+                store.append(&method, &keys, 100);
+                let context = SelectContext::new(&shape, 0, 100, &query);
+                let mut scratch = Scratch::new();
+                store.with_store(|store| {
+                    method.bounds.rank(&context, store, 1, 0..100_usize.div_ceil(page), &mut scratch);
+                });
+                scratch.scores
+            });
+            for (plain, coarse) in plain.iter().zip(&coarse) {
+                prop_assert!(coarse >= plain, "{coarse} is below {plain}");
+            }
         }
     }
 
@@ -329,8 +374,7 @@ mod tests {
 
     #[test]
     fn a_page_that_does_not_divide_the_arenas_is_refused_with_both() {
-        let spec = QuestSpec { budget: Budget::rows(1).unwrap(), page: 24, hint_norm: HintNorm::Own };
-        let message = Quest::new(spec, &small()).unwrap_err().to_string();
+        let message = Quest::new(spec(1, 24), &small()).unwrap_err().to_string();
         assert!(message.contains("24") && message.contains("32"), "{message}");
     }
 }

@@ -7,7 +7,7 @@ use crate::method::Method;
 use crate::options::Options;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
-use crate::{full, given, infinigen, louver, oracle, quest, random, resv, scout, shadowkv, window};
+use crate::{freekv, full, given, infinigen, louver, oracle, quest, random, resv, scout, shadowkv, window};
 
 /// A method that a user can name.
 #[derive(Debug, Clone, Copy)]
@@ -23,11 +23,10 @@ pub struct Entry {
 /// Every method. To add one is to write its module and name it here.
 pub const METHODS: &[&Entry] = &[
     &full::ENTRY,
-pub const METHODS: &[&Entry] = &[
-    &full::ENTRY,
     &quest::ENTRY,
     &infinigen::ENTRY,
     &shadowkv::ENTRY,
+    &freekv::ENTRY,
     &scout::ENTRY,
     &resv::ENTRY,
     &louver::ENTRY,
@@ -35,8 +34,6 @@ pub const METHODS: &[&Entry] = &[
     &window::ENTRY,
     &random::ENTRY,
     &oracle::ENTRY,
-];
-    &random::ENTRY,
 ];
 
 /// Every method's name.

@@ -7,6 +7,8 @@
 pub struct Scratch {
     /// Queries of one KV head of a block of tokens.
     pub(crate) block: Vec<f32>,
+    /// Queries of a step before, in the layout of a hint.
+    pub(crate) last: Vec<f32>,
     /// Queries of one group in the digest's basis.
     pub(crate) rows: Vec<f32>,
     /// A digest of one page in f32, or the chosen columns of a skew matrix.

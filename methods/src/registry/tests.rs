@@ -72,8 +72,12 @@ fn spec() -> impl Strategy<Value = MethodSpec> {
         Just(MethodSpec::new(full::FullSpec)),
         Just(MethodSpec::new(window::WindowSpec)),
         (budget(), any::<u64>()).prop_map(|(budget, seed)| MethodSpec::new(RandomSpec { budget, seed })),
-        (budget(), prop::sample::select(vec![1, 8, 16, 32]), hint_norm())
-            .prop_map(|(budget, page, hint_norm)| MethodSpec::new(QuestSpec { budget, page, hint_norm })),
+        (budget(), prop::sample::select(vec![1, 8, 16, 32]), hint_norm()).prop_map(
+            |(budget, page, hint_norm)| {
+                let (digest, hint) = (crate::quest::Digest::Plain, crate::HintSource::Ahead);
+                MethodSpec::new(QuestSpec { budget, page, digest, hint, hint_norm })
+            }
+        ),
         infinigen(),
         scout(),
         louver(),
@@ -259,7 +263,7 @@ fn a_table_with_numbers_is_read_like_the_text() {
 fn what_is_no_specification_is_refused_and_says_what_would_be() {
     let message = |text: &str| text.parse::<MethodSpec>().unwrap_err().to_string();
     assert!(names().all(|name| message("fortune").contains(name)));
-    assert!(message("quest:alpha=5").contains("budget, page, hint_norm"));
+    assert!(message("quest:alpha=5").contains("budget, page, digest, hint, hint_norm"));
     assert!(message("full:budget=6%").contains("it has none"));
     assert!(message("quest:budget").contains("key=value"));
     assert!(message("quest:budget=6%,budget=7%").contains("twice"));
