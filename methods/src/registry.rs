@@ -77,4 +77,6 @@ pub fn build(
 }
 
 #[cfg(test)]
+mod every_method;
+#[cfg(test)]
 mod tests;
