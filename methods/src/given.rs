@@ -120,9 +120,9 @@ mod tests {
             let mut out = Selection::new();
             Given::new(&shape).select(&context, &mut NoStore, &mut Scratch::new(), &mut out);
             let candidates = shape.candidates(tokens);
-            for head in 0..2 {
+            for (head, asked) in asked.iter().enumerate() {
                 let expected: BTreeSet<u32> =
-                    asked[head].iter().copied().filter(|id| candidates.contains(&(*id as usize))).collect();
+                    asked.iter().copied().filter(|id| candidates.contains(&(*id as usize))).collect();
                 prop_assert_eq!(out.tokens(head).collect::<Vec<_>>(), expected.into_iter().collect::<Vec<_>>());
             }
         }
