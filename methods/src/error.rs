@@ -82,6 +82,16 @@ pub enum SpecError {
         /// Why.
         reason: &'static str,
     },
+    /// Two parts of a mix that exclude each other.
+    #[error("parts `{first}` and `{second}` cannot be mixed: {reason}")]
+    Parts {
+        /// One part.
+        first: String,
+        /// The other part.
+        second: String,
+        /// Why.
+        reason: &'static str,
+    },
     /// A budget that is none.
     #[error("option `{option}`: {source}")]
     Budget {
@@ -109,6 +119,16 @@ pub enum MethodError {
         method: &'static str,
         /// What does not fit.
         reason: String,
+    },
+    /// Two parts of a mix that exclude each other.
+    #[error("parts `{first}` and `{second}` cannot be mixed: {reason}")]
+    Parts {
+        /// One part.
+        first: String,
+        /// The other part.
+        second: String,
+        /// Why.
+        reason: &'static str,
     },
     /// The method needs an artifact and got none.
     #[error("method `{method}` needs {artifact}: calibrate the model first")]

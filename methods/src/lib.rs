@@ -18,6 +18,7 @@
 //! | `scout` | [`scout`] | per-channel bounds of blocks | ScoutAttention, DAC'26 |
 //! | `resv` | [`resv`] | mean keys of clusters | V-Rex, HPCA'26 |
 //! | `louver` | [`louver`] | boxes and balls of groups of rows | Louver, arXiv 2605.06763 |
+//! | `mix` | [`mix`] | its parts' | methods per layer and KV head |
 //!
 //! Notation throughout: `n` tokens of the sequence with the current one, `S` sinks, `W` recent window, `P`
 //! rows of a page, `d` head dimension, `g` query heads of a KV head. Candidates of a selection are the
@@ -39,6 +40,7 @@ pub mod hata;
 pub mod infinigen;
 pub mod louver;
 pub mod method;
+pub mod mix;
 pub mod needs;
 pub mod options;
 pub mod oracle;

@@ -1,4 +1,4 @@
-//! The text form of specifications: `name:key=value,key=value`.
+//! The text form of specifications: `name:key=value,key=value`. A value in parentheses may hold commas, colons and equals signs.
 
 use std::fmt::{Display, Write as _};
 use std::str::FromStr;
@@ -17,11 +17,20 @@ impl Options {
     /// Splits `name:key=value,…`.
     ///
     /// # Errors
-    /// A piece without `=`, or a key given twice.
+    /// A piece without `=`, a key given twice, or parentheses that do not close.
     pub fn parse(text: &str) -> Result<Self, SpecError> {
         let (name, rest) = text.trim().split_once(':').unwrap_or((text.trim(), ""));
         let mut options = Self::new(name.trim());
-        for piece in rest.split(',').map(str::trim).filter(|piece| !piece.is_empty()) {
+        let mut depth = 0_i32;
+        let outside = |letter: char| {
+            depth += i32::from(letter == '(') - i32::from(letter == ')');
+            letter == ',' && depth == 0
+        };
+        let pieces: Vec<&str> = rest.split(outside).map(str::trim).collect();
+        if depth != 0 {
+            return Err(SpecError::NotAnOption { text: rest.into() });
+        }
+        for piece in pieces.into_iter().filter(|piece| !piece.is_empty()) {
             let (key, value) =
                 piece.split_once('=').ok_or_else(|| SpecError::NotAnOption { text: piece.into() })?;
             options.add(key.trim(), value.trim())?;
@@ -57,6 +66,11 @@ impl Options {
     pub fn take(&mut self, key: &str) -> Option<String> {
         let at = self.pairs.iter().position(|(known, _)| known == key)?;
         Some(self.pairs.remove(at).1)
+    }
+
+    /// Takes all that are left out, as text and in the order in which they were given.
+    pub fn take_all(&mut self) -> Vec<(String, String)> {
+        std::mem::take(&mut self.pairs)
     }
 
     /// Takes out a budget.

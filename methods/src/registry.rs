@@ -7,7 +7,9 @@ use crate::method::Method;
 use crate::options::Options;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
-use crate::{freekv, full, given, infinigen, louver, oracle, quest, random, resv, scout, shadowkv, window};
+use crate::{
+    freekv, full, given, infinigen, louver, mix, oracle, quest, random, resv, scout, shadowkv, window,
+};
 
 /// A method that a user can name.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +36,7 @@ pub const METHODS: &[&Entry] = &[
     &window::ENTRY,
     &random::ENTRY,
     &oracle::ENTRY,
+    &mix::ENTRY,
 ];
 
 /// Every method's name.

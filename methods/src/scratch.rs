@@ -1,5 +1,7 @@
 //! Buffers that a lane keeps for all its selections.
 
+use crate::selection::Selection;
+
 /// Working memory of [`crate::Method::select`] and [`crate::Method::on_append`]: one per lane, reused.
 ///
 /// Buffers grow to the longest sequence seen and stay; after that a selection allocates nothing.
@@ -33,6 +35,8 @@ pub struct Scratch {
     pub(crate) sizes: Vec<u32>,
     /// How many of its first candidates each cluster leaves out.
     pub(crate) skips: Vec<u32>,
+    /// What a part of a mix chose.
+    pub(crate) part: Selection,
     /// Chosen ids.
     pub(crate) ids: Vec<u32>,
     /// The memory of choosing them.
