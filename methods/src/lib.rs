@@ -19,6 +19,7 @@
 //! | `resv` | [`resv`] | mean keys of clusters | V-Rex, HPCA'26 |
 //! | `louver` | [`louver`] | boxes and balls of groups of rows | Louver, arXiv 2605.06763 |
 //! | `mix` | [`mix`] | its parts' | methods per layer and KV head |
+//! | `attention-predictor` | [`attention_predictor`] | the last attention rows of blocks | AttentionPredictor, NeurIPS'25 |
 //!
 //! Notation throughout: `n` tokens of the sequence with the current one, `S` sinks, `W` recent window, `P`
 //! rows of a page, `d` head dimension, `g` query heads of a KV head. Candidates of a selection are the
@@ -29,6 +30,7 @@
 #![forbid(unsafe_code)]
 
 pub mod artifact;
+pub mod attention_predictor;
 mod bounds;
 pub mod budget;
 pub mod context;
@@ -60,6 +62,7 @@ pub mod store;
 #[cfg(test)]
 mod testing;
 pub mod window;
+mod words;
 
 pub use kvoyant_kernels::Dtype;
 

@@ -8,7 +8,8 @@ use crate::options::Options;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
 use crate::{
-    freekv, full, given, infinigen, louver, mix, oracle, quest, random, resv, scout, shadowkv, window,
+    attention_predictor, freekv, full, given, infinigen, louver, mix, oracle, quest, random, resv, scout,
+    shadowkv, window,
 };
 
 /// A method that a user can name.
@@ -29,6 +30,7 @@ pub const METHODS: &[&Entry] = &[
     &infinigen::ENTRY,
     &shadowkv::ENTRY,
     &freekv::ENTRY,
+    &attention_predictor::ENTRY,
     &scout::ENTRY,
     &resv::ENTRY,
     &louver::ENTRY,
