@@ -12,6 +12,8 @@
 //! | `quest` | [`quest`] | per-channel bounds of pages | Quest, ICML'24 |
 //! | `freekv` | [`freekv`] | per-channel bounds of pages | FreeKV, ICLR'26 |
 //! | `shadowkv` | [`shadowkv`] | mean keys of chunks | ShadowKV, ICML'25 |
+//! | `hata` | [`hata`] | binary codes of keys, and norms | HATA, ACL'25 |
+//! | `clo` | [`clo`] | as `hata`; memory of a label and its rows | CLO/LiteCache, arXiv 2511.14510 |
 //! | `given` | [`given`] | none | models with native sparse attention |
 //! | `oracle` | [`oracle`] | none | baseline: the true best rows |
 //! | `infinigen` | [`infinigen`] | partial keys in a skewed basis | InfiniGen, OSDI'24 |
@@ -33,6 +35,7 @@ pub mod artifact;
 pub mod attention_predictor;
 mod bounds;
 pub mod budget;
+pub mod clo;
 pub mod context;
 pub mod error;
 pub mod freekv;

@@ -8,8 +8,8 @@ use crate::options::Options;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
 use crate::{
-    attention_predictor, freekv, full, given, infinigen, louver, mix, oracle, quest, random, resv, scout,
-    shadowkv, window,
+    attention_predictor, clo, freekv, full, given, hata, infinigen, louver, mix, oracle, quest, random, resv,
+    scout, shadowkv, window,
 };
 
 /// A method that a user can name.
@@ -30,6 +30,8 @@ pub const METHODS: &[&Entry] = &[
     &infinigen::ENTRY,
     &shadowkv::ENTRY,
     &freekv::ENTRY,
+    &hata::ENTRY,
+    &clo::ENTRY,
     &attention_predictor::ENTRY,
     &scout::ENTRY,
     &resv::ENTRY,

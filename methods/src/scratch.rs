@@ -37,6 +37,12 @@ pub struct Scratch {
     pub(crate) skips: Vec<u32>,
     /// What a part of a mix chose.
     pub(crate) part: Selection,
+    /// Codes of the queries of one group.
+    pub(crate) words: Vec<u64>,
+    /// Code of one query, in bytes.
+    pub(crate) code: Vec<u8>,
+    /// Distances of one page's codes from a group's.
+    pub(crate) distances: Vec<u32>,
     /// Chosen ids.
     pub(crate) ids: Vec<u32>,
     /// The memory of choosing them.

@@ -66,6 +66,11 @@ impl Selection {
         self.ends.push(self.ranges.len());
     }
 
+    /// Ranges of the head under way so far.
+    pub(crate) fn unfinished(&self) -> &[TokenRange] {
+        &self.ranges[self.ends.last().copied().unwrap_or(0)..]
+    }
+
     /// Finished heads.
     #[must_use]
     pub fn heads(&self) -> usize {

@@ -4,6 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::artifact::Artifact;
+use crate::clo::{CloSpec, Head};
+use crate::hata::{HashOptions, HataSpec, Weights};
 use crate::infinigen::{Amount, InfinigenSpec};
 use crate::infinigen::{Count, Granularity, IndexRule};
 use crate::louver::{Gate, LouverSpec, Tau};
@@ -82,7 +84,24 @@ fn spec() -> impl Strategy<Value = MethodSpec> {
         scout(),
         louver(),
         resv(),
+        hashed(),
     ]
+}
+
+fn hashed() -> impl Strategy<Value = MethodSpec> {
+    let hash = (1_usize..300, any::<u64>(), any::<bool>())
+        .prop_map(|(bits, seed, norm)| HashOptions { weights: Weights::Random { bits, seed }, norm });
+    let hints = vec![HintSource::Ahead, HintSource::Previous, HintSource::Current];
+    let words = (prop::sample::select(hints), hint_norm());
+    let label = (-1.0_f64..1.5, prop::collection::vec((0_usize..2, 0_usize..2), 0..3), any::<bool>());
+    (budget(), hash, label, words).prop_map(|(budget, hash, (tau, heads, sticky), (hint, hint_norm))| {
+        if sticky {
+            let important = heads.into_iter().map(|(layer, kv_head)| Head { layer, kv_head }).collect();
+            MethodSpec::new(CloSpec { budget, tau, important, important_tau: 0.9, hash, hint, hint_norm })
+        } else {
+            MethodSpec::new(HataSpec { budget, hash, hint, hint_norm })
+        }
+    })
 }
 
 fn resv() -> impl Strategy<Value = MethodSpec> {
