@@ -42,7 +42,7 @@ use crate::artifact::{ArtifactKind, Artifacts};
 use crate::context::SelectContext;
 use crate::error::MethodError;
 use crate::method::{Append, DigestKey, Method, Truncated};
-use crate::needs::{HintSource, Needs};
+use crate::needs::Needs;
 use crate::pages;
 use crate::registry::Entry;
 use crate::scratch::Scratch;
@@ -131,7 +131,7 @@ impl Method for Infinigen {
 
     fn needs(&self) -> Needs {
         Needs {
-            hint: HintSource::Ahead,
+            hint: self.options.hint,
             observe: true,
             artifact: self.options.skew.then_some(ArtifactKind::Skew),
             digest: true,

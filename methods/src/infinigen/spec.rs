@@ -65,8 +65,19 @@ const COUNT: &[(&str, Count)] = &[("mean", Count::Mean), ("head", Count::Head)];
 const GRANULARITY: &[(&str, Granularity)] = &[("row", Granularity::Row), ("page", Granularity::Page)];
 const INDEX: &[(&str, IndexRule)] = &[("query", IndexRule::Query), ("both", IndexRule::Both)];
 const SKEW: &[(&str, bool)] = &[("on", true), ("off", false)];
-const KNOWN: &[&str] =
-    &["budget", "alpha", "cap", "partial", "count", "granularity", "index", "skew", "pool", "hint_norm"];
+const KNOWN: &[&str] = &[
+    "budget",
+    "alpha",
+    "cap",
+    "partial",
+    "count",
+    "granularity",
+    "index",
+    "skew",
+    "pool",
+    "hint",
+    "hint_norm",
+];
 
 /// What a user chooses: `infinigen:budget=12%,granularity=page` or
 /// `infinigen:alpha=5,cap=20%,partial=30%,count=mean,pool=80%`.
@@ -86,7 +97,9 @@ pub struct InfinigenSpec {
     pub skew: bool,
     /// Tokens of a sequence that each KV head keeps, where there is a limit.
     pub pool: Option<Budget>,
-    /// How the engine makes the hint.
+    /// Which query selects; ahead in the paper.
+    pub hint: HintSource,
+    /// How the engine makes a hint ahead of its layer.
     pub hint_norm: HintNorm,
 }
 
@@ -101,6 +114,7 @@ impl Default for InfinigenSpec {
             index: IndexRule::default(),
             skew: true,
             pool: None,
+            hint: HintSource::Ahead,
             hint_norm: HintNorm::default(),
         }
     }
@@ -148,6 +162,7 @@ impl InfinigenSpec {
             index: options.take_word("index", INDEX)?.unwrap_or_default(),
             skew: options.take_word("skew", SKEW)?.unwrap_or(default.skew),
             pool: options.take_budget("pool")?,
+            hint: options.take_word("hint", HintSource::QUERIES)?.unwrap_or(default.hint),
             hint_norm: options.take_word("hint_norm", HintNorm::WORDS)?.unwrap_or_default(),
         };
         options.finish(KNOWN)?;
@@ -177,6 +192,7 @@ impl Spec for InfinigenSpec {
         if let Some(pool) = self.pool {
             writer.option("pool", pool);
         }
+        writer.word_unless("hint", HintSource::QUERIES, self.hint, default.hint);
         writer.word_unless("hint_norm", HintNorm::WORDS, self.hint_norm, default.hint_norm);
     }
 
@@ -193,7 +209,7 @@ impl Spec for InfinigenSpec {
     }
 
     fn hint(&self) -> HintSource {
-        HintSource::Ahead
+        self.hint
     }
 
     fn hint_norm(&self) -> Option<HintNorm> {

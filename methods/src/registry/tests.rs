@@ -52,8 +52,10 @@ fn infinigen() -> impl Strategy<Value = MethodSpec> {
         Just(Some(Budget::rows(64).unwrap())),
         (0.01_f64..=1.0).prop_map(|share| Some(Budget::share(share).unwrap())),
     ];
-    (amount, 0.01_f64..=1.0, words, any::<bool>(), pool, hint_norm()).prop_map(
-        |(amount, partial, (count, granularity, index), skew, pool, hint_norm)| {
+    let hints = vec![HintSource::Ahead, HintSource::Previous, HintSource::Current];
+    let query = (prop::sample::select(hints), hint_norm());
+    (amount, 0.01_f64..=1.0, words, any::<bool>(), pool, query).prop_map(
+        |(amount, partial, (count, granularity, index), skew, pool, (hint, hint_norm))| {
             let partial = Share::new(partial).unwrap();
             MethodSpec::new(InfinigenSpec {
                 amount,
@@ -63,6 +65,7 @@ fn infinigen() -> impl Strategy<Value = MethodSpec> {
                 index,
                 skew,
                 pool,
+                hint,
                 hint_norm,
             })
         },
