@@ -58,7 +58,7 @@ impl AttendScratch {
     }
 }
 
-/// Memory that [`Kernels::top_k`](crate::Kernels::top_k) keeps between calls: about 8 bytes per score.
+/// Memory that [`Kernels::top_k`](crate::Kernels::top_k) keeps between calls: about 12 bytes per score.
 #[derive(Clone, Debug, Default)]
 pub struct TopKScratch {
     pub(crate) pairs: Vec<u64>,
@@ -66,4 +66,6 @@ pub struct TopKScratch {
     pub(crate) keys: Vec<i32>,
     #[cfg(target_arch = "x86_64")]
     pub(crate) candidates: Vec<i32>,
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) ids: Vec<i32>,
 }

@@ -22,6 +22,8 @@ pub(super) const BLOCK: usize = MOST_STRIPES * STRIPE;
 const CODE_MAX: f32 = 127.0;
 /// What a code is stored with, so that it is no negative number.
 const OFFSET: i32 = 128;
+/// An f64 near which neighbours are 1 apart.
+const NEAREST: f64 = 6_755_399_441_055_744.0;
 /// 2⁻¹²⁰, added to every bound: more than all that products below the smallest normal number can have lost.
 pub(super) const FLOOR: f32 = f32::from_bits((127 - 120) << 23);
 
@@ -109,7 +111,8 @@ impl Query8 {
         for (j, q) in query.iter().enumerate() {
             let lane = lane(j);
             let steps = f64::from(*q) / f64::from(self.step[lane]);
-            let code = steps.round_ties_even().clamp(-127.0, 127.0);
+            // Nearest, ties to even, as every sum is rounded; `round` would be a call.
+            let code = ((steps + NEAREST) - NEAREST).clamp(-127.0, 127.0);
             self.codes[j] = code as i8;
             self.upper[j] = if *q >= 0.0 { 0xff } else { 0 };
             sums[lane] += code as i32;

@@ -4,12 +4,12 @@
 //! end. It stays in the second-level cache, so that memory is read once; between chunks the softmax goes on as in Milakov &
 //! Gimelshein's online softmax (2018): a new maximum scales down what was summed.
 
-use super::Simd;
 use super::elementwise::multiply;
 use super::reduce::{exp_in_place, max};
 use super::rows::{BLOCK, Blocks, prefetch};
 use super::stored::{Stored, by_dtype};
 use super::values::add_block;
+use super::{Simd, write4};
 use crate::cpu::scalar::merge_weights;
 use crate::dtype::Dtype;
 use crate::layout::RowShape;
@@ -158,19 +158,7 @@ unsafe fn score_tile<S: Simd, E: Stored, const H: usize>(
             for score in &mut scores {
                 *score *= scale;
             }
-            let out = out.add(h * out_stride);
-            // One by one at the end: a call to memcpy here would have every register saved around it.
-            if count == TILE {
-                out.cast::<[f32; TILE]>().write_unaligned(scores);
-            } else {
-                out.write(scores[0]);
-                if count > 1 {
-                    out.add(1).write(scores[1]);
-                }
-                if count > 2 {
-                    out.add(2).write(scores[2]);
-                }
-            }
+            write4(scores, count, out.add(h * out_stride));
         }
     }
 }
@@ -212,10 +200,13 @@ pub(super) unsafe fn attend_rows<S: Simd, E: Stored>(
     let chunk = chunk_rows(shape.row_bytes);
     let room = scratch.room(lse.len() * (chunk + 1));
     let mut attention = Attention::new(shape, scale, chunk, room, out, lse);
-    let (mut keys, mut values) = (Blocks::new(runs, shape.row_bytes), Blocks::new(runs, shape.row_bytes));
+    let [mut keys, mut values, mut coming] = [(); 3].map(|()| Blocks::new(runs, shape.row_bytes));
+    for _ in 0..chunk / BLOCK {
+        coming.advance();
+    }
     while !keys.rows().is_empty() {
         // SAFETY: passed on to the caller.
-        unsafe { attention.add::<S, E>(s, queries, &mut keys, &mut values) };
+        unsafe { attention.add::<S, E>(s, queries, &mut keys, &mut values, &mut coming) };
     }
     attention.finish(s);
 }
@@ -254,7 +245,8 @@ impl<'a> Attention<'a> {
         Self { shape, scale, chunk, weights, sums, out, lse }
     }
 
-    /// Adds the next chunk: `keys` and `values` stand at its first row, and then at the next one's.
+    /// Adds the next chunk: `keys` and `values` stand at its first row, and then at the next one's; `coming` at the first row of the
+    /// chunk after it, whose keys are asked for while values are summed, so that memory never rests.
     ///
     /// # Safety
     /// The rows are readable, of the shape and the type.
@@ -265,6 +257,7 @@ impl<'a> Attention<'a> {
         queries: &[f32],
         keys: &mut Blocks,
         values: &mut Blocks,
+        coming: &mut Blocks,
     ) {
         let (group, d, chunk) = (self.lse.len(), self.shape.values, self.chunk);
         let mut n = 0;
@@ -297,10 +290,12 @@ impl<'a> Attention<'a> {
             // SAFETY: passed on to the caller; `weights` holds this chunk's, `out` is [group][d].
             unsafe {
                 let weights = self.weights.as_ptr().add(t);
-                add_block::<S, E>(s, values, self.shape, group, weights, chunk, self.out.as_mut_ptr());
+                let out = self.out.as_mut_ptr();
+                add_block::<S, E>(s, values, coming.rows(), self.shape, group, weights, chunk, out);
             };
             t += values.rows().len();
             values.advance();
+            coming.advance();
         }
     }
 

@@ -1,12 +1,11 @@
 //! Bounds of many pages, a few pages at a time, so that a query is loaded, and its signs are found, once for all of them.
 
-use super::Simd;
 use super::stored::{Stored, by_dtype};
+use super::{AHEAD, LINE, Simd, prefetch, write4};
 use crate::dtype::Dtype;
 
 /// Pages whose sums a register of four takes.
 const PAGES: usize = 4;
-
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn page_bounds_many<S: Simd>(
@@ -46,6 +45,9 @@ unsafe fn all_pages<S: Simd, E: Stored>(
         let count = PAGES.min(pages - first);
         // Where the pages end, the last one over and over.
         let places = [0, 1, 2, 3].map(|i| blocks.wrapping_add((first + i.min(count - 1)) * page_bytes));
+        for line in (0..PAGES * page_bytes).step_by(LINE) {
+            prefetch::<false>(blocks.wrapping_add(first * page_bytes + AHEAD + line));
+        }
         let mut h = 0;
         while h < group {
             let heads = super::tile(group - h, S::HEADS);
@@ -107,8 +109,7 @@ unsafe fn tile<S: Simd, E: Stored, const H: usize>(
             }
         }
         for h in 0..H {
-            let bounds = s.sum4(sums[h]);
-            std::ptr::copy_nonoverlapping(bounds.as_ptr(), out.add(h * out_stride), count);
+            write4(s.sum4(sums[h]), count, out.add(h * out_stride));
         }
     }
 }

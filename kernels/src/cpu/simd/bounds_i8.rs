@@ -2,11 +2,11 @@
 
 use std::arch::x86_64::*;
 
+use super::{AHEAD, LINE, prefetch, write4};
 use crate::cpu::bounds::{Block, FLOOR, LANES, Query8, STRIPE};
 
 /// Pages at a time, so that a query is loaded once for all of them, and their sums end in one register.
 const PAGES: usize = 4;
-
 /// What an instruction set has to offer here.
 trait Whole: Copy {
     /// 64 bytes.
@@ -16,7 +16,8 @@ trait Whole: Copy {
     /// 16 lanes of f32.
     type F: Copy;
 
-    fn none(self) -> Self::Sums;
+    /// Where sums begin.
+    fn start(self, start: &[i32; LANES]) -> Self::Sums;
     /// # Safety
     /// 64 bytes are readable at `at`, at any alignment.
     unsafe fn load(self, at: *const u8) -> Self::B;
@@ -24,8 +25,8 @@ trait Whole: Copy {
     fn choose(self, upper: Self::B, low: Self::B, high: Self::B) -> Self::B;
     /// Adds the products of signed codes with unsigned ones.
     fn dot(self, sums: Self::Sums, codes: Self::B, ends: Self::B) -> Self::Sums;
-    /// `start` plus each lane's sum, as f32.
-    fn lanes(self, sums: Self::Sums, start: &[i32; LANES]) -> Self::F;
+    /// Each lane's sum as f32.
+    fn lanes(self, sums: Self::Sums) -> Self::F;
     fn steps(self, step: &[f32; LANES]) -> Self::F;
     /// Each lane's scale, where a block has that many.
     ///
@@ -95,20 +96,31 @@ fn all_pages<W: Whole, const STRIPES: usize>(
                     upper[i] = w.load(query.upper.as_ptr().add(i * STRIPE));
                 }
             }
-            let steps = w.steps(&query.step);
+            // A page's lines with each of the first queries; all that is left with the last one.
+            let asked = if h + 1 == queries.len() { h..PAGES } else { h..(h + 1).min(PAGES) };
+            for line in (asked.start * page_bytes..asked.end * page_bytes).step_by(LINE) {
+                prefetch::<false>(digests.as_ptr().wrapping_add(first * page_bytes + AHEAD + line));
+            }
+            let (start, steps) = (w.start(&query.start), w.steps(&query.step));
             let mut terms = [nothing.1; PAGES];
             for p in 0..PAGES {
-                let mut sums = w.none();
+                let mut sums = start;
                 for i in 0..STRIPES {
                     sums = w.dot(sums, codes[i], w.choose(upper[i], low[p][i], high[p][i]));
                 }
-                terms[p] = w.mul(w.lanes(sums, &query.start), w.mul(scales[p], steps));
+                terms[p] = w.mul(w.lanes(sums), w.mul(scales[p], steps));
             }
-            let sums = w.sum4(terms);
+            let mut bounds = w.sum4(terms);
             let out = &mut out[h * out_stride + first..][..count];
-            for (bound, sum) in out.iter_mut().zip(sums) {
-                *bound = sum + if first_block { FLOOR } else { *bound };
+            if first_block {
+                bounds = bounds.map(|bound| bound + FLOOR);
+            } else {
+                for (bound, before) in bounds.iter_mut().zip(out.iter()) {
+                    *bound += before;
+                }
             }
+            // SAFETY: `out` has `count` places.
+            unsafe { write4(bounds, count, out.as_mut_ptr()) };
         }
     }
 }
@@ -148,12 +160,9 @@ fn dot_halves(sums: [__m256i; 4], codes: [__m256i; 2], ends: [__m256i; 2]) -> [_
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn lanes_of_halves(sums: [__m256i; 4], start: &[i32; LANES]) -> [__m256; 2] {
+fn lanes_of_halves(start: [__m256i; 2], sums: [__m256i; 4]) -> [__m256; 2] {
     // Neighbours added, and back into order.
     let joined = |a, b| _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_hadd_epi32(a, b));
-    let (low, high) = start.split_at(8);
-    // SAFETY: eight i32 each.
-    let start = unsafe { [low, high].map(|part| _mm256_loadu_si256(part.as_ptr().cast())) };
     [
         _mm256_cvtepi32_ps(_mm256_add_epi32(start[0], joined(sums[0], sums[1]))),
         _mm256_cvtepi32_ps(_mm256_add_epi32(start[1], joined(sums[2], sums[3]))),
@@ -206,15 +215,20 @@ fn sum4_of_8([a, b, c, d]: [__m256; 4]) -> __m128 {
 
 impl Whole for Halves {
     type B = [__m256i; 2];
-    type Sums = [__m256i; 4];
+    /// Where lanes begin, and the products so far, two lanes' parts for each.
+    type Sums = ([__m256i; 2], [__m256i; 4]);
     type F = [__m256; 2];
 
     // SAFETY, here and in every block below: the value `self` is the proof that the instructions are there; where a pointer is
     // used, the caller promises the memory behind it.
     #[inline(always)]
-    fn none(self) -> Self::Sums {
-        // SAFETY: see above.
-        unsafe { [_mm256_setzero_si256(); 4] }
+    fn start(self, start: &[i32; LANES]) -> Self::Sums {
+        let at = start.as_ptr();
+        // SAFETY: see above; 16 i32.
+        unsafe {
+            let start = [_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(8).cast())];
+            (start, [_mm256_setzero_si256(); 4])
+        }
     }
     #[inline(always)]
     unsafe fn load(self, at: *const u8) -> Self::B {
@@ -231,12 +245,12 @@ impl Whole for Halves {
     #[inline(always)]
     fn dot(self, sums: Self::Sums, codes: Self::B, ends: Self::B) -> Self::Sums {
         // SAFETY: see above.
-        unsafe { dot_halves(sums, codes, ends) }
+        unsafe { (sums.0, dot_halves(sums.1, codes, ends)) }
     }
     #[inline(always)]
-    fn lanes(self, sums: Self::Sums, start: &[i32; LANES]) -> Self::F {
+    fn lanes(self, sums: Self::Sums) -> Self::F {
         // SAFETY: see above.
-        unsafe { lanes_of_halves(sums, start) }
+        unsafe { lanes_of_halves(sums.0, sums.1) }
     }
     #[inline(always)]
     fn steps(self, step: &[f32; LANES]) -> Self::F {
@@ -313,9 +327,9 @@ impl Whole for Vnni {
     type F = __m512;
 
     #[inline(always)]
-    fn none(self) -> __m512i {
-        // SAFETY: see above.
-        unsafe { _mm512_setzero_si512() }
+    fn start(self, start: &[i32; LANES]) -> __m512i {
+        // SAFETY: see above; 16 i32.
+        unsafe { _mm512_loadu_si512(start.as_ptr().cast()) }
     }
     #[inline(always)]
     unsafe fn load(self, at: *const u8) -> __m512i {
@@ -333,9 +347,9 @@ impl Whole for Vnni {
         unsafe { dot_bytes(sums, codes, ends) }
     }
     #[inline(always)]
-    fn lanes(self, sums: __m512i, start: &[i32; LANES]) -> __m512 {
-        // SAFETY: see above; 16 i32.
-        unsafe { _mm512_cvtepi32_ps(_mm512_add_epi32(sums, _mm512_loadu_si512(start.as_ptr().cast()))) }
+    fn lanes(self, sums: __m512i) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepi32_ps(sums) }
     }
     #[inline(always)]
     fn steps(self, step: &[f32; LANES]) -> __m512 {

@@ -51,7 +51,10 @@ trait Codes: Copy {
 #[inline(always)]
 unsafe fn load4<C: Codes>(c: C, at: *const u8) -> [C::R; 4] {
     // SAFETY: passed on to the caller.
-    unsafe { [0, 1, 2, 3].map(|i| c.load(at.add(i * C::HELD * CODE))) }
+    unsafe {
+        let register = C::HELD * CODE;
+        [c.load(at), c.load(at.add(register)), c.load(at.add(2 * register)), c.load(at.add(3 * register))]
+    }
 }
 
 #[inline(always)]
@@ -64,7 +67,10 @@ fn hamming<C: Codes>(c: C, queries: &[Code], codes: &[u8], out: &mut [u32], out_
             let codes = load4(c, codes.as_ptr().add(t * CODE));
             for (h, query) in queries.iter().enumerate() {
                 let query = c.splat(*query);
-                let counts = codes.map(|codes| c.count(c.xor(codes, query)));
+                let mut counts = codes;
+                for i in 0..4 {
+                    counts[i] = c.count(c.xor(codes[i], query));
+                }
                 c.store_u32(c.per_code(counts), out.as_mut_ptr().add(h * out_stride + t));
             }
         }
@@ -147,32 +153,39 @@ fn sums<C: Codes, const FOURS: usize, const TWOS: usize, const ONES: usize>(
     let [(fours, _), (twos, _), (ones, _)] = planes(queries);
     let (mut four, mut two, mut one) =
         ([c.splat([0; 2]); FOURS], [c.splat([0; 2]); TWOS], [c.splat([0; 2]); ONES]);
-    (0..FOURS).for_each(|i| four[i] = c.splat(fours[i]));
-    (0..TWOS).for_each(|i| two[i] = c.splat(twos[i]));
-    (0..ONES).for_each(|i| one[i] = c.splat(ones[i]));
+    for i in 0..FOURS {
+        four[i] = c.splat(fours[i]);
+    }
+    for i in 0..TWOS {
+        two[i] = c.splat(twos[i]);
+    }
+    for i in 0..ONES {
+        one[i] = c.splat(ones[i]);
+    }
     let tile = 4 * C::HELD;
     for t in (0..out.len()).step_by(tile) {
         // SAFETY: `codes` and `out` hold whole tiles, so one from t on.
         unsafe {
-            let counts = load4(c, codes.as_ptr().add(t * CODE)).map(|codes| {
-                let mut sum = c.splat([0; 2]);
+            let mut counts = load4(c, codes.as_ptr().add(t * CODE));
+            for codes in &mut counts {
+                let (held, mut sum) = (*codes, c.splat([0; 2]));
                 for i in 0..FOURS {
-                    sum = c.add(sum, c.count(c.xor(codes, four[i])));
+                    sum = c.add(sum, c.count(c.xor(held, four[i])));
                 }
                 if FOURS > 0 {
                     sum = c.add(sum, sum);
                 }
                 for i in 0..TWOS {
-                    sum = c.add(sum, c.count(c.xor(codes, two[i])));
+                    sum = c.add(sum, c.count(c.xor(held, two[i])));
                 }
                 if TWOS > 0 {
                     sum = c.add(sum, sum);
                 }
                 for i in 0..ONES {
-                    sum = c.add(sum, c.count(c.xor(codes, one[i])));
+                    sum = c.add(sum, c.count(c.xor(held, one[i])));
                 }
-                sum
-            });
+                *codes = sum;
+            }
             let (sums, to) = (c.per_code(counts), out.as_mut_ptr().add(t));
             let sums = if add { c.add_u32(sums, c.load_u32(to)) } else { sums };
             c.store_u32(sums, to);

@@ -91,9 +91,9 @@ pub(super) unsafe fn attend_layout<S: Simd>(
             if run[0].rows == 0 {
                 break;
             }
-            let (mut keys, mut values) =
-                (Blocks::new(&run, shape.row_bytes), Blocks::new(&run, shape.row_bytes));
-            attention.add::<S, F32>(s, queries, &mut keys, &mut values);
+            let [mut keys, mut values] = [(); 2].map(|()| Blocks::new(&run, shape.row_bytes));
+            // The next chunk's rows are dequantised before they are attended: nothing to ask for.
+            attention.add::<S, F32>(s, queries, &mut keys, &mut values, &mut Blocks::new(&[], 0));
         }
     }
     attention.finish(s);

@@ -1,4 +1,5 @@
-//! The k best scores: a threshold between pivots drawn from a sample, then one pass that keeps what is above it.
+//! The k best scores: one pass keeps what is above a pivot drawn from a sample, a little more than k; among those few, a threshold is
+//! found between further pivots, and a second pass keeps what is above it.
 
 use super::Simd;
 use crate::run::TopKScratch;
@@ -23,37 +24,118 @@ struct Cut {
 #[inline(always)]
 pub(super) fn top_k<S: Simd>(s: S, scores: &[f32], k: usize, scratch: &mut TopKScratch, out: &mut Vec<u32>) {
     let n = scores.len();
-    for room in [&mut scratch.keys, &mut scratch.candidates] {
+    for room in [&mut scratch.keys, &mut scratch.candidates, &mut scratch.ids] {
         if room.len() < n + SLACK {
             room.resize(n + SLACK, NOTHING);
         }
     }
-    for (chunk, scores) in scores.chunks(S::LANES).enumerate() {
-        let keys = s.keys(s.load(scores));
-        // SAFETY: `keys` has SLACK places more than there are scores.
-        unsafe { s.store_i32(keys, scratch.keys.as_mut_ptr().add(chunk * S::LANES)) };
-    }
-    scratch.keys[n..n + SLACK].fill(NOTHING);
-    let cut = cut(s, &scratch.keys, n, k, &mut scratch.candidates);
     out.reserve(k + SLACK);
-    // SAFETY: `keys` holds n keys and NOTHING up to a whole register; `out` is empty and has room for k ids and a register.
+    let (count, ids) = match likely(s, scores, k, scratch) {
+        Some(count) => (count, Some(&scratch.ids[..])),
+        None => {
+            for (chunk, scores) in scores.chunks(S::LANES).enumerate() {
+                let keys = s.keys(s.load(scores));
+                // SAFETY: `keys` has SLACK places more than there are scores.
+                unsafe { s.store_i32(keys, scratch.keys.as_mut_ptr().add(chunk * S::LANES)) };
+            }
+            (n, None)
+        }
+    };
+    scratch.keys[count..count + SLACK].fill(NOTHING);
+    let cut = if count == k {
+        Cut { key: NOTHING, ties: 0 }
+    } else {
+        cut(s, &scratch.keys, count, k, &mut scratch.candidates)
+    };
+    // SAFETY: `keys` holds as many keys, and NOTHING up to a whole register; `ids` as many; `out` is empty and has room for k ids and a
+    // register.
     unsafe {
-        let kept = emit(s, &scratch.keys, n, &cut, out.as_mut_ptr());
+        let kept = emit(s, &scratch.keys, ids, count, &cut, out.as_mut_ptr());
         debug_assert_eq!(kept, k);
         out.set_len(kept);
     }
 }
 
-/// The first `n` keys that the cut leaves, as ids.
+/// The scores that are likely to be among the `k` best: their ids, ascending, and keys, and how many they are. `None` where there are
+/// few scores, where the pivot would be -inf, or where it left too few.
+#[inline(always)]
+fn likely<S: Simd>(s: S, scores: &[f32], k: usize, scratch: &mut TopKScratch) -> Option<usize> {
+    let n = scores.len();
+    if n <= FEW {
+        return None;
+    }
+    let size = sample_size(n);
+    let mut sample = [NOTHING; MOST + SLACK];
+    for (i, sampled) in sample[..size].chunks_exact_mut(S::LANES).enumerate() {
+        let mut drawn = [0.0; SLACK];
+        for lane in 0..S::LANES {
+            drawn[lane] = scores[(i * S::LANES + lane) * n / size];
+        }
+        // SAFETY: both have room for a register.
+        unsafe { s.store_i32(s.keys(s.load(&drawn)), sampled.as_mut_ptr()) };
+    }
+    let (_, last) = places(size, k as f32 / n as f32);
+    if last >= size {
+        return None;
+    }
+    let pivot = bisect(s, &sample, size, last, LOWEST, HIGHEST).key;
+    if pivot <= LOWEST {
+        return None;
+    }
+    let below = s.splat(below(pivot));
+    let mut count = 0;
+    let whole = n - n % S::LANES;
+    for at in (0..whole).step_by(S::LANES) {
+        // SAFETY: the scores have a register from `at` on; as many ids as scores so far and a register have room.
+        unsafe {
+            let lanes = s.above(s.load_f32(scores.as_ptr().add(at).cast()), below);
+            s.compress_i32(s.ids(at as u32), lanes, scratch.ids.as_mut_ptr().add(count));
+            count += lanes.count_ones() as usize;
+        }
+    }
+    for (id, score) in scores.iter().enumerate().skip(whole) {
+        scratch.ids[count] = id as i32;
+        count += usize::from(s.above(s.splat(*score), below) & 1 == 1);
+    }
+    if count < k {
+        return None;
+    }
+    for first in (0..count).step_by(S::LANES) {
+        let mut chosen = [0.0; SLACK];
+        for (chosen, id) in chosen.iter_mut().zip(&scratch.ids[first..count.min(first + S::LANES)]) {
+            *chosen = scores[*id as u32 as usize];
+        }
+        // SAFETY: `keys` has SLACK places more than there are scores.
+        unsafe { s.store_i32(s.keys(s.load(&chosen)), scratch.keys.as_mut_ptr().add(first)) };
+    }
+    Some(count)
+}
+
+/// The score that those of `key` and above are above, and no others.
+#[inline(always)]
+fn below(key: i32) -> f32 {
+    // -1 would be -0, which 0 is not above; no score has that key.
+    let key = if key == 0 { -2 } else { key - 1 };
+    f32::from_bits((key ^ ((key >> 31) & i32::MAX)).cast_unsigned())
+}
+
+/// Of the first `n` keys those that the cut leaves, as ids: the ones given, or their places.
 ///
 /// # Safety
-/// `keys` is readable up to whole registers; `out` has room for the ids and one register more.
+/// `keys` and `ids` are readable up to whole registers; `out` has room for the ids and one register more.
 #[inline(always)]
-unsafe fn emit<S: Simd>(s: S, keys: &[i32], n: usize, cut: &Cut, out: *mut u32) -> usize {
-    let (above, equal_or_above) = (s.splat_i32(cut.key), s.splat_i32(cut.key - 1));
+unsafe fn emit<S: Simd>(
+    s: S,
+    keys: &[i32],
+    ids: Option<&[i32]>,
+    n: usize,
+    cut: &Cut,
+    out: *mut u32,
+) -> usize {
+    let (above, equal_or_above) = (s.splat_i32(cut.key), s.splat_i32(cut.key.saturating_sub(1)));
     let (mut kept, mut ties) = (0, cut.ties);
     for at in (0..n).step_by(S::LANES) {
-        // SAFETY: the caller promises keys up to whole registers, and room after the ids so far.
+        // SAFETY: the caller promises keys and ids up to whole registers, and room after the ids so far.
         unsafe {
             let keys = s.load_i32(keys.as_ptr().add(at));
             let mut lanes = s.above_i32(keys, above);
@@ -65,7 +147,8 @@ unsafe fn emit<S: Simd>(s: S, keys: &[i32], n: usize, cut: &Cut, out: *mut u32) 
                     ties -= 1;
                 }
             }
-            s.compress_i32(s.ids(at as u32), lanes, out.add(kept).cast());
+            let ids = ids.map_or_else(|| s.ids(at as u32), |ids| s.load_i32(ids.as_ptr().add(at)));
+            s.compress_i32(ids, lanes, out.add(kept).cast());
             kept += lanes.count_ones() as usize;
         }
     }
@@ -138,20 +221,31 @@ unsafe fn narrow<S: Simd>(
     (above, between)
 }
 
+/// Most keys of a sample.
+const MOST: usize = 1024;
+
+/// How many of so many keys are sampled; whole registers.
+fn sample_size(len: usize) -> usize {
+    if len < 16 * MOST { MOST / 4 } else { MOST }
+}
+
+/// Around which places of a sample, from the largest down, a share ends in all likelihood.
+fn places(size: usize, share: f32) -> (usize, usize) {
+    let place = share * size as f32;
+    // Two and a half standard deviations of the number of sampled keys above the wanted one.
+    let spread = 2.5 * (place * (1.0 - share)).sqrt() + 2.0;
+    ((place - spread) as usize, (place + spread) as usize)
+}
+
 /// Two keys within `low ..= high` between which the `need`-th largest lies in all likelihood.
 #[inline(always)]
 fn pivots<S: Simd>(s: S, keys: &[i32], len: usize, need: usize, low: i32, high: i32) -> (i32, i32) {
-    const MOST: usize = 1024;
-    let size = if len < 16 * MOST { MOST / 4 } else { MOST };
+    let size = sample_size(len);
     let mut sample = [NOTHING; MOST + SLACK];
     for (i, sampled) in sample[..size].iter_mut().enumerate() {
         *sampled = keys[i * len / size];
     }
-    let share = need as f32 / len as f32;
-    let place = share * size as f32;
-    // Two and a half standard deviations of the number of sampled keys above the wanted one.
-    let spread = 2.5 * (place * (1.0 - share)).sqrt() + 2.0;
-    let (first, last) = ((place - spread) as usize, (place + spread) as usize);
+    let (first, last) = places(size, need as f32 / len as f32);
     let high_pivot = if first == 0 { high } else { bisect(s, &sample, size, first, low, high).key };
     let low_pivot = if last >= size { low } else { bisect(s, &sample, size, last, low, high_pivot).key };
     (low_pivot.clamp(low, high), high_pivot.clamp(low, high))

@@ -5,14 +5,16 @@ use super::rows::{Blocks, prefetch};
 use super::stored::Stored;
 use crate::layout::RowShape;
 
-/// `out[h] += Σ_t weights[h][t] · v_t` over a block's rows, in order.
+/// `out[h] += Σ_t weights[h][t] · v_t` over a block's rows, in order; meanwhile the keys of rows that are coming are asked for.
 ///
 /// # Safety
 /// The rows are readable; `out` is `[group][d]`; `weights` holds one per row for each query, one query every `stride` values.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn add_block<S: Simd, E: Stored>(
     s: S,
     blocks: &Blocks,
+    coming: &[*const u8],
     shape: RowShape,
     group: usize,
     weights: *const f32,
@@ -20,7 +22,8 @@ pub(super) unsafe fn add_block<S: Simd, E: Stored>(
     out: *mut f32,
 ) {
     let (rows, ahead, d) = (blocks.rows(), blocks.ahead(), shape.values);
-    let mut values = Values { rows, ahead, d, stride, column: shape.column };
+    let key_bytes = shape.keys * E::BYTES;
+    let mut values = Values { rows, ahead, coming, key_bytes, d, stride, column: shape.column };
     let mut h = 0;
     while h < group {
         let heads = super::tile(group - h, S::HEADS);
@@ -35,7 +38,7 @@ pub(super) unsafe fn add_block<S: Simd, E: Stored>(
             }
         }
         // Once is enough for what is to come.
-        values.ahead = &[];
+        (values.ahead, values.coming) = (&[], &[]);
         h += heads;
     }
 }
@@ -45,6 +48,9 @@ struct Values<'a> {
     rows: &'a [*const u8],
     /// The rows of the next block, to be asked for on the way.
     ahead: &'a [*const u8],
+    /// Rows whose keys, of so many bytes, are needed soon.
+    coming: &'a [*const u8],
+    key_bytes: usize,
     d: usize,
     /// From one query's weights to the next one's.
     stride: usize,
@@ -105,6 +111,11 @@ unsafe fn value_tile<S: Simd, E: Stored, const H: usize, const N: usize>(
         for (r, row) in values.rows.iter().enumerate() {
             if let Some(row) = values.ahead.get(r) {
                 prefetch::<true>(row.add(values.column + j * E::BYTES), N * S::LANES * E::BYTES);
+            }
+            if let Some(row) = values.coming.get(r).filter(|_| j < values.key_bytes) {
+                // Each tile of columns asks for its share.
+                let share = (values.key_bytes * N * S::LANES).div_ceil(d);
+                prefetch::<false>(row.wrapping_add(share * (j / (N * S::LANES))), share);
             }
             let mut w = [s.splat(0.0); H];
             for h in 0..H {
