@@ -18,7 +18,7 @@ mod serve;
 mod session;
 mod skew_cache;
 mod status;
-mod texts;
+mod trial;
 
 use std::error::Error;
 use std::io::{self, Write};

@@ -10,12 +10,12 @@ use kvoyant_engine::{
     Decoder, DecoderOptions, DenseKv, DenseSequence, ForwardError, KvBackend, KvShape, Logits, Model,
     PrefillOptions, TextError,
 };
+use kvoyant_eval::texts::Filler;
 use kvoyant_methods::infinigen::{SkewArtifact, SkewBuilder};
 use kvoyant_methods::{MethodError, Shape};
 
 use crate::cache::{self, CacheError};
 use crate::progress::Progress;
-use crate::texts::Filler;
 
 /// Tokens of the calibration text, as in the paper.
 const TOKENS: usize = 2048;

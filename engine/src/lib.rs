@@ -35,7 +35,6 @@ mod generate;
 mod kv;
 mod load;
 mod model;
-mod random;
 mod rope;
 mod sampling;
 pub mod synthetic;
@@ -53,7 +52,7 @@ pub use kv::{
 };
 pub use load::{LoadOptions, sha256_file};
 pub use model::Model;
-pub use random::SplitMix64;
+pub use kvoyant_kernels::SplitMix64;
 pub use rope::{Rope, RopeTable};
 pub use sampling::{Sampler, SamplerOptions, argmax, log_probability};
 pub use tokenizer::{TextStream, Tokenizer};

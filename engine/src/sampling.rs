@@ -1,6 +1,6 @@
 //! From logits to the next token.
 
-use crate::random::SplitMix64;
+use kvoyant_kernels::SplitMix64;
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -20,9 +20,11 @@ pub mod cuda;
 mod dtype;
 mod layout;
 pub mod quantise;
+mod random;
 mod run;
 
 pub use cpu::{ENV, Kernels, Path, PathError};
 pub use dtype::{Dtype, UnknownDtype};
 pub use layout::{RowLayout, UnknownLayout};
+pub use random::SplitMix64;
 pub use run::{AttendScratch, CopyRun, Run, TopKScratch};

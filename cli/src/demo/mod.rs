@@ -2,19 +2,11 @@
 //!
 //! | room | job |
 //! |---|---|
-//! | [`plan`], [`tasks`] | what is asked |
-//! | [`prepare`] | reading it once |
-//! | [`decode`], [`measure`], [`compare`] | one row: answers and continuations |
+//! | [`crate::trial`] | what is asked, and one method's answers |
 //! | [`report`], [`table`], [`why`] | what is shown |
 
-mod compare;
-mod decode;
-mod measure;
-mod plan;
-mod prepare;
 mod report;
 mod table;
-mod tasks;
 mod why;
 
 use std::convert::Infallible;
@@ -22,11 +14,9 @@ use std::time::Instant;
 
 use kvoyant_engine::{DaemonError, DaemonKv, Decoder, DecoderOptions, ForwardError};
 use kvoyant_kernels::Path as KernelPath;
-use kvoyant_methods::{MethodSpec, SpecError};
+use kvoyant_methods::{Budget, MethodSpec, SpecError};
 
-use self::measure::Asked;
-use self::plan::{Plan, PlanError};
-use self::report::Report;
+use self::report::{Report, Row};
 use self::why::Effort;
 use crate::args::DemoArgs;
 use crate::machine::Machine;
@@ -35,6 +25,9 @@ use crate::private_daemon::{self, PrivateDaemon};
 use crate::progress::Progress;
 use crate::session::{self, SessionError};
 use crate::skew_cache::SkewError;
+use crate::trial::measure::Asked;
+use crate::trial::plan::{Plan, PlanError, Size};
+use crate::trial::prepare;
 
 /// The rows after `dense`: what each is called, and the daemon's method.
 const ROWS: &[(&str, &str)] = &[
@@ -98,10 +91,11 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
     let progress = Progress::new();
     let chosen = model::open(&args.model, progress)?;
     let model = chosen.model;
-    let plan = Plan::new(&model, args.context, args.text.as_deref(), args.seed)?;
+    let size = Size::demo(args.context);
+    let plan = Plan::new(&model, &size, args.text.as_deref(), args.seed)?;
     let mut asked = Asked::new(&plan);
     let methods = ROWS.iter().map(|(_, spec)| spec.parse()).collect::<Result<Vec<MethodSpec>, _>>()?;
-    let longest = args.context + plan::ROOM_TOKENS;
+    let longest = args.context + size.room;
     let options = session::options(&model, methods, longest, asked.batch_max(), progress)?;
 
     let shape = session::shape(&model);
@@ -109,7 +103,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
     let mut arguments = args.daemon.for_serve();
     arguments.extend(session::sizes(
         &shape,
-        plan.prefill_tokens() + 2 * asked.batch_max() * plan::ROOM_TOKENS,
+        plan.prefill_tokens() + 2 * asked.batch_max() * size.room,
         (batch_tokens as f64 * SLAB_SHARE) as usize,
     ));
     let daemon = PrivateDaemon::start(&arguments)?;
@@ -132,12 +126,15 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
     let step = progress.step("answering: dense", ROWS.len() as u64 + 1);
     let (mut dense, mut copied) =
         prepare::copy(&mut kv, &prepared, &shape).map_err(|error| failed(error.into()))?;
-    let mut rows = vec![asked.dense_row(&mut decoder, &mut dense, &mut copied)?];
+    let of_dense = asked.dense_row(&mut decoder, &mut dense, &mut copied)?;
+    let mut rows = vec![Row::new("dense", None, &of_dense)];
     drop((dense, copied));
     for (method, (name, spec)) in ROWS.iter().enumerate() {
         step.advance(1);
         step.rename(format!("answering: {spec}"));
-        rows.push(asked.row_of(&mut decoder, &mut kv, &mut prepared, method, name).map_err(failed)?);
+        let measured = asked.row_of(&mut decoder, &mut kv, &mut prepared, method).map_err(failed)?;
+        let budget = kv.methods()[method].budget().and_then(Budget::as_share);
+        rows.push(Row::new(name, budget, &measured));
     }
     drop(step);
 

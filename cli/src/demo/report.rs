@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::Machine;
+use crate::trial::measure::Measured;
+use crate::trial::plan::Size;
 
 /// The whole result. Every benchmark keeps this outer shape.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,6 +50,29 @@ pub(crate) struct Row {
 }
 
 impl Row {
+    /// What was measured, as a row.
+    pub(crate) fn new(method: &str, budget: Option<f64>, measured: &Measured) -> Self {
+        let costs = measured.costs;
+        Self {
+            method: method.to_owned(),
+            budget,
+            tasks: Size::DEMO_TASKS
+                .iter()
+                .map(|task| (task.name().to_owned(), measured.task(*task).unwrap_or(0.0)))
+                .collect(),
+            tokens_equal_dense: measured.agreement.equal(),
+            kl_to_dense: measured.agreement.kl(),
+            perplexity: measured.agreement.perplexity(),
+            attention_mass: costs.attention_mass,
+            kv_moved_share: costs.kv_moved_share,
+            bytes_per_token: costs.bytes_per_token,
+            ms_per_token: measured.clock.ms_per_token(),
+            hit_rate: costs.hit_rate,
+            stall_share: costs.stall_share,
+            resident_share: costs.resident_share,
+        }
+    }
+
     /// How the row is called in the table.
     pub(crate) fn title(&self) -> String {
         match (self.method.as_str(), self.budget) {

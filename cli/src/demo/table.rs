@@ -3,9 +3,9 @@
 use std::fmt::Write;
 
 use console::{Style, measure_text_width};
+use kvoyant_eval::tasks::Task;
 
 use super::report::Row;
-use super::tasks::Task;
 
 /// One column: two lines of heading, and what a row shows in it.
 struct Column {

@@ -1,7 +1,7 @@
 //! Two or three sentences under the table: what was read, and what the answers cost.
 
 use super::report::Row;
-use super::tasks::Task;
+use crate::trial::plan::Size;
 
 /// Columns of a line: as wide as the table.
 const WIDTH: usize = 103;
@@ -108,7 +108,7 @@ fn sentences(rows: &[Row], effort: &Effort) -> Vec<String> {
 
 /// Questions that a row answered right; both tasks have equally many.
 fn right(row: &Row, questions: usize) -> usize {
-    let each = questions as f64 / Task::ALL.len() as f64;
+    let each = questions as f64 / Size::DEMO_TASKS.len() as f64;
     row.tasks.values().map(|accuracy| (accuracy * each).round() as usize).sum()
 }
 

@@ -12,7 +12,7 @@ use crate::config::ModelConfig;
 use crate::error::LoadError;
 use crate::load::{LayerTensor, Parts, TensorName, TensorSource, assemble};
 use crate::model::Model;
-use crate::random::SplitMix64;
+use kvoyant_kernels::SplitMix64;
 use crate::tokenizer::Tokenizer;
 use crate::weights::WeightsMode;
 

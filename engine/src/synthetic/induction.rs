@@ -15,7 +15,7 @@ use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
 use super::checkpoint::Checkpoint;
 use crate::config::{Architecture, ModelConfig, RopeScaling};
 use crate::load::{LayerTensor, TensorName};
-use crate::random::SplitMix64;
+use kvoyant_kernels::SplitMix64;
 
 /// Signs in a token's code.
 const CODE: usize = 48;

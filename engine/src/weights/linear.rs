@@ -182,7 +182,7 @@ fn quantise(weight: &[f32], inputs: usize) -> Vec<BlockQ8_0> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::SplitMix64;
+    use kvoyant_kernels::SplitMix64;
 
     #[test]
     fn q8_0_is_near_f32_and_large_batches_use_f32() {

@@ -1,19 +1,17 @@
-//! One row of the table: all questions and continuations through one method.
+//! One method: all questions and continuations through it.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kvoyant_engine::{
     DaemonError, DaemonKv, DaemonSequence, Decoder, DenseKv, DenseSequence, ForwardError, KvBackend,
     StepStats,
 };
+use kvoyant_eval::tasks::{Question, Task};
 
 use super::compare::{Agreement, LogProbs};
 use super::decode::{Clock, answers, forced};
 use super::plan::{Continued, Plan};
 use super::prepare::{Forks, Prepared};
-use super::report::Row;
-use super::tasks::{Question, Task, is_right};
 
 /// Of so many steps of a continuation one is looked at closely; its time does not count.
 const MASS_EVERY: usize = 4;
@@ -30,11 +28,26 @@ pub(crate) struct Asked<'a> {
     dense: Vec<Vec<LogProbs>>,
 }
 
-/// What one row did.
-struct Outcome {
-    said: Vec<String>,
-    agreement: Agreement,
-    clock: Clock,
+/// What one method did.
+#[derive(Debug)]
+pub(crate) struct Measured {
+    /// Each question's task and score (0–1).
+    pub(crate) scores: Vec<(Task, f64)>,
+    /// The continuations, against dense.
+    pub(crate) agreement: Agreement,
+    /// Decoding time.
+    pub(crate) clock: Clock,
+    /// What it cost.
+    pub(crate) costs: Costs,
+}
+
+impl Measured {
+    /// Mean score of a task; none where it was not asked.
+    pub(crate) fn task(&self, task: Task) -> Option<f64> {
+        let scores = || self.scores.iter().filter(|(of, _)| *of == task).map(|(_, score)| score);
+        let count = scores().count();
+        (count > 0).then(|| scores().sum::<f64>() / count as f64)
+    }
 }
 
 impl<'a> Asked<'a> {
@@ -59,7 +72,7 @@ impl<'a> Asked<'a> {
         self.questions.len().max(self.truths.len())
     }
 
-    /// The row `dense`: plain attention in this process. Its predictions are what others are compared with.
+    /// `dense`: plain attention in this process. Its predictions are what others are compared with.
     ///
     /// # Errors
     /// As [`Decoder::step`].
@@ -68,10 +81,10 @@ impl<'a> Asked<'a> {
         decoder: &mut Decoder,
         kv: &mut DenseKv,
         prepared: &mut Prepared<DenseSequence>,
-    ) -> Result<Row, ForwardError<<DenseKv as KvBackend>::Error>> {
+    ) -> Result<Measured, ForwardError<<DenseKv as KvBackend>::Error>> {
         let mut clock = Clock::default();
         let mut questions = forks(kv, &mut prepared.questions)?;
-        let said = answers(decoder, kv, &mut questions, &self.last, &mut clock)?;
+        let said = answers(decoder, kv, &mut questions, &self.questions, &self.last, &mut clock)?;
         let mut texts = forks(kv, &mut prepared.texts)?;
         let mut agreement = Agreement::default();
         let predicted = &mut self.dense;
@@ -97,8 +110,10 @@ impl<'a> Asked<'a> {
             hit_rate: None,
             stall_share: 0.0,
             resident_share: 1.0,
+            selected_share: 1.0,
+            select_us: None,
         };
-        Ok(self.row("dense", None, &Outcome { said, agreement, clock }, everything))
+        Ok(Measured { scores: self.scores(&said), agreement, clock, costs: everything })
     }
 
     /// A row through the daemon's method number `method`.
@@ -111,12 +126,11 @@ impl<'a> Asked<'a> {
         kv: &mut DaemonKv,
         prepared: &mut Prepared<DaemonSequence>,
         method: usize,
-        name: &str,
-    ) -> Result<Row, ForwardError<DaemonError>> {
+    ) -> Result<Measured, ForwardError<DaemonError>> {
         kv.take_stats();
         let mut clock = Clock::default();
         let mut questions = forks_with(kv, &mut prepared.questions, method)?;
-        let said = answers(decoder, kv, &mut questions, &self.last, &mut clock)?;
+        let said = answers(decoder, kv, &mut questions, &self.questions, &self.last, &mut clock)?;
         kv.close(questions)?;
         let mut stats = kv.take_stats();
         let mut waited = stats.wait;
@@ -141,49 +155,37 @@ impl<'a> Asked<'a> {
         kv.measure_mass(false);
         kv.close(texts)?;
         let costs = Costs::of(kv, &stats, waited, &clock);
-        let budget = kv.methods()[method].budget().and_then(kvoyant_methods::Budget::as_share);
-        Ok(self.row(name, budget, &Outcome { said, agreement, clock }, costs))
+        Ok(Measured { scores: self.scores(&said), agreement, clock, costs })
     }
 
-    fn row(&self, method: &str, budget: Option<f64>, outcome: &Outcome, costs: Costs) -> Row {
-        Row {
-            method: method.to_owned(),
-            budget,
-            tasks: self.accuracy(&outcome.said),
-            tokens_equal_dense: outcome.agreement.equal(),
-            kl_to_dense: outcome.agreement.kl(),
-            perplexity: outcome.agreement.perplexity(),
-            attention_mass: costs.attention_mass,
-            kv_moved_share: costs.kv_moved_share,
-            bytes_per_token: costs.bytes_per_token,
-            ms_per_token: outcome.clock.ms_per_token(),
-            hit_rate: costs.hit_rate,
-            stall_share: costs.stall_share,
-            resident_share: costs.resident_share,
-        }
-    }
-
-    fn accuracy(&self, said: &[String]) -> BTreeMap<String, f64> {
-        Task::ALL
+    fn scores(&self, said: &[String]) -> Vec<(Task, f64)> {
+        self.questions
             .iter()
-            .map(|task| {
-                let asked = || self.questions.iter().zip(said).filter(|(question, _)| question.task == *task);
-                let right = asked().filter(|(question, said)| is_right(said, &question.answer)).count();
-                (task.name().to_owned(), right as f64 / asked().count().max(1) as f64)
-            })
+            .zip(said)
+            .map(|(question, said)| (question.task, question.score(said)))
             .collect()
     }
 }
 
 /// The columns that have to do with moving rows.
-#[derive(Clone, Copy)]
-struct Costs {
-    attention_mass: f64,
-    kv_moved_share: f64,
-    bytes_per_token: f64,
-    hit_rate: Option<f64>,
-    stall_share: f64,
-    resident_share: f64,
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Costs {
+    /// Share of dense's attention probability on the rows attended (0–1); mean over layers that select, heads, measured steps.
+    pub(crate) attention_mass: f64,
+    /// Bytes moved a step over the bytes of all KV held (0–1).
+    pub(crate) kv_moved_share: f64,
+    /// Bytes moved for each token decoded.
+    pub(crate) bytes_per_token: f64,
+    /// Share of the rows selected that were resident already (0–1); none where nothing was selected.
+    pub(crate) hit_rate: Option<f64>,
+    /// Share of the decoding time spent waiting for rows (0–1).
+    pub(crate) stall_share: f64,
+    /// Share of the rows of layers that select that are resident (0–1).
+    pub(crate) resident_share: f64,
+    /// Share of those rows that was selected (0–1).
+    pub(crate) selected_share: f64,
+    /// Microseconds to select for one layer of one sequence.
+    pub(crate) select_us: Option<f64>,
 }
 
 impl Costs {
@@ -199,6 +201,10 @@ impl Costs {
             hit_rate: stats.hit_rate(),
             stall_share: waited.as_secs_f64() / clock.timing.total.as_secs_f64().max(f64::MIN_POSITIVE),
             resident_share: stats.rows_resident as f64 / selected_rows.max(1.0),
+            selected_share: stats.rows_selected as f64 / selected_rows.max(1.0),
+            // An answer is one layer of the whole batch.
+            select_us: (stats.tokens > 0 && selected_layers > 0)
+                .then(|| stats.select.as_secs_f64() * 1e6 / (stats.tokens as f64 * selected_layers as f64)),
         }
     }
 }

@@ -8,6 +8,7 @@ pub struct SplitMix64 {
 
 impl SplitMix64 {
     /// A stream of its own for every seed.
+    #[must_use]
     pub fn new(seed: u64) -> Self {
         Self { state: seed }
     }

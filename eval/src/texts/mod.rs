@@ -1,11 +1,11 @@
-//! The texts that the demo reads: a chronicle from a seeded grammar, our own documents, the user's file.
+//! The texts that tasks hide things in, and that are continued: a chronicle from a seeded grammar, our own documents, the user's file.
 //!
-//! The grammar is a plain context-free one, and the engine's generator never changes its stream: what a seed
+//! The grammar is a plain context-free one, and the generator never changes its stream: what a seed
 //! writes stays the same, so numbers of two versions can be compared.
 
 mod grammar;
 
-use kvoyant_engine::SplitMix64;
+use kvoyant_kernels::SplitMix64;
 
 use self::grammar::{OPENINGS, SENTENCES, expand};
 
@@ -15,7 +15,7 @@ pub(crate) fn pick<T: Copy>(rng: &mut SplitMix64, items: &[T]) -> T {
 }
 
 /// Counts the tokens of a text.
-pub(crate) trait CountTokens {
+pub trait CountTokens {
     /// How many tokens `text` has, without any that a tokenizer adds around it.
     fn count(&self, text: &str) -> usize;
 }
@@ -28,7 +28,7 @@ impl<F: Fn(&str) -> usize> CountTokens for F {
 
 /// Sentences of a harbour town's chronicle, day after day, without end.
 #[derive(Clone, Debug)]
-pub(crate) struct Chronicle {
+pub struct Chronicle {
     rng: SplitMix64,
     day: usize,
     left_in_day: usize,
@@ -37,12 +37,13 @@ pub(crate) struct Chronicle {
 
 impl Chronicle {
     /// The chronicle that `seed` writes.
-    pub(crate) fn new(seed: u64) -> Self {
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
         Self { rng: SplitMix64::new(seed), day: 0, left_in_day: 0, last: usize::MAX }
     }
 
     /// The next sentence, ended by a space, or by an empty line where a day is over.
-    pub(crate) fn sentence(&mut self) -> String {
+    pub fn sentence(&mut self) -> String {
         let mut out = if self.left_in_day == 0 {
             self.left_in_day = 3 + self.rng.below(4);
             self.day += 1 + self.rng.below(3);
@@ -67,7 +68,8 @@ impl Chronicle {
 const PIECE_CHARS: usize = 600;
 
 /// Cuts a text into pieces of one sentence or line each, losing nothing: they join to the same text.
-pub(crate) fn pieces(text: &str) -> Vec<String> {
+#[must_use]
+pub fn pieces(text: &str) -> Vec<String> {
     let mut all = Vec::new();
     let mut piece = String::new();
     let mut length = 0;
@@ -91,7 +93,7 @@ pub(crate) fn pieces(text: &str) -> Vec<String> {
 
 /// Filler for a context: the chronicle, or the user's text over and over.
 #[derive(Debug)]
-pub(crate) enum Filler {
+pub enum Filler {
     /// The grammar's.
     Chronicle(Chronicle),
     /// A text's pieces, and which one is next.
@@ -100,7 +102,8 @@ pub(crate) enum Filler {
 
 impl Filler {
     /// The user's text, or the chronicle that `seed` writes.
-    pub(crate) fn new(text: Option<&str>, seed: u64) -> Self {
+    #[must_use]
+    pub fn new(text: Option<&str>, seed: u64) -> Self {
         match text.map(pieces) {
             Some(pieces) if !pieces.is_empty() => Self::Text(pieces, 0),
             _ => Self::Chronicle(Chronicle::new(seed)),
@@ -119,7 +122,7 @@ impl Filler {
     }
 
     /// Pieces whose sum is as near below `tokens` as whole pieces allow.
-    pub(crate) fn take(&mut self, tokens: usize, count: &dyn CountTokens) -> Vec<String> {
+    pub fn take(&mut self, tokens: usize, count: &dyn CountTokens) -> Vec<String> {
         let mut all = Vec::new();
         let mut sum = 0;
         loop {
@@ -135,7 +138,8 @@ impl Filler {
 
 /// The licence and our own documents, in one text: what the demo continues word by word. The licence comes first,
 /// because it never changes, and numbers at the default length should not either.
-pub(crate) fn documents() -> String {
+#[must_use]
+pub fn documents() -> String {
     [include_str!("../../../LICENSE-APACHE"), include_str!("../../../README.md")].join("\n\n")
 }
 

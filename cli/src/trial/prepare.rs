@@ -23,7 +23,7 @@ pub(crate) trait Forks: KvBackend {
 
 impl Forks for DaemonKv {
     fn open(&mut self) -> Result<DaemonSequence, DaemonError> {
-        // Reading is dense whatever the method; forks choose their own.
+        // Reading is dense whatever the method; forks choose their own, but where a session has one method alone.
         self.sequence(0)
     }
 
@@ -166,6 +166,7 @@ fn copy_rows<B: KvBackend>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::trial::plan::Size;
     use kvoyant_engine::{DecoderOptions, Dtype, synthetic};
 
     #[test]
@@ -174,7 +175,7 @@ mod tests {
         let shape = KvShape::new(model.config(), Dtype::F16);
         let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
         let mut backend = DenseKv::new(shape.clone());
-        let plan = Plan::new(&model, 512, None, 3).unwrap();
+        let plan = Plan::new(&model, &Size::demo(512), None, 3).unwrap();
         let mut prepared = read(&mut decoder, &mut backend, &plan, Progress::quiet()).unwrap();
         let (mut dense, mut copied) = copy(&mut backend, &prepared, &shape).unwrap();
         assert_eq!(copied.questions.len(), prepared.questions.len());

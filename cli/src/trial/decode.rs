@@ -1,11 +1,9 @@
-//! Decoding for the demo, the same for every backend: answers as one batch, and a text's true continuation.
+//! Decoding, the same for every backend: answers as one batch, and a text's true continuation.
 
 use std::time::Duration;
 
 use kvoyant_engine::{Decoder, ForwardError, KvBackend, StepTiming, Tokenizer, argmax};
-
-/// An answer ends after so many tokens at the latest: seven digits and a few words around them.
-const ANSWER_TOKENS: usize = 12;
+use kvoyant_eval::tasks::Question;
 
 /// How long decoding took, and for what.
 #[derive(Clone, Copy, Debug, Default)]
@@ -33,7 +31,7 @@ fn millis(time: Duration) -> f64 {
 }
 
 /// Greedy answers. Sequence `i` holds everything up to its last token, `last[i]`, which is the first that
-/// goes through the backend's attention. Who has answered leaves the batch.
+/// goes through the backend's attention. Who has answered, or has taken as many tokens as the question allows, leaves the batch.
 ///
 /// # Errors
 /// As [`Decoder::step`].
@@ -41,6 +39,7 @@ pub(crate) fn answers<B: KvBackend>(
     decoder: &mut Decoder,
     backend: &mut B,
     sequences: &mut [B::Sequence],
+    questions: &[&Question],
     last: &[u32],
     clock: &mut Clock,
 ) -> Result<Vec<String>, ForwardError<B::Error>> {
@@ -50,10 +49,7 @@ pub(crate) fn answers<B: KvBackend>(
     let mut texts = vec![String::new(); sequences.len()];
     let mut next = last.to_vec();
     let mut left: Vec<usize> = (0..sequences.len()).collect();
-    for _ in 0..ANSWER_TOKENS {
-        if left.is_empty() {
-            break;
-        }
+    while !left.is_empty() {
         let tokens: Vec<u32> = left.iter().map(|&i| next[i]).collect();
         let mut batch: Vec<&mut B::Sequence> =
             sequences.iter_mut().enumerate().filter(|(i, _)| left.contains(i)).map(|(_, s)| s).collect();
@@ -68,7 +64,7 @@ pub(crate) fn answers<B: KvBackend>(
             }
             said[i].push(token);
             texts[i] = text(tokenizer, &said[i]);
-            if !is_over(&texts[i]) {
+            if said[i].len() < questions[i].most_tokens && !questions[i].is_over(&texts[i]) {
                 left.push(i);
             }
         }
@@ -79,11 +75,6 @@ pub(crate) fn answers<B: KvBackend>(
 /// What tokens read; nothing if the tokenizer cannot say.
 fn text(tokenizer: &Tokenizer, tokens: &[u32]) -> String {
     tokenizer.decode(tokens).unwrap_or_default()
-}
-
-/// Whether an answer has come to its end: a sentence or a line is over.
-fn is_over(said: &str) -> bool {
-    said.trim_start().contains(['.', '\n'])
 }
 
 /// Feeds true tokens one by one, all sequences as one batch: `truths[i]` is what sequence `i` is fed, and one
@@ -115,17 +106,4 @@ pub(crate) fn forced<B: KvBackend>(
         seen(backend, step, &logits);
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_answer_is_over_with_its_sentence_or_line_but_not_before_it_began() {
-        assert!(!is_over(" 4821"));
-        assert!(is_over(" 4821."));
-        assert!(!is_over("\n48"));
-        assert!(is_over("\n48\n"));
-    }
 }

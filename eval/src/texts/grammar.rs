@@ -1,7 +1,7 @@
 //! The grammar of the harbour town's chronicle: `<symbol>` in a template stands for one of the
 //! symbol's words, drawn anew each time.
 
-use kvoyant_engine::SplitMix64;
+use kvoyant_kernels::SplitMix64;
 
 use super::pick;
 

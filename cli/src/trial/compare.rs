@@ -41,42 +41,45 @@ impl LogProbs {
     }
 }
 
-/// Means over the positions of a teacher-forced continuation.
-#[derive(Clone, Copy, Debug, Default)]
+/// What was seen at the positions of a teacher-forced continuation.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Agreement {
-    positions: usize,
-    equal: usize,
-    kl: f64,
+    equal: Vec<f64>,
+    kl: Vec<f64>,
     log_probability: f64,
 }
 
 impl Agreement {
     /// Adds a position at which `truth` came next.
     pub(crate) fn add(&mut self, dense: &LogProbs, row: &LogProbs, truth: u32) {
-        self.positions += 1;
-        self.equal += usize::from(dense.best() == row.best());
-        self.kl += dense.kl(row);
+        self.equal.push(f64::from(u8::from(dense.best() == row.best())));
+        self.kl.push(dense.kl(row));
         self.log_probability += row.at(truth);
     }
 
     /// Share of positions with the same most probable token.
     pub(crate) fn equal(&self) -> f64 {
-        self.equal as f64 / self.count()
+        mean(&self.equal)
     }
 
     /// Mean KL, in nats.
     pub(crate) fn kl(&self) -> f64 {
-        self.kl / self.count()
+        mean(&self.kl)
+    }
+
+    /// KL at each position, in nats.
+    pub(crate) fn kls(&self) -> &[f64] {
+        &self.kl
     }
 
     /// Perplexity of the true tokens.
     pub(crate) fn perplexity(&self) -> f64 {
-        (-self.log_probability / self.count()).exp()
+        (-self.log_probability / self.kl.len().max(1) as f64).exp()
     }
+}
 
-    fn count(&self) -> f64 {
-        self.positions.max(1) as f64
-    }
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
 #[cfg(test)]

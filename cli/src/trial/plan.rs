@@ -1,24 +1,41 @@
-//! What the demo asks: contexts with questions, and texts to continue, as tokens.
+//! What is asked: contexts with questions, and texts to continue, as tokens.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use kvoyant_engine::{Message, Model, SplitMix64, TextError};
+use kvoyant_eval::tasks::{self, INTRODUCTION, Question, Task};
+use kvoyant_eval::texts::{self, Filler};
 
-use super::tasks::{self, INTRODUCTION, Question};
-use crate::texts::{self, Filler};
+/// How much is asked.
+#[derive(Clone, Debug)]
+pub(crate) struct Size {
+    /// Tokens of each context and text.
+    pub(crate) context: usize,
+    /// For each context, the tasks that it has.
+    pub(crate) contexts: Vec<&'static [Task]>,
+    /// Places, over all texts, from which a text is continued; an even number.
+    pub(crate) continuations: usize,
+    /// True tokens that each continuation feeds; after each, the next one is predicted and compared.
+    pub(crate) steps: usize,
+    /// Room for a question and its answer, or for a continuation, behind a context.
+    pub(crate) room: usize,
+}
 
-/// Contexts with needles; each has three questions of either task.
-const CONTEXTS: usize = 3;
+impl Size {
+    /// The demo's two tasks.
+    pub(crate) const DEMO_TASKS: &'static [Task] = &[Task::Single, Task::Multi];
 
-/// Places, over all texts, from which a text is continued.
-const CONTINUATIONS: usize = 12;
+    /// The demo's: three contexts, and twelve continuations of 24 tokens.
+    pub(crate) fn demo(context: usize) -> Self {
+        Self { context, contexts: vec![Self::DEMO_TASKS; 3], continuations: 12, steps: 24, room: 96 }
+    }
 
-/// True tokens that each continuation feeds; after each, the next one is predicted and compared.
-pub(crate) const CONTINUATION_STEPS: usize = 24;
-
-/// Room for a question and its answer, or for a continuation, behind a context.
-pub(crate) const ROOM_TOKENS: usize = 96;
+    /// Room behind a context that anything may need.
+    fn reserve(&self) -> usize {
+        self.room.max(self.steps + 1)
+    }
+}
 
 /// Shorter contexts show nothing: sinks, window and question would be most of them.
 const SHORTEST_CONTEXT: usize = 512;
@@ -32,16 +49,18 @@ const SEAM: &str = "\u{1}";
 /// Why there is nothing to ask.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PlanError {
-    /// `--context` is too small or too large for the model.
-    #[error("--context {context} does not go with this model: choose {SHORTEST_CONTEXT} to {longest} tokens")]
+    /// The context is too small or too large for the model.
+    #[error(
+        "a context of {context} tokens does not go with this model: choose {SHORTEST_CONTEXT} to {longest} tokens"
+    )]
     Context {
         /// What was asked for.
         context: usize,
         /// The most that leaves room for questions.
         longest: usize,
     },
-    /// The model is too small for any demo.
-    #[error("the model's context of {context} tokens is too short for the demo, which needs {needed}")]
+    /// The model is too small for any comparison.
+    #[error("the model's context of {context} tokens is too short for this comparison, which needs {needed}")]
     Model {
         /// What the model has.
         context: usize,
@@ -57,7 +76,7 @@ pub(crate) enum PlanError {
         error: io::Error,
     },
     /// `--text` is too short.
-    #[error("{} has {tokens} tokens; the demo needs at least {needed}", .path.display())]
+    #[error("{} has {tokens} tokens; at least {needed} are needed", .path.display())]
     Short {
         /// The file.
         path: PathBuf,
@@ -85,26 +104,29 @@ pub(crate) struct AskedContext {
 pub(crate) struct Continued {
     /// The text, up to the last token that is predicted.
     pub(crate) tokens: Vec<u32>,
-    /// How many tokens are read before each continuation, rising by [`CONTINUATION_STEPS`].
+    /// How many tokens are read before each continuation, rising by [`Size::steps`].
     pub(crate) starts: Vec<usize>,
+    /// True tokens that each feeds.
+    steps: usize,
 }
 
 impl Continued {
     /// The tokens that a continuation feeds, and one more: the last that it predicts.
     pub(crate) fn truths(&self) -> impl Iterator<Item = &[u32]> {
-        self.starts.iter().map(|start| &self.tokens[*start..=start + CONTINUATION_STEPS])
+        self.starts.iter().map(|start| &self.tokens[*start..=start + self.steps])
     }
 
     /// The first `context` tokens of `tokens` and what follows, continued from `places` places.
-    fn new(mut tokens: Vec<u32>, context: usize, places: usize) -> Self {
-        tokens.truncate(context + CONTINUATION_STEPS + 1);
-        let last = tokens.len().saturating_sub(CONTINUATION_STEPS + 1);
-        let starts = (0..places).rev().map(|back| last.saturating_sub(back * CONTINUATION_STEPS)).collect();
-        Self { tokens, starts }
+    fn new(mut tokens: Vec<u32>, size: &Size, places: usize) -> Self {
+        let steps = size.steps;
+        tokens.truncate(size.context + steps + 1);
+        let last = tokens.len().saturating_sub(steps + 1);
+        let starts = (0..places).rev().map(|back| last.saturating_sub(back * steps)).collect();
+        Self { tokens, starts, steps }
     }
 }
 
-/// Everything that one demo asks.
+/// Everything that one comparison asks.
 #[derive(Debug)]
 pub(crate) struct Plan {
     /// Contexts with needles.
@@ -114,18 +136,12 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Makes texts of `context` tokens from `seed`, or around the user's text.
+    /// Makes texts of that size from `seed`, or around the user's text.
     ///
     /// # Errors
     /// If the sizes do not go together, or a text cannot be had.
-    pub(crate) fn new(
-        model: &Model,
-        context: usize,
-        text: Option<&Path>,
-        seed: u64,
-    ) -> Result<Self, PlanError> {
-        let room = model.config().context_tokens;
-        let reserve = ROOM_TOKENS.max(CONTINUATION_STEPS + 1);
+    pub(crate) fn new(model: &Model, size: &Size, text: Option<&Path>, seed: u64) -> Result<Self, PlanError> {
+        let (context, room, reserve) = (size.context, model.config().context_tokens, size.reserve());
         let needed = SHORTEST_CONTEXT + reserve;
         if room < needed {
             return Err(PlanError::Model { context: room, needed });
@@ -137,17 +153,20 @@ impl Plan {
         let own = text.map(|path| read(path).map(|text| (path, text))).transpose()?;
         let mut rng = SplitMix64::new(seed);
         let mut filler = Filler::new(own.as_ref().map(|(_, text)| text.as_str()), rng.bits());
-        let contexts =
-            (0..CONTEXTS).map(|_| asked(model, context, &mut filler, &mut rng)).collect::<Result<_, _>>()?;
+        let contexts = size
+            .contexts
+            .iter()
+            .map(|tasks| asked(model, tasks, context, &mut filler, &mut rng))
+            .collect::<Result<_, _>>()?;
         let continued = match own {
             Some((path, text)) => {
-                vec![Continued::new(users(model, context, path, &text)?, context, CONTINUATIONS)]
+                vec![Continued::new(users(model, size, path, &text)?, size, size.continuations)]
             }
             None => [
-                documents(model, context, &mut Filler::new(None, rng.bits()))?,
-                chronicle(model, context, &mut Filler::new(None, rng.bits()))?,
+                documents(model, size, &mut Filler::new(None, rng.bits()))?,
+                chronicle(model, size, &mut Filler::new(None, rng.bits()))?,
             ]
-            .map(|tokens| Continued::new(tokens, context, CONTINUATIONS / 2))
+            .map(|tokens| Continued::new(tokens, size, size.continuations / 2))
             .into(),
         };
         Ok(Self { contexts, continued })
@@ -175,9 +194,10 @@ fn read(path: &Path) -> Result<String, PlanError> {
     }
 }
 
-/// A context with needles and its questions.
+/// A context and its questions.
 fn asked(
     model: &Model,
+    tasks: &[Task],
     context: usize,
     filler: &mut Filler,
     rng: &mut SplitMix64,
@@ -185,7 +205,7 @@ fn asked(
     let count = count(model);
     let frame = Frame::of(model)?;
     let around = count(&frame.before) + count(&frame.between);
-    let made = tasks::context(context.saturating_sub(around), filler, rng, &count);
+    let made = tasks::context(tasks, context.saturating_sub(around), filler, rng, &count);
     let tokenizer = model.tokenizer();
     let tokens =
         tokenizer.encode(&format!("{}{}{}", frame.before, made.text, frame.between), frame.add_special)?;
@@ -230,8 +250,8 @@ impl Frame {
 }
 
 /// Our documents; where they are too short, a chronicle stands before them.
-fn documents(model: &Model, context: usize, lead: &mut Filler) -> Result<Vec<u32>, TextError> {
-    let needed = context + CONTINUATION_STEPS + 1;
+fn documents(model: &Model, size: &Size, lead: &mut Filler) -> Result<Vec<u32>, TextError> {
+    let needed = size.context + size.steps + 1;
     let text = texts::documents();
     let count = count(model);
     let missing = needed.saturating_sub(count(&text));
@@ -244,20 +264,20 @@ fn documents(model: &Model, context: usize, lead: &mut Filler) -> Result<Vec<u32
 }
 
 /// A chronicle.
-fn chronicle(model: &Model, context: usize, filler: &mut Filler) -> Result<Vec<u32>, TextError> {
-    let tokens = context + CONTINUATION_STEPS + 1 + SENTENCE_TOKENS;
+fn chronicle(model: &Model, size: &Size, filler: &mut Filler) -> Result<Vec<u32>, TextError> {
+    let tokens = size.context + size.steps + 1 + SENTENCE_TOKENS;
     let text = filler.take(tokens, &count(model)).concat();
     model.tokenizer().encode(&text, true)
 }
 
 /// The beginning of the user's text.
-fn users(model: &Model, context: usize, path: &Path, text: &str) -> Result<Vec<u32>, PlanError> {
+fn users(model: &Model, size: &Size, path: &Path, text: &str) -> Result<Vec<u32>, PlanError> {
     // No token is longer than this; the rest of a huge file need not be read by the tokenizer.
     const LONGEST_TOKEN_CHARS: usize = 128;
-    let most = context + CONTINUATION_STEPS + 1;
+    let most = size.context + size.steps + 1;
     let beginning: String = text.chars().take(most * LONGEST_TOKEN_CHARS).collect();
     let tokens = model.tokenizer().encode(&beginning, true)?;
-    let needed = SHORTEST_CONTEXT + CONTINUATION_STEPS + 1;
+    let needed = SHORTEST_CONTEXT + size.steps + 1;
     if tokens.len() < needed {
         return Err(PlanError::Short { path: path.to_owned(), tokens: tokens.len(), needed });
     }
@@ -272,7 +292,7 @@ mod tests {
     #[test]
     fn a_plan_has_at_least_sixteen_questions_and_contexts_of_the_wanted_length() {
         let model = synthetic::tiny(1);
-        let plan = Plan::new(&model, 1024, None, 5).unwrap();
+        let plan = Plan::new(&model, &Size::demo(1024), None, 5).unwrap();
         assert!(plan.contexts.iter().map(|context| context.questions.len()).sum::<usize>() >= 16);
         for context in &plan.contexts {
             assert!((800..=1024).contains(&context.tokens.len()), "{}", context.tokens.len());
@@ -280,17 +300,18 @@ mod tests {
         for text in &plan.continued {
             assert_eq!(text.starts.last(), Some(&1024));
             for truth in text.truths() {
-                assert_eq!(truth.len(), CONTINUATION_STEPS + 1);
+                assert_eq!(truth.len(), 24 + 1);
             }
         }
         let starts: usize = plan.continued.iter().map(|text| text.starts.len()).sum();
-        assert_eq!(starts, CONTINUATIONS);
+        assert_eq!(starts, 12);
     }
 
     #[test]
     fn the_same_seed_makes_the_same_plan() {
         let model = synthetic::tiny(1);
-        let tokens = |seed| Plan::new(&model, 600, None, seed).unwrap().contexts.remove(0).tokens;
+        let tokens =
+            |seed| Plan::new(&model, &Size::demo(600), None, seed).unwrap().contexts.remove(0).tokens;
         assert_eq!(tokens(5), tokens(5));
         assert_ne!(tokens(5), tokens(6));
     }
@@ -301,11 +322,11 @@ mod tests {
         let path = folder.path().join("text");
         std::fs::write(&path, "A user's own words. ".repeat(100)).unwrap();
         let model = synthetic::tiny(1);
-        let plan = Plan::new(&model, 1024, Some(&path), 5).unwrap();
+        let plan = Plan::new(&model, &Size::demo(1024), Some(&path), 5).unwrap();
         let [text] = &plan.continued[..] else { panic!("one text") };
-        assert_eq!(text.starts.len(), CONTINUATIONS);
+        assert_eq!(text.starts.len(), 12);
         assert!(model.tokenizer().decode(&plan.contexts[0].tokens).unwrap().contains("A user's own words."));
         std::fs::write(&path, "Too short.").unwrap();
-        assert!(matches!(Plan::new(&model, 1024, Some(&path), 5), Err(PlanError::Short { .. })));
+        assert!(matches!(Plan::new(&model, &Size::demo(1024), Some(&path), 5), Err(PlanError::Short { .. })));
     }
 }

@@ -1,0 +1,562 @@
+//! A method over a trace: every layer and step, judged by dense attention over the same rows.
+//!
+//! Selections are made as the daemon makes them: with the query that the method asks for, digests built row by row, attention
+//! rows and marks where it wants them, rows for the next step where it names some. What moves is counted by
+//! [`Resident`]. Outputs are of exact rows; what a method changes in the rows themselves (a low rank of shadowkv's keys) is seen
+//! with a real model, not here.
+
+use std::time::Instant;
+
+use kvoyant_methods::infinigen::{HeadRows, SkewBuilder, column_sums};
+use kvoyant_methods::{
+    Artifact, Artifacts, Dtype, HintSource, Method, MethodError, MethodSpec, Replay, RowPart, Scratch,
+    SelectContext, Selection, Shape,
+};
+use rayon::prelude::*;
+
+use crate::residency::Resident;
+use crate::trace::{Trace, TraceError};
+use crate::truth::{LayerTruth, StepTruth, attention, kv_head_of, mean_of_group, output};
+
+/// Rows that a head keeps resident, as a multiple of its budget.
+pub const KEEP: f64 = 2.0;
+
+/// Rows of a page.
+pub const PAGE_ROWS: usize = 32;
+
+/// Why a method has no row for a trace.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// The trace itself.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// The method cannot be built for it.
+    #[error(transparent)]
+    Method(#[from] MethodError),
+    /// There is no layer to select for.
+    #[error("the trace has {layers} layers, of which {dense} are dense: there is nothing to select")]
+    Dense {
+        /// Its layers.
+        layers: usize,
+        /// Those that are not selected for.
+        dense: usize,
+    },
+}
+
+/// A trace with its truth, ready for any number of methods.
+#[derive(Debug)]
+pub struct Prepared<'a> {
+    trace: &'a Trace,
+    shape: Shape,
+    /// Of the layers that are selected for.
+    truths: Vec<(usize, LayerTruth)>,
+}
+
+/// What a method did, as means over layers, heads and steps unless said otherwise.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Outcome {
+    /// Share of dense's attention probability that lies on the rows attended (0–1).
+    pub attention_mass: f64,
+    /// The same per step, mean over layers and heads: for paired comparisons.
+    pub mass_of_steps: Vec<f64>,
+    /// Share of dense's attention probability that was missed: the median over layers, heads and steps.
+    pub missed_mass: f64,
+    /// Share of the true best rows, as many as the budget has, that are among those selected.
+    pub top_k_recall: f64,
+    /// `‖o − o*‖ / ‖o*‖` of the attention output.
+    pub output_error: f64,
+    /// Rows selected per KV head, as a share of the sequence's tokens.
+    pub selected_share: f64,
+    /// Rows moved per KV head and step.
+    pub rows_moved: f64,
+    /// Rows attended by the CPU per KV head and step.
+    pub rows_on_cpu: f64,
+    /// Share of the selected rows that were resident; none where nothing was selected.
+    pub hit_rate: Option<f64>,
+    /// Bytes moved for each token, all layers together.
+    pub bytes_per_token: f64,
+    /// Bytes of rows on the device besides sinks, window and dense layers.
+    pub resident_bytes: f64,
+    /// Bytes of digests, states and memories.
+    pub digest_bytes: f64,
+    /// Microseconds to select for one layer: the median.
+    pub select_us: f64,
+}
+
+impl<'a> Prepared<'a> {
+    /// Computes dense attention of every layer that is selected for.
+    ///
+    /// # Errors
+    /// A trace that makes no sense, or has dense layers only.
+    pub fn new(trace: &'a Trace) -> Result<Self, ReplayError> {
+        trace.check()?;
+        let (layers, dense) = (trace.shape.layers, trace.shape.dense_layers);
+        if dense >= layers {
+            return Err(ReplayError::Dense { layers, dense });
+        }
+        let truths =
+            (dense..layers).into_par_iter().map(|layer| (layer, LayerTruth::of(trace, layer))).collect();
+        Ok(Self { trace, shape: trace.methods_shape(PAGE_ROWS), truths })
+    }
+
+    /// The trace.
+    #[must_use]
+    pub fn trace(&self) -> &'a Trace {
+        self.trace
+    }
+
+    /// What methods are built for.
+    #[must_use]
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// Bytes of all K and V of the layers that are selected for, in their storage type.
+    #[must_use]
+    pub fn kv_bytes(&self) -> f64 {
+        let rows = self.truths.len() * self.shape.kv_heads * self.trace.shape.tokens;
+        (rows * row_bytes(&self.shape)) as f64
+    }
+
+    /// Skew matrices from the trace's own prompt, for traces whose model nobody calibrated.
+    ///
+    /// # Errors
+    /// Queries or keys that have no such matrices.
+    pub fn skew(&self) -> Result<Artifact, MethodError> {
+        let shape = &self.trace.shape;
+        let (d, heads) = (shape.head_dim, shape.kv_heads);
+        let mut builder = SkewBuilder::new(&self.shape)?;
+        let rows = shape.prompt_queries;
+        for layer in 0..shape.layers {
+            let mut keys = Vec::with_capacity(rows * heads * d);
+            for token in shape.prompt() - rows..shape.prompt() {
+                for head in 0..heads {
+                    keys.extend_from_slice(&self.trace.keys(layer, head)[token * d..][..d]);
+                }
+            }
+            builder.observe(layer, self.trace.prompt_queries(layer), &keys);
+        }
+        Ok(Artifact::Skew(std::sync::Arc::new(builder.finish()?)))
+    }
+
+    /// Runs one method. `keep_rows` rows per KV head stay resident.
+    ///
+    /// # Errors
+    /// A method that cannot be built for this shape, or lacks an artifact.
+    pub fn run(
+        &self,
+        spec: &MethodSpec,
+        artifacts: &Artifacts,
+        keep_rows: usize,
+    ) -> Result<Outcome, ReplayError> {
+        let method = kvoyant_methods::build(spec, &self.shape, artifacts)?;
+        let layers: Vec<LayerOutcome> = self
+            .truths
+            .par_iter()
+            .map(|(layer, truth)| {
+                let skew = artifacts.skew().filter(|_| method.needs().observe);
+                let matrix = |head| skew.map_or(&[][..], |skew| skew.matrix(*layer, head));
+                Run { of: self, method: &*method, layer: *layer, truth }.all(keep_rows, &matrix)
+            })
+            .collect();
+        Ok(self.summed(&*method, &layers))
+    }
+
+    fn summed(&self, method: &dyn Method, layers: &[LayerOutcome]) -> Outcome {
+        let needs = method.needs();
+        let steps = self.trace.shape.steps as f64;
+        let heads_steps = (layers.len() * self.shape.kv_heads) as f64 * steps;
+        let count = |of: fn(&LayerOutcome) -> usize| layers.iter().map(of).sum::<usize>() as f64;
+        let all = |of: fn(&LayerOutcome) -> &[f64]| -> Vec<f64> {
+            layers.iter().flat_map(|layer| of(layer).iter().copied()).collect()
+        };
+        let (moved, hits) = (count(|layer| layer.moved), count(|layer| layer.hits));
+        let partial = self.shape.query_heads * (self.shape.head_dim + 1) * size_of::<f32>();
+        let part = match needs.part {
+            RowPart::Whole => 1.0,
+            RowPart::Values => 0.5,
+        };
+        let bytes =
+            moved * part * row_bytes(&self.shape) as f64 + count(|layer| layer.partials) * partial as f64;
+        let mut masses = all(|layer| &layer.missed);
+        let per_layer = layers.len() as f64 * self.shape.query_heads as f64;
+        Outcome {
+            attention_mass: 1.0 - mean(&masses),
+            mass_of_steps: (0..self.trace.shape.steps)
+                .map(|step| layers.iter().map(|layer| layer.mass_of_steps[step]).sum::<f64>() / per_layer)
+                .collect(),
+            missed_mass: median(&mut masses),
+            top_k_recall: mean(&all(|layer| &layer.recall)),
+            output_error: mean(&all(|layer| &layer.error)),
+            selected_share: count(|layer| layer.selected) / heads_steps / self.trace.shape.tokens as f64,
+            rows_moved: moved / heads_steps,
+            rows_on_cpu: count(|layer| layer.on_cpu) / heads_steps,
+            hit_rate: Some(hits / (hits + moved + count(|layer| layer.on_cpu)))
+                .filter(|rate| rate.is_finite()),
+            bytes_per_token: bytes / steps,
+            resident_bytes: count(|layer| layer.resident) * row_bytes(&self.shape) as f64 * part,
+            digest_bytes: count(|layer| layer.digest_bytes),
+            select_us: median(&mut all(|layer| &layer.select_us)),
+        }
+    }
+}
+
+/// What one layer did.
+#[derive(Debug, Default)]
+struct LayerOutcome {
+    /// Missed probability per step and query head.
+    missed: Vec<f64>,
+    /// Sum over the query heads of the probability covered, per step.
+    mass_of_steps: Vec<f64>,
+    recall: Vec<f64>,
+    error: Vec<f64>,
+    select_us: Vec<f64>,
+    selected: usize,
+    hits: usize,
+    moved: usize,
+    on_cpu: usize,
+    /// Answers with a partial attention in them.
+    partials: usize,
+    resident: usize,
+    digest_bytes: usize,
+}
+
+/// One layer under one method.
+struct Run<'a> {
+    of: &'a Prepared<'a>,
+    method: &'a dyn Method,
+    layer: usize,
+    truth: &'a LayerTruth,
+}
+
+impl Run<'_> {
+    fn all<'m>(&self, keep_rows: usize, matrix: &dyn Fn(usize) -> &'m [f32]) -> LayerOutcome {
+        let (trace, shape) = (self.of.trace, &self.of.shape);
+        let needs = self.method.needs();
+        let mut out = LayerOutcome::default();
+        let mut replay = Replay::new(self.method, shape, self.layer, trace.shape.prompt() + 1);
+        let mut scratch = Scratch::new();
+        let mut resident = vec![Resident::new(keep_rows); shape.kv_heads];
+        self.prompt(&mut replay, matrix);
+        for (step, truth) in self.truth.steps.iter().enumerate() {
+            let tokens = trace.shape.prompt() + step + 1;
+            let ids = if needs.hint == HintSource::Ids { self.best_ids(truth, tokens) } else { Vec::new() };
+            let hint = self.hint(needs.hint, step);
+            if needs.marks
+                && let Some(mark) = trace.marks.get(tokens - 1)
+            {
+                replay.mark(&[*mark]);
+            }
+            let context = SelectContext {
+                ids: &ids,
+                sequence_seed: 1,
+                step: step as u64,
+                ..SelectContext::new(shape, self.layer, tokens, hint)
+            };
+            let since = Instant::now();
+            let selection = replay.select_with(self.method, &context, &mut scratch);
+            out.select_us.push(since.elapsed().as_secs_f64() * 1e6);
+            self.count(&selection, &mut resident, step, &mut out);
+            let attended = self.judge(&selection, truth, tokens, &mut out);
+            replay.append(self.method, &self.rows(tokens - 1..tokens), usize::MAX);
+            self.feed_back(&mut replay, truth, &attended, step);
+            if needs.prefetch
+                && let Some(next) = replay.prefetch(self.method, &mut scratch)
+            {
+                for (head, rows) in resident.iter_mut().enumerate() {
+                    out.moved += rows.take(next.head(head)).missing;
+                }
+            }
+        }
+        out.resident = resident.iter().map(Resident::rows).sum();
+        out.digest_bytes = replay.digest_bytes();
+        out
+    }
+
+    /// Keys of tokens as they are appended, `[T][Hkv][d]`.
+    fn rows(&self, tokens: std::ops::Range<usize>) -> Vec<f32> {
+        let d = self.of.shape.head_dim;
+        let mut rows = Vec::with_capacity(tokens.len() * self.of.shape.kv_heads * d);
+        for token in tokens {
+            for head in 0..self.of.shape.kv_heads {
+                rows.extend_from_slice(&self.of.trace.keys(self.layer, head)[token * d..][..d]);
+            }
+        }
+        rows
+    }
+
+    /// Reads the prompt: statistics, keys, and the attention rows of its last tokens.
+    fn prompt<'m>(&self, replay: &mut Replay, matrix: &dyn Fn(usize) -> &'m [f32]) {
+        let (trace, shape) = (self.of.trace, &self.of.shape);
+        let (needs, prompt) = (self.method.needs(), trace.shape.prompt());
+        let queries = trace.prompt_queries(self.layer);
+        if needs.observe && !queries.is_empty() {
+            for head in 0..shape.kv_heads {
+                let mut sums = vec![0.0; shape.head_dim];
+                column_sums(matrix(head), &HeadRows::queries(queries, shape, head), &mut sums);
+                replay.observe(self.method, head, &sums);
+            }
+        }
+        if needs.marks && !trace.marks.is_empty() {
+            replay.mark(&trace.marks[..prompt]);
+        }
+        let reported =
+            needs.feedback.map_or(0, |feedback| feedback.prompt_rows).min(trace.shape.prompt_queries);
+        replay.append(self.method, &self.rows(0..prompt - reported), usize::MAX);
+        let width = shape.query_heads * shape.head_dim;
+        for (at, query) in queries.chunks_exact(width).skip(trace.shape.prompt_queries - reported).enumerate()
+        {
+            let token = prompt - reported + at;
+            replay.append(self.method, &self.rows(token..token + 1), usize::MAX);
+            let rows = attention(trace, self.layer, query, token + 1);
+            self.send(replay, &rows, token + 1, true);
+        }
+    }
+
+    fn hint(&self, source: HintSource, step: usize) -> &[f32] {
+        let (trace, shape) = (self.of.trace, &self.of.shape);
+        match source {
+            HintSource::None | HintSource::Ids => &[],
+            HintSource::Ahead => trace.hint(self.layer, step),
+            HintSource::Current => trace.query(self.layer, step),
+            HintSource::Previous if step > 0 => trace.query(self.layer, step - 1),
+            HintSource::Previous => {
+                let width = shape.query_heads * shape.head_dim;
+                let prompt = trace.prompt_queries(self.layer);
+                match prompt.len().checked_sub(width) {
+                    Some(last) => &prompt[last..],
+                    // No query of the prompt was kept: the prediction stands in for it, this once.
+                    None => trace.hint(self.layer, step),
+                }
+            }
+        }
+    }
+
+    /// The candidates with the largest true probability per KV head, as many as the budget has, in rising order.
+    fn best(&self, truth: &StepTruth, tokens: usize) -> Vec<Vec<u32>> {
+        let (shape, group) = (&self.of.shape, self.of.shape.group());
+        let budget = self.method.spec().budget().map_or(0, |budget| budget.rows_of(tokens));
+        let candidates = shape.candidates(tokens);
+        (0..shape.kv_heads)
+            .map(|head| {
+                let mean = mean_of_group(&truth.probabilities[head * group..][..group]);
+                let mut order: Vec<u32> = candidates.clone().map(|token| token as u32).collect();
+                let wanted = budget.min(order.len());
+                if wanted > 0 && wanted < order.len() {
+                    let by =
+                        |a: &u32, b: &u32| mean[*b as usize].total_cmp(&mean[*a as usize]).then(a.cmp(b));
+                    order.select_nth_unstable_by(wanted - 1, by);
+                }
+                order.truncate(wanted);
+                order.sort_unstable();
+                order
+            })
+            .collect()
+    }
+
+    fn best_ids(&self, truth: &StepTruth, tokens: usize) -> Vec<u32> {
+        self.best(truth, tokens)
+            .into_iter()
+            .flat_map(|ids| std::iter::once(ids.len() as u32).chain(ids))
+            .collect()
+    }
+
+    fn count(&self, selection: &Selection, resident: &mut [Resident], step: usize, out: &mut LayerOutcome) {
+        let cpu = self.method.needs().cpu_attention;
+        for (head, rows) in resident.iter_mut().enumerate() {
+            let ranges = selection.head(head);
+            let found = rows.look(ranges);
+            out.selected += found.hits + found.missing;
+            let recalled = cpu.is_none_or(|cpu| {
+                let share = found.missing as f32 / (found.hits + found.missing).max(1) as f32;
+                let every = cpu.recall_every;
+                share > cpu.recall_above || (every > 0 && (step as u64).is_multiple_of(every))
+            });
+            let found = if recalled { rows.take(ranges) } else { found };
+            out.hits += found.hits;
+            if recalled {
+                out.moved += found.missing;
+            } else {
+                out.on_cpu += found.missing;
+            }
+        }
+        out.partials += usize::from(cpu.is_some());
+    }
+
+    /// Compares attention over sinks, window and what was selected with the dense one; what was attended, per KV head.
+    fn judge(
+        &self,
+        selection: &Selection,
+        truth: &StepTruth,
+        tokens: usize,
+        out: &mut LayerOutcome,
+    ) -> Vec<Vec<usize>> {
+        let (trace, shape) = (self.of.trace, &self.of.shape);
+        let (d, candidates) = (shape.head_dim, shape.candidates(tokens));
+        let attended: Vec<Vec<usize>> = (0..shape.kv_heads)
+            .map(|head| {
+                let selected = selection.tokens(head).map(|token| token as usize);
+                (0..candidates.start.min(tokens))
+                    .chain(selected)
+                    .chain(candidates.end.min(tokens)..tokens)
+                    .collect()
+            })
+            .collect();
+        let mut covered = 0.0;
+        for (head, row) in truth.probabilities.iter().enumerate() {
+            let kv_head = kv_head_of(trace, head);
+            let mut got = vec![0.0; d];
+            let values = trace.values(self.layer, kv_head);
+            let mass = output(row, values, d, attended[kv_head].iter().copied(), &mut got);
+            got.iter_mut().for_each(|value| *value /= mass.max(f64::MIN_POSITIVE) as f32);
+            let mass = mass.min(1.0);
+            covered += mass;
+            out.missed.push(1.0 - mass);
+            let wanted = &truth.outputs[head * d..][..d];
+            let square =
+                |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+            let error = square(&mut got.iter().zip(wanted).map(|(a, b)| a - b));
+            out.error.push((error / square(&mut wanted.iter().copied()).max(f64::MIN_POSITIVE)).sqrt());
+        }
+        out.mass_of_steps.push(covered);
+        for (head, best) in self.best(truth, tokens).iter().enumerate() {
+            if !best.is_empty() {
+                let found = selection.tokens(head).filter(|token| best.binary_search(token).is_ok()).count();
+                out.recall.push(found as f64 / best.len() as f64);
+            }
+        }
+        attended
+    }
+
+    /// The attention row of a step, as the engine would report it.
+    fn feed_back(&self, replay: &mut Replay, truth: &StepTruth, attended: &[Vec<usize>], step: usize) {
+        let Some(feedback) = self.method.needs().feedback else { return };
+        let full = feedback.calibrate_every > 0 && (step + 1).is_multiple_of(feedback.calibrate_every);
+        let tokens = truth.probabilities.first().map_or(0, Vec::len);
+        if full {
+            return self.send(replay, &truth.probabilities, tokens, true);
+        }
+        let rows: Vec<Vec<f32>> = truth
+            .probabilities
+            .iter()
+            .enumerate()
+            .map(|(head, row)| {
+                let attended = &attended[kv_head_of(self.of.trace, head)];
+                let total: f32 = attended.iter().map(|token| row[*token]).sum();
+                let mut over = vec![0.0; tokens];
+                for &token in attended {
+                    over[token] = (row[token] / total.max(f32::MIN_POSITIVE)).min(1.0);
+                }
+                over
+            })
+            .collect();
+        self.send(replay, &rows, tokens, false);
+    }
+
+    /// Sends attention rows `[Hq]` of `[tokens]`: the largest of a group, max-pooled in blocks.
+    fn send(&self, replay: &mut Replay, rows: &[Vec<f32>], tokens: usize, full: bool) {
+        let Some(feedback) = self.method.needs().feedback else { return };
+        let group = self.of.shape.group();
+        for head in 0..self.of.shape.kv_heads {
+            let blocks: Vec<f32> = (0..tokens.div_ceil(feedback.block))
+                .map(|block| {
+                    let range = block * feedback.block..((block + 1) * feedback.block).min(tokens);
+                    let rows = &rows[head * group..][..group];
+                    rows.iter().flat_map(|row| &row[range.clone()]).fold(0.0_f32, |a, b| a.max(*b))
+                })
+                .collect();
+            replay.feedback(self.method, head, &blocks, full);
+        }
+    }
+}
+
+/// Bytes of a row: K and V of one token and KV head.
+#[must_use]
+pub fn row_bytes(shape: &Shape) -> usize {
+    2 * shape.head_dim * Dtype::bytes(shape.dtype)
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    if values.is_empty() {
+        return 0.0;
+    }
+    let at = values.len() / 2;
+    *values.select_nth_unstable_by(at, f64::total_cmp).1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generate::{Generator, Kind};
+
+    fn small(kind: Kind) -> Trace {
+        let mut trace = Generator { tokens: 768, steps: 12, ..Generator::new(kind, 5) }.trace();
+        trace.shape.window = 16;
+        trace
+    }
+
+    fn run(prepared: &Prepared<'_>, spec: &str, keep: usize) -> Outcome {
+        let mut artifacts = Artifacts::none();
+        artifacts.insert(prepared.skew().unwrap());
+        prepared.run(&spec.parse().unwrap(), &artifacts, keep).unwrap()
+    }
+
+    #[test]
+    fn full_misses_nothing_and_moves_everything_that_does_not_fit() {
+        let trace = small(Kind::Drift);
+        let prepared = Prepared::new(&trace).unwrap();
+        let full = run(&prepared, "full", 100);
+        assert!(full.missed_mass.abs() < 1e-5 && full.output_error < 1e-4, "{full:?}");
+        assert_eq!(full.hit_rate, Some(0.0));
+        assert!(full.bytes_per_token > 0.9 * prepared.kv_bytes(), "{}", full.bytes_per_token);
+        let resident = run(&prepared, "full", 10_000);
+        assert!(resident.hit_rate.unwrap() > 0.9);
+    }
+
+    #[test]
+    fn a_window_moves_nothing_and_a_budget_moves_little() {
+        let trace = small(Kind::Drift);
+        let prepared = Prepared::new(&trace).unwrap();
+        let window = run(&prepared, "window", 100);
+        assert_eq!((window.bytes_per_token, window.resident_bytes, window.hit_rate), (0.0, 0.0, None));
+        let quest = run(&prepared, "quest:budget=12%", 200);
+        assert!(quest.bytes_per_token > 0.0 && quest.bytes_per_token < 0.12 * prepared.kv_bytes());
+        assert!(quest.digest_bytes > 0.0 && quest.select_us > 0.0);
+    }
+
+    #[test]
+    fn scored_rows_find_more_than_random_ones_on_every_generated_trace_with_structure() {
+        for kind in [Kind::Sinks, Kind::Outliers, Kind::Drift, Kind::Needles] {
+            let trace = small(kind);
+            let prepared = Prepared::new(&trace).unwrap();
+            let scored = run(&prepared, "infinigen:budget=12%", 200);
+            let random = run(&prepared, "random:budget=12%", 200);
+            assert!(
+                scored.top_k_recall > 2.0 * random.top_k_recall
+                    && scored.attention_mass > random.attention_mass,
+                "{}: {scored:?} {random:?}",
+                kind.name()
+            );
+        }
+    }
+
+    #[test]
+    fn the_same_run_gives_the_same_numbers() {
+        let trace = small(Kind::HeavyTails);
+        let prepared = Prepared::new(&trace).unwrap();
+        let strip = |outcome: Outcome| Outcome { select_us: 0.0, ..outcome };
+        let once = || strip(run(&prepared, "infinigen:budget=6%", 90));
+        assert_eq!(once(), once());
+    }
+
+    #[test]
+    fn a_trace_of_dense_layers_alone_is_refused() {
+        let mut trace = small(Kind::Sinks);
+        trace.shape.dense_layers = 2;
+        assert!(matches!(Prepared::new(&trace), Err(ReplayError::Dense { layers: 2, dense: 2 })));
+    }
+}

@@ -1,0 +1,217 @@
+//! Questions about long texts, after RULER (Hsieh et al., COLM'24, arXiv 2404.06654), and two that need much of the text at once
+//! (arXiv 2604.08426: single needles hide what offloading loses).
+//!
+//! | task | kind | the answer is right by |
+//! |---|---|---|
+//! | `single` | the only number of its kind | the number |
+//! | `multi` | one of several keys with a code each | the code |
+//! | `question` | a fact about a person, told in passing | the name |
+//! | `variables` | which variables were given a value, directly or through others | the share of the names |
+//! | `common` | the three words that were called many times | the share of the words |
+//! | `frequent` | the same, of made-up words whose counts fall as 1/i² | the share of the words |
+//! | `list` | everything of a kind that the text names | the share of the numbers |
+//! | `records` | the text's deliveries as a table | the share of the fields |
+//!
+//! Small models answer begun answers far better than open questions: so every answer is begun for the model, and what counts is
+//! what it goes on with. What dense attention cannot do says nothing about a method: compare with dense.
+
+mod context;
+mod lists;
+mod needle;
+mod words;
+
+use std::collections::BTreeSet;
+
+pub use context::{Context, INTRODUCTION, context};
+pub use needle::QUESTIONS_PER_TASK;
+
+/// What a question tries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Task {
+    /// The only fact of its kind.
+    Single,
+    /// One of several keys.
+    Multi,
+    /// A fact about a person.
+    Question,
+    /// Chains of variables.
+    Variables,
+    /// Words that come equally often, among others that come seldom.
+    Common,
+    /// Words whose counts fall steeply.
+    Frequent,
+    /// Everything of a kind.
+    List,
+    /// Sentences as a table.
+    Records,
+}
+
+impl Task {
+    /// Every task.
+    pub const ALL: [Self; 8] = [
+        Self::Single,
+        Self::Multi,
+        Self::Question,
+        Self::Variables,
+        Self::Common,
+        Self::Frequent,
+        Self::List,
+        Self::Records,
+    ];
+
+    /// Those with one fact each: a context has some of each.
+    pub const NEEDLES: [Self; 3] = [Self::Single, Self::Multi, Self::Question];
+
+    /// Those that need many places of the text for one answer.
+    pub const WIDE: [Self; 5] = [Self::Variables, Self::Common, Self::Frequent, Self::List, Self::Records];
+
+    /// The name in tables and JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Single => "single",
+            Self::Multi => "multi",
+            Self::Question => "question",
+            Self::Variables => "variables",
+            Self::Common => "common",
+            Self::Frequent => "frequent",
+            Self::List => "list",
+            Self::Records => "records",
+        }
+    }
+}
+
+/// What a right answer is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// This word or number, wherever in it.
+    Word(String),
+    /// All of these words, in any order: the score is their share.
+    Words(Vec<String>),
+    /// Lines that begin with a key: the score is the share of the fields that stand in their key's line.
+    Records(Vec<(String, Vec<String>)>),
+}
+
+/// A question about a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// Which task it belongs to.
+    pub task: Task,
+    /// What is asked.
+    pub ask: String,
+    /// How the answer begins; the model goes on from here.
+    pub begin: String,
+    /// What must come next.
+    pub answer: Answer,
+    /// Whether the answer is over with its first sentence or line.
+    pub one_line: bool,
+    /// The most tokens that an answer may take.
+    pub most_tokens: usize,
+}
+
+impl Question {
+    /// How right `said` is, what the model went on with after [`Self::begin`]: 0 to 1.
+    #[must_use]
+    pub fn score(&self, said: &str) -> f64 {
+        match &self.answer {
+            Answer::Word(word) => f64::from(u8::from(has_word(said, word))),
+            Answer::Words(words) => {
+                let found: BTreeSet<&String> = words.iter().filter(|word| has_word(said, word)).collect();
+                found.len() as f64 / words.len().max(1) as f64
+            }
+            Answer::Records(records) => {
+                // The line under way was begun for the model, with the first key in it.
+                let last_line = self.begin.rsplit('\n').next().unwrap_or_default();
+                let text = format!("{last_line}{said}");
+                let line_of = |key: &str| text.lines().find(|line| has_word(line, key));
+                let right = |(key, fields): &(String, Vec<String>)| {
+                    line_of(key).map_or(0, |line| fields.iter().filter(|field| has_word(line, field)).count())
+                };
+                let all: usize = records.iter().map(|(_, fields)| fields.len()).sum();
+                records.iter().map(right).sum::<usize>() as f64 / all.max(1) as f64
+            }
+        }
+    }
+
+    /// Whether an answer has come to its end: with what was asked for, a sentence or a line, or with everything.
+    #[must_use]
+    pub fn is_over(&self, said: &str) -> bool {
+        if self.one_line {
+            return said.trim_start().contains(['.', '\n']);
+        }
+        said.contains("\n\n") || self.score(said) >= 1.0
+    }
+}
+
+/// Whether `said` has `word` as a whole word, wherever in it.
+#[must_use]
+pub fn has_word(said: &str, word: &str) -> bool {
+    let letter = |c: char| c.is_alphanumeric();
+    !word.is_empty()
+        && said
+            .match_indices(word)
+            .any(|(at, found)| !said[..at].ends_with(letter) && !said[at + found.len()..].starts_with(letter))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(answer: Answer, begin: &str) -> Question {
+        Question {
+            task: Task::List,
+            ask: String::new(),
+            begin: begin.into(),
+            answer,
+            one_line: false,
+            most_tokens: 40,
+        }
+    }
+
+    #[test]
+    fn an_answer_is_right_only_as_a_whole_word() {
+        assert!(has_word(" 4821.", "4821"));
+        assert!(has_word("It is 4821", "4821"));
+        assert!(!has_word("48217", "4821"));
+        assert!(!has_word("a4821", "4821"));
+        assert!(!has_word("4812", "4821"));
+        assert!(has_word("14821 4821", "4821"));
+        assert!(!has_word("anything", ""));
+    }
+
+    #[test]
+    fn a_list_scores_the_share_that_was_named_and_naming_twice_counts_once() {
+        let list = asked(Answer::Words(["one", "two", "three", "four"].map(String::from).into()), "");
+        assert_eq!(list.score("one, two and one again"), 0.5);
+        assert_eq!(list.score(""), 0.0);
+        assert!(list.is_over("four three two one"));
+        assert!(!list.is_over("four three two"));
+    }
+
+    #[test]
+    fn records_score_fields_in_the_line_of_their_key_alone() {
+        let records = [("Aurora", ["340", "salt"]), ("Boreas", ["17", "tar"])];
+        let records = records.map(|(key, fields)| (key.to_owned(), fields.map(String::from).into())).into();
+        let question = asked(Answer::Records(records), "ship | barrels | cargo\nAurora |");
+        assert_eq!(question.score(" 340 | salt\nBoreas | 17 | tar\n"), 1.0);
+        assert_eq!(question.score(" 17 | salt\nBoreas | 340 | tar\n"), 0.5);
+        assert_eq!(question.score(" 340 | salt\n"), 0.5);
+        assert_eq!(question.score("\nnothing"), 0.0);
+    }
+
+    #[test]
+    fn an_answer_of_one_line_is_over_with_its_sentence_or_line_but_not_before_it_began() {
+        let line = Question { one_line: true, ..asked(Answer::Word("48".into()), "") };
+        assert!(!line.is_over(" 4821"));
+        assert!(line.is_over(" 4821."));
+        assert!(!line.is_over("\n48"));
+        assert!(line.is_over("\n48\n"));
+    }
+
+    #[test]
+    fn every_task_has_a_name_of_its_own_and_is_of_one_kind() {
+        let names: BTreeSet<_> = Task::ALL.iter().map(|task| task.name()).collect();
+        assert_eq!(names.len(), Task::ALL.len());
+        assert_eq!(Task::NEEDLES.len() + Task::WIDE.len(), Task::ALL.len());
+    }
+}
