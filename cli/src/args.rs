@@ -28,6 +28,8 @@ pub(crate) enum Command {
     FetchModel,
     /// Run a real model over long texts with every method, and compare them
     Demo(DemoArgs),
+    /// Compare methods, each by the same measures
+    Bench(BenchArgs),
     /// Answer a prompt
     Run(RunArgs),
     /// Measure how a GPU is best fed on this machine, and keep the result for the daemon
@@ -163,6 +165,68 @@ pub(crate) struct DemoArgs {
     #[arg(long)]
     pub(crate) json: bool,
     /// Seed of the texts and needles
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// The daemon
+    #[command(flatten)]
+    pub(crate) daemon: OwnDaemonArgs,
+}
+
+/// `bench`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// What is compared
+    #[command(subcommand)]
+    pub(crate) what: BenchWhat,
+}
+
+/// What `bench` compares.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchWhat {
+    /// Every selection method, over traces and a real model
+    Methods(MethodsArgs),
+}
+
+/// `bench methods`.
+#[derive(Debug, Args)]
+pub(crate) struct MethodsArgs {
+    /// Replay these traces (see `capture`)
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) traces: Vec<PathBuf>,
+    /// Replay generated traces
+    #[arg(long)]
+    pub(crate) generated: bool,
+    /// Run the real model too, where traces are given
+    #[arg(long)]
+    pub(crate) live: bool,
+    /// Which model; naming one runs it
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Methods, separated by commas; a method with options needs a `--method` of its own
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub(crate) methods: Vec<String>,
+    /// A method with options, as `name:key=value,…`
+    #[arg(long = "method", value_name = "METHOD")]
+    pub(crate) specs: Vec<String>,
+    /// Rows that a selection may hold per KV head: shares of the sequence (`6%`), or numbers
+    #[arg(long, value_name = "N|%", value_delimiter = ',', default_value = "3%,6%,12%")]
+    pub(crate) budgets: Vec<Budget>,
+    /// Tokens of the real model's texts
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "2048")]
+    pub(crate) lengths: Vec<usize>,
+    /// Ask less: ends within ten minutes on two cores
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Print JSON instead of the table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Write the rows as CSV
+    #[arg(long, value_name = "FILE")]
+    pub(crate) csv: Option<PathBuf>,
+    /// Draw them, as SVG and PNG
+    #[arg(long, value_name = "DIR")]
+    pub(crate) plots: Option<PathBuf>,
+    /// Seed of texts, questions, generated traces and intervals
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
     /// The daemon

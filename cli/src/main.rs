@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod artifacts;
+mod bench;
 mod cache;
 mod calibrate;
 mod cleanup;
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => return doctor::main(args),
         Command::Status(args) => status::text(args).map_err(Into::into).and_then(|text| print(&text)),
         Command::FetchModel => fetch_model(),
+        Command::Bench(args) => guarded(|| bench(args)).and_then(|text| print(&text)),
         Command::Demo(args) => guarded(|| demo::run(args).map_err(Into::into)).and_then(|text| print(&text)),
         Command::Run(args) => guarded(|| run::run(args).map_err(Into::into)),
         Command::Calibrate(args) => calibrate::text(args).map_err(Into::into).and_then(|text| print(&text)),
@@ -59,6 +62,11 @@ fn main() -> ExitCode {
 fn guarded<T>(work: impl FnOnce() -> Result<T, Box<dyn Error>>) -> Result<T, Box<dyn Error>> {
     cleanup::on_signals()?;
     work()
+}
+
+fn bench(args: &args::BenchArgs) -> Result<String, Box<dyn Error>> {
+    let args::BenchWhat::Methods(methods) = &args.what;
+    Ok(bench::methods(methods)?)
 }
 
 fn fetch_model() -> Result<(), Box<dyn Error>> {

@@ -1,0 +1,223 @@
+//! Rows from a real model: one daemon, texts read once, every method on forks of them.
+
+use std::sync::Arc;
+
+use kvoyant_engine::{DaemonKv, Decoder, DecoderOptions, Model};
+use kvoyant_eval::model::{self as modelled, Seen};
+use kvoyant_eval::row::Row;
+use kvoyant_eval::tasks::Task;
+use kvoyant_methods::{Budget, MethodSpec, Shape};
+
+use super::compared::{Sample, by_task};
+use super::{BenchError, Effort};
+use crate::args::MethodsArgs;
+use crate::private_daemon::PrivateDaemon;
+use crate::progress::Progress;
+use crate::session;
+use crate::trial::measure::{Asked, Measured};
+use crate::trial::plan::{Plan, Size};
+use crate::trial::prepare;
+
+/// How much of the largest batch's KV the device can hold: a cache, as a GPU's would be, not a second copy.
+const SLAB_SHARE: f64 = 0.3;
+
+/// Methods that one session takes at most.
+const METHODS_OF_A_SESSION: usize = 60;
+
+/// Rows of a page, as the daemon has them by default.
+const PAGE_ROWS: usize = 32;
+
+/// What a length gave.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// One a method.
+    pub(super) samples: Vec<Sample>,
+    /// The daemon's device.
+    pub(super) device: String,
+}
+
+impl Effort {
+    /// What is asked in texts of `context` tokens.
+    fn size(self, context: usize) -> Size {
+        let (contexts, continuations, steps) = match self {
+            Self::Quick => (1, 6, 16),
+            Self::Long => (3, 12, 24),
+        };
+        let kinds = [&Task::NEEDLES[..], &Task::WIDE[..]];
+        Size { context, contexts: kinds.repeat(contexts), continuations, steps, room: 160 }
+    }
+}
+
+/// Every method on texts of `length` tokens.
+pub(super) fn rows(
+    model: &Arc<Model>,
+    length: usize,
+    rungs: &[MethodSpec],
+    effort: Effort,
+    args: &MethodsArgs,
+    progress: Progress,
+) -> Result<Found, BenchError> {
+    let size = effort.size(length);
+    let plan = Plan::new(model, &size, None, args.seed)?;
+    let mut asked = Asked::new(&plan);
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+    let mut found = Found { samples: Vec::new(), device: String::new() };
+    for (at, methods) in sessions(rungs).into_iter().enumerate() {
+        let shape = session::shape(model);
+        let options =
+            session::options(model, methods.clone(), length + size.room, asked.batch_max(), progress)?;
+        let methods_shape = options.shape(&shape, PAGE_ROWS);
+        let artifacts = options.artifacts.clone();
+        let batch_tokens = asked.batch_max() * length;
+        let mut arguments = args.daemon.for_serve();
+        arguments.extend(session::sizes(
+            &shape,
+            plan.prefill_tokens() + 2 * asked.batch_max() * size.room,
+            (batch_tokens as f64 * SLAB_SHARE) as usize,
+        ));
+        let daemon = PrivateDaemon::start(&arguments)?;
+        let failed = |error| BenchError::Daemon { error, said: daemon.last_words() };
+        let mut kv: DaemonKv = session::connect(model, &daemon.socket(), options)?;
+        let mut prepared = prepare::read(&mut decoder, &mut kv, &plan, progress).map_err(failed)?;
+        let step = progress.step(format!("{length} tokens: dense"), methods.len() as u64 + 1);
+        if at == 0 {
+            let (mut dense, mut copied) =
+                prepare::copy(&mut kv, &prepared, &shape).map_err(|error| failed(error.into()))?;
+            let measured = asked.dense_row(&mut decoder, &mut dense, &mut copied)?;
+            found.samples.push(sample(&DENSE, length, &measured));
+        }
+        found.device = session::device(&kv);
+        for (method, spec) in methods.iter().enumerate() {
+            step.advance(1);
+            step.rename(format!("{length} tokens: {spec}"));
+            let measured = asked.row_of(&mut decoder, &mut kv, &mut prepared, method).map_err(failed)?;
+            let built = kvoyant_methods::build(spec, &methods_shape, &artifacts)?;
+            let digest = digest_bytes(&*built, &methods_shape, length);
+            let told = Told {
+                method: spec.name(),
+                spec: &spec.to_string(),
+                hint: spec.hint(),
+                budget: spec.budget().and_then(Budget::as_share),
+                row_format: methods_shape.dtype.name(),
+                kv_bytes: (length * shape.token_bytes()) as f64,
+                selected_layers: (0..shape.layers).filter(|layer| kv.speculates(*layer)).count(),
+                layers: shape.layers,
+                digest,
+            };
+            found.samples.push(sample(&told, length, &measured));
+        }
+    }
+    Ok(found)
+}
+
+/// Methods by sessions: all that can share rows in as few as possible, and each that drops rows for good in one of its own.
+fn sessions(rungs: &[MethodSpec]) -> Vec<Vec<MethodSpec>> {
+    let (alone, shared): (Vec<&MethodSpec>, Vec<&MethodSpec>) =
+        rungs.iter().partition(|spec| spec.to_string().contains("pool="));
+    let mut all: Vec<Vec<MethodSpec>> = shared
+        .chunks(METHODS_OF_A_SESSION)
+        .map(|chunk| chunk.iter().map(|spec| (*spec).clone()).collect())
+        .collect();
+    all.extend(alone.into_iter().map(|spec| vec![spec.clone()]));
+    all
+}
+
+/// Bytes of digests, states and memories of one sequence of `tokens` tokens.
+fn digest_bytes(method: &dyn kvoyant_methods::Method, shape: &Shape, tokens: usize) -> f64 {
+    let pages = tokens.div_ceil(shape.page_rows) * method.digest_bytes();
+    let of_head = pages + method.head_state_bytes() + method.memory_bytes(tokens);
+    ((shape.layers - shape.dense_layers) * shape.kv_heads * of_head) as f64
+}
+
+/// What is known of a method besides what was measured.
+struct Told<'a> {
+    method: &'a str,
+    spec: &'a str,
+    hint: kvoyant_methods::HintSource,
+    budget: Option<f64>,
+    row_format: &'a str,
+    /// Bytes of all rows of a sequence.
+    kv_bytes: f64,
+    selected_layers: usize,
+    layers: usize,
+    digest: f64,
+}
+
+/// Plain attention in this process, as a method.
+const DENSE: Told<'static> = Told {
+    method: "dense",
+    spec: "dense",
+    hint: kvoyant_methods::HintSource::None,
+    budget: None,
+    row_format: "f16",
+    kv_bytes: 0.0,
+    selected_layers: 0,
+    layers: 0,
+    digest: 0.0,
+};
+
+fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
+    let costs = &measured.costs;
+    let selected_bytes = told.kv_bytes * told.selected_layers as f64 / told.layers.max(1) as f64;
+    let digest_share = if selected_bytes > 0.0 { told.digest / selected_bytes } else { 0.0 };
+    let layer_digest = told.digest / told.selected_layers.max(1) as f64;
+    let seen = Seen {
+        hint: told.hint,
+        moved_share: if selected_bytes > 0.0 { costs.bytes_per_token / selected_bytes } else { 0.0 },
+        attended_share: costs.selected_share,
+        cpu_share: 0.0,
+        digest_share,
+        select_s_per_byte: match costs.select_us {
+            Some(us) if layer_digest > 0.0 => us * 1e-6 / layer_digest,
+            _ => 0.0,
+        },
+    };
+    let scores: Vec<(String, f64)> =
+        measured.scores.iter().map(|(task, score)| (task.name().to_owned(), *score)).collect();
+    let accuracy = scores.iter().map(|(_, score)| score).sum::<f64>() / scores.len().max(1) as f64;
+    let row = Row {
+        method: told.method.to_owned(),
+        spec: told.spec.to_owned(),
+        row_format: told.row_format.to_owned(),
+        source: "model".into(),
+        length,
+        budget: told.budget,
+        tasks: by_task(&scores),
+        accuracy: Some(accuracy),
+        tokens_equal_dense: Some(measured.agreement.equal()),
+        kl_to_dense: Some(measured.agreement.kl()),
+        perplexity: Some(measured.agreement.perplexity()),
+        attention_mass: Some(costs.attention_mass),
+        missed_mass: Some(1.0 - costs.attention_mass),
+        selected_share: costs.selected_share,
+        kv_moved_share: costs.kv_moved_share,
+        bytes_per_token: costs.bytes_per_token,
+        resident_bytes: costs.resident_share * selected_bytes,
+        resident_share: costs.resident_share,
+        digest_bytes: told.digest,
+        digest_share,
+        select_us: costs.select_us,
+        hit_rate: costs.hit_rate,
+        ms_per_token: Some(measured.clock.ms_per_token()),
+        stall_share: Some(costs.stall_share),
+        modelled: if told.layers > 0 { modelled::all(&seen) } else { Vec::new() },
+        ..Row::default()
+    };
+    Sample { row, kl: measured.agreement.kls().to_vec(), scores, mass: Vec::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn methods_with_a_pool_have_a_session_of_their_own_and_no_session_has_too_many() {
+        let parse = |text: &str| -> MethodSpec { text.parse().unwrap() };
+        let mut rungs = vec![parse("infinigen:budget=6%,pool=80%"), parse("full")];
+        rungs.extend((1..=70).map(|i| parse(&format!("random:budget={i}%"))));
+        let sessions = sessions(&rungs);
+        let sizes: Vec<usize> = sessions.iter().map(Vec::len).collect();
+        assert_eq!(sizes, [60, 11, 1]);
+        assert_eq!(sessions[2][0], rungs[0]);
+    }
+}

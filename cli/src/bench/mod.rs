@@ -1,0 +1,166 @@
+//! `kvoyant bench methods`: every method over traces, generated traces and a real model, in one table.
+//!
+//! | room | job |
+//! |---|---|
+//! | [`ladder`] | which methods, with which budgets |
+//! | [`replayed`] | over traces |
+//! | [`live`] | through the daemon, with a real model |
+//! | [`compared`] | paired intervals, and scores against dense |
+//! | [`table`] | what is shown |
+
+mod compared;
+mod ladder;
+mod live;
+mod replayed;
+mod table;
+
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+
+use kvoyant_engine::{DaemonError, ForwardError};
+use kvoyant_eval::plot::{self, PngError};
+use kvoyant_eval::replay::ReplayError;
+use kvoyant_eval::row::{self, Row};
+use kvoyant_eval::trace::TraceError;
+use kvoyant_kernels::Path as KernelPath;
+use kvoyant_methods::{Budget, MethodError, SpecError};
+use serde::Serialize;
+
+use crate::args::MethodsArgs;
+use crate::machine::Machine;
+use crate::model::{self, ModelError};
+use crate::private_daemon;
+use crate::progress::Progress;
+use crate::session::SessionError;
+use crate::skew_cache::SkewError;
+use crate::trial::plan::PlanError;
+
+use self::compared::Sample;
+
+/// What the comparison cannot go on without.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BenchError {
+    /// No model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Nothing to ask.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// No calibration.
+    #[error(transparent)]
+    Calibrate(#[from] SkewError),
+    /// No daemon.
+    #[error(transparent)]
+    Start(#[from] private_daemon::DaemonError),
+    /// No session.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// A method is none, or has no such option.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// A method cannot be built.
+    #[error(transparent)]
+    Method(#[from] MethodError),
+    /// A trace cannot be used.
+    #[error("{}: {error}", .path.display())]
+    Trace {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        error: TraceError,
+    },
+    /// A trace cannot be replayed.
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
+    /// Plain attention failed.
+    #[error(transparent)]
+    Dense(#[from] ForwardError<Infallible>),
+    /// The daemon failed on the way.
+    #[error("{error}; the daemon's last words: {said}")]
+    Daemon {
+        /// What failed.
+        error: ForwardError<DaemonError>,
+        /// What it said.
+        said: String,
+    },
+    /// The result cannot be written.
+    #[error("the result is no JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A file cannot be written.
+    #[error("{} cannot be written: {error}", .path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        error: std::io::Error,
+    },
+    /// A picture cannot be made.
+    #[error(transparent)]
+    Png(#[from] PngError),
+}
+
+/// How much is asked of a real model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// One context of each kind.
+    Quick,
+    /// Enough for intervals that tell methods apart.
+    Long,
+}
+
+/// The whole result. Every benchmark keeps this outer shape.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    machine: Machine,
+    seed: u64,
+    rows: &'a [Row],
+}
+
+/// Runs the comparison; what belongs on stdout.
+///
+/// # Errors
+/// If anything is missing or fails.
+pub(crate) fn methods(args: &MethodsArgs) -> Result<String, BenchError> {
+    let progress = Progress::new();
+    let budgets: &[Budget] = &args.budgets;
+    let named: Vec<String> = args.methods.iter().chain(&args.specs).cloned().collect();
+    let rungs = ladder::rungs(&named, budgets)?;
+    let mut samples: Vec<Sample> = Vec::new();
+    let mut device = "host".to_owned();
+    for path in &args.traces {
+        samples.extend(replayed::file(path, &rungs, progress)?);
+    }
+    if args.generated {
+        samples.extend(replayed::generated(args.seed, &rungs, progress)?);
+    }
+    let only_traces = args.generated || !args.traces.is_empty();
+    if args.model.model.is_some() || args.live || !only_traces {
+        let chosen = model::open(&args.model, progress)?;
+        let effort = if args.quick { Effort::Quick } else { Effort::Long };
+        for &length in &args.lengths {
+            let found = live::rows(&chosen.model, length, &rungs, effort, args, progress)?;
+            samples.extend(found.samples);
+            device = found.device;
+        }
+    }
+    let rows = compared::rows(samples, args.seed);
+    if let Some(path) = &args.csv {
+        write(path, row::csv(&rows).as_bytes())?;
+    }
+    if let Some(folder) = &args.plots {
+        std::fs::create_dir_all(folder).map_err(|error| BenchError::Write { path: folder.clone(), error })?;
+        for (name, chart) in plot::charts(&rows) {
+            write(&folder.join(format!("{name}.svg")), chart.svg().as_bytes())?;
+            write(&folder.join(format!("{name}.png")), &chart.png()?)?;
+        }
+    }
+    if args.json {
+        let machine = Machine::this(&KernelPath::best().to_string(), &device);
+        return Ok(serde_json::to_string_pretty(&Report { machine, seed: args.seed, rows: &rows })? + "\n");
+    }
+    Ok(table::render(&rows))
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), BenchError> {
+    std::fs::write(path, bytes).map_err(|error| BenchError::Write { path: path.to_owned(), error })
+}
