@@ -22,6 +22,7 @@
 //! | `louver` | [`louver`] | boxes and balls of groups of rows | Louver, arXiv 2605.06763 |
 //! | `mix` | [`mix`] | its parts' | methods per layer and KV head |
 //! | `attention-predictor` | [`attention_predictor`] | the last attention rows of blocks | AttentionPredictor, NeurIPS'25 |
+//! | `dynsplit` | [`dynsplit`] | per-channel bounds of blocks of any length | after DynSplit-KV, arXiv 2602.03184 |
 //!
 //! Notation throughout: `n` tokens of the sequence with the current one, `S` sinks, `W` recent window, `P`
 //! rows of a page, `d` head dimension, `g` query heads of a KV head. Candidates of a selection are the
@@ -37,6 +38,7 @@ mod bounds;
 pub mod budget;
 pub mod clo;
 pub mod context;
+pub mod dynsplit;
 pub mod error;
 pub mod freekv;
 pub mod full;
