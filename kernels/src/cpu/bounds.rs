@@ -100,27 +100,36 @@ impl Query8 {
         let rounding = f64::from(2.0 * d as f32 + 32.0) * f64::from(f32::EPSILON / 2.0);
         let (mut largest, mut sums, mut slack) = ([0_f32; LANES], [0_i32; LANES], [0_f64; LANES]);
         let mut finite = [true; LANES];
-        for (j, q) in query.iter().enumerate() {
-            largest[lane(j)] = largest[lane(j)].max(q.abs());
-            finite[lane(j)] &= q.is_finite();
+        for (i, four) in query.chunks(4).enumerate() {
+            let lane = i % LANES;
+            for q in four {
+                let size = q.abs();
+                largest[lane] = if size > largest[lane] { size } else { largest[lane] };
+                finite[lane] &= size <= f32::MAX;
+            }
         }
+        let mut inverse = [0_f64; LANES];
         for lane in 0..LANES {
             let step = (largest[lane] / CODE_MAX).max(f32::MIN_POSITIVE);
             self.step[lane] = if finite[lane] { step } else { f32::NAN };
+            inverse[lane] = 1.0 / f64::from(self.step[lane]);
         }
-        for (j, q) in query.iter().enumerate() {
-            let lane = lane(j);
-            let steps = f64::from(*q) / f64::from(self.step[lane]);
-            // Nearest, ties to even, as every sum is rounded; `round` would be a call.
-            let code = ((steps + NEAREST) - NEAREST).clamp(-127.0, 127.0);
-            self.codes[j] = code as i8;
-            self.upper[j] = if *q >= 0.0 { 0xff } else { 0 };
-            sums[lane] += code as i32;
-            slack[lane] += (steps - code).abs() + steps.abs() * rounding;
+        for (i, four) in query.chunks(4).enumerate() {
+            let lane = i % LANES;
+            for (b, q) in four.iter().enumerate() {
+                let steps = f64::from(*q) * inverse[lane];
+                // Nearest, ties to even, as every sum is rounded; `round` would be a call.
+                let code = ((steps + NEAREST) - NEAREST).clamp(-127.0, 127.0);
+                let whole = code as i32;
+                self.codes[4 * i + b] = whole as i8;
+                self.upper[4 * i + b] = if *q >= 0.0 { 0xff } else { 0 };
+                sums[lane] += whole;
+                slack[lane] += (steps - code).abs() + steps.abs() * rounding;
+            }
         }
         for lane in 0..LANES {
-            // One part in a billion for the roundings of these sums themselves.
-            let slack = (f64::from(CODE_MAX) * slack[lane] * (1.0 + 1e-9)).ceil() as i32;
+            // Rounded up, and a little more for the roundings of these sums themselves, which are of 2⁻⁵³.
+            let slack = (f64::from(CODE_MAX) * slack[lane] * (1.0 + 1e-9)) as i32 + 1;
             self.start[lane] = slack - OFFSET * sums[lane];
         }
     }
