@@ -5,7 +5,8 @@
 //! - *Hit.* `mean over the group of cos(q, label) ≥ τ`: the selection is given again as it is, and nothing moves. Rows that are
 //!   candidates no longer are left out.
 //! - *Miss.* `hata` selects anew; selection and label are replaced. The label moves on a miss only, so that a slow drift adds up
-//!   until it is one. A query or label of length 0, or with a NaN, is a miss.
+//!   until it is one. A query or label of length 0, or with a NaN, is a miss. So is a block of query tokens: it brings what no
+//!   single label stands for. The label that it leaves is its last token's.
 //!
 //! The paper has thresholds per head, stricter for heads that matter; how they are found is not published. Here `important` names
 //! heads, and `important_tau` is their threshold. By default the query is the one predicted a layer ahead, as in the authors' earlier
@@ -125,7 +126,8 @@ impl Method for Clo {
             }
             let queries = context.group_queries(&self.shape, head, &mut scratch.block);
             let likeness = self.layout.likeness(store.memory(head), queries);
-            if likeness.is_some_and(|likeness| likeness >= self.options.tau_of(context.layer, head)) {
+            let close = likeness.is_some_and(|likeness| likeness >= self.options.tau_of(context.layer, head));
+            if close && context.queries == 1 {
                 self.layout.push(store.memory(head), &candidates, out);
             } else {
                 self.codes.push_best(context, self.options.budget, &*store, head, scratch, out);

@@ -192,3 +192,93 @@ fn important_heads_have_a_threshold_of_their_own() {
     assert!("clo:important=2".parse::<MethodSpec>().unwrap_err().to_string().contains("layer.head"));
     assert!("clo:tau=NaN".parse::<MethodSpec>().is_err());
 }
+
+#[test]
+fn a_block_of_queries_is_a_miss_and_leaves_the_label_of_its_last_token() {
+    let (method, plain) = (clo(-1.0, 10), hata(10));
+    let mut rng = Rng::new(11);
+    let mut store = Store::new(&method, &small(), 0, 64);
+    store.append(&method, &rng.normal(112 * 16), 64);
+    let mut scratch = Scratch::new();
+    store.select(&method, &rng.normal(32), &mut scratch);
+    let hint = rng.normal(3 * 32);
+    let context = SelectContext { queries: 3, ..SelectContext::new(&small(), 0, 112, &hint) };
+    let block = store.select_with(&method, &context, &mut scratch);
+    assert_eq!(block, store.select_with(&plain, &context, &mut scratch), "hata's, on the same digests");
+    for head in 0..2 {
+        let last: Vec<u8> =
+            hint[64 + head * 16..][..16].iter().flat_map(|value| value.to_le_bytes()).collect();
+        assert_eq!(store.memory(head)[8..8 + 64], last);
+    }
+    assert_eq!(store.select(&method, &rng.normal(32), &mut scratch), block);
+}
+
+#[test]
+fn a_fork_goes_on_with_the_label_and_the_rows() {
+    let method = clo(-1.0, 10);
+    let mut rng = Rng::new(12);
+    let mut parent = Store::new(&method, &small(), 0, 64);
+    parent.append(&method, &rng.normal(100 * 16), 64);
+    let mut scratch = Scratch::new();
+    let chosen = parent.select(&method, &rng.normal(32), &mut scratch);
+    let mut fork = parent.clone();
+    parent.truncate(&method, 0);
+    // Long enough for its memory to move.
+    fork.append(&method, &rng.normal(200 * 16), 64);
+    assert_eq!(fork.select(&method, &rng.normal(32), &mut scratch), chosen);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn a_head_decides_by_its_own_queries_alone(head in 0_usize..2, keep in 0.5_f32..1.0, seed: u64) {
+        let method = clo(0.8, 10);
+        let mut rng = Rng::new(seed);
+        let mut one = Store::new(&method, &small(), 0, 64);
+        one.append(&method, &rng.normal(150 * 16), 64);
+        let mut other = one.clone();
+        let mut query = rng.normal(32);
+        let mut scratch = Scratch::new();
+        for _ in 0..10 {
+            let mut perturbed = query.clone();
+            perturbed[head * 16..][..16].copy_from_slice(&rng.normal(16));
+            let a = one.select(&method, &query, &mut scratch);
+            let b = other.select(&method, &perturbed, &mut scratch);
+            prop_assert_eq!(a.head(1 - head), b.head(1 - head));
+            prop_assert_eq!(one.memory(1 - head), other.memory(1 - head));
+            query = walk(&mut rng, &query, keep);
+        }
+    }
+
+    #[test]
+    fn a_truncation_keeps_what_is_whole_and_forgets_what_is_not(
+        cut in 0_usize..150, zeros: bool, seed: u64,
+    ) {
+        let (method, plain) = (clo(-1.0, 15), hata(15));
+        let mut rng = Rng::new(seed);
+        let mut keys = rng.normal(150 * 16);
+        if zeros {
+            keys.fill(0.0);
+        }
+        let mut store = Store::new(&method, &small(), 0, 64);
+        store.append(&method, &keys, 64);
+        let mut scratch = Scratch::new();
+        let chosen = store.select(&method, &rng.normal(32), &mut scratch);
+        store.truncate(&method, cut);
+        let hint = rng.normal(32);
+        let fresh = store.clone().select(&plain, &hint, &mut scratch);
+        let selection = store.select(&method, &hint, &mut scratch);
+        let candidates = small().candidates(cut);
+        for head in 0..2 {
+            let kept: Vec<u32> = chosen.tokens(head).collect();
+            let all = candidates.len() <= 15 || kept.iter().any(|token| *token as usize >= cut);
+            let expected: Vec<u32> = if all {
+                fresh.tokens(head).collect()
+            } else {
+                kept.into_iter().filter(|token| candidates.contains(&(*token as usize))).collect()
+            };
+            prop_assert_eq!(selection.tokens(head).collect::<Vec<_>>(), expected);
+        }
+    }
+}

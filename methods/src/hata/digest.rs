@@ -106,15 +106,20 @@ impl Codes {
         distances.resize(rows, 0);
         norms.resize(rows, 0.0);
         let (whole, step) = (g as f32, 2.0 / self.weights.bits as f32);
-        for page in pages.clone() {
-            let (codes, lengths) = store.page(kv_head, page).split_at(rows * self.code_bytes());
-            self.kernels.hamming_sum_bytes(words, g, codes, distances);
-            if self.hash.norm {
-                self.kernels.to_f32(NORM, lengths, norms);
-                let scored = distances.iter().zip(norms.iter());
-                group.extend(scored.map(|(distance, norm)| (whole - step * *distance as f32) * norm));
-            } else {
-                group.extend(distances.iter().map(|distance| -(*distance as f32)));
+        let mut page = pages.start;
+        while page < pages.end {
+            let stretch = store.stretch(kv_head, page, pages.end - page).chunks_exact(self.digest_bytes());
+            page += stretch.len();
+            for block in stretch {
+                let (codes, lengths) = block.split_at(rows * self.code_bytes());
+                self.kernels.hamming_sum_bytes(words, g, codes, distances);
+                if self.hash.norm {
+                    self.kernels.to_f32(NORM, lengths, norms);
+                    let scored = distances.iter().zip(norms.iter());
+                    group.extend(scored.map(|(distance, norm)| (whole - step * *distance as f32) * norm));
+                } else {
+                    group.extend(distances.iter().map(|distance| -(*distance as f32)));
+                }
             }
         }
         group.truncate(candidates.end - pages.start * rows);

@@ -200,3 +200,41 @@ fn options_that_do_not_go_together_are_refused() {
     let text = "hata:budget=6%,weights=random,bits=64,seed=3,norm=off,hint=ahead";
     assert_eq!(text.parse::<MethodSpec>().unwrap().to_string(), text);
 }
+
+#[test]
+fn a_block_of_queries_is_scored_by_all_of_them_together() {
+    let (shape, tokens) = (small(), 140);
+    let mut rng = Rng::new(21);
+    let (keys, hint) = (rng.normal(tokens * 16), rng.normal(3 * 32));
+    let method = hata(20, 128, false, &shape);
+    let mut store = Store::new(&method, &shape, 0, tokens);
+    store.append(&method, &keys, 64);
+    let context = SelectContext { queries: 3, ..SelectContext::new(&shape, 0, tokens, &hint) };
+    let selection = store.select_with(&method, &context, &mut Scratch::new());
+    for head in 0..2 {
+        let mut scores = vec![0.0; tokens];
+        for query in hint.chunks(32) {
+            let one = naive_scores(&method, query, &keys, head, false);
+            scores.iter_mut().zip(one).for_each(|(sum, score)| *sum += score);
+        }
+        // Of equal scores the older row.
+        let mut order: Vec<usize> = shape.candidates(tokens).collect();
+        order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]).then(a.cmp(b)));
+        let mut best: Vec<u32> = order[..20].iter().map(|token| *token as u32).collect();
+        best.sort_unstable();
+        assert_eq!(selection.tokens(head).collect::<Vec<_>>(), best);
+    }
+}
+
+#[test]
+fn keys_that_are_no_numbers_break_no_selection() {
+    let shape = small();
+    let method = hata(20, 128, true, &shape);
+    let mut keys = Rng::new(22).normal(120 * 16);
+    keys[40 * 16..60 * 16].fill(f32::NAN);
+    keys[60 * 16..70 * 16].fill(f32::INFINITY);
+    let mut store = Store::new(&method, &shape, 0, 120);
+    store.append(&method, &keys, 64);
+    let selection = store.select(&method, &Rng::new(23).normal(32), &mut Scratch::new());
+    assert_eq!((selection.rows(0), selection.rows(1)), (20, 20));
+}
