@@ -23,6 +23,7 @@
 //! | `mix` | [`mix`] | its parts' | methods per layer and KV head |
 //! | `attention-predictor` | [`attention_predictor`] | the last attention rows of blocks | AttentionPredictor, NeurIPS'25 |
 //! | `dynsplit` | [`dynsplit`] | per-channel bounds of blocks of any length | after DynSplit-KV, arXiv 2602.03184 |
+//! | `hetero` | [`hetero`] | none | HeteroCache, ACL'26 |
 //!
 //! Notation throughout: `n` tokens of the sequence with the current one, `S` sinks, `W` recent window, `P`
 //! rows of a page, `d` head dimension, `g` query heads of a KV head. Candidates of a selection are the
@@ -44,6 +45,7 @@ pub mod freekv;
 pub mod full;
 pub mod given;
 pub mod hata;
+pub mod hetero;
 pub mod infinigen;
 pub mod louver;
 pub mod method;

@@ -8,8 +8,8 @@ use crate::options::Options;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
 use crate::{
-    attention_predictor, clo, dynsplit, freekv, full, given, hata, infinigen, louver, mix, oracle, quest,
-    random, resv, scout, shadowkv, window,
+    attention_predictor, clo, dynsplit, freekv, full, given, hata, hetero, infinigen, louver, mix, oracle,
+    quest, random, resv, scout, shadowkv, window,
 };
 
 /// A method that a user can name.
@@ -34,6 +34,7 @@ pub const METHODS: &[&Entry] = &[
     &clo::ENTRY,
     &attention_predictor::ENTRY,
     &scout::ENTRY,
+    &hetero::ENTRY,
     &dynsplit::ENTRY,
     &resv::ENTRY,
     &louver::ENTRY,
