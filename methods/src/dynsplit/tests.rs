@@ -175,13 +175,13 @@ fn a_topic_that_changes_at_a_delimiter_is_cut_there() {
     let topics: Vec<Vec<f32>> = (0..4).map(|_| rng.normal(8)).collect();
     let mut keys = Vec::new();
     let mut marks = vec![mark::NONE; tokens];
-    for token in 0..tokens {
+    for (token, boundary) in marks.iter_mut().enumerate() {
         let topic = edges.iter().filter(|edge| **edge <= token).count();
         for _ in 0..2 {
             keys.extend(topics[topic].iter().zip(rng.normal(8)).map(|(mean, noise)| mean + 0.01 * noise));
         }
         if token % 5 == 4 || edges.contains(&(token + 1)) {
-            marks[token] = mark::SENTENCE;
+            *boundary = mark::SENTENCE;
         }
     }
     let store = grown(&method, &shape, &keys, &marks, 10);
