@@ -81,6 +81,19 @@ proptest! {
     }
 
     #[test]
+    fn what_was_read_is_stored_as_the_same_bytes(d in dims(), exponent in -44_i32..36, seed in any::<u64>()) {
+        let mut draw = Draw::new(seed);
+        let ends = min_max(&keys(&mut draw, 5, d, 10_f32.powi(exponent)), d);
+        let mut digest = vec![0; Kernels::bounds_i8_bytes(d)];
+        scalar().encode_bounds_i8(&ends, &mut digest);
+        let mut read = vec![0.0; 2 * d];
+        scalar().decode_bounds_i8(&digest, &mut read);
+        let mut again = vec![0xff; digest.len()];
+        scalar().encode_bounds_i8(&read, &mut again);
+        prop_assert_eq!(again, digest);
+    }
+
+    #[test]
     fn bounds_of_eight_bits_are_never_too_low(
         group in 1_usize..11, d in dims(), pages in 1_usize..7, q_exponent in -20_i32..12, k_exponent in -22_i32..15, seed in any::<u64>(),
     ) {

@@ -160,7 +160,8 @@ impl FreeKv {
         let dot = |a: &[f32], b: &[f32]| Kernels::best().dot(a, b);
         let pairs = query.chunks_exact(d).zip(last.chunks_exact(d));
         let sum: f32 = pairs.map(|(a, b)| dot(a, b) / (dot(a, a).sqrt() * dot(b, b).sqrt())).sum();
-        sum / (query.len() / d) as f32
+        // Rounding may leave a cosine a hair outside.
+        (sum / (query.len() / d) as f32).clamp(-1.0, 1.0)
     }
 
     /// Fills `scratch.ids` with the pages that the context's query chooses for a KV head, counted from the first that has a candidate.
@@ -241,7 +242,9 @@ impl Method for FreeKv {
             let newest = (context.queries - 1) * shape.kv_heads + head;
             let query = &context.hint[newest * width..(newest + 1) * width];
             let alike = self.likeness(query, &last[head * width..(head + 1) * width]);
-            let corrected = !known || context.queries > 1 || alike.is_nan() || alike < self.options.tau;
+            // From 1 on no likeness is enough, not even that of the same direction at another length.
+            let tau = self.options.tau;
+            let corrected = !known || context.queries > 1 || alike.is_nan() || alike < tau || tau >= 1.0;
             if corrected {
                 self.choose(context, &*store, head, scratch);
             } else if !self.stored(context.tokens, store.memory(head), &mut scratch.ids) {

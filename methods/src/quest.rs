@@ -293,6 +293,28 @@ mod tests {
     }
 
     #[test]
+    fn a_page_in_8_bits_grows_no_wider_by_rows_within_it() {
+        let method = Quest::new(QuestSpec { digest: Digest::Int8, ..spec(32, 32) }, &small()).unwrap();
+        let keys = Rng::new(6).normal(8 * 8);
+        let eight = digest(&method, &keys, 8);
+        // Row by row, so that every row is read and stored on top of the last one's digest.
+        let mut grown = eight.clone();
+        for (row, key) in (8..32).zip(keys.chunks(8).cycle()) {
+            let append = Append {
+                layer: 0,
+                kv_head: 0,
+                state: &[],
+                keys: key,
+                first_token: row,
+                first_row: row,
+                marks: &[],
+            };
+            method.on_append(&append, &mut grown, &mut [], &mut Scratch::new());
+        }
+        assert_eq!(grown, eight);
+    }
+
+    #[test]
     fn pages_of_one_row_bound_exactly_and_more_rows_never_lower_a_bound() {
         let mut rng = Rng::new(1);
         let (keys, query) = (rng.normal(32 * 8), rng.normal(8));

@@ -174,8 +174,8 @@ impl Kernels {
     /// Stores a page's `[2][d]` minima and maxima in 8 bits a value, minima rounded down and maxima up: what
     /// [`Kernels::decode_bounds_i8`] reads is never a narrower range, in f32 and as real numbers.
     ///
-    /// Each scale is the largest magnitude of its channels / 127 (the next number above where that rounds down), so that every end has a
-    /// code. Infinite ends are stored as the largest finite ones; a NaN stands for an arbitrary one.
+    /// Each scale is the largest magnitude of its channels / 127, rounded up to 16 significant bits, so that every end has a code, and
+    /// what [`Kernels::decode_bounds_i8`] read is stored as the same bytes again. Infinite ends are stored as the largest finite ones; a NaN stands for an arbitrary one.
     ///
     /// # Panics
     /// Unless `minmax` is `[2][d]` and `out` has the bytes that [`Kernels::bounds_i8_bytes`] gives for d.
@@ -284,6 +284,9 @@ fn encode(block: Block, min: &[f32], max: &[f32], to: &mut [u8]) {
         if f64::from(*scale) * f64::from(CODE_MAX) < f64::from(largest) {
             *scale = scale.next_up();
         }
+        // With 16 significant bits its products with codes are exact in f32: what was read and is stored again keeps its codes,
+        // and a page that grows row by row does not grow wider by the roundings.
+        *scale = f32::from_bits((scale.to_bits() + 0xff) & !0xff);
     }
     for (stored, scale) in head.chunks_exact_mut(4).zip(scales) {
         stored.copy_from_slice(&scale.to_le_bytes());
