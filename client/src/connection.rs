@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kvoyant_kernels::Dtype;
+use kvoyant_kernels::RowLayout;
+use kvoyant_kernels::quantise::Format;
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Failure, ModelSpec, ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::device::SlabRef;
@@ -263,9 +264,17 @@ impl Client {
     /// # Errors
     /// [`Error::Failed`] with [`Failure::BadModel`] or [`Failure::BadMethod`] that say what does not fit.
     pub fn register(self, spec: ModelSpec, artifacts: &[Vec<u8>]) -> Result<Model, Error> {
-        let dtype = Dtype::from_code(spec.dtype).ok_or_else(|| {
-            Error::Failed(Failure::BadModel(format!("storage type {} is not known", spec.dtype)))
+        let format = Format::from_code(spec.dtype).ok_or_else(|| {
+            Error::Failed(Failure::BadModel(format!("storage format {} is not known", spec.dtype)))
         })?;
+        let d = spec.head_dim as usize;
+        let layout = match spec.latent_values as usize {
+            0 => RowLayout::KeyValue { d, format },
+            value => RowLayout::Latent { dim: d, value, format },
+        };
+        let row_bytes = layout
+            .row_bytes()
+            .ok_or_else(|| Error::Failed(Failure::BadModel(format!("there are no rows {layout}"))))?;
         let mut spec = spec;
         let graph =
             spec.graph.map(|graph| GraphLayout::new(graph, spec.layers, spec.kv_heads)).transpose()?;
@@ -295,12 +304,9 @@ impl Client {
             layers: spec.layers as usize,
             query_heads: spec.query_heads as usize,
             kv_heads: spec.kv_heads as usize,
-            head_dim: spec.head_dim as usize,
-            dtype,
-            pages: PageGeometry {
-                page_rows: page_rows as usize,
-                row_bytes: 2 * spec.head_dim as usize * dtype.bytes(),
-            },
+            head_dim: d,
+            layout,
+            pages: PageGeometry { page_rows: page_rows as usize, row_bytes },
         };
         if !(1..=EXTENT_BYTES).contains(&geometry.pages.page_bytes()) {
             return Err(Error::Broken(format!("the daemon gave pages of {page_rows} rows")));

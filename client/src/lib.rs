@@ -36,7 +36,8 @@ mod sequence;
 
 pub use connection::{Client, Options};
 pub use error::Error;
-pub use kvoyant_kernels::{Dtype, Run};
+pub use kvoyant_kernels::quantise::Format;
+pub use kvoyant_kernels::{Dtype, RowLayout, Run};
 pub use kvoyant_protocol::control::{Failure, Mode, ModelSpec};
 pub use kvoyant_protocol::graph::GraphSpec;
 pub use kvoyant_protocol::layout::Limits;

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 
-use kvoyant_kernels::Dtype;
+use kvoyant_kernels::quantise::Format;
+use kvoyant_kernels::{Dtype, RowLayout};
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::MemoryKind;
 use kvoyant_protocol::layout::PageGeometry;
@@ -18,17 +19,25 @@ pub(crate) struct Geometry {
     pub query_heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    pub dtype: Dtype,
+    pub layout: RowLayout,
     pub pages: PageGeometry,
 }
 
 impl Geometry {
     /// Values of a row's value part.
     pub(crate) fn values(&self) -> usize {
-        self.head_dim
+        self.layout.value_values()
     }
 
-    /// Bytes of a row: K then V.
+    /// Storage type of rows on a device, which are of a plain one.
+    pub(crate) fn dtype(&self) -> Dtype {
+        match self.layout.format() {
+            Format::Plain(dtype) => dtype,
+            _ => Dtype::F32,
+        }
+    }
+
+    /// Bytes of a row.
     pub(crate) fn row_bytes(&self) -> usize {
         self.pages.row_bytes
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kvoyant_kernels::RowLayout;
 use kvoyant_protocol::control::{Mode, ModelSpec, ToClient, ToDaemon};
 use kvoyant_protocol::wire::{BatchEntry, FeedbackRows, Observe, Operation, QUERIES_MAX, Stat};
 
@@ -93,6 +94,12 @@ impl Model {
     #[must_use]
     pub fn page_rows(&self) -> usize {
         self.inner.geometry.pages.page_rows
+    }
+
+    /// What a row is made of.
+    #[must_use]
+    pub fn layout(&self) -> RowLayout {
+        self.inner.geometry.layout
     }
 
     /// A counter of this session, as the daemon publishes it.

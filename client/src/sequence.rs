@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use kvoyant_kernels::{Kernels, Run};
+use kvoyant_kernels::{RowLayout, Run};
 use kvoyant_protocol::control::{NO_PAGE, TableRef, ToClient, ToDaemon};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::wire::SequenceId;
@@ -120,8 +120,8 @@ impl Sequence {
         }
     }
 
-    /// Writes rows of one layer and KV head, in the model's storage type, from a position on: `[rows][2 · head dim]`,
-    /// K then V. They count once they are appended.
+    /// Writes rows of one layer and KV head, in the model's format ([`Model::layout`](crate::Model::layout)), from a
+    /// position on. They count once they are appended.
     ///
     /// # Errors
     /// [`Error::NoRoom`] if the positions are beyond what was reserved.
@@ -154,23 +154,57 @@ impl Sequence {
         Ok(())
     }
 
-    /// Writes one token's K and V of one layer, `[KV heads][head dim]` f32 each, rounded to the storage type.
+    /// Writes one token's K and V of one layer, `[KV heads][head dim]` f32 each, in the model's format. A latent's value is
+    /// a part of its key, so that `values` is empty.
     pub fn write(&self, layer: usize, position: usize, keys: &[f32], values: &[f32]) -> Result<(), Error> {
         let geometry = self.inner.geometry;
-        let wanted = geometry.kv_heads * geometry.head_dim;
-        for (what, found) in [("keys (values)", keys.len()), ("values", values.len())] {
+        let (heads, d, layout) = (geometry.kv_heads, geometry.head_dim, geometry.layout);
+        let width = match layout {
+            RowLayout::KeyValue { d, .. } => d,
+            RowLayout::Latent { .. } => 0,
+        };
+        for (what, found, wanted) in
+            [("keys (values)", keys.len(), heads * d), ("values", values.len(), heads * width)]
+        {
             if found != wanted {
                 return Err(Error::Size { what, found, wanted });
             }
         }
-        let half = geometry.row_bytes() / 2;
-        let mut row = vec![0; 2 * half];
-        let heads = keys.chunks_exact(geometry.head_dim).zip(values.chunks_exact(geometry.head_dim));
-        for (kv_head, (key, value)) in heads.enumerate() {
-            Kernels::best().from_f32(geometry.dtype, key, &mut row[..half]);
-            Kernels::best().from_f32(geometry.dtype, value, &mut row[half..]);
+        let mut row = vec![0; geometry.row_bytes()];
+        for (kv_head, key) in keys.chunks_exact(d).enumerate() {
+            layout.encode(key, &values[kv_head * width..][..width], &mut row);
             self.write_rows(layer, kv_head, position, &row)?;
         }
+        Ok(())
+    }
+
+    /// Reads keys `[tokens][head dim]` and values `[tokens][values of a row]` of one layer and KV head out of the session's
+    /// own extents, as the model's format has kept them.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`] where the sequence has no page.
+    pub fn read(
+        &self,
+        layer: usize,
+        kv_head: usize,
+        tokens: Range<usize>,
+        keys: &mut [f32],
+        values: &mut [f32],
+    ) -> Result<(), Error> {
+        let geometry = self.inner.geometry;
+        let (count, layout) = (tokens.len(), geometry.layout);
+        for (what, found, wanted) in [
+            ("keys (values)", keys.len(), count * layout.key_values()),
+            ("values", values.len(), count * layout.value_values()),
+        ] {
+            if found != wanted {
+                return Err(Error::Size { what, found, wanted });
+            }
+        }
+        let mut rows = vec![0; count * geometry.row_bytes()];
+        self.read_rows(layer, kv_head, tokens, &mut rows)?;
+        layout.decode_keys(&rows, keys);
+        layout.decode_values(&rows, values);
         Ok(())
     }
 

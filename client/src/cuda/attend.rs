@@ -56,12 +56,13 @@ impl AttendKernel {
         let inner = Arc::clone(model.inner());
         let geometry = inner.geometry;
         let group = geometry.query_heads / geometry.kv_heads;
-        let tile_rows =
-            launch::tile_rows(geometry.dtype, geometry.head_dim as u32, group as u32).ok_or(Error::Size {
+        let tile_rows = launch::tile_rows(geometry.dtype(), geometry.head_dim as u32, group as u32).ok_or(
+            Error::Size {
                 what: "a head (values)",
                 found: geometry.head_dim,
                 wanted: launch::HEAD_DIM_MAX as usize,
-            })?;
+            },
+        )?;
         let Some(source) = kvoyant_kernels::cuda::source("attend") else {
             unreachable!("attend is among the sources")
         };
@@ -109,7 +110,7 @@ impl AttendKernel {
             local_runs: attend.local_runs,
             local_offsets: attend.local_offsets,
             failed: attend.failed,
-            dtype: geometry.dtype.code().into(),
+            dtype: geometry.dtype().code().into(),
             d: geometry.head_dim as u32,
             group: (geometry.query_heads / geometry.kv_heads) as u32,
             kv_heads: geometry.kv_heads as u32,

@@ -7,6 +7,7 @@
 pub mod cuda;
 pub mod host;
 mod name;
+pub mod rows;
 
 use std::fmt::Debug;
 use std::os::fd::{AsFd, OwnedFd};
@@ -49,12 +50,15 @@ impl SessionMemory {
     }
 }
 
-/// Copies that belong to one answer, or to one report of graph mode.
+/// In a transfer's ticket: it belongs to no answer, and the rest is its number.
+pub const BACKGROUND: u64 = 1 << 63;
+
+/// Copies that belong to one answer, to one report of graph mode, or to nobody yet.
 #[derive(Debug)]
 pub struct Transfer {
     /// Its session.
     pub session: u64,
-    /// Ticket of the answer; 0 for a report.
+    /// Ticket of the answer; 0 for a report, [`BACKGROUND`] and a number for rows that nobody has asked for yet.
     pub ticket: u64,
     /// What to copy. Every range lies in `memory`, or in the session's slab.
     pub copies: Vec<CopyRun>,

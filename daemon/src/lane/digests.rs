@@ -4,6 +4,8 @@
 //! needs the prompt's statistics has its digests built once those have come; before, rows only wait. A memory belongs to
 //! one sequence, layer and KV head, and is the only one of them that a selection may change.
 
+use kvoyant_kernels::RowLayout;
+use kvoyant_kernels::quantise::Format;
 use kvoyant_methods::method::Append;
 use kvoyant_methods::{DigestKey, FeedbackRow, Method, Shape, Store, Truncated};
 use kvoyant_protocol::control::NO_PAGE;
@@ -379,7 +381,7 @@ impl ModelState {
                     continue;
                 }
                 let locator = id * rows as u32 + first_row as u32;
-                read_keys(&self.arena, &self.shape, locator, count, &mut buffers.rows, &mut buffers.keys)?;
+                read_keys(&self.arena, self.layout, locator, count, &mut buffers.rows, &mut buffers.keys)?;
                 let block = match self.meta.word(table, word) {
                     NO_BLOCK => pool.blocks.take(&mut self.meta)?,
                     block => pool.blocks.make_private(&mut self.meta, block)?,
@@ -591,7 +593,7 @@ pub(crate) enum Digested {
 /// Reads the keys of `count` consecutive rows out of a page, as f32 `[count][head dim]`.
 fn read_keys(
     arena: &crate::tiers::arena::SessionArena,
-    shape: &kvoyant_methods::Shape,
+    layout: RowLayout,
     locator: u32,
     count: usize,
     rows: &mut Vec<u8>,
@@ -599,14 +601,20 @@ fn read_keys(
 ) -> Result<(), MemoryError> {
     let geometry = arena.geometry();
     let (extent, offset) = geometry.locate(locator);
-    let key_bytes = geometry.row_bytes / 2;
-    rows.clear();
-    rows.resize(count * key_bytes, 0);
-    for (row, key) in rows.chunks_exact_mut(key_bytes).enumerate() {
-        arena.memory(extent).read(offset + row * geometry.row_bytes, key)?;
-    }
     keys.clear();
-    keys.resize(count * shape.head_dim, 0.0);
-    kvoyant_kernels::Kernels::best().to_f32(shape.dtype, rows, keys);
+    keys.resize(count * layout.key_values(), 0.0);
+    rows.clear();
+    if let RowLayout::KeyValue { format: Format::Plain(dtype), .. } = layout {
+        let key_bytes = geometry.row_bytes / 2;
+        rows.resize(count * key_bytes, 0);
+        for (row, key) in rows.chunks_exact_mut(key_bytes).enumerate() {
+            arena.memory(extent).read(offset + row * geometry.row_bytes, key)?;
+        }
+        kvoyant_kernels::Kernels::best().to_f32(dtype, rows, keys);
+        return Ok(());
+    }
+    rows.resize(count * geometry.row_bytes, 0);
+    arena.memory(extent).read(offset, rows)?;
+    layout.decode_keys(rows, keys);
     Ok(())
 }

@@ -223,11 +223,7 @@ impl ModelState {
         let sequence = self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?;
         let mut slots = std::mem::take(&mut sequence.residency[layer]);
         slots.heads.resize_with(self.shape.kv_heads, SlotSet::default);
-        let selection = &self.buffers.selection;
-        let short =
-            |(head, set): (usize, &SlotSet)| set.pages_wanted(selection.rows(head), self.shape.page_rows);
-        let short = slots.heads.iter().enumerate().map(short).sum();
-        self.make_room(short, Turn { ticket: 0, released_through });
+        self.make_room(self.pages_short(&slots), Turn { ticket: 0, released_through });
         let mut result = Ok(());
         for (head, set) in slots.heads.iter_mut().enumerate() {
             let keep = (self.buffers.selection.rows(head) as f64 * self.keep) as usize;

@@ -4,11 +4,13 @@
 //! the request rings of its sessions, its queue of commands from the control plane and its queue of ended
 //! transfers; when all are empty it polls a little longer, then sleeps on all of them at once.
 
+pub mod background;
 pub mod digests;
 pub mod error;
 pub mod graph;
 pub mod mailbox;
 pub mod model;
+mod place;
 pub mod select;
 pub mod sequences;
 pub mod session;

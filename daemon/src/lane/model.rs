@@ -1,16 +1,23 @@
 //! A session's registered model and all memory that belongs to it.
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use kvoyant_kernels::Dtype;
-use kvoyant_methods::{Artifact, Artifacts, Fingerprint, Method, MethodSpec, Scratch, Selection, Shape};
+use kvoyant_kernels::quantise::Format;
+use kvoyant_kernels::{Dtype, RowLayout};
+use kvoyant_methods::{
+    Artifact, Artifacts, Fingerprint, Method, MethodSpec, RowPart, Scratch, Selection, Shape, TokenRange,
+};
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Failure, MemoryKind, Mode, ModelSpec, ToClient};
 use kvoyant_protocol::graph::GraphLayout;
 use kvoyant_protocol::memory::MemoryError;
+use kvoyant_protocol::wire::SequenceId;
 
+use crate::device::rows::RowScratch;
 use crate::device::{Device, SessionMemory, Slab, SlabRequest};
+use crate::lane::background::Flying;
 use crate::lane::digests::{DigestPool, DigestSet};
 use crate::lane::graph::GraphState;
 use crate::lane::sequences::SequenceSlot;
@@ -49,6 +56,17 @@ pub struct Announcement {
     pub fds: Vec<OwnedFd>,
 }
 
+/// Pages that nobody owns any more, and that somebody may still read or write.
+#[derive(Debug)]
+pub struct Limbo {
+    /// Answers up to this ticket may name them.
+    pub ticket: u64,
+    /// A background transfer that brings rows there.
+    pub background: Option<u64>,
+    /// The pages.
+    pub pages: Vec<u32>,
+}
+
 /// A slab and who owns its pages.
 #[derive(Debug)]
 pub struct SlabState {
@@ -56,8 +74,8 @@ pub struct SlabState {
     pub slab: Slab,
     /// Free pages.
     pub pages: SlabPages,
-    /// Pages that nobody owns any more but that answers up to a ticket may still name.
-    pub limbo: Vec<(u64, Vec<u32>)>,
+    /// Pages that will be free.
+    pub limbo: Vec<Limbo>,
 }
 
 /// Buffers that are kept from one request to the next, so that the hot path allocates nothing once they have grown.
@@ -74,6 +92,9 @@ pub struct Buffers {
     pub(crate) state: Vec<u8>,
     pub(crate) placed: Vec<Placed>,
     pub(crate) place: PlaceScratch,
+    pub(crate) pages: RowScratch,
+    pub(crate) partial: Vec<f32>,
+    pub(crate) missing: Vec<TokenRange>,
 }
 
 /// See the module.
@@ -83,6 +104,8 @@ pub struct ModelState {
     pub spec: ModelSpec,
     /// Shape as methods see it.
     pub shape: Shape,
+    /// What a row is made of.
+    pub layout: RowLayout,
     /// Methods by index.
     pub methods: Vec<Box<dyn Method>>,
     /// Pages of rows.
@@ -107,6 +130,10 @@ pub struct ModelState {
     pub memory: Arc<SessionMemory>,
     /// How many times as many rows as are selected a head keeps on the device.
     pub keep: f64,
+    /// Layers of sequences that wait to be prepared for their next step, once their answer is not read any more.
+    pub(crate) planned: VecDeque<(SequenceId, usize)>,
+    /// Background transfers under way.
+    pub(crate) flying: Vec<Flying>,
     /// See [`Buffers`].
     pub buffers: Buffers,
     /// Which layers rows are selected in.
@@ -127,8 +154,8 @@ impl ModelState {
         slab: SlabRequest,
         keep: f64,
     ) -> Result<Self, Failure> {
-        let shape = shape_of(&spec)?;
-        let row_bytes = 2 * shape.head_dim * shape.dtype.bytes();
+        let (shape, layout) = shape_of(&spec)?;
+        let row_bytes = row_bytes_of(layout)?;
         let geometry = PageGeometry { page_rows: shape.page_rows, row_bytes };
         let artifacts = read_artifacts(artifacts)?;
         if !(1..=METHODS_MAX).contains(&spec.methods.len()) {
@@ -158,6 +185,7 @@ impl ModelState {
             })
             .collect::<Result<Vec<_>, String>>()
             .map_err(Failure::BadMethod)?;
+        check_served(&methods, layout, device)?;
         let graph = match spec.graph {
             None => None,
             Some(_) if !device.has_records() => {
@@ -194,6 +222,7 @@ impl ModelState {
         Ok(Self {
             spec,
             shape,
+            layout,
             methods,
             arena: SessionArena::new(extents, geometry),
             tables: Heap::new("kvoyant-tables", budget, HEAP_FILE_BYTES),
@@ -206,6 +235,8 @@ impl ModelState {
             graph,
             memory,
             keep,
+            planned: VecDeque::new(),
+            flying: Vec::new(),
             buffers: Buffers::default(),
             speculated,
             seeds: 0,
@@ -278,11 +309,54 @@ fn read_artifacts(files: &[Vec<u8>]) -> Result<Artifacts, Failure> {
     Ok(artifacts)
 }
 
+/// Bytes of a row, if there are such rows.
+fn row_bytes_of(layout: RowLayout) -> Result<usize, Failure> {
+    layout.row_bytes().ok_or_else(|| {
+        Failure::BadModel(format!(
+            "there are no rows {layout}: a latent's value is a part of it, and quantised parts need a length that fits \
+             their format"
+        ))
+    })
+}
+
+/// Whether the device can serve these methods and rows.
+fn check_served(methods: &[Box<dyn Method>], layout: RowLayout, device: &dyn Device) -> Result<(), Failure> {
+    let on_gpu = device.mode() == Mode::Device;
+    let plain = matches!(layout, RowLayout::KeyValue { format: Format::Plain(_), .. });
+    if on_gpu && !plain {
+        let name = device.name();
+        return Err(Failure::Device(format!(
+            "{name} attends over rows of K and V in f32, f16 or bf16, and these are {layout}; register such rows, or \
+             serve this model by a daemon with --device host"
+        )));
+    }
+    for method in methods {
+        let (needs, spec) = (method.needs(), method.spec());
+        if needs.cpu_attention.is_some() && on_gpu {
+            let name = device.name();
+            return Err(Failure::Device(format!(
+                "{spec} attends rows on the CPU, and answers of {name} do not carry that yet; choose another method, or \
+                 serve this model by a daemon with --device host"
+            )));
+        }
+        let latent = matches!(layout, RowLayout::Latent { .. });
+        if latent && (needs.cpu_attention.is_some() || needs.part == RowPart::Values) {
+            return Err(Failure::BadMethod(format!(
+                "{spec} needs rows of a key and a value of their own, and these are {layout}"
+            )));
+        }
+        if needs.cpu_attention.is_some() && !needs.hint.is_query() {
+            return Err(Failure::BadMethod(format!("{spec} attends on the CPU without a query")));
+        }
+    }
+    Ok(())
+}
+
 /// The shape that a specification describes, if it is one that can be served.
-pub fn shape_of(spec: &ModelSpec) -> Result<Shape, Failure> {
+pub fn shape_of(spec: &ModelSpec) -> Result<(Shape, RowLayout), Failure> {
     let bad = |reason: String| Failure::BadModel(reason);
-    let dtype = Dtype::from_code(spec.dtype)
-        .ok_or_else(|| bad(format!("storage type {} is not known", spec.dtype)))?;
+    let format = Format::from_code(spec.dtype)
+        .ok_or_else(|| bad(format!("storage format {} is not known", spec.dtype)))?;
     let within = |name: &str, value: u32, min: u32, max: u32| {
         if (min..=max).contains(&value) {
             Ok(value as usize)
@@ -291,7 +365,17 @@ pub fn shape_of(spec: &ModelSpec) -> Result<Shape, Failure> {
         }
     };
     let head_dim = within("head_dim", spec.head_dim, 1, 1024)?;
-    let row_bytes = 2 * head_dim * dtype.bytes();
+    let layout = match spec.latent_values {
+        0 => RowLayout::KeyValue { d: head_dim, format },
+        _ if spec.kv_heads != 1 => {
+            return Err(bad(format!(
+                "latent rows serve all query heads, so there is 1 KV head, not {}",
+                spec.kv_heads
+            )));
+        }
+        values => RowLayout::Latent { dim: head_dim, value: values as usize, format },
+    };
+    let row_bytes = row_bytes_of(layout)?;
     if row_bytes < ROW_BYTES_MIN {
         return Err(bad(format!("rows of {row_bytes} bytes are shorter than {ROW_BYTES_MIN}")));
     }
@@ -318,7 +402,11 @@ pub fn shape_of(spec: &ModelSpec) -> Result<Shape, Failure> {
         sinks: within("sinks", spec.sinks, 0, 1 << 20)?,
         window: within("window", spec.window, 1, 1 << 20)?,
         dense_layers: within("dense_layers", spec.dense_layers, 0, 1024)?,
-        dtype,
+        // Keys that methods keep are not stored more finely than this.
+        dtype: match format {
+            Format::Plain(dtype) => dtype,
+            _ => Dtype::F16,
+        },
         fingerprint,
     };
     if shape.layers * shape.kv_heads > HEADS_MAX {
@@ -326,5 +414,5 @@ pub fn shape_of(spec: &ModelSpec) -> Result<Shape, Failure> {
         return Err(bad(format!("{heads} KV heads in all layers are more than {HEADS_MAX}")));
     }
     shape.check().map_err(|error| bad(error.to_string()))?;
-    Ok(shape)
+    Ok((shape, layout))
 }

@@ -5,13 +5,14 @@
 //! into the transfer plan.
 
 use kvoyant_kernels::CopyRun;
-use kvoyant_methods::{NoRows, NoStore, SelectContext};
+use kvoyant_methods::{NoRows, NoStore, SelectContext, Store};
 use kvoyant_protocol::control::NO_PAGE;
 use kvoyant_protocol::wire::{BatchEntry, BlockRun, HeadEntry, SequenceId, Status};
 
+use crate::device::rows::{LayerPages, PageRows};
+use crate::lane::background::Background;
 use crate::lane::digests::{Digested, View};
 use crate::lane::model::ModelState;
-use crate::tiers::residency::SlotSet;
 
 /// The answer to one speculation while it is being made.
 #[derive(Debug, Default)]
@@ -32,6 +33,12 @@ pub struct Answer {
     pub resident: u32,
     /// Bytes in `copies`.
     pub bytes: u64,
+    /// Partial attentions as they lie in the table, one for each member so far; only where a method attends on the CPU.
+    pub partials: Vec<u32>,
+    /// Rows in them.
+    pub cpu_rows: u32,
+    /// Background transfers that bring rows which the answer names.
+    pub after: Vec<u64>,
     /// Rows of an extent: runs in extents end there, since extents are mapped apart.
     pub rows_per_extent: u32,
 }
@@ -42,16 +49,20 @@ impl Answer {
         self.heads.clear();
         self.runs.clear();
         self.copies.clear();
+        self.partials.clear();
+        self.after.clear();
         (self.rows, self.hits, self.in_place, self.resident, self.bytes) = (0, 0, 0, 0, 0);
+        self.cpu_rows = 0;
     }
 
     /// Bytes of the block table.
     #[must_use]
     pub fn table_bytes(&self) -> usize {
-        std::mem::size_of_val(self.heads.as_slice()) + std::mem::size_of_val(self.runs.as_slice())
+        let partials = if self.cpu_rows > 0 { std::mem::size_of_val(self.partials.as_slice()) } else { 0 };
+        std::mem::size_of_val(self.heads.as_slice()) + std::mem::size_of_val(self.runs.as_slice()) + partials
     }
 
-    fn push_row(&mut self, first_run: usize, row: u32, token: u32, rows: u32, in_slab: bool) {
+    pub(super) fn push_row(&mut self, first_run: usize, row: u32, token: u32, rows: u32, in_slab: bool) {
         let apart = !in_slab && row.is_multiple_of(self.rows_per_extent.max(1));
         let joins = |last: &BlockRun| {
             !apart
@@ -67,7 +78,7 @@ impl Answer {
         }
     }
 
-    fn push_copy(&mut self, copy: CopyRun) {
+    pub(super) fn push_copy(&mut self, copy: CopyRun) {
         self.bytes += copy.bytes as u64;
         if let Some(last) = self.copies.last_mut()
             && last.src.wrapping_add(last.bytes) == copy.src
@@ -98,6 +109,7 @@ impl ModelState {
         queries: usize,
         turn: Turn,
         answer: &mut Answer,
+        background: &mut Background,
     ) -> Result<(), Status> {
         let id = entry.sequence;
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
@@ -114,38 +126,69 @@ impl ModelState {
             Digested::NotObserved => return Err(Status::NotObserved),
             Digested::Behind => return Err(Status::NotAppended),
         }
-        self.select(id, layer, tokens, queries);
+        self.choose_rows(id, layer, tokens, queries, false);
         self.note_selected(id, layer);
-        if self.slab.is_some() { self.place(id, layer, turn, answer) } else { self.point(id, layer, answer) }
+        if self.slab.is_none() {
+            return self.point(id, layer, answer);
+        }
+        self.place(id, layer, (tokens, queries), turn, answer, background)?;
+        self.plan_prefetch(id, layer, tokens, turn.ticket);
+        Ok(())
     }
 
-    fn select(&mut self, id: SequenceId, layer: usize, tokens: usize, queries: usize) {
+    /// Has the sequence's method choose rows, by the hint in the buffers or ahead of any; true where it did.
+    pub(super) fn choose_rows(
+        &mut self,
+        id: SequenceId,
+        layer: usize,
+        tokens: usize,
+        queries: usize,
+        ahead: bool,
+    ) -> bool {
         let mut selection = std::mem::take(&mut self.buffers.selection);
         let mut scratch = std::mem::take(&mut self.buffers.scratch);
         let hint = std::mem::take(&mut self.buffers.hint);
         let ids = std::mem::take(&mut self.buffers.ids);
         let slot = self.sequences.get(id.slot as usize);
+        let mut chosen = false;
         if let Some(sequence) = slot.and_then(|slot| slot.sequence.as_ref()) {
             let method = &*self.methods[sequence.method];
+            let pages = LayerPages {
+                table: sequence.table,
+                capacity: sequence.capacity,
+                first_head: layer * self.shape.kv_heads,
+                rows: sequence.lens[layer] as usize,
+            };
+            let memory = std::mem::take(&mut self.buffers.pages);
+            let rows = PageRows::new(&self.arena, &self.tables, self.layout, pages, memory);
             let context = SelectContext {
                 layer,
                 heads: 0..self.shape.kv_heads,
                 tokens,
                 queries,
-                hint: &hint,
-                ids: &ids,
+                hint: if ahead { &[] } else { &hint },
+                ids: if ahead { &[] } else { &ids },
                 sequence_seed: sequence.seed,
                 step: tokens as u64,
-                rows: &NoRows,
+                rows: if method.needs().rows { &rows } else { &NoRows },
             };
             let of = (method, sequence.method);
-            match View::new(&mut self.meta, &self.pools, sequence, of, (&self.shape, layer)) {
-                Some(mut view) => method.select(&context, &mut view, &mut scratch, &mut selection),
-                None => method.select(&context, &mut NoStore, &mut scratch, &mut selection),
+            let mut view = View::new(&mut self.meta, &self.pools, sequence, of, (&self.shape, layer));
+            let store: &mut dyn Store = match &mut view {
+                Some(view) => view,
+                None => &mut NoStore,
+            };
+            if ahead {
+                chosen = method.prefetch(&context, store, &mut scratch, &mut selection);
+            } else {
+                method.select(&context, store, &mut scratch, &mut selection);
+                chosen = true;
             }
+            self.buffers.pages = rows.into_scratch();
         }
         (self.buffers.selection, self.buffers.scratch) = (selection, scratch);
         (self.buffers.hint, self.buffers.ids) = (hint, ids);
+        chosen
     }
 
     /// Runs that point into the session's own extents.
@@ -179,125 +222,5 @@ impl ModelState {
             });
         }
         Ok(())
-    }
-
-    /// Slots in the slab, and copies for what is not there yet.
-    fn place(&mut self, id: SequenceId, layer: usize, turn: Turn, answer: &mut Answer) -> Result<(), Status> {
-        let heads = self.shape.kv_heads;
-        let sequence = self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?;
-        // Taken out while other sequences may have to give way to it.
-        let mut slots = std::mem::take(&mut sequence.residency[layer]);
-        if slots.heads.is_empty() {
-            slots.heads.resize_with(heads, SlotSet::default);
-        }
-        // Rows that an unread answer names stay where they are.
-        let evict = slots.last_ticket <= turn.released_through;
-        slots.last_ticket = turn.ticket;
-        let selection = &self.buffers.selection;
-        let short =
-            |(head, set): (usize, &SlotSet)| set.pages_wanted(selection.rows(head), self.shape.page_rows);
-        let short = slots.heads.iter().enumerate().map(short).sum();
-        self.make_room(short, turn);
-        let mut result = Ok(());
-        for (kv_head, set) in slots.heads.iter_mut().enumerate() {
-            let wanted: usize = self.buffers.selection.rows(kv_head);
-            let keep = (wanted as f64 * self.keep) as usize;
-            result = result.and(self.place_head(id, layer, kv_head, set, keep, evict, answer));
-            answer.resident = answer.resident.saturating_add(set.resident() as u32);
-        }
-        self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer] = slots;
-        result
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn place_head(
-        &mut self,
-        id: SequenceId,
-        layer: usize,
-        kv_head: usize,
-        set: &mut SlotSet,
-        keep: usize,
-        evict: bool,
-        answer: &mut Answer,
-    ) -> Result<(), Status> {
-        let mut placed = std::mem::take(&mut self.buffers.placed);
-        placed.clear();
-        let Some(slab) = &mut self.slab else { return Err(Status::Failed) };
-        let wanted = self.buffers.selection.head(kv_head);
-        set.place(wanted, keep, evict, &mut slab.pages, &mut self.buffers.place, &mut placed);
-        let Some(slab) = &self.slab else { return Err(Status::Failed) };
-        let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
-        let geometry = self.arena.geometry();
-        let rows = geometry.page_rows as u32;
-        let base = (layer * self.shape.kv_heads + kv_head) * sequence.capacity;
-        let first_run = answer.runs.len();
-        let mut total = 0;
-        for row in &placed {
-            let page = self.tables.word(sequence.table, base + (row.token / rows) as usize);
-            if page == NO_PAGE {
-                continue;
-            }
-            let locator = page * rows + row.token % rows;
-            match row.slot {
-                None => {
-                    answer.push_row(first_run, locator, row.token, 1, false);
-                    answer.in_place = answer.in_place.saturating_add(1);
-                }
-                Some(slot) => {
-                    answer.push_row(first_run, slot, row.token, 1, true);
-                    if row.fresh {
-                        let (extent, offset) = geometry.locate(locator);
-                        let bytes = geometry.row_bytes;
-                        let src =
-                            self.arena.memory(extent).address(offset, bytes).map_err(|_| Status::Failed)?;
-                        let dst =
-                            slab.slab.address(slot as usize * bytes, bytes).map_err(|_| Status::Failed)?;
-                        answer.push_copy(CopyRun { src: src.cast_const(), dst, bytes });
-                    } else {
-                        answer.hits = answer.hits.saturating_add(1);
-                    }
-                }
-            }
-            total += 1;
-        }
-        answer.rows = answer.rows.saturating_add(total);
-        answer.heads.push(HeadEntry {
-            first_run: first_run as u32,
-            runs: (answer.runs.len() - first_run) as u32,
-            rows: total,
-            resident: set.resident() as u32,
-        });
-        self.buffers.placed = placed;
-        Ok(())
-    }
-
-    /// Takes slab pages from the layers that were used longest ago until `pages` are free, or nobody has any that
-    /// no unread answer names. Those of graph mode stay where they are: kernels read them whenever they like.
-    pub(super) fn make_room(&mut self, pages: usize, turn: Turn) {
-        loop {
-            let Some(slab) = &mut self.slab else { return };
-            if slab.pages.free() >= pages {
-                return;
-            }
-            let sequences = &self.sequences;
-            let oldest = self
-                .open
-                .iter()
-                .filter_map(|slot| Some((*slot, sequences[*slot as usize].sequence.as_ref()?)))
-                .filter(|(_, sequence)| sequence.graph.is_none())
-                .flat_map(|(slot, sequence)| {
-                    sequence.residency.iter().enumerate().map(move |(layer, slots)| (slot, layer, slots))
-                })
-                .filter(|(_, _, layer)| {
-                    layer.last_ticket <= turn.released_through
-                        && layer.heads.iter().any(|head| head.pages() > 0)
-                })
-                .min_by_key(|(_, _, layer)| layer.last_ticket)
-                .map(|(slot, layer, _)| (slot, layer));
-            let Some((slot, layer)) = oldest else { return };
-            let sequence = self.sequences[slot as usize].sequence.as_mut();
-            let Some(layer) = sequence.map(|sequence| &mut sequence.residency[layer]) else { return };
-            slab.pages.give_back(layer.heads.iter_mut().flat_map(SlotSet::clear));
-        }
     }
 }

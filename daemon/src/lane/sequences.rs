@@ -8,8 +8,9 @@ use kvoyant_protocol::control::{Failure, NO_PAGE, TableRef, ToDaemon};
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
 
+use crate::lane::background::is_flying;
 use crate::lane::digests::DigestSet;
-use crate::lane::model::{HEAP_FILE_BYTES, ModelState, RECORD_BYTES};
+use crate::lane::model::{HEAP_FILE_BYTES, Limbo, ModelState, RECORD_BYTES};
 use crate::tiers::heap::Region;
 use crate::tiers::residency::SlotSet;
 
@@ -29,6 +30,10 @@ pub struct LayerSlots {
     pub heads: Vec<SlotSet>,
     /// Ticket of the last answer that named its rows.
     pub last_ticket: u64,
+    /// The background transfer that brings rows here.
+    pub background: Option<u64>,
+    /// The answer after which the next step is to be prepared, and its tokens.
+    pub prefetch: Option<(u64, usize)>,
 }
 
 /// An open sequence.
@@ -459,7 +464,7 @@ impl ModelState {
         sequence.room = sequence.room.min(sequence.tokens_max());
         let mut residency = std::mem::take(&mut sequence.residency);
         for layer in &mut residency {
-            if layer.last_ticket > released_through {
+            if layer.last_ticket > released_through || layer.background.is_some() {
                 self.clear_slots(layer);
             } else {
                 layer.heads.iter_mut().for_each(|head| head.truncate(tokens));
@@ -516,28 +521,30 @@ impl ModelState {
         Ok(())
     }
 
-    /// Gives a layer's slab pages back once no unread answer can name them.
+    /// Gives a layer's slab pages back once no unread answer can name them and nothing is being copied there.
     pub(crate) fn clear_slots(&mut self, layer: &mut LayerSlots) {
         let pages: Vec<u32> = layer.heads.iter_mut().flat_map(SlotSet::clear).collect();
+        let background = layer.background.take();
         if let Some(slab) = &mut self.slab
             && !pages.is_empty()
         {
-            slab.limbo.push((layer.last_ticket, pages));
+            slab.limbo.push(Limbo { ticket: layer.last_ticket, background, pages });
         }
     }
 
-    /// Moves slab pages that no unread answer names any more from limbo to the free ones.
+    /// Moves slab pages that nobody reads or writes any more from limbo to the free ones.
     pub fn settle(&mut self, released_through: u64) {
         let Some(slab) = &mut self.slab else { return };
         if slab.limbo.is_empty() {
             return;
         }
-        let pages = &mut slab.pages;
-        slab.limbo.retain_mut(|(ticket, list)| {
-            if *ticket > released_through {
+        let (pages, flying) = (&mut slab.pages, &self.flying);
+        slab.limbo.retain_mut(|limbo| {
+            let arriving = limbo.background.is_some_and(|number| is_flying(flying, number));
+            if limbo.ticket > released_through || arriving {
                 return true;
             }
-            pages.give_back(list.drain(..));
+            pages.give_back(limbo.pages.drain(..));
             false
         });
     }

@@ -16,7 +16,8 @@ use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
 use kvoyant_protocol::wire::{BatchEntry, Completion, Operation, Request, STATS, Speculate, Stat, Status};
 
-use crate::device::{AnswerWords, Device, Done, Publication, Report, Transfer};
+use crate::device::{AnswerWords, BACKGROUND, Device, Done, Publication, Report, Transfer};
+use crate::lane::background::Background;
 use crate::lane::error::{SessionError, WORK_MAX};
 use crate::lane::mailbox::Report as GraphReport;
 use crate::lane::model::ModelState;
@@ -33,7 +34,10 @@ const TURN_MAX: Duration = Duration::from_millis(1);
 struct Flight {
     completion: Completion,
     planned: Instant,
+    /// Its own copies are under way.
     waiting: bool,
+    /// Background transfers of rows that it names.
+    after: Vec<u64>,
 }
 
 /// See the module.
@@ -65,6 +69,8 @@ pub struct LaneSession {
     stats: [u64; STATS],
     batch: Vec<BatchEntry>,
     answer: Answer,
+    background: Background,
+    backgrounds: u64,
     report: GraphReport,
     spare_copies: Vec<Vec<kvoyant_kernels::CopyRun>>,
     /// Whether a request waits for its doorbell, or an answer for room in the ring, so that the lane must poll.
@@ -114,6 +120,8 @@ impl LaneSession {
             stats: [0; STATS],
             batch: Vec::new(),
             answer: Answer::default(),
+            background: Background::default(),
+            backgrounds: 0,
             report: GraphReport::default(),
             spare_copies: Vec::new(),
             armed: false,
@@ -187,7 +195,8 @@ impl LaneSession {
             self.requests.advance(&self.d2c);
             handled += 1;
         }
-        Ok(self.reports(tools, most)? | (handled > 0))
+        let prepared = self.prepare(tools, since);
+        Ok(self.reports(tools, most)? | (handled > 0) | prepared)
     }
 
     /// Handles every request that is there, doorbells aside: what a control request says comes after it.
@@ -313,6 +322,8 @@ impl LaneSession {
         }
         self.answer.clear();
         self.answer.rows_per_extent = model.rows_per_extent();
+        self.background.clear(self.backgrounds + 1, model.rows_per_extent());
+        let attends = model.attends();
         let mut work = 0;
         let mut status = Status::Ready;
         let area = HintArea {
@@ -328,8 +339,14 @@ impl LaneSession {
                 return Err(SessionError::Work { rows: work });
             }
             let turn = Turn { ticket, released_through: self.released_through };
+            if attends {
+                model.begin_partial(&mut self.answer);
+            }
             let answered = match area.read(entry, layer, model)? {
-                Ok(()) => model.speculate(layer, entry, area.queries, turn, &mut self.answer),
+                Ok(()) => {
+                    let (answer, background) = (&mut self.answer, &mut self.background);
+                    model.speculate(layer, entry, area.queries, turn, answer, background)
+                }
                 Err(bad) => Err(bad),
             };
             if let Err(failed) = answered {
@@ -358,7 +375,7 @@ impl LaneSession {
             select_ns: nanos(began, planned),
             transfer_ns: 0,
             table_bytes,
-            partials: false,
+            partials: status == Status::Ready && self.answer.cpu_rows > 0,
             boot_id: self.boot_id,
         };
         // Rows that were given slots must be copied there even if this answer failed: the slots count as resident.
@@ -367,11 +384,46 @@ impl LaneSession {
             .publishes()
             .then(|| AnswerWords { word: completion.timeline(), table_bytes: completion.table_bytes });
         let waiting = publish.is_some() || !self.answer.copies.is_empty();
-        self.flights.push_back(Flight { completion, planned, waiting });
+        let after = std::mem::take(&mut self.answer.after);
+        self.flights.push_back(Flight { completion, planned, waiting, after });
+        self.count(Stat::CpuRows, u64::from(self.answer.cpu_rows));
         if waiting {
             self.transfer(ticket, publish.map(Publication::Answer), tools);
         }
+        self.bring_ahead(tools);
         self.post_ready()
+    }
+
+    /// Brings what was planned to be there ahead of any request.
+    fn bring_ahead(&mut self, tools: Tools<'_>) {
+        let Some(model) = &mut self.model else { return };
+        if self.background.layers.is_empty() {
+            return;
+        }
+        model.background_begins(&mut self.background);
+        self.backgrounds = self.background.number;
+        let (rows, bytes) = (self.background.rows, self.background.answer.bytes);
+        self.count(Stat::PrefetchedRows, rows);
+        self.count(Stat::PrefetchBytes, bytes);
+        std::mem::swap(&mut self.answer, &mut self.background.answer);
+        self.transfer(BACKGROUND | self.backgrounds, None, tools);
+        std::mem::swap(&mut self.answer, &mut self.background.answer);
+    }
+
+    /// Prepares layers whose answers are not read any more for their next step, for what is left of this turn; true if
+    /// there were any.
+    fn prepare(&mut self, tools: Tools<'_>, since: Instant) -> bool {
+        let mut any = false;
+        while since.elapsed() <= TURN_MAX {
+            let Some(model) = &mut self.model else { break };
+            self.background.clear(self.backgrounds + 1, model.rows_per_extent());
+            if !model.prefetch_next(self.released_through, &mut self.background) {
+                break;
+            }
+            any = true;
+            self.bring_ahead(tools);
+        }
+        any
     }
 
     fn transfer(&mut self, ticket: u64, publish: Option<Publication>, tools: Tools<'_>) {
@@ -400,7 +452,12 @@ impl LaneSession {
         let at = self.layout.table(ticket);
         let heads: &[u8] = bytemuck::cast_slice(&self.answer.heads);
         self.d2c.write(at, heads)?;
-        self.d2c.write(at + heads.len(), bytemuck::cast_slice(&self.answer.runs))?;
+        let runs: &[u8] = bytemuck::cast_slice(&self.answer.runs);
+        self.d2c.write(at + heads.len(), runs)?;
+        if self.answer.cpu_rows > 0 {
+            let partials = bytemuck::cast_slice(&self.answer.partials);
+            self.d2c.write(at + heads.len() + runs.len(), partials)?;
+        }
         Ok(self.answer.table_bytes() as u32)
     }
 
@@ -411,6 +468,14 @@ impl LaneSession {
         if let (Some(update), Some(model)) = (done.records, &mut self.model) {
             model.records_written(update, done.failed);
             return Ok(());
+        }
+        if done.ticket & BACKGROUND != 0 {
+            let number = done.ticket & !BACKGROUND;
+            if let Some(model) = &mut self.model {
+                model.background_ended(number, self.released_through);
+            }
+            self.flights.iter_mut().for_each(|flight| flight.after.retain(|after| *after != number));
+            return self.post_ready();
         }
         for flight in &mut self.flights {
             if flight.completion.ticket == done.ticket {
@@ -428,7 +493,7 @@ impl LaneSession {
     /// Posts what is ready, in the order of tickets: the timeline word never runs backwards.
     fn post_ready(&mut self) -> Result<(), SessionError> {
         let mut posted = false;
-        while self.flights.front().is_some_and(|flight| !flight.waiting) {
+        while self.flights.front().is_some_and(|flight| !flight.waiting && flight.after.is_empty()) {
             if self.completions.room(&self.c2d)? == 0 {
                 // A client with streams can release what its CPU has yet to read in the ring; any other has read it.
                 if self.streams {

@@ -79,6 +79,8 @@ pub struct SlotSet {
     free: Vec<u32>,
     pages: Vec<u32>,
     step: u64,
+    /// Placement whose rows are still on their way, and are not given up; 0: none.
+    held: u64,
 }
 
 /// Buffers that a lane keeps for all its placements.
@@ -114,7 +116,36 @@ impl SlotSet {
     pub fn clear(&mut self) -> std::vec::Drain<'_, u32> {
         self.rows.clear();
         self.free.clear();
+        self.held = 0;
         self.pages.drain(..)
+    }
+
+    /// Holds on to the rows of the last placement until [`Self::let_go`]: copies to their slots are under way.
+    pub fn hold(&mut self) {
+        self.held = self.step;
+    }
+
+    /// The rows that were held have arrived.
+    pub fn let_go(&mut self) {
+        self.held = 0;
+    }
+
+    /// Finds the wanted rows that lie in slots, and makes no place for the others.
+    pub fn find(&mut self, wanted: &[TokenRange], out: &mut Vec<Placed>) {
+        self.step += 1;
+        let step = self.step;
+        let mut at = 0;
+        for token in wanted.iter().flat_map(|range| range.first..range.end()) {
+            while at < self.rows.len() && self.rows[at].token < token {
+                at += 1;
+            }
+            let hit = self.rows.get_mut(at).filter(|row| row.token == token);
+            let slot = hit.map(|row| {
+                row.used = step;
+                row.slot
+            });
+            out.push(Placed { token, slot, fresh: slot.is_none() });
+        }
     }
 
     /// Forgets tokens from `tokens` on: they were truncated.
@@ -143,22 +174,9 @@ impl SlotSet {
         scratch: &mut PlaceScratch,
         out: &mut Vec<Placed>,
     ) {
-        self.step += 1;
-        let step = self.step;
         let start = out.len();
-        // Merge: mark what is there, list what is not.
-        let mut at = 0;
-        for token in wanted.iter().flat_map(|range| range.first..range.end()) {
-            while at < self.rows.len() && self.rows[at].token < token {
-                at += 1;
-            }
-            let hit = self.rows.get_mut(at).filter(|row| row.token == token);
-            let slot = hit.map(|row| {
-                row.used = step;
-                row.slot
-            });
-            out.push(Placed { token, slot, fresh: slot.is_none() });
-        }
+        self.find(wanted, out);
+        let step = self.step;
         let total = out.len() - start;
         let missing = out[start..].iter().filter(|placed| placed.fresh).count();
         if missing == 0 {
@@ -197,9 +215,10 @@ impl SlotSet {
 
     /// Gives up the `count` rows that were selected longest ago, if as many are not selected now.
     fn evict(&mut self, count: usize, step: u64, scratch: &mut PlaceScratch) {
-        let victims = &mut scratch.victims;
+        let (victims, held) = (&mut scratch.victims, self.held);
         victims.clear();
-        victims.extend(self.rows.iter().filter(|row| row.used < step).map(|row| (row.used, row.token)));
+        let idle = |row: &&Resident| row.used < step && row.used != held;
+        victims.extend(self.rows.iter().filter(idle).map(|row| (row.used, row.token)));
         let count = count.min(victims.len());
         if count == 0 {
             return;
@@ -208,7 +227,7 @@ impl SlotSet {
         let last = *last;
         let free = &mut self.free;
         self.rows.retain(|row| {
-            let stays = row.used == step || (row.used, row.token) > last;
+            let stays = row.used == step || row.used == held || (row.used, row.token) > last;
             if !stays {
                 free.push(row.slot);
             }

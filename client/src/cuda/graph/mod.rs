@@ -127,7 +127,7 @@ impl Model {
         let memory = device.graph.as_ref().ok_or_else(|| no_graph(&inner))?;
         let (geometry, layout) = (inner.geometry, memory.layout);
         let (group, head_dim) = (geometry.query_heads / geometry.kv_heads, geometry.head_dim as u32);
-        let tile_rows = tile_rows(geometry.dtype, head_dim, group as u32).ok_or(Error::Size {
+        let tile_rows = tile_rows(geometry.dtype(), head_dim, group as u32).ok_or(Error::Size {
             what: "a head's dimension on a GPU",
             found: geometry.head_dim,
             wanted: kvoyant_kernels::cuda::launch::HEAD_DIM_MAX as usize,
@@ -294,7 +294,7 @@ impl GraphSequence {
             residency_stride: layout.record_bytes(),
             sinks_stride: buffers.sinks.stride,
             window_stride: buffers.window.stride,
-            dtype: u32::from(geometry.dtype.code()),
+            dtype: u32::from(geometry.dtype().code()),
             d: geometry.head_dim as u32,
             group: query_heads / kv_heads,
             kv_heads,

@@ -1,0 +1,176 @@
+//! Selected rows on the device: slots of the slab, and copies for what is not there yet.
+
+use std::ops::Range;
+
+use kvoyant_kernels::CopyRun;
+use kvoyant_methods::RowPart;
+use kvoyant_protocol::control::NO_PAGE;
+use kvoyant_protocol::wire::{HeadEntry, SequenceId, Status};
+
+use crate::lane::background::Background;
+use crate::lane::model::ModelState;
+use crate::lane::select::{Answer, Turn};
+use crate::lane::sequences::LayerSlots;
+use crate::tiers::residency::SlotSet;
+
+/// The bytes of a row that have to be moved.
+pub(super) fn moved_part(part: RowPart, row_bytes: usize) -> Range<usize> {
+    match part {
+        RowPart::Whole => 0..row_bytes,
+        // K and V are stored alike.
+        RowPart::Values => row_bytes / 2..row_bytes,
+    }
+}
+
+impl ModelState {
+    /// Slots in the slab, and copies for what is not there yet.
+    pub(super) fn place(
+        &mut self,
+        id: SequenceId,
+        layer: usize,
+        (tokens, queries): (usize, usize),
+        turn: Turn,
+        answer: &mut Answer,
+        background: &mut Background,
+    ) -> Result<(), Status> {
+        let heads = self.shape.kv_heads;
+        let cpu = self.cpu_attention(id).filter(|_| queries == 1);
+        let sequence = self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?;
+        // Taken out while other sequences may have to give way to it.
+        let mut slots = std::mem::take(&mut sequence.residency[layer]);
+        if slots.heads.is_empty() {
+            slots.heads.resize_with(heads, SlotSet::default);
+        }
+        // Rows that an unread answer names stay where they are.
+        let evict = slots.last_ticket <= turn.released_through;
+        slots.last_ticket = turn.ticket;
+        if let Some(number) = slots.background
+            && !answer.after.contains(&number)
+        {
+            answer.after.push(number);
+        }
+        if let Some(cpu) = cpu {
+            let result =
+                self.place_or_attend(id, layer, tokens, cpu, &mut slots, answer).and_then(|recall| {
+                    if !recall || slots.background.is_some() {
+                        return Ok(());
+                    }
+                    self.bring(id, layer, turn.released_through, evict, &mut slots, background)
+                });
+            self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer] = slots;
+            return result;
+        }
+        self.make_room(self.pages_short(&slots), turn);
+        let mut result = Ok(());
+        for (kv_head, set) in slots.heads.iter_mut().enumerate() {
+            let wanted: usize = self.buffers.selection.rows(kv_head);
+            let keep = (wanted as f64 * self.keep) as usize;
+            result = result.and(self.place_head(id, layer, kv_head, set, keep, evict, answer));
+            answer.resident = answer.resident.saturating_add(set.resident() as u32);
+        }
+        self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer] = slots;
+        result
+    }
+
+    /// Slab pages that the selection needs beyond what its heads have.
+    pub(super) fn pages_short(&self, slots: &LayerSlots) -> usize {
+        let selection = &self.buffers.selection;
+        let short =
+            |(head, set): (usize, &SlotSet)| set.pages_wanted(selection.rows(head), self.shape.page_rows);
+        slots.heads.iter().enumerate().map(short).sum()
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn place_head(
+        &mut self,
+        id: SequenceId,
+        layer: usize,
+        kv_head: usize,
+        set: &mut SlotSet,
+        keep: usize,
+        evict: bool,
+        answer: &mut Answer,
+    ) -> Result<(), Status> {
+        let mut placed = std::mem::take(&mut self.buffers.placed);
+        placed.clear();
+        let Some(slab) = &mut self.slab else { return Err(Status::Failed) };
+        let wanted = self.buffers.selection.head(kv_head);
+        set.place(wanted, keep, evict, &mut slab.pages, &mut self.buffers.place, &mut placed);
+        let Some(slab) = &self.slab else { return Err(Status::Failed) };
+        let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
+        let geometry = self.arena.geometry();
+        let (rows, row_bytes) = (geometry.page_rows as u32, geometry.row_bytes);
+        let part = moved_part(self.methods[sequence.method].needs().part, row_bytes);
+        let base = (layer * self.shape.kv_heads + kv_head) * sequence.capacity;
+        let first_run = answer.runs.len();
+        let mut total = 0;
+        for row in &placed {
+            let page = self.tables.word(sequence.table, base + (row.token / rows) as usize);
+            if page == NO_PAGE {
+                continue;
+            }
+            let locator = page * rows + row.token % rows;
+            match row.slot {
+                None => {
+                    answer.push_row(first_run, locator, row.token, 1, false);
+                    answer.in_place = answer.in_place.saturating_add(1);
+                }
+                Some(slot) => {
+                    answer.push_row(first_run, slot, row.token, 1, true);
+                    if row.fresh {
+                        let (extent, offset) = geometry.locate(locator);
+                        let (from, to, bytes) =
+                            (offset + part.start, slot as usize * row_bytes + part.start, part.len());
+                        let src =
+                            self.arena.memory(extent).address(from, bytes).map_err(|_| Status::Failed)?;
+                        let dst = slab.slab.address(to, bytes).map_err(|_| Status::Failed)?;
+                        answer.push_copy(CopyRun { src: src.cast_const(), dst, bytes });
+                    } else {
+                        answer.hits = answer.hits.saturating_add(1);
+                    }
+                }
+            }
+            total += 1;
+        }
+        answer.rows = answer.rows.saturating_add(total);
+        answer.heads.push(HeadEntry {
+            first_run: first_run as u32,
+            runs: (answer.runs.len() - first_run) as u32,
+            rows: total,
+            resident: set.resident() as u32,
+        });
+        self.buffers.placed = placed;
+        Ok(())
+    }
+
+    /// Takes slab pages from the layers that were used longest ago until `pages` are free, or nobody has any that
+    /// no unread answer names. Those of graph mode stay where they are: kernels read them whenever they like.
+    pub(super) fn make_room(&mut self, pages: usize, turn: Turn) {
+        loop {
+            let Some(slab) = &mut self.slab else { return };
+            if slab.pages.free() >= pages {
+                return;
+            }
+            let sequences = &self.sequences;
+            let oldest = self
+                .open
+                .iter()
+                .filter_map(|slot| Some((*slot, sequences[*slot as usize].sequence.as_ref()?)))
+                .filter(|(_, sequence)| sequence.graph.is_none())
+                .flat_map(|(slot, sequence)| {
+                    sequence.residency.iter().enumerate().map(move |(layer, slots)| (slot, layer, slots))
+                })
+                .filter(|(_, _, layer)| {
+                    layer.last_ticket <= turn.released_through
+                        && layer.background.is_none()
+                        && layer.heads.iter().any(|head| head.pages() > 0)
+                })
+                .min_by_key(|(_, _, layer)| layer.last_ticket)
+                .map(|(slot, layer, _)| (slot, layer));
+            let Some((slot, layer)) = oldest else { return };
+            let sequence = self.sequences[slot as usize].sequence.as_mut();
+            let Some(layer) = sequence.map(|sequence| &mut sequence.residency[layer]) else { return };
+            slab.pages.give_back(layer.heads.iter_mut().flat_map(SlotSet::clear));
+        }
+    }
+}
