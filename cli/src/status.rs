@@ -66,7 +66,16 @@ fn words(report: &StatusReport) -> String {
         bytes(totals.digest_bytes),
         bytes(totals.slab_bytes)
     );
-    let _ = writeln!(out, "moved      {}", bytes(totals.bytes_moved));
+    let _ = write!(out, "moved      {}", bytes(totals.bytes_moved));
+    let ahead: u64 = report.sessions.iter().map(|session| session.prefetch_bytes).sum();
+    if ahead > 0 {
+        let _ = write!(out, ", and {} ahead of any request", bytes(ahead));
+    }
+    let attended: u64 = report.sessions.iter().map(|session| session.cpu_rows).sum();
+    if attended > 0 {
+        let _ = write!(out, "; {} attended by the CPU", counted(attended, "row"));
+    }
+    out.push('\n');
     if report.sessions.is_empty() {
         return out;
     }
@@ -192,9 +201,9 @@ mod tests {
             graph_hits: 0,
             graph_misses: 0,
             graph_lost: 0,
-            cpu_rows: 0,
-            prefetched_rows: 0,
-            prefetch_bytes: 0,
+            cpu_rows: 3,
+            prefetched_rows: 8,
+            prefetch_bytes: 2048,
         };
         let report = StatusReport {
             version: "1.2.3".into(),
@@ -244,6 +253,7 @@ mod tests {
             "128.00 MiB of 256.00 MiB ahead",
             "node 1",
             "limit is 0",
+            "2.00 KiB ahead of any request; 3 rows attended",
         ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }

@@ -108,6 +108,15 @@ pub fn connect(daemon: &Daemon, methods: &[&str]) -> Model {
 /// If there is no answer.
 #[must_use]
 pub fn ask(model: &Model, sequence: &Sequence, layer: usize) -> Ready {
-    let member = Member { sequence, position: sequence.tokens(), hint: Hint::None };
+    ask_with(model, sequence, layer, Hint::None)
+}
+
+/// As [`ask`], by a hint.
+///
+/// # Panics
+/// If there is no answer.
+#[must_use]
+pub fn ask_with(model: &Model, sequence: &Sequence, layer: usize, hint: Hint<'_>) -> Ready {
+    let member = Member { sequence, position: sequence.tokens(), hint };
     model.speculate(layer, &[member]).expect("a request").wait(PATIENCE).expect("an answer")
 }

@@ -240,6 +240,49 @@ fn a_client_loads_the_driver_only_for_a_daemon_with_a_gpu() {
 }
 
 #[test]
+fn rows_and_methods_that_a_gpu_cannot_serve_are_refused_with_what_to_do() {
+    if !on_softcuda("rows_and_methods_that_a_gpu_cannot_serve_are_refused_with_what_to_do", &Machine::new()) {
+        return;
+    }
+    let daemon = start(&[]);
+    let int8 = kvoyant_client::Format::Int8.code();
+    for (spec, what) in [
+        (kvoyant_client::ModelSpec { dtype: int8, ..fake::spec(&["full"]) }, "int8"),
+        (fake::spec(&["scout"]), "scout"),
+    ] {
+        match Client::connect(&daemon.socket(), Options::default()).unwrap().register(spec, &[]) {
+            Err(Error::Failed(Failure::Device(why))) => {
+                assert!(why.contains(what) && why.contains("--device host"), "{why}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn rows_brought_ahead_of_a_step_on_a_gpu_are_there_before_an_answer_names_them() {
+    let name = "rows_brought_ahead_of_a_step_on_a_gpu_are_there_before_an_answer_names_them";
+    if !on_softcuda(name, &Machine::new()) {
+        return;
+    }
+    let daemon = start(&[]);
+    let model = fake::connect(&daemon, &["freekv:budget=20%,tau=-1"]);
+    let sequence = filled(&model, 4);
+    for step in 0..12 {
+        let hint: Vec<f32> = (0..fake::QUERY_HEADS * fake::HEAD_DIM)
+            .map(|at| ((at * 7 + step * 13) % 11) as f32 * 1e-6 - 5e-6)
+            .collect();
+        let member = kvoyant_client::Member { sequence: &sequence, position: 300, hint: Hint::Query(&hint) };
+        let ready = model.speculate(1, &[member]).unwrap().wait(PATIENCE).unwrap();
+        assert!(fake::check(&ready, 0, 4, 1).unwrap() > 0);
+        drop(ready);
+        // The next request says that the answer is not read any more.
+        drop(fake::ask_with(&model, &sequence, 2, Hint::Query(&hint)));
+    }
+    wait_until("rows ahead of a step", || model.stat(kvoyant_protocol::wire::Stat::PrefetchedRows) > 0);
+}
+
+#[test]
 fn a_device_without_room_refuses_one_session_and_serves_the_others() {
     let machine = Machine::new().with("SOFTCUDA_MEMORY", "256MiB");
     if !on_softcuda("a_device_without_room_refuses_one_session_and_serves_the_others", &machine) {

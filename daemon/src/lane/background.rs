@@ -160,12 +160,6 @@ impl ModelState {
         PartialLayout { query_heads: self.shape.query_heads, values: self.layout.value_values() }
     }
 
-    /// Whether answers may have partial attentions.
-    #[must_use]
-    pub fn attends(&self) -> bool {
-        self.slab.is_some() && self.methods.iter().any(|method| method.needs().cpu_attention.is_some())
-    }
-
     /// Gives an answer the empty partial attention of one more member.
     pub fn begin_partial(&self, answer: &mut Answer) {
         let layout = self.partial_layout();

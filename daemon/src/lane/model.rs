@@ -130,6 +130,8 @@ pub struct ModelState {
     pub memory: Arc<SessionMemory>,
     /// How many times as many rows as are selected a head keeps on the device.
     pub keep: f64,
+    /// Whether answers may have partial attentions of the CPU.
+    pub attends: bool,
     /// Layers of sequences that wait to be prepared for their next step, once their answer is not read any more.
     pub(crate) planned: VecDeque<(SequenceId, usize)>,
     /// Background transfers under way.
@@ -213,6 +215,7 @@ impl ModelState {
                 Some(SlabState { slab, pages: SlabPages::new(pages, shape.page_rows), limbo: Vec::new() })
             }
         };
+        let attends = slab.is_some() && methods.iter().any(|method| method.needs().cpu_attention.is_some());
         let budget = Arc::clone(extents.budget());
         let graph = graph.map(GraphState::new).transpose()?;
         let mut meta = Heap::new("kvoyant-meta", Arc::clone(&budget), HEAP_FILE_BYTES);
@@ -235,6 +238,7 @@ impl ModelState {
             graph,
             memory,
             keep,
+            attends,
             planned: VecDeque::new(),
             flying: Vec::new(),
             buffers: Buffers::default(),

@@ -323,7 +323,7 @@ impl LaneSession {
         self.answer.clear();
         self.answer.rows_per_extent = model.rows_per_extent();
         self.background.clear(self.backgrounds + 1, model.rows_per_extent());
-        let attends = model.attends();
+        let attends = model.attends;
         let mut work = 0;
         let mut status = Status::Ready;
         let area = HintArea {

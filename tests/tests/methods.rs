@@ -1,0 +1,515 @@
+//! What methods may ask for, through a real daemon: queries of every source, ids, feedback, marks, rows ahead of a step,
+//! attention on the CPU, and rows in every format.
+
+use kvoyant_client::{
+    Client, Dtype, Error, Format, Hint, Member, Model, ModelSpec, Options, Ready, RowLayout, Sequence, Status,
+};
+use kvoyant_protocol::wire::Stat;
+use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
+const GROUP: usize = fake::QUERY_HEADS / fake::KV_HEADS;
+const QUERY: usize = fake::QUERY_HEADS * fake::HEAD_DIM;
+
+/// Numbers in `[-1, 1)` that depend on where they belong.
+fn noise(count: usize, seed: usize) -> Vec<f32> {
+    let mut state = seed as u64 ^ 0x9e37_79b9_7f4a_7c15;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+fn connect(daemon: &Daemon, spec: ModelSpec) -> Result<Model, Error> {
+    Client::connect(&daemon.socket(), Options::default()).unwrap().register(spec, &[])
+}
+
+fn refusal(daemon: &Daemon, spec: ModelSpec, artifacts: &[Vec<u8>]) -> String {
+    let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
+    client.register(spec, artifacts).unwrap_err().to_string()
+}
+
+/// A sequence whose keys and values are noise: `[token][KV head · d]` of each layer.
+fn noisy(model: &Model, tokens: usize) -> Sequence {
+    let sequence = model.open(0, tokens).unwrap();
+    append_noise(model, &sequence, tokens);
+    sequence
+}
+
+fn append_noise(model: &Model, sequence: &Sequence, tokens: usize) {
+    let first = sequence.tokens();
+    model.reserve(&[(sequence, tokens)]).unwrap();
+    let layout = model.layout();
+    let heads = model.spec().kv_heads as usize;
+    for layer in 0..fake::LAYERS {
+        for token in first..tokens {
+            let (keys, values) = of_token(layout, heads, layer, token);
+            sequence.write(layer, token, &keys, &values).unwrap();
+        }
+    }
+    model.append(&[(sequence, tokens - first)]).unwrap();
+}
+
+/// Key and value of a token, all heads.
+fn of_token(layout: RowLayout, heads: usize, layer: usize, token: usize) -> (Vec<f32>, Vec<f32>) {
+    let keys = noise(heads * layout.key_values(), 1 + 2 * (layer * 10_000 + token));
+    match layout {
+        RowLayout::KeyValue { d, .. } => (keys, noise(heads * d, 2 * (layer * 10_000 + token))),
+        RowLayout::Latent { .. } => (keys, Vec::new()),
+    }
+}
+
+fn ask(model: &Model, sequence: &Sequence, layer: usize, hint: Hint<'_>) -> Result<Ready, Error> {
+    let member = Member { sequence, position: sequence.tokens(), hint };
+    model.speculate(layer, &[member])?.wait(PATIENCE)
+}
+
+fn tokens_of(ready: &Ready, head: usize) -> Vec<usize> {
+    ready.tokens(0, head).flat_map(|run| run.token..run.token + run.rows).collect()
+}
+
+fn is_bad_hint(result: Result<Ready, Error>) -> bool {
+    matches!(result, Err(Error::NotReady { status: Status::BadHint, .. }))
+}
+
+#[test]
+fn given_rows_are_exactly_those_asked_for_and_impossible_ones_fail_their_request_alone() {
+    for flags in [&["--in-place", "true"][..], &[]] {
+        let daemon = Daemon::start(DAEMON, flags);
+        let model = fake::connect(&daemon, &["given"]);
+        let sequence = model.open(0, 300).unwrap();
+        fake::fill(&model, &sequence, 3, 300).unwrap();
+        let asked: [(&[u32], [&[usize]; 2]); 2] =
+            [(&[3, 9, 200, 9, 1, 50], [&[9, 200], &[50]]), (&[0, 2, 7, 9], [&[], &[7, 9]])];
+        for (ids, wanted) in asked {
+            let ready = ask(&model, &sequence, 1, Hint::Ids(ids)).unwrap();
+            assert_eq!([tokens_of(&ready, 0), tokens_of(&ready, 1)], wanted.map(<[usize]>::to_vec));
+        }
+        let ready = ask(&model, &sequence, 1, Hint::Ids(&[2, 40, 41, 1, 60])).unwrap();
+        assert_eq!(fake::check(&ready, 0, 3, 1).unwrap(), 3);
+        drop(ready);
+        let beyond = &[1, 300, 0][..];
+        let too_many = &[u32::MAX, 5, 0][..];
+        let short = &[2, 5, 6][..];
+        for bad in [beyond, too_many, short, &[1, u32::MAX, 1, 5]] {
+            assert!(is_bad_hint(ask(&model, &sequence, 1, Hint::Ids(bad))), "{bad:?}");
+        }
+        assert_eq!(tokens_of(&ask(&model, &sequence, 1, Hint::Ids(&[0, 1, 5])).unwrap(), 1), [5]);
+    }
+}
+
+#[test]
+fn every_source_of_queries_is_served_and_a_query_that_is_no_number_fails_its_request_alone() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    for method in ["quest:hint=previous", "quest:hint=current", "oracle:hint=ahead", "louver", "resv"] {
+        let model = fake::connect(&daemon, &[method]);
+        let sequence = noisy(&model, 300);
+        let good = noise(QUERY, 5);
+        let selected = |ready: &Ready| tokens_of(ready, 0);
+        let first = selected(&ask(&model, &sequence, 1, Hint::Query(&good)).unwrap());
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut query = good.clone();
+            query[QUERY - 1] = bad;
+            assert!(is_bad_hint(ask(&model, &sequence, 1, Hint::Query(&query))), "{method}");
+        }
+        assert!(ask(&model, &sequence, 1, Hint::Query(&good[1..])).is_err(), "the client refuses its length");
+        let again = selected(&ask(&model, &sequence, 1, Hint::Query(&good)).unwrap());
+        assert_eq!(first, again, "{method}: no request that failed leaves anything behind");
+    }
+}
+
+#[test]
+fn a_block_of_queries_selects_for_all_of_its_tokens() {
+    for flags in [&["--in-place", "true"][..], &[]] {
+        let daemon = Daemon::start(DAEMON, flags);
+        let model = fake::connect(&daemon, &["oracle:budget=4"]);
+        let sequence = noisy(&model, 300);
+        // Each query token looks for the key of one token.
+        let wanted = [20, 90, 150, 222];
+        let hint: Vec<f32> = wanted
+            .iter()
+            .flat_map(|token| {
+                let (keys, _) = of_token(model.layout(), fake::KV_HEADS, 1, *token);
+                let head = |head: usize| keys[head / GROUP * fake::HEAD_DIM..][..fake::HEAD_DIM].to_vec();
+                (0..fake::QUERY_HEADS).flat_map(head).map(|value| value * 50.0).collect::<Vec<_>>()
+            })
+            .collect();
+        let member = Member { sequence: &sequence, position: 300, hint: Hint::Query(&hint) };
+        let ready = model.speculate_block(1, &[member], wanted.len()).unwrap().wait(PATIENCE).unwrap();
+        assert_eq!((tokens_of(&ready, 0), tokens_of(&ready, 1)), (wanted.to_vec(), wanted.to_vec()));
+        assert!(model.speculate_block(1, &[member], 3).is_err(), "a hint of another length");
+    }
+}
+
+#[test]
+fn rows_come_ahead_of_a_step_and_no_answer_names_one_that_is_not_there_yet() {
+    // Slow copies by several threads, so that they pass one another; slots keep what was in them before.
+    let flags = ["--shape-latency-us", "3000", "--copy-threads", "3", "--keep", "1.5"];
+    let daemon = Daemon::start(DAEMON, &flags);
+    let model = fake::connect(&daemon, &["freekv:budget=20%,tau=-1"]);
+    let sequence = model.open(0, 600).unwrap();
+    fake::fill(&model, &sequence, 1, 500).unwrap();
+    for step in 0..40 {
+        for layer in 1..fake::LAYERS {
+            let query: Vec<f32> = noise(QUERY, step * 10 + layer).iter().map(|value| value * 1e-6).collect();
+            let ready = ask(&model, &sequence, layer, Hint::Query(&query)).unwrap();
+            assert!(fake::check(&ready, 0, 1, layer).unwrap() > 0);
+        }
+        let tokens = sequence.tokens();
+        fake::fill(&model, &sequence, 1, tokens + 1).unwrap();
+        if step == 20 {
+            // What is still on its way to rows that are cut must not arrive in others' slots.
+            sequence.truncate(400).unwrap();
+            model.reserve(&[(&sequence, 600)]).unwrap();
+        }
+    }
+    wait_until("rows ahead of a step", || model.stat(Stat::PrefetchedRows) > 0);
+    let row_bytes = 2 * fake::HEAD_DIM as u64 * 4;
+    assert_eq!(model.stat(Stat::PrefetchBytes), model.stat(Stat::PrefetchedRows) * row_bytes);
+    assert_eq!(daemon.status().sessions[0].prefetched_rows, model.stat(Stat::PrefetchedRows));
+}
+
+#[test]
+fn in_place_nothing_is_brought_ahead() {
+    let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
+    let model = fake::connect(&daemon, &["freekv:budget=20%,tau=-1"]);
+    let sequence = noisy(&model, 300);
+    for step in 0..3 {
+        drop(ask(&model, &sequence, 1, Hint::Query(&noise(QUERY, step))).unwrap());
+    }
+    assert_eq!(model.stat(Stat::PrefetchedRows), 0);
+}
+
+/// Dense attention of one query over rows with these indices, and its lse, in f64.
+fn dense(query: &[f32], rows: &[(Vec<f32>, Vec<f32>)]) -> (Vec<f64>, f64) {
+    let scale = 1.0 / (query.len() as f64).sqrt();
+    let score =
+        |key: &[f32]| query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() * scale;
+    let scores: Vec<f64> = rows.iter().map(|(key, _)| score(key)).collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if rows.is_empty() {
+        return (vec![0.0; query.len()], max);
+    }
+    let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+    let mut out = vec![0.0; rows[0].1.len()];
+    for ((_, value), score) in rows.iter().zip(&scores) {
+        let weight = (score - max).exp() / sum;
+        out.iter_mut().zip(value).for_each(|(out, value)| *out += weight * f64::from(*value));
+    }
+    (out, max + sum.ln())
+}
+
+#[test]
+fn what_the_cpu_attends_and_what_is_resident_merge_to_attention_over_the_selection() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    let model = fake::connect(&daemon, &["scout:budget=100%,query=true"]);
+    let layout = model.layout();
+    let sequence = noisy(&model, 200);
+    let d = fake::HEAD_DIM;
+    let mut shares = Vec::new();
+    for step in 0..4 {
+        let tokens = sequence.tokens();
+        let query: Vec<f32> = noise(QUERY, 77 + step).iter().map(|value| value * 4.0).collect();
+        let ready = ask(&model, &sequence, 1, Hint::Query(&query)).unwrap();
+        let partial = ready.partial(0);
+        shares
+            .push((partial.map_or(0, |partial| partial.rows as usize), ready.rows(0, 0) + ready.rows(0, 1)));
+        for head in 0..fake::KV_HEADS {
+            let mut bytes = Vec::new();
+            ready.copy_rows(0, head, &mut bytes).unwrap();
+            let resident: &[f32] = bytemuck::cast_slice(&bytes);
+            let resident: Vec<_> =
+                resident.chunks(2 * d).map(|row| (row[..d].to_vec(), row[d..].to_vec())).collect();
+            let selected = fake::SINKS..tokens + 1 - fake::WINDOW;
+            let rows: Vec<_> = selected
+                .map(|token| {
+                    let (key, value) = of_token(layout, fake::KV_HEADS, 1, token);
+                    (key[head * d..][..d].to_vec(), value[head * d..][..d].to_vec())
+                })
+                .collect();
+            for member in 0..GROUP {
+                let at = head * GROUP + member;
+                let query = &query[at * d..][..d];
+                let (wanted, wanted_lse) = dense(query, &rows);
+                let (mut out, mut lse) = dense(query, &resident);
+                if let Some(partial) = partial {
+                    let (o, l) = (&partial.out[at * d..][..d], f64::from(partial.lse[at]));
+                    let both = (lse.exp() + l.exp()).ln();
+                    for (out, o) in out.iter_mut().zip(o) {
+                        *out = *out * (lse - both).exp() + f64::from(*o) * (l - both).exp();
+                    }
+                    lse = both;
+                }
+                assert!((lse - wanted_lse).abs() < 1e-4, "step {step}: {lse} for {wanted_lse}");
+                for (found, wanted) in out.iter().zip(&wanted) {
+                    assert!((found - wanted).abs() < 1e-4, "step {step}: {found} for {wanted}");
+                }
+            }
+        }
+        drop(ready);
+        if step == 1 {
+            // Some are there now, and some are not.
+            append_noise(&model, &sequence, 260);
+        }
+    }
+    let [first, second, third, fourth] = shares[..] else { panic!("{shares:?}") };
+    assert!(first.0 > 0 && first.1 == 0, "nothing is there at first: {shares:?}");
+    assert!(second.0 == 0 && second.1 == first.0, "and all of it for the next step: {shares:?}");
+    assert!(third.0 > 0 && third.1 > 0, "{shares:?}");
+    assert!(fourth.0 == 0, "{shares:?}");
+    assert_eq!(model.stat(Stat::CpuRows) as usize, first.0 + third.0);
+    assert_eq!(model.stat(Stat::BytesMoved), 0, "no answer waits for a copy");
+    assert_eq!(model.stat(Stat::PrefetchedRows) as usize, first.0 + third.0);
+}
+
+#[test]
+fn a_method_that_rebuilds_keys_moves_values_alone() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    let model = fake::connect(&daemon, &["shadowkv:budget=20%,rank=8"]);
+    let sequence = model.open(0, 400).unwrap();
+    fake::fill(&model, &sequence, 2, 400).unwrap();
+    let query: Vec<f32> = noise(QUERY, 1).iter().map(|value| value * 1e-6).collect();
+    let ready = ask(&model, &sequence, 1, Hint::Query(&query)).unwrap();
+    let rows = u64::from(ready.completion().rows_selected);
+    assert!(rows > 0);
+    assert_eq!(ready.completion().bytes_moved, rows * fake::HEAD_DIM as u64 * 4);
+    for head in 0..fake::KV_HEADS {
+        let mut bytes = Vec::new();
+        ready.copy_rows(0, head, &mut bytes).unwrap();
+        let rows: &[f32] = bytemuck::cast_slice(&bytes);
+        for (row, token) in rows.chunks(2 * fake::HEAD_DIM).zip(tokens_of(&ready, head)) {
+            assert_eq!(row[fake::HEAD_DIM..], fake::row(2, 1, head, token)[fake::HEAD_DIM..]);
+        }
+    }
+}
+
+#[test]
+fn rows_of_every_format_come_back_as_their_format_keeps_them() {
+    let latent = |format, dim, value| (RowLayout::Latent { dim, value, format }, 1);
+    let pairs = |format| (RowLayout::KeyValue { d: fake::HEAD_DIM, format }, fake::KV_HEADS);
+    let mut layouts: Vec<_> = Format::ALL.into_iter().map(pairs).collect();
+    layouts.extend([latent(Format::Plain(Dtype::F16), 96, 64), latent(Format::Int8, 96, 64)]);
+    for flags in [&["--in-place", "true"][..], &[]] {
+        let daemon = Daemon::start(DAEMON, flags);
+        for &(layout, kv_heads) in &layouts {
+            let spec = ModelSpec {
+                dtype: layout.format().code(),
+                head_dim: layout.key_values() as u32,
+                kv_heads: kv_heads as u32,
+                latent_values: match layout {
+                    RowLayout::KeyValue { .. } => 0,
+                    RowLayout::Latent { value, .. } => value as u32,
+                },
+                sinks: 0,
+                ..fake::spec(&["given", "oracle:budget=3"])
+            };
+            if layout.row_bytes().is_none() {
+                assert!(refusal(&daemon, spec, &[]).contains("there are no rows"), "{layout}");
+                continue;
+            }
+            let model = connect(&daemon, spec).unwrap();
+            assert_eq!(model.layout(), layout);
+            let sequence = noisy(&model, 150);
+            let ids: Vec<u32> = (0..kv_heads).flat_map(|head| [2, head as u32, 77]).collect();
+            let ready = ask(&model, &sequence, 1, Hint::Ids(&ids)).unwrap();
+            let (d, v) = (layout.key_values(), layout.value_values());
+            for head in 0..kv_heads {
+                let mut bytes = Vec::new();
+                ready.copy_rows(0, head, &mut bytes).unwrap();
+                let (mut keys, mut values) = (vec![0.0; 2 * d], vec![0.0; 2 * v]);
+                layout.decode_keys(&bytes, &mut keys);
+                layout.decode_values(&bytes, &mut values);
+                for (at, token) in [head, 77].into_iter().enumerate() {
+                    let (key, value) = of_token(layout, kv_heads, 1, token);
+                    let key = &key[head * d..][..d];
+                    let value = if value.is_empty() { &key[..v] } else { &value[head * v..][..v] };
+                    let error = match layout.format() {
+                        Format::Plain(Dtype::F32) => 0.0,
+                        Format::Plain(_) | Format::Int8 => 1.0 / 100.0,
+                        _ => 1.0 / 7.0,
+                    };
+                    let found = keys[at * d..][..d].iter().chain(&values[at * v..][..v]);
+                    for (found, wanted) in found.zip(key.iter().chain(value)) {
+                        assert!((found - wanted).abs() <= error, "{layout}: {found} for {wanted}");
+                    }
+                    let (mut own_key, mut own_value) = (vec![0.0; d], vec![0.0; v]);
+                    sequence.read(1, head, token..token + 1, &mut own_key, &mut own_value).unwrap();
+                    assert_eq!(
+                        (&own_key[..], &own_value[..]),
+                        (&keys[at * d..][..d], &values[at * v..][..v])
+                    );
+                }
+            }
+            let moved = ready.completion().bytes_moved;
+            let wanted = 2 * kv_heads * layout.row_bytes().unwrap();
+            assert!(moved == 0 || moved == wanted as u64, "the small bytes travel: {moved} of {wanted}");
+            drop(ready);
+            // The daemon scores the rows in their format.
+            let fork = sequence.fork(Some(1)).unwrap();
+            let (key, _) = of_token(layout, kv_heads, 1, 40);
+            let group = fake::QUERY_HEADS / kv_heads;
+            let query: Vec<f32> = (0..fake::QUERY_HEADS)
+                .flat_map(|head| {
+                    key[head / group * d..][..d].iter().map(|value| value * 20.0).collect::<Vec<_>>()
+                })
+                .collect();
+            let best = ask(&model, &fork, 1, Hint::Query(&query)).unwrap();
+            assert!((0..kv_heads).all(|head| tokens_of(&best, head).contains(&40)), "{layout}");
+        }
+    }
+    let daemon = Daemon::start(DAEMON, &[]);
+    let two = ModelSpec { latent_values: 16, ..fake::spec(&["full"]) };
+    assert!(refusal(&daemon, two, &[]).contains("1 KV head"));
+    let scout = ModelSpec { latent_values: 16, kv_heads: 1, ..fake::spec(&["scout"]) };
+    assert!(refusal(&daemon, scout, &[]).contains("a value of their own"));
+}
+
+#[test]
+fn a_memory_follows_forks_and_truncations() {
+    let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
+    for method in ["resv", "freekv:tau=2", "shadowkv:rank=8", "quest"] {
+        let model = fake::connect(&daemon, &[method, "window"]);
+        let query = noise(QUERY, 9);
+        let selected = |sequence: &Sequence| {
+            let ready = ask(&model, sequence, 1, Hint::Query(&query)).unwrap();
+            (0..fake::KV_HEADS).map(|head| tokens_of(&ready, head)).collect::<Vec<_>>()
+        };
+        let fresh = noisy(&model, 300);
+        let wanted = selected(&fresh);
+        let sequence = noisy(&model, 450);
+        let fork = sequence.fork(None).unwrap();
+        sequence.truncate(170).unwrap();
+        append_noise(&model, &sequence, 300);
+        let forked = selected(&fork);
+        fork.truncate(300).unwrap();
+        if method != "resv" {
+            // Clusters depend on the order of what came before; everything else on the rows that are there.
+            assert_eq!(selected(&sequence), wanted, "{method}");
+            assert_eq!(selected(&fork), wanted, "{method}");
+        }
+        let window = fork.fork(Some(1)).unwrap();
+        assert_eq!(selected(&window), [[0; 0]; 2]);
+        assert!(!forked[0].is_empty(), "{method}");
+    }
+}
+
+#[test]
+fn what_methods_keep_is_shown_and_given_back() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    let model = fake::connect(&daemon, &["resv", "full"]);
+    let digests = || daemon.status().totals.digest_bytes;
+    let plain = model.open(1, 300).unwrap();
+    fake::fill(&model, &plain, 1, 300).unwrap();
+    drop(fake::ask(&model, &plain, 1));
+    assert_eq!(digests(), 0);
+    let kept = noisy(&model, 300);
+    drop(ask(&model, &kept, 1, Hint::Query(&noise(QUERY, 1))).unwrap());
+    wait_until("a memory in the status", || digests() > 0);
+    kept.close().unwrap();
+    wait_until("a memory that is given back", || digests() == 0);
+}
+
+#[test]
+fn attention_rows_reach_the_method_and_impossible_ones_end_the_session_with_the_reason() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    let method = ["attention-predictor:budget=16,weights=average", "full"];
+    let model = fake::connect(&daemon, &method);
+    let sequence = noisy(&model, 300);
+    let blocks = 301usize.div_ceil(16);
+    let hot = |block: usize| {
+        let row = |_| (0..blocks).map(move |at| if at == block { 1.0 } else { 0.0 });
+        (0..fake::KV_HEADS).flat_map(row).collect::<Vec<f32>>()
+    };
+    for _ in 0..70 {
+        model.feedback(&sequence, 1, 301, true, &hot(7)).unwrap();
+    }
+    let ready = ask(&model, &sequence, 1, Hint::None).unwrap();
+    assert_eq!(tokens_of(&ready, 0), (7 * 16..8 * 16).collect::<Vec<_>>());
+    drop(ready);
+    type Attack = fn(&Model, &Sequence);
+    let attacks: [(&str, &str, Attack); 7] = [
+        ("a weight above one", "not within 0..=1", |model, sequence| {
+            model.feedback(sequence, 1, 16, false, &[2.0, 0.0]).unwrap();
+        }),
+        ("a weight that is no number", "not within 0..=1", |model, sequence| {
+            model.feedback(sequence, 1, 16, false, &[0.0, f32::NAN]).unwrap();
+        }),
+        ("blocks that do not fit", "bytes", |model, sequence| {
+            model.feedback(sequence, 1, 160, false, &[0.0, 0.0]).unwrap();
+        }),
+        ("tokens that cannot be", "room", |model, sequence| {
+            model.feedback(sequence, 1, 10_000, false, &[0.0; 1250]).unwrap();
+        }),
+        ("a dense layer", "layer 0", |model, sequence| {
+            model.feedback(sequence, 0, 16, false, &[0.0, 0.0]).unwrap();
+        }),
+        ("a mark that is none", "the largest is", |model, sequence| {
+            model.reserve(&[(sequence, 310)]).unwrap();
+            model.mark(sequence, 300, &[5]).unwrap();
+        }),
+        ("marks of what is there", "marks or feedback", |model, sequence| {
+            model.mark(sequence, 10, &[1, 2]).unwrap();
+        }),
+    ];
+    for (attack, reason, run) in attacks {
+        let model = fake::connect(&daemon, &method);
+        let sequence = noisy(&model, 300);
+        run(&model, &sequence);
+        let error = loop {
+            match ask(&model, &sequence, 1, Hint::None) {
+                Ok(ready) => drop(ready),
+                Err(error) => break error.to_string(),
+            }
+        };
+        assert!(error.contains(reason), "{attack}: {error}");
+    }
+    let model = fake::connect(&daemon, &["full"]);
+    let sequence = noisy(&model, 300);
+    model.feedback(&sequence, 1, 16, false, &[0.0, 0.0]).unwrap();
+    let error = loop {
+        match ask(&model, &sequence, 1, Hint::None) {
+            Ok(ready) => drop(ready),
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(error.contains("learns from none"), "{error}");
+    // Marks that are what they should be travel with the sequence, whatever its method makes of them.
+    let marked = fake::connect(&daemon, &["full"]);
+    let sequence = marked.open(0, 100).unwrap();
+    marked.mark(&sequence, 0, &[4; 100]).unwrap();
+    append_noise(&marked, &sequence, 100);
+    let fork = sequence.fork(None).unwrap();
+    fork.truncate(50).unwrap();
+    marked.reserve(&[(&fork, 200)]).unwrap();
+    marked.mark(&fork, 50, &[1; 150]).unwrap();
+    append_noise(&marked, &fork, 200);
+    drop(ask(&marked, &fork, 1, Hint::None).unwrap());
+}
+
+#[test]
+fn artifacts_are_read_by_kind_and_those_that_do_not_fit_are_refused() {
+    use kvoyant_methods::{Artifact, ArtifactKind, Fingerprint, Tensor, TensorArtifact};
+    let daemon = Daemon::start(DAEMON, &[]);
+    let artifact = |kind, model| {
+        let tensor = Tensor { shape: vec![2], values: vec![1.0, 2.0] };
+        let tensors = [("conv1.bias".to_owned(), tensor)].into_iter().collect();
+        let artifact = TensorArtifact::new(kind, model, tensors, Default::default()).unwrap();
+        Artifact::Tensors(std::sync::Arc::new(artifact)).to_bytes().unwrap()
+    };
+    let own = Fingerprint([0; 16]);
+    let trained = fake::spec(&["attention-predictor"]);
+    let missing = refusal(&daemon, trained.clone(), &[]);
+    assert!(missing.contains("predictor"), "{missing}");
+    let other = refusal(&daemon, trained.clone(), &[artifact(ArtifactKind::Predictor, Fingerprint([7; 16]))]);
+    assert!(other.contains("0707"), "{other}");
+    let wrong = refusal(&daemon, trained.clone(), &[artifact(ArtifactKind::Predictor, own)]);
+    assert!(wrong.contains("tensor"), "{wrong}");
+    let hash = artifact(ArtifactKind::Hash, own);
+    let twice = refusal(&daemon, trained.clone(), &[hash.clone(), hash.clone()]);
+    assert!(twice.contains("two hash artifacts"), "{twice}");
+    let many = refusal(&daemon, trained, &vec![hash.clone(); 5]);
+    assert!(many.contains("5 artifacts"), "{many}");
+    let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
+    drop(client.register(fake::spec(&["full"]), &[hash]).unwrap());
+}
