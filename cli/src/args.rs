@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use kvoyant_daemon::device::DeviceName;
+use kvoyant_engine::Format;
 use kvoyant_methods::{Budget, MethodSpec};
 
 /// Keeps the KV cache of long-context language models, and fetches what attention will need.
@@ -34,6 +35,10 @@ pub(crate) enum Command {
     Run(RunArgs),
     /// Measure how a GPU is best fed on this machine, and keep the result for the daemon
     Calibrate(CalibrateArgs),
+    /// Let a method learn from a model what it needs to select rows, and keep the result
+    CalibrateModel(CalibrateModelArgs),
+    /// Write what attention sees while a model reads a text: a trace for `bench methods`
+    Capture(CaptureArgs),
 }
 
 /// `serve`.
@@ -104,6 +109,43 @@ pub(crate) struct CalibrateArgs {
     /// Print JSON instead of the table
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// `capture`.
+#[derive(Debug, Args)]
+pub(crate) struct CaptureArgs {
+    /// Which model
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// The text, instead of our own
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: Option<PathBuf>,
+    /// Where the trace goes
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Tokens of the text that are read, at most
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub(crate) tokens: usize,
+    /// How many of them, the last ones, are decoded one by one
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) steps: usize,
+}
+
+/// `calibrate-model`.
+#[derive(Debug, Args)]
+pub(crate) struct CalibrateModelArgs {
+    /// Which model
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// For which method: infinigen, hata, attention-predictor, hetero, …
+    #[arg(long, value_name = "METHOD")]
+    pub(crate) method: MethodSpec,
+    /// Calibrate on this text instead of our own
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: Option<PathBuf>,
+    /// Write the artifact here instead of into the cache folder, from where `run` and `demo` take it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
 }
 
 /// Which model.
@@ -247,7 +289,7 @@ pub(crate) struct RunArgs {
     /// A file with the prompt; `-` is standard input
     #[arg(long, value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
-    /// How rows are selected: full, infinigen, quest, window, random, with options as `name:key=value,…`
+    /// How rows are selected: any method that docs/methods.md lists, with options as `name:key=value,…`
     #[arg(long, value_name = "METHOD", default_value = "infinigen", conflicts_with = "attention")]
     pub(crate) method: MethodSpec,
     /// Rows that a selection may hold per KV head: a number, or a share of the sequence (`6%`)
@@ -256,6 +298,15 @@ pub(crate) struct RunArgs {
     /// `dense` attends over everything in this process, without a daemon
     #[arg(long, value_enum)]
     pub(crate) attention: Option<Attention>,
+    /// How K and V are stored: f32, f16, bf16, fp8-e4m3, int8, int4-g32 or int4-g64; f16 without it
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) kv_format: Option<Format>,
+    /// How the prompt is read: `sparse` attends over selected rows, in chunks of 256 tokens
+    #[arg(long, value_enum, default_value_t, conflicts_with = "attention")]
+    pub(crate) prefill: Prefill,
+    /// What a method was calibrated to (`kvoyant calibrate-model --out`), instead of what lies in the cache; may be repeated
+    #[arg(long, value_name = "FILE", conflicts_with = "attention")]
+    pub(crate) artifact: Vec<PathBuf>,
     /// Longest answer
     #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_tokens: u32,
@@ -287,6 +338,16 @@ pub(crate) struct RunArgs {
 pub(crate) enum Attention {
     /// Over all rows, in this process.
     Dense,
+}
+
+/// How a prompt is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Prefill {
+    /// Over all rows.
+    #[default]
+    Dense,
+    /// Over sinks, selected rows and the window, where the method selects by queries.
+    Sparse,
 }
 
 fn positive(text: &str) -> Result<f64, String> {

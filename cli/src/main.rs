@@ -2,10 +2,13 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod artifact_cache;
 mod artifacts;
 mod bench;
 mod cache;
 mod calibrate;
+mod calibrate_model;
+mod capture;
 mod cleanup;
 mod demo;
 mod doctor;
@@ -18,7 +21,6 @@ mod progress;
 mod run;
 mod serve;
 mod session;
-mod skew_cache;
 mod status;
 mod trial;
 
@@ -47,6 +49,12 @@ fn main() -> ExitCode {
         Command::Bench(args) => guarded(|| bench(args)).and_then(|text| print(&text)),
         Command::Demo(args) => guarded(|| demo::run(args).map_err(Into::into)).and_then(|text| print(&text)),
         Command::Run(args) => guarded(|| run::run(args).map_err(Into::into)),
+        Command::Capture(args) => {
+            guarded(|| capture::text(args).map_err(Into::into)).and_then(|text| print(&text))
+        }
+        Command::CalibrateModel(args) => {
+            guarded(|| calibrate_model::text(args).map_err(Into::into)).and_then(|text| print(&text))
+        }
         Command::Calibrate(args) => calibrate::text(args).map_err(Into::into).and_then(|text| print(&text)),
     };
     match done {

@@ -1,17 +1,19 @@
 //! A model's session with a daemon, and how large a daemon of our own must be.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kvoyant_engine::{DaemonError, DaemonKv, DaemonOptions, Dtype, KvShape, Model};
-use kvoyant_methods::{Artifact, ArtifactKind, MethodSpec};
+use kvoyant_engine::{DaemonError, DaemonKv, DaemonOptions, Dtype, Format, KvShape, Model};
+use kvoyant_methods::mix::MixSpec;
+use kvoyant_methods::{ArtifactKind, MethodSpec, Shape};
 
+use crate::artifact_cache::{self, ArtifactError};
 use crate::fingerprint;
 use crate::progress::Progress;
-use crate::skew_cache::{self, SkewError};
 
-/// What K and V are stored as.
-const STORAGE: Dtype = Dtype::F16;
+/// What K and V are stored as, where the user says nothing.
+const STORAGE: Format = Format::Plain(Dtype::F16);
 
 /// Rows of a page, for making artifacts, which do not depend on it.
 const ANY_PAGE_ROWS: usize = 32;
@@ -24,7 +26,7 @@ pub(crate) enum SessionError {
     Daemon(#[from] DaemonError),
     /// A method needs an artifact that could not be made.
     #[error(transparent)]
-    Calibrate(#[from] SkewError),
+    Calibrate(#[from] ArtifactError),
 }
 
 /// The shape of a model's KV.
@@ -32,7 +34,53 @@ pub(crate) fn shape(model: &Model) -> KvShape {
     KvShape::new(model.config(), STORAGE)
 }
 
-/// What a session registers: the methods, with what they need, calibrated now if it is not in the cache.
+/// The shape that methods and artifacts of a model are made for.
+pub(crate) fn methods_shape(model: &Model) -> Shape {
+    let options = DaemonOptions { fingerprint: fingerprint::of(model), ..DaemonOptions::default() };
+    options.shape(&shape(model), ANY_PAGE_ROWS)
+}
+
+/// What a session registers: the methods, with what they need: `own` artifacts of the user's, and what is calibrated now if
+/// it is not in the cache.
+///
+/// # Errors
+/// If the calibration fails.
+pub(crate) fn options_with(
+    model: &Arc<Model>,
+    methods: Vec<MethodSpec>,
+    context_tokens: usize,
+    batch_max: usize,
+    own: &[PathBuf],
+    progress: Progress,
+) -> Result<DaemonOptions, ArtifactError> {
+    let mut options = DaemonOptions {
+        name: model.name().to_owned(),
+        fingerprint: fingerprint::of(model),
+        methods,
+        context_tokens,
+        batch_max,
+        rope: Some(model.rope().clone()),
+        ..DaemonOptions::default()
+    };
+    let shape = options.shape(&shape(model), ANY_PAGE_ROWS);
+    for artifact in own {
+        options.artifacts.insert(artifact_cache::read(artifact, &shape)?);
+    }
+    let parts = |method: &MethodSpec| -> Vec<MethodSpec> {
+        let mix = method.options::<MixSpec>();
+        mix.map_or_else(|| vec![method.clone()], |mix| mix.parts().iter().map(|p| p.spec.clone()).collect())
+    };
+    let wanted: BTreeSet<ArtifactKind> =
+        options.methods.iter().flat_map(parts).filter_map(|method| method.artifact()).collect();
+    for kind in wanted {
+        if options.artifacts.iter().all(|artifact| artifact.kind() != kind) {
+            options.artifacts.insert(artifact_cache::artifact(model, kind, &shape, progress)?);
+        }
+    }
+    Ok(options)
+}
+
+/// The same without artifacts of the user's.
 ///
 /// # Errors
 /// If the calibration fails.
@@ -42,21 +90,8 @@ pub(crate) fn options(
     context_tokens: usize,
     batch_max: usize,
     progress: Progress,
-) -> Result<DaemonOptions, SkewError> {
-    let mut options = DaemonOptions {
-        name: model.name().to_owned(),
-        fingerprint: fingerprint::of(model),
-        methods,
-        context_tokens,
-        batch_max,
-        ..DaemonOptions::default()
-    };
-    if options.methods.iter().any(|method| method.artifact() == Some(ArtifactKind::Skew)) {
-        let shape = options.shape(&shape(model), ANY_PAGE_ROWS);
-        let skew = skew_cache::skew(model, &shape, progress)?;
-        options.artifacts.insert(Artifact::Skew(Arc::new(skew)));
-    }
-    Ok(options)
+) -> Result<DaemonOptions, ArtifactError> {
+    options_with(model, methods, context_tokens, batch_max, &[], progress)
 }
 
 /// Connects and registers.

@@ -8,6 +8,8 @@
 //! | keep K and V in this process | [`DenseKv`] |
 //! | keep K and V in the daemon | [`DaemonKv`] |
 //! | keep K and V elsewhere | implement [`KvBackend`] |
+//! | see queries, keys and values as they come | [`Observed`], [`Capture`] |
+//! | make what methods learn from a model offline | [`calibrate`] |
 //! | choose tokens | [`Sampler`] |
 //! | test without a download | [`synthetic`] |
 //!
@@ -27,6 +29,8 @@
 //! ```
 #![deny(unsafe_code)]
 
+pub mod calibrate;
+mod capture;
 mod chat;
 mod config;
 mod decoder;
@@ -41,18 +45,19 @@ pub mod synthetic;
 mod tokenizer;
 mod weights;
 
+pub use capture::{Capture, CaptureOptions};
 pub use chat::{ChatTemplate, Message};
 pub use config::{Architecture, ModelConfig, RopeScaling};
 pub use decoder::{Decoder, DecoderOptions, HintNorm, Logits, PrefillOptions, StepOutput, StepTiming};
 pub use error::{ForwardError, LoadError, TextError};
 pub use generate::{GenerateError, GenerateOptions, Generated, StopReason, generate};
 pub use kv::{
-    DaemonError, DaemonKv, DaemonOptions, DaemonSequence, DenseKv, DenseSequence, Dtype, HeadRows, KvBackend,
-    KvShape, StepStats,
+    DaemonError, DaemonKv, DaemonOptions, DaemonSequence, DenseKv, DenseSequence, Dtype, Format, FormatError,
+    HeadRows, IdsRequest, KvBackend, KvShape, Measured, Observe, Observed, StepStats,
 };
+pub use kvoyant_kernels::SplitMix64;
 pub use load::{LoadOptions, sha256_file};
 pub use model::Model;
-pub use kvoyant_kernels::SplitMix64;
 pub use rope::{Rope, RopeTable};
 pub use sampling::{Sampler, SamplerOptions, argmax, log_probability};
 pub use tokenizer::{TextStream, Tokenizer};

@@ -75,6 +75,13 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
+    /// The rotations back.
+    #[must_use]
+    pub fn inverse(mut self) -> Self {
+        self.sin.iter_mut().for_each(|sin| *sin = -*sin);
+        self
+    }
+
     /// Rotates every head of token `index` of the table's positions: `heads` is `[heads][d]`.
     pub fn rotate(&self, index: usize, heads: &mut [f32]) {
         let range = index * self.half..(index + 1) * self.half;
@@ -116,6 +123,18 @@ mod tests {
             }
         }
         assert!(kept > 0 && divided > 0 && between > 0);
+    }
+
+    #[test]
+    fn the_inverse_turns_back() {
+        let config = tiny_config();
+        let rope = Rope::new(&config);
+        let q: Vec<f32> = (0..config.head_dim).map(|i| (i as f32 * 0.7).sin()).collect();
+        let mut turned = q.clone();
+        rope.table([1234]).rotate(0, &mut turned);
+        assert!(turned.iter().zip(&q).any(|(a, b)| (a - b).abs() > 0.1));
+        rope.table([1234]).inverse().rotate(0, &mut turned);
+        assert!(turned.iter().zip(&q).all(|(a, b)| (a - b).abs() < 1e-5));
     }
 
     #[test]

@@ -37,6 +37,12 @@ pub enum Format {
     },
 }
 
+impl From<Dtype> for Format {
+    fn from(dtype: Dtype) -> Self {
+        Self::Plain(dtype)
+    }
+}
+
 impl Format {
     /// Every format, in the order of their codes.
     pub const ALL: [Self; 7] = [

@@ -108,7 +108,7 @@ fn full_gives_denses_tokens_on_a_gpu_in_every_storage_type() {
         let expected = dense_logits(&mut decoder, &model, dtype, &prompt);
         let mut kv = connect(&daemon, &model, dtype, &["full"]);
         assert_eq!(kv.model().device(), "cuda:0");
-        kv.measure_mass(true);
+        kv.measure(true);
         let mut sequence = kv.sequence(0).unwrap();
         let found = logits(&mut decoder, &mut kv, &mut sequence, &prompt);
         assert_all_close(&found, &expected, dtype.name());

@@ -27,12 +27,12 @@ use kvoyant_methods::{Budget, MethodError, SpecError};
 use serde::Serialize;
 
 use crate::args::MethodsArgs;
+use crate::artifact_cache::ArtifactError;
 use crate::machine::Machine;
 use crate::model::{self, ModelError};
 use crate::private_daemon;
 use crate::progress::Progress;
 use crate::session::SessionError;
-use crate::skew_cache::SkewError;
 use crate::trial::plan::PlanError;
 
 use self::compared::Sample;
@@ -48,7 +48,7 @@ pub(crate) enum BenchError {
     Plan(#[from] PlanError),
     /// No calibration.
     #[error(transparent)]
-    Calibrate(#[from] SkewError),
+    Calibrate(#[from] ArtifactError),
     /// No daemon.
     #[error(transparent)]
     Start(#[from] private_daemon::DaemonError),

@@ -19,12 +19,12 @@ use kvoyant_methods::{Budget, MethodSpec, SpecError};
 use self::report::{Report, Row};
 use self::why::Effort;
 use crate::args::DemoArgs;
+use crate::artifact_cache::ArtifactError;
 use crate::machine::Machine;
 use crate::model::{self, ModelError};
 use crate::private_daemon::{self, PrivateDaemon};
 use crate::progress::Progress;
 use crate::session::{self, SessionError};
-use crate::skew_cache::SkewError;
 use crate::trial::measure::Asked;
 use crate::trial::plan::{Plan, PlanError, Size};
 use crate::trial::prepare;
@@ -57,7 +57,7 @@ pub(crate) enum DemoError {
     Plan(#[from] PlanError),
     /// No calibration.
     #[error(transparent)]
-    Calibrate(#[from] SkewError),
+    Calibrate(#[from] ArtifactError),
     /// No daemon.
     #[error(transparent)]
     Start(#[from] private_daemon::DaemonError),

@@ -8,20 +8,24 @@ use std::io::{self, Write};
 use std::ops::ControlFlow;
 
 use kvoyant_engine::{
-    DaemonError, Decoder, DecoderOptions, DenseKv, ForwardError, GenerateError, GenerateOptions, HintNorm,
-    KvBackend, Logits, Model, PrefillOptions, Sampler, SamplerOptions, StopReason, generate,
+    DaemonError, DaemonKv, Decoder, DecoderOptions, DenseKv, FormatError, ForwardError, GenerateError,
+    GenerateOptions, HintNorm, KvBackend, KvShape, Logits, Model, PrefillOptions, Sampler, SamplerOptions,
+    StopReason, generate,
 };
 use kvoyant_methods::infinigen::{Amount, InfinigenSpec};
 use kvoyant_methods::{HintNorm as MethodNorm, MethodSpec};
 
 use self::prompt::PromptError;
 use self::stats::Times;
-use crate::args::{Attention, RunArgs};
+use crate::args::{Attention, Prefill, RunArgs};
+use crate::artifact_cache::ArtifactError;
 use crate::model::{self, ModelError};
 use crate::private_daemon::{self, PrivateDaemon};
 use crate::progress::Progress;
 use crate::session::{self, SessionError};
-use crate::skew_cache::SkewError;
+
+/// Tokens of a chunk whose rows are selected together.
+const SPARSE_CHUNK_TOKENS: usize = 256;
 
 /// What `run` cannot go on without.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +34,7 @@ pub(crate) enum RunError {
     #[error(transparent)]
     Prompt(#[from] PromptError),
     /// `--budget` for a method that has none.
-    #[error("the method {method} has no budget: leave --budget away, or choose infinigen, quest or random")]
+    #[error("the method {method} has no budget: leave --budget away, or choose another method")]
     NoBudget {
         /// Which method.
         method: &'static str,
@@ -45,7 +49,10 @@ pub(crate) enum RunError {
     Model(#[from] ModelError),
     /// No calibration.
     #[error(transparent)]
-    Calibrate(#[from] SkewError),
+    Calibrate(#[from] ArtifactError),
+    /// The format cannot store the model's heads.
+    #[error(transparent)]
+    Format(#[from] FormatError),
     /// No daemon.
     #[error(transparent)]
     Start(#[from] private_daemon::DaemonError),
@@ -86,9 +93,13 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
     let tokens = prompt::tokens(text, args.raw, &model)?;
     let most = (tokens.len() + args.max_tokens as usize).min(model.config().context_tokens);
 
+    let shape = session::shape(&model);
+    let shape = KvShape { format: args.kv_format.unwrap_or(shape.format), ..shape };
+
     if args.attention == Some(Attention::Dense) {
         let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
-        let mut kv = DenseKv::new(session::shape(&model));
+        shape.check()?;
+        let mut kv = DenseKv::new(shape);
         let mut sequence = kv.sequence();
         let times = answer(args, &mut decoder, &mut kv, &mut sequence, &tokens, progress)?;
         if args.stats {
@@ -97,7 +108,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
         return Ok(());
     }
 
-    let options = session::options(&model, vec![method.clone()], most, 1, progress)?;
+    let options = session::options_with(&model, vec![method.clone()], most, 1, &args.artifact, progress)?;
     // It must live as long as the session.
     let own = match &args.socket {
         Some(_) => None,
@@ -108,11 +119,15 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
         (None, Some(daemon)) => daemon.socket(),
         (None, None) => unreachable!("without a socket there is a daemon of our own"),
     };
-    let mut kv = session::connect(&model, &socket, options)?;
-    let mut decoder = Decoder::new(
-        model.clone(),
-        DecoderOptions { hint_norm: hint_norm(&method), ..DecoderOptions::default() },
-    );
+    let mut kv = DaemonKv::connect(&socket, shape, options).map_err(SessionError::from)?;
+    let plain = DecoderOptions { hint_norm: hint_norm(&method), ..DecoderOptions::default() };
+    let options = match args.prefill {
+        Prefill::Dense => plain,
+        Prefill::Sparse => {
+            DecoderOptions { chunk_tokens: SPARSE_CHUNK_TOKENS, sparse_prefill: true, ..plain }
+        }
+    };
+    let mut decoder = Decoder::new(model.clone(), options);
     let mut sequence = kv.sequence(0).map_err(SessionError::from)?;
     let times = answer(args, &mut decoder, &mut kv, &mut sequence, &tokens, progress)?;
     if args.stats {

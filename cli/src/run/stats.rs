@@ -75,6 +75,13 @@ fn lines(times: &Times, daemon: Option<(&MethodSpec, StepStats, usize)>) -> Vec<
             millis(stats.select) / n,
             millis(stats.transfer) / n,
         ));
+        if stats.rows_cpu > 0 || !stats.feedback.is_zero() {
+            all.push(format!(
+                "{:.0} rows a token attended by the daemon's CPU; {:.2} ms a token on attention rows that the method learns from",
+                stats.rows_cpu as f64 / n,
+                millis(stats.feedback) / n,
+            ));
+        }
     }
     all
 }

@@ -139,7 +139,7 @@ impl<'a> Asked<'a> {
         let mut agreement = Agreement::default();
         let measured = |step: usize| step.is_multiple_of(MASS_EVERY);
         let before = |kv: &mut DaemonKv, step| {
-            kv.measure_mass(measured(step));
+            kv.measure(measured(step));
             !measured(step)
         };
         forced(decoder, kv, &mut texts, &self.truths, &mut clock, before, |kv, step, logits| {
@@ -152,7 +152,7 @@ impl<'a> Asked<'a> {
                 agreement.add(dense, &LogProbs::of(logits), *truth);
             }
         })?;
-        kv.measure_mass(false);
+        kv.measure(false);
         kv.close(texts)?;
         let costs = Costs::of(kv, &stats, waited, &clock);
         Ok(Measured { scores: self.scores(&said), agreement, clock, costs })
@@ -214,7 +214,7 @@ fn forks<B: Forks>(kv: &mut B, of: &mut [B::Sequence]) -> Result<Vec<B::Sequence
 }
 
 fn forks_with(
-    kv: &DaemonKv,
+    kv: &mut DaemonKv,
     of: &mut [DaemonSequence],
     method: usize,
 ) -> Result<Vec<DaemonSequence>, DaemonError> {

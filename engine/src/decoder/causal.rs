@@ -1,6 +1,7 @@
 //! Dense causal attention of a prefill chunk, as matrix products.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use kvoyant_kernels::Kernels;
 use rayon::prelude::*;
@@ -55,9 +56,6 @@ pub(super) fn attend(chunk: Chunk<'_>, out: &mut [f32]) {
 
 /// Attention of queries `first..first + queries` of one head: `[queries][d]`.
 fn attend_block(chunk: Chunk<'_>, head: usize, first: usize, queries: usize) -> Vec<f32> {
-    thread_local! {
-        static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    }
     let config = chunk.config;
     let (d, width) = (config.head_dim, config.query_width());
     let position = |t: usize| chunk.start + first + t;
@@ -69,6 +67,23 @@ fn attend_block(chunk: Chunk<'_>, head: usize, first: usize, queries: usize) -> 
     let keys = Mat::new(&chunk.keys[at..], columns, d, d);
     let values = Mat::new(&chunk.values[at..], columns, d, d);
     let q = Mat::new(&chunk.queries[first * width + head * d..], queries, d, width);
+    attend_visible(q, keys, values, (queries, columns, d), |t| {
+        let visible_from = config.first_visible(chunk.layer, position(t)) - chunk.first_row - from;
+        visible_from..position(t) + 1 - chunk.first_row - from
+    })
+}
+
+/// Softmax attention of `queries` over the rows that `visible` gives for each: `[queries][d]`.
+fn attend_visible(
+    q: Mat<'_>,
+    keys: Mat<'_>,
+    values: Mat<'_>,
+    (queries, columns, d): (usize, usize, usize),
+    visible: impl Fn(usize) -> Range<usize>,
+) -> Vec<f32> {
+    thread_local! {
+        static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    }
     let mut out = vec![0.0; queries * d];
     SCORES.with_borrow_mut(|scores| {
         if scores.len() < queries * columns {
@@ -78,13 +93,57 @@ fn attend_block(chunk: Chunk<'_>, head: usize, first: usize, queries: usize) -> 
         product(q, keys.transposed(), 1.0 / (d as f32).sqrt(), scores, columns, Threads::One);
         let kernels = Kernels::best();
         for (t, row) in scores.chunks_exact_mut(columns).enumerate() {
-            let visible_from = config.first_visible(chunk.layer, position(t)) - chunk.first_row - from;
-            let visible_to = position(t) + 1 - chunk.first_row - from;
-            row[..visible_from].fill(0.0);
-            kernels.softmax_in_place(&mut row[visible_from..visible_to]);
-            row[visible_to..].fill(0.0);
+            let visible = visible(t);
+            row[..visible.start].fill(0.0);
+            kernels.softmax_in_place(&mut row[visible.clone()]);
+            row[visible.end..].fill(0.0);
         }
         product(Mat::new(scores, queries, columns, columns), values, 1.0, &mut out, d, Threads::One);
     });
     out
+}
+
+/// A chunk whose KV heads each attend over rows of their own.
+#[derive(Debug)]
+pub(crate) struct Gathered<'a> {
+    /// Query heads.
+    pub(crate) query_heads: usize,
+    /// Values per head.
+    pub(crate) d: usize,
+    /// `[T][Hq][d]`.
+    pub(crate) queries: &'a [f32],
+    /// Per KV head keys and values `[rows][d]`: rows that every query sees, then the chunk's own.
+    pub(crate) heads: &'a [(Vec<f32>, Vec<f32>)],
+}
+
+/// Attention over earlier rows, and causally over the chunk's own, into `out: [T][Hq][d]`.
+pub(crate) fn attend_gathered(chunk: &Gathered<'_>, out: &mut [f32]) {
+    let (d, width) = (chunk.d, chunk.query_heads * chunk.d);
+    let group = chunk.query_heads / chunk.heads.len();
+    let tokens = chunk.queries.len() / width;
+    let heads: Vec<Vec<f32>> = (0..chunk.query_heads)
+        .into_par_iter()
+        .map(|head| {
+            let (keys, values) = &chunk.heads[head / group];
+            let rows = keys.len() / d;
+            let mut attended = Vec::with_capacity(tokens * d);
+            for first in (0..tokens).step_by(QUERY_BLOCK) {
+                let queries = QUERY_BLOCK.min(tokens - first);
+                let columns = rows - tokens + first + queries;
+                attended.extend(attend_visible(
+                    Mat::new(&chunk.queries[first * width + head * d..], queries, d, width),
+                    Mat::new(keys, columns, d, d),
+                    Mat::new(values, columns, d, d),
+                    (queries, columns, d),
+                    |t| 0..columns - queries + t + 1,
+                ));
+            }
+            attended
+        })
+        .collect();
+    for (t, token) in out.chunks_exact_mut(width).enumerate() {
+        for (head, values) in heads.iter().enumerate() {
+            token[head * d..(head + 1) * d].copy_from_slice(&values[t * d..(t + 1) * d]);
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! The forward pass: dense prefill in chunks, and decode steps over a batch of sequences.
 
-mod causal;
+pub(crate) mod causal;
 mod prefill;
 mod step;
 
@@ -38,11 +38,14 @@ pub struct DecoderOptions {
     pub hint_norm: HintNorm,
     /// Tokens that a prefill takes at a time; at least 1.
     pub chunk_tokens: usize,
+    /// Chunks of a prompt beyond its first attend over rows that the backend selects for them
+    /// ([`KvBackend::attend_chunk`](crate::KvBackend::attend_chunk)), where it does; chunks should be small then.
+    pub sparse_prefill: bool,
 }
 
 impl Default for DecoderOptions {
     fn default() -> Self {
-        Self { hint_norm: HintNorm::default(), chunk_tokens: DEFAULT_CHUNK_TOKENS }
+        Self { hint_norm: HintNorm::default(), chunk_tokens: DEFAULT_CHUNK_TOKENS, sparse_prefill: false }
     }
 }
 

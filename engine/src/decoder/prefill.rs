@@ -52,7 +52,8 @@ impl std::fmt::Debug for PrefillOptions<'_> {
 }
 
 impl Decoder {
-    /// Adds `tokens` to a sequence, attending densely over all that it has, and returns the last token's logits.
+    /// Adds `tokens` to a sequence, attending densely over all that it has (but see
+    /// [`DecoderOptions::sparse_prefill`](super::DecoderOptions)), and returns the last token's logits.
     ///
     /// # Errors
     /// No tokens, unknown tokens, more than the context holds, a progress callback that stopped, or the backend's own. What was
@@ -109,9 +110,13 @@ impl Decoder {
     ) -> Result<(), ForwardError<B::Error>> {
         let model = &*self.model;
         let config = model.config();
+        let sparse = self.options.sparse_prefill;
         let buffers = &mut self.buffers;
         let start = backend.tokens(sequence);
         let rows = tokens.len();
+        if backend.wants_marks() {
+            backend.mark_tokens(sequence, start, &model.tokenizer.marks(tokens))?;
+        }
         let table = model.rope.table(start..start + rows);
         buffers.resize(model, rows);
         buffers.embed(model, tokens);
@@ -125,22 +130,33 @@ impl Decoder {
 
             backend.store(layer, sequence, start, &buffers.k, &buffers.v)?;
             backend.observe_queries(layer, sequence, start, &buffers.q)?;
-            let first_row = config.first_visible(layer, start);
-            let seen = start + rows - first_row;
-            buffers.keys.resize(seen * config.kv_width(), 0.0);
-            buffers.values.resize(seen * config.kv_width(), 0.0);
-            backend.read(layer, sequence, first_row..start + rows, &mut buffers.keys, &mut buffers.values)?;
-            let chunk = Chunk {
-                config,
-                layer,
-                start,
-                first_row,
-                rows: seen,
-                queries: &buffers.q,
-                keys: &buffers.keys,
-                values: &buffers.values,
-            };
-            causal::attend(chunk, &mut buffers.attended);
+            let selected = sparse
+                && start > 0
+                && backend.attend_chunk(layer, sequence, start, &buffers.q, &mut buffers.attended)?;
+            if !selected {
+                let first_row = config.first_visible(layer, start);
+                let seen = start + rows - first_row;
+                buffers.keys.resize(seen * config.kv_width(), 0.0);
+                buffers.values.resize(seen * config.kv_width(), 0.0);
+                backend.read(
+                    layer,
+                    sequence,
+                    first_row..start + rows,
+                    &mut buffers.keys,
+                    &mut buffers.values,
+                )?;
+                let chunk = Chunk {
+                    config,
+                    layer,
+                    start,
+                    first_row,
+                    rows: seen,
+                    queries: &buffers.q,
+                    keys: &buffers.keys,
+                    values: &buffers.values,
+                };
+                causal::attend(chunk, &mut buffers.attended);
+            }
             weights.output.forward(&buffers.attended, rows, &mut buffers.delta, Precision::F32);
             buffers.add_and_feed_forward(model, layer, rows, Precision::F32);
         }

@@ -74,6 +74,11 @@ impl Decoder {
         let table = model.rope.table(positions.iter().copied());
         buffers.resize(model, rows);
         buffers.embed(model, tokens);
+        if backend.wants_marks() {
+            for ((sequence, position), token) in batch.iter_mut().zip(positions).zip(tokens) {
+                backend.mark_tokens(sequence, *position, &model.tokenizer.marks(&[*token]))?;
+            }
+        }
         backend.begin_step(batch, positions)?;
         for (layer, weights) in model.weights.layers.iter().enumerate() {
             // The next layer's hint goes first, so that it has the whole of this layer to be answered.

@@ -3,7 +3,6 @@
 use std::convert::Infallible;
 use std::ops::Range;
 
-use kvoyant_kernels::Kernels;
 use rayon::prelude::*;
 
 use super::attend::attend;
@@ -29,7 +28,11 @@ pub struct DenseSequence {
 
 impl DenseKv {
     /// A backend for caches of a shape.
+    ///
+    /// # Panics
+    /// Where [`KvShape::check`] refuses the shape.
     pub fn new(shape: KvShape) -> Self {
+        assert!(shape.check().is_ok(), "there are no rows {}", shape.layout());
         Self { shape }
     }
 
@@ -70,18 +73,15 @@ impl DenseKv {
 
     /// Writes `k` and `v`, `[T][Hkv][d]`, at `start`.
     fn write(&self, layer: usize, sequence: &mut DenseSequence, start: usize, k: &[f32], v: &[f32]) {
-        let KvShape { kv_heads, head_dim: d, dtype, .. } = self.shape;
-        let row_bytes = self.shape.row_bytes();
+        let KvShape { kv_heads, head_dim: d, .. } = self.shape;
+        let (layout, row_bytes) = (self.shape.layout(), self.shape.row_bytes());
         let tokens = k.len() / (kv_heads * d);
-        let kernels = Kernels::best();
         for (h, head) in sequence.heads[layer * kv_heads..(layer + 1) * kv_heads].iter_mut().enumerate() {
             head.truncate(start * row_bytes);
             debug_assert_eq!(head.bytes(), start * row_bytes, "rows follow one another");
             for (t, row) in head.grow(tokens * row_bytes).chunks_exact_mut(row_bytes).enumerate() {
                 let at = (t * kv_heads + h) * d;
-                let (key, value) = row.split_at_mut(row_bytes / 2);
-                kernels.from_f32(dtype, &k[at..at + d], key);
-                kernels.from_f32(dtype, &v[at..at + d], value);
+                layout.encode(&k[at..at + d], &v[at..at + d], row);
             }
         }
     }
@@ -126,18 +126,17 @@ impl KvBackend for DenseKv {
         k: &mut [f32],
         v: &mut [f32],
     ) -> Result<(), Infallible> {
-        let KvShape { head_dim: d, dtype, .. } = self.shape;
-        let row_bytes = self.shape.row_bytes();
-        let kernels = Kernels::best();
+        let (layout, row_bytes) = (self.shape.layout(), self.shape.row_bytes());
+        let d = self.shape.head_dim;
         let head_values = tokens.len() * d;
         k.par_chunks_mut(head_values).zip(v.par_chunks_mut(head_values)).enumerate().for_each(
             |(h, (k, v))| {
-                let stretches = self.rows(sequence, layer, h, tokens.clone());
-                let rows = stretches.iter().flat_map(|stretch| stretch.chunks_exact(row_bytes));
-                for ((row, k), v) in rows.zip(k.chunks_exact_mut(d)).zip(v.chunks_exact_mut(d)) {
-                    let (key, value) = row.split_at(row_bytes / 2);
-                    kernels.to_f32(dtype, key, k);
-                    kernels.to_f32(dtype, value, v);
+                let mut at = 0;
+                for stretch in self.rows(sequence, layer, h, tokens.clone()) {
+                    let values = stretch.len() / row_bytes * d;
+                    layout.decode_keys(stretch, &mut k[at..at + values]);
+                    layout.decode_values(stretch, &mut v[at..at + values]);
+                    at += values;
                 }
             },
         );
@@ -173,14 +172,15 @@ impl KvBackend for DenseKv {
         queries: &[f32],
         out: &mut [f32],
     ) -> Result<(), Infallible> {
-        let KvShape { kv_heads, head_dim: d, dtype, .. } = self.shape;
-        let group_values = self.shape.group() * d;
+        let KvShape { kv_heads, head_dim: d, .. } = self.shape;
+        let (group, layout) = (self.shape.group(), self.shape.layout());
+        let group_values = group * d;
         let batch: Vec<&DenseSequence> = batch.iter().map(|sequence| &**sequence).collect();
         // One task per (sequence, KV head): `queries` and `out` are laid out in that order.
         let one = |(task, (q, o)): (usize, (&[f32], &mut [f32]))| {
             let (i, h) = (task / kv_heads, task % kv_heads);
             let tokens = self.shape.first_visible(layer, positions[i])..positions[i] + 1;
-            attend(dtype, q, d, &self.rows(batch[i], layer, h, tokens), o);
+            attend(layout, q, &self.rows(batch[i], layer, h, tokens), o, &mut vec![0.0; group]);
         };
         if positions.iter().sum::<usize>() < PARALLEL_ROWS {
             queries.chunks(group_values).zip(out.chunks_mut(group_values)).enumerate().for_each(one);

@@ -3,13 +3,18 @@
 mod attend;
 mod daemon;
 mod dense;
+mod observed;
 mod rows;
 
 use std::ops::Range;
 
-pub use daemon::{DaemonError, DaemonKv, DaemonOptions, DaemonSequence, StepStats};
+use kvoyant_kernels::RowLayout;
+
+pub use daemon::{DaemonError, DaemonKv, DaemonOptions, DaemonSequence, IdsRequest, Measured, StepStats};
 pub use dense::{DenseKv, DenseSequence};
 pub use kvoyant_kernels::Dtype;
+pub use kvoyant_kernels::quantise::Format;
+pub use observed::{Observe, Observed};
 pub use rows::HeadRows;
 
 use crate::config::ModelConfig;
@@ -17,8 +22,8 @@ use crate::config::ModelConfig;
 /// Keeps K and V of sequences and attends over them.
 ///
 /// The decoder calls, for every prefill chunk and layer, [`store`](Self::store),
-/// [`observe_queries`](Self::observe_queries), [`read`](Self::read), then [`commit`](Self::commit) once; and for every
-/// decode step [`begin_step`](Self::begin_step), then per layer `l` in this order
+/// [`observe_queries`](Self::observe_queries), [`read`](Self::read) (or [`attend_chunk`](Self::attend_chunk) alone), then
+/// [`commit`](Self::commit) once; and for every decode step [`begin_step`](Self::begin_step), then per layer `l` in this order
 /// [`hint`](Self::hint) for layer `l + 1`, [`append`](Self::append), [`attend`](Self::attend), and at last `commit` for
 /// each sequence and [`end_step`](Self::end_step). So a hint is out for the whole of the layer before its own.
 ///
@@ -67,6 +72,37 @@ pub trait KvBackend: Send {
         _queries: &[f32],
     ) -> Result<(), Self::Error> {
         Ok(())
+    }
+
+    /// Whether [`mark_tokens`](Self::mark_tokens) is wanted.
+    fn wants_marks(&self) -> bool {
+        false
+    }
+
+    /// Says how strong the boundary of the text after each of the tokens from `start` on is
+    /// ([`kvoyant_methods::mark`]), before their rows come.
+    fn mark_tokens(
+        &mut self,
+        _sequence: &mut Self::Sequence,
+        _start: usize,
+        _marks: &[u8],
+    ) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// Sparse prefill: attention of tokens `start..start + T` over rows that the backend selects for them among the tokens
+    /// before `start`, and over one another, causally. `queries` and `out` are `[T][Hq][d]`; the chunk's own rows have been
+    /// [stored](Self::store). False where the backend selects nothing for that layer or sequence: then the chunk attends
+    /// densely.
+    fn attend_chunk(
+        &mut self,
+        _layer: usize,
+        _sequence: &mut Self::Sequence,
+        _start: usize,
+        _queries: &[f32],
+        _out: &mut [f32],
+    ) -> Result<bool, Self::Error> {
+        Ok(false)
     }
 
     /// The sequence now has `tokens` tokens in every layer.
@@ -138,20 +174,30 @@ pub struct KvShape {
     pub head_dim: usize,
     /// Per layer: how many tokens attention reaches back, the current one included.
     pub sliding_window: Vec<Option<usize>>,
-    /// Storage type of K and V.
-    pub dtype: Dtype,
+    /// How K and V are stored.
+    pub format: Format,
+}
+
+/// Heads whose rows a format cannot store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("there are no rows of {head_dim} values as {format}: choose another format, such as f16")]
+pub struct FormatError {
+    /// Values per head.
+    pub head_dim: usize,
+    /// The format.
+    pub format: Format,
 }
 
 impl KvShape {
     /// Shape of a model's cache.
-    pub fn new(config: &ModelConfig, dtype: Dtype) -> Self {
+    pub fn new(config: &ModelConfig, format: impl Into<Format>) -> Self {
         Self {
             layers: config.layers,
             query_heads: config.query_heads,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
             sliding_window: config.sliding_window.clone(),
-            dtype,
+            format: format.into(),
         }
     }
 
@@ -160,9 +206,23 @@ impl KvShape {
         self.query_heads / self.kv_heads
     }
 
-    /// Bytes of one row, `[k(d) | v(d)]`.
+    /// Whether the format can store such heads.
+    ///
+    /// # Errors
+    /// [`FormatError`], if it cannot.
+    pub fn check(&self) -> Result<(), FormatError> {
+        let error = FormatError { head_dim: self.head_dim, format: self.format };
+        self.layout().row_bytes().map(drop).ok_or(error)
+    }
+
+    /// What a row is made of.
+    pub fn layout(&self) -> RowLayout {
+        RowLayout::KeyValue { d: self.head_dim, format: self.format }
+    }
+
+    /// Bytes of one row, `[k(d) | v(d)]`; 0 for a shape that [`Self::check`] refuses.
     pub fn row_bytes(&self) -> usize {
-        2 * self.head_dim * self.dtype.bytes()
+        self.layout().row_bytes().unwrap_or(0)
     }
 
     /// Bytes of one token in all layers and heads.

@@ -12,9 +12,9 @@ use crate::config::ModelConfig;
 use crate::error::LoadError;
 use crate::load::{LayerTensor, Parts, TensorName, TensorSource, assemble};
 use crate::model::Model;
-use kvoyant_kernels::SplitMix64;
 use crate::tokenizer::Tokenizer;
 use crate::weights::WeightsMode;
+use kvoyant_kernels::SplitMix64;
 
 /// 256 bytes and four special tokens.
 pub(super) const BYTE_LEVEL_TOKENS: usize = 260;

@@ -1,6 +1,7 @@
 //! Text to tokens and back.
 
 mod gguf;
+mod marks;
 mod stream;
 
 use std::path::Path;

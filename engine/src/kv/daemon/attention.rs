@@ -7,13 +7,12 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use kvoyant_client::{Answer, Ready};
-use kvoyant_kernels::Run;
+use kvoyant_kernels::{Kernels, Run};
 use rayon::prelude::*;
 
 use super::super::KvShape;
-use super::super::attend::{attend_runs, weights_of_runs};
+use super::super::attend::{attend_runs, scores_of_runs};
 use super::sequence::DaemonSequence;
-use super::stats::StepStats;
 
 /// Rows below which a step attends on the calling thread: waking another one costs more than it saves.
 const PARALLEL_ROWS: usize = 256;
@@ -35,7 +34,7 @@ thread_local! {
 
 impl Pass<'_> {
     /// First token of the window, sinks left out.
-    fn window_start(&self, position: usize) -> usize {
+    pub(super) fn window_start(&self, position: usize) -> usize {
         (position + 1).saturating_sub(self.window).max(self.sinks.min(position + 1))
     }
 
@@ -69,27 +68,69 @@ impl Pass<'_> {
         sequence.inner().local_runs(self.layer, head, behind, runs);
     }
 
-    /// `queries` and `out` are `[batch][Hq][d]`.
+    /// The tokens whose rows member `i` attends to, in order.
+    pub(super) fn attended(
+        &self,
+        answer: &Answer,
+        (i, head): (usize, usize),
+        position: usize,
+    ) -> Vec<Range<usize>> {
+        let [before, behind] = self.local(position);
+        let selected = answer.tokens(i, head).map(|run| run.token..run.token + run.rows);
+        std::iter::once(before).chain(selected).chain([behind]).collect()
+    }
+
+    /// `queries` and `out` are `[batch][Hq][d]`, `lse` is `[batch][Hq]`. What the daemon's CPU has attended is merged in.
     pub(super) fn attend(
         &self,
         ready: Option<&Ready>,
         batch: &[&DaemonSequence],
         positions: &[usize],
         queries: &[f32],
-        out: &mut [f32],
+        (out, lse): (&mut [f32], &mut [f32]),
     ) {
-        let KvShape { kv_heads, head_dim: d, dtype, .. } = *self.shape;
-        let group_values = self.shape.group() * d;
-        // One task per (sequence, KV head): `queries` and `out` are laid out in that order.
-        let one = |(task, (q, o)): (usize, (&[f32], &mut [f32]))| {
+        self.attend_rows(ready, |_| true, batch, positions, queries, (&mut *out, &mut *lse));
+        if let Some(ready) = ready {
+            self.merge(ready, batch.len(), (out, lse));
+        }
+    }
+
+    /// The same, but that members of which `local` is true leave out the answer's rows.
+    pub(super) fn attend_local(
+        &self,
+        ready: &Ready,
+        local: &[bool],
+        batch: &[&DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+        (out, lse): (&mut [f32], &mut [f32]),
+    ) {
+        self.attend_rows(Some(ready), |i| !local[i], batch, positions, queries, (&mut *out, &mut *lse));
+        self.merge(ready, batch.len(), (out, lse));
+    }
+
+    fn attend_rows(
+        &self,
+        ready: Option<&Ready>,
+        with_answer: impl Fn(usize) -> bool + Sync,
+        batch: &[&DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+        (out, lse): (&mut [f32], &mut [f32]),
+    ) {
+        let (kv_heads, d, group) = (self.shape.kv_heads, self.shape.head_dim, self.shape.group());
+        let (group_values, layout) = (group * d, self.shape.layout());
+        // One task per (sequence, KV head): `queries`, `out` and `lse` are laid out in that order.
+        let one = |(task, ((q, o), lse)): (usize, ((&[f32], &mut [f32]), &mut [f32]))| {
             let (i, head) = (task / kv_heads, task % kv_heads);
             RUNS.with_borrow_mut(|runs| {
                 runs.clear();
-                self.runs(ready, (i, head), batch[i], positions[i], runs);
+                let answer = ready.filter(|_| with_answer(i));
+                self.runs(answer, (i, head), batch[i], positions[i], runs);
                 // SAFETY: the runs lie in mappings that the sequence and the answer keep alive for this call. Extents
                 // are written by this session alone, and not at these rows while a step of it runs; slab slots of an
                 // answer are left alone until it is dropped.
-                unsafe { attend_runs(dtype, q, d, runs, o) };
+                unsafe { attend_runs(layout, q, runs, o, lse) };
             });
         };
         let rows = match ready {
@@ -97,54 +138,56 @@ impl Pass<'_> {
             Some(ready) => ready.completion().rows_selected as usize / kv_heads + batch.len() * self.window,
         };
         if rows < PARALLEL_ROWS {
-            queries.chunks(group_values).zip(out.chunks_mut(group_values)).enumerate().for_each(one);
+            let heads = queries.chunks(group_values).zip(out.chunks_mut(group_values));
+            heads.zip(lse.chunks_mut(group)).enumerate().for_each(one);
         } else {
-            queries.par_chunks(group_values).zip(out.par_chunks_mut(group_values)).enumerate().for_each(one);
+            let heads = queries.par_chunks(group_values).zip(out.par_chunks_mut(group_values));
+            heads.zip(lse.par_chunks_mut(group)).enumerate().for_each(one);
         }
     }
 
-    /// Adds the share of the true attention that the attended rows cover, one share per query head.
-    pub(super) fn add_mass(
-        &self,
-        answer: &Answer,
-        batch: &[&DaemonSequence],
-        positions: &[usize],
-        queries: &[f32],
-        stats: &mut StepStats,
-    ) {
-        let KvShape { kv_heads, head_dim: d, dtype, .. } = *self.shape;
-        let group_values = self.shape.group() * d;
-        let shares: Vec<f64> = queries
-            .par_chunks(group_values)
-            .enumerate()
-            .flat_map_iter(|(task, q)| {
-                let (i, head) = (task / kv_heads, task % kv_heads);
-                let end = positions[i] + 1;
-                let mut runs = Vec::new();
-                batch[i].inner().local_runs(self.layer, head, 0..end, &mut runs);
-                // SAFETY: as in `attend`.
-                let weights = unsafe { weights_of_runs(dtype, q, d, &runs) };
-                let mut attended = vec![false; end];
-                attended[..self.sinks.min(end)].fill(true);
-                attended[self.window_start(positions[i])..].fill(true);
-                for run in answer.tokens(i, head) {
-                    let tokens = run.token..run.token.saturating_add(run.rows);
-                    attended.get_mut(tokens).into_iter().for_each(|tokens| tokens.fill(true));
-                }
-                // A pool that dropped rows for good leaves fewer rows than tokens, and then nothing can be said.
-                let whole = weights.len() == q.len() / d * end;
-                let share = move |weights: &[f32]| {
-                    weights
-                        .iter()
-                        .zip(&attended)
-                        .filter(|(_, attended)| **attended)
-                        .map(|(w, _)| f64::from(*w))
-                        .sum()
-                };
-                weights.chunks(end).filter(|_| whole).map(share).collect::<Vec<f64>>()
-            })
-            .collect();
-        stats.mass_count += shares.len() as u64;
-        stats.mass += shares.iter().sum::<f64>();
+    /// Merges what the daemon's CPU has attended.
+    pub(super) fn merge(&self, answer: &Answer, members: usize, (out, lse): (&mut [f32], &mut [f32])) {
+        let width = self.shape.query_heads * self.shape.head_dim;
+        let own = out.chunks_exact_mut(width).zip(lse.chunks_exact_mut(self.shape.query_heads));
+        for (i, (out, lse)) in own.enumerate().take(members) {
+            if let Some(partial) = answer.partial(i) {
+                Kernels::best().merge(out, lse, partial.out, partial.lse);
+            }
+        }
     }
+}
+
+/// Scores of a KV head's queries `[group][d]` over the session's own rows of these tokens, scaled by `1/√d`:
+/// `[group][rows]`. Rows that have been dropped for good are left out.
+pub(super) fn scores_of(
+    pass: &Pass<'_>,
+    sequence: &DaemonSequence,
+    head: usize,
+    queries: &[f32],
+    tokens: &[Range<usize>],
+) -> Vec<f32> {
+    let mut runs = Vec::new();
+    for tokens in tokens {
+        sequence.inner().local_runs(pass.layer, head, tokens.clone(), &mut runs);
+    }
+    // SAFETY: as in `Pass::attend`.
+    unsafe { scores_of_runs(pass.shape.layout(), queries, &runs) }
+}
+
+/// Dense attention of a KV head's queries `[group][d]` over the session's own rows of the first `end` tokens:
+/// `[group][d]`, and `[group]` log-sum-exps.
+pub(super) fn dense_of(
+    pass: &Pass<'_>,
+    sequence: &DaemonSequence,
+    head: usize,
+    queries: &[f32],
+    end: usize,
+) -> (Vec<f32>, Vec<f32>) {
+    let mut runs = Vec::new();
+    sequence.inner().local_runs(pass.layer, head, 0..end, &mut runs);
+    let (mut out, mut lse) = (vec![0.0; queries.len()], vec![0.0; queries.len() / pass.shape.head_dim]);
+    // SAFETY: as in `Pass::attend`.
+    unsafe { attend_runs(pass.shape.layout(), queries, &runs, &mut out, &mut lse) };
+    (out, lse)
 }

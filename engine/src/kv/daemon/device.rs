@@ -202,15 +202,15 @@ impl DeviceAttention {
         Ok(unsafe { model.submit_on_stream(layer, members, self.hints.device.ptr(), &self.stream) }?)
     }
 
-    /// Attends in one launch for the whole batch; `out` is `[batch][Hq][d]`. `wanted` asks for the rows of the answer
-    /// too.
+    /// Attends in one launch for the whole batch; `out` is `[batch][Hq][d]`, `lse` is `[batch][Hq]`. `wanted` asks for the
+    /// rows of the answer too.
     pub(super) fn attend(
         &mut self,
         layer: Layer<'_>,
         asked: Option<StreamPending>,
         deadline: Duration,
         wanted: bool,
-        out: &mut [f32],
+        (out, lse): (&mut [f32], &mut [f32]),
     ) -> Result<Option<Answered>, DaemonError> {
         if self.attending {
             self.settle(deadline)?;
@@ -268,7 +268,7 @@ impl DeviceAttention {
 
         self.check(layer.pass.layer, answered.as_ref())?;
         self.output.get(FAILED_BYTES, out);
-        self.merge(splits, heads, lse_at, out);
+        self.merge(splits, lse_at, (out, lse));
         Ok(answered)
     }
 
@@ -332,14 +332,11 @@ impl DeviceAttention {
     }
 
     /// Puts the parts of every head together, the first of which lies in `out`.
-    fn merge(&mut self, splits: usize, heads: usize, lse_at: usize, out: &mut [f32]) {
-        if splits == 1 {
-            return;
-        }
-        self.part.resize(out.len() + 2 * heads, 0.0);
-        let (part, lses) = self.part.split_at_mut(out.len());
-        let (lse, other) = lses.split_at_mut(heads);
+    fn merge(&mut self, splits: usize, lse_at: usize, (out, lse): (&mut [f32], &mut [f32])) {
+        let heads = lse.len();
         self.output.get(lse_at, lse);
+        self.part.resize(out.len() + heads, 0.0);
+        let (part, other) = self.part.split_at_mut(out.len());
         for split in 1..splits {
             self.output.get(FAILED_BYTES + split * size_of_val(part), part);
             self.output.get(lse_at + split * heads * 4, other);

@@ -3,12 +3,21 @@
 use std::time::Duration;
 
 use kvoyant_client::Limits;
+use kvoyant_kernels::quantise::Format;
 use kvoyant_methods::full::FullSpec;
 use kvoyant_methods::infinigen::{IndexRule, InfinigenSpec};
-use kvoyant_methods::{Artifacts, Fingerprint, MethodSpec, Shape};
+use kvoyant_methods::mix::MixSpec;
+use kvoyant_methods::{Artifacts, Dtype, Fingerprint, HintSource, MethodSpec, Shape};
 
 use super::super::KvShape;
 use super::DaemonError;
+use crate::rope::Rope;
+
+/// Queries of a chunk that a sparse prefill sends at most: they stand for all of its tokens.
+pub(super) const BLOCK_QUERIES: usize = 64;
+
+/// The smallest block of an attention row that the session's memory is made for.
+const SMALLEST_BLOCK: usize = 4;
 
 /// What a model registers with.
 #[derive(Debug, Clone)]
@@ -21,6 +30,8 @@ pub struct DaemonOptions {
     pub methods: Vec<MethodSpec>,
     /// What the methods were calibrated to.
     pub artifacts: Artifacts,
+    /// How the model rotates keys, for methods that rebuild them.
+    pub rope: Option<Rope>,
     /// First tokens that are always attended.
     pub sinks: usize,
     /// Recent tokens that are always attended, the current one included.
@@ -42,6 +53,7 @@ impl Default for DaemonOptions {
             fingerprint: Fingerprint::default(),
             methods: vec![MethodSpec::new(FullSpec)],
             artifacts: Artifacts::none(),
+            rope: None,
             sinks: 4,
             window: 64,
             dense_layers: 2,
@@ -65,7 +77,11 @@ impl DaemonOptions {
             sinks: self.sinks,
             window: self.window,
             dense_layers: self.dense_layers,
-            dtype: kv.dtype,
+            dtype: match kv.format {
+                Format::Plain(dtype) => dtype,
+                // What they are read as.
+                _ => Dtype::F32,
+            },
             fingerprint: self.fingerprint,
         }
     }
@@ -73,16 +89,29 @@ impl DaemonOptions {
     /// Rings for a few answers under way, each with a block table for the worst case: every second row selected.
     pub(super) fn limits(&self, kv: &KvShape) -> Limits {
         let heads = self.batch_max * kv.kv_heads;
-        let table = heads * (16 + 12 * (self.context_tokens / 2 + 2));
-        let hints = self.batch_max * kv.query_heads * kv.head_dim * 4;
+        // What the daemon's CPU attended comes behind the runs.
+        let partials = self.batch_max * (1 + kv.query_heads * (1 + kv.head_dim)) * 4;
+        let table = heads * (16 + 12 * (self.context_tokens / 2 + 2)) + partials;
+        let hints = self.batch_max.max(BLOCK_QUERIES) * kv.query_heads * kv.head_dim * 4;
+        let feedback = kv.kv_heads * self.context_tokens.div_ceil(SMALLEST_BLOCK) * 4;
+        let given = self.methods.iter().any(|method| method.hint() == HintSource::Ids);
+        let ids = if given { heads * (1 + self.context_tokens) * 4 } else { 0 };
         Limits {
             ring_slots: 8,
             batch_max: self.batch_max as u32,
-            hint_bytes: hints.max(kv.kv_heads * kv.head_dim * 4).max(64) as u32,
+            hint_bytes: hints.max(feedback).max(ids).clamp(64, 256 << 20) as u32,
             // A session's answers may take 256 MiB in all; longer contexts with that many members end in a typed error.
             table_bytes: table.clamp(4096, 24 << 20) as u32,
             sequences_max: 4096,
         }
+    }
+}
+
+/// A method, or those that a mix is of.
+fn parts_of(method: &MethodSpec) -> Vec<&MethodSpec> {
+    match method.options::<MixSpec>() {
+        Some(mix) => mix.parts().iter().map(|part| &part.spec).collect(),
+        None => vec![method],
     }
 }
 
@@ -99,7 +128,7 @@ impl Statistics {
     /// What all methods that want any agree on.
     pub(super) fn wanted_by(methods: &[MethodSpec]) -> Result<Option<Self>, DaemonError> {
         let mut found: Option<(Self, &MethodSpec)> = None;
-        for method in methods {
+        for method in methods.iter().flat_map(parts_of) {
             let Some(spec) = method.options::<InfinigenSpec>() else { continue };
             let wanted = Self { skew: spec.skew, keys: spec.index == IndexRule::Both };
             match found {

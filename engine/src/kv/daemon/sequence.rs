@@ -1,6 +1,19 @@
 //! One sequence in the daemon.
 
+use std::sync::Arc;
+
 use kvoyant_client::{Error, Sequence};
+
+use super::rebuilt::Rebuilt;
+
+/// The newest queries of a prompt, per layer.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Tail {
+    /// `[rows][Hq][d]`.
+    pub(super) queries: Vec<f32>,
+    /// Position behind the last of them.
+    pub(super) end: usize,
+}
 
 /// One sequence's cache, kept by [`DaemonKv`](super::DaemonKv). Dropping it closes it.
 #[derive(Debug)]
@@ -10,11 +23,31 @@ pub struct DaemonSequence {
     tokens: usize,
     /// Statistics of the prompt's queries so far, `[layers][Hkv][d]`; gone once they have been sent.
     sums: Option<Vec<f32>>,
+    /// Queries of the prompt's last tokens, by layer, where a method of the session learns from their attention.
+    tails: Arc<Vec<Tail>>,
+    /// Attention rows of prompt tokens before this position have been sent to this sequence's method.
+    reported: usize,
+    /// The true query of the newest token, by layer, `[Hq][d]`; empty where no method of the session wants it.
+    last: Vec<Vec<f32>>,
+    /// What keys of the prompt are rebuilt from; empty where no method of the session does.
+    rebuilt: Rebuilt,
+    /// Decode steps so far.
+    steps: usize,
 }
 
 impl DaemonSequence {
-    pub(super) fn new(inner: Sequence, method: usize) -> Self {
-        Self { inner, method, tokens: 0, sums: Some(Vec::new()) }
+    pub(super) fn new(inner: Sequence, method: usize, layers: usize) -> Self {
+        Self {
+            inner,
+            method,
+            tokens: 0,
+            sums: Some(Vec::new()),
+            tails: Arc::new(vec![Tail::default(); layers]),
+            reported: 0,
+            last: vec![Vec::new(); layers],
+            rebuilt: Rebuilt::default(),
+            steps: 0,
+        }
     }
 
     /// Tokens that are committed.
@@ -56,20 +89,90 @@ impl DaemonSequence {
         self.sums.take()
     }
 
+    /// Keeps the last `most` queries of a prompt, `[T][width]` from position `start` on.
+    pub(super) fn keep_queries(
+        &mut self,
+        layer: usize,
+        start: usize,
+        queries: &[f32],
+        width: usize,
+        most: usize,
+    ) {
+        let tail = &mut Arc::make_mut(&mut self.tails)[layer];
+        if tail.end != start {
+            // What is kept belongs to tokens that are not the ones before these.
+            tail.queries.clear();
+        }
+        tail.end = start + queries.len() / width;
+        let kept = &queries[queries.len() - queries.len().min(most * width)..];
+        let over = (tail.queries.len() + kept.len()).saturating_sub(most * width);
+        tail.queries.drain(..over.min(tail.queries.len()));
+        tail.queries.extend_from_slice(kept);
+    }
+
+    /// The queries of the prompt's last tokens, by layer; and from which position on they have not been reported, which
+    /// now they are.
+    pub(super) fn take_tails(&mut self) -> (Arc<Vec<Tail>>, usize) {
+        let from = self.reported;
+        self.reported = self.tails.iter().map(|tail| tail.end).max().unwrap_or(0).max(from);
+        (Arc::clone(&self.tails), from)
+    }
+
+    /// The true query of the newest token.
+    pub(super) fn last(&self, layer: usize) -> &[f32] {
+        &self.last[layer]
+    }
+
+    pub(super) fn set_last(&mut self, layer: usize, query: &[f32]) {
+        let last = &mut self.last[layer];
+        last.clear();
+        last.extend_from_slice(query);
+    }
+
+    pub(super) fn rebuilt(&self) -> &Rebuilt {
+        &self.rebuilt
+    }
+
+    pub(super) fn set_rebuilt(&mut self, rebuilt: Rebuilt) {
+        self.rebuilt = rebuilt;
+    }
+
+    /// Decode steps so far.
+    pub(super) fn steps(&self) -> usize {
+        self.steps
+    }
+
+    pub(super) fn stepped(&mut self) {
+        self.steps += 1;
+    }
+
     pub(super) fn fork(&self, method: Option<usize>) -> Result<Self, Error> {
         let inner = self.inner.fork(method)?;
-        // What the parent has sent, the fork has too; else both still collect.
+        let method = method.unwrap_or(self.method);
         Ok(Self {
             inner,
-            method: method.unwrap_or(self.method),
+            method,
             tokens: self.tokens,
+            // What the parent has sent, the fork has too; else both still collect.
             sums: self.sums.clone(),
+            tails: Arc::clone(&self.tails),
+            // Another method has learnt nothing yet.
+            reported: if method == self.method { self.reported } else { 0 },
+            last: self.last.clone(),
+            rebuilt: self.rebuilt.clone(),
+            steps: self.steps,
         })
     }
 
     pub(super) fn truncate(&mut self, tokens: usize) -> Result<(), Error> {
         self.inner.truncate(tokens)?;
         self.tokens = self.tokens.min(tokens);
+        if self.tails.iter().any(|tail| tail.end > tokens) {
+            let layers = self.tails.len();
+            self.tails = Arc::new(vec![Tail::default(); layers]);
+        }
+        self.reported = self.reported.min(tokens);
+        self.rebuilt.tokens = self.rebuilt.tokens.min(tokens);
         Ok(())
     }
 }

@@ -31,10 +31,67 @@ pub struct StepStats {
     pub select: Duration,
     /// The daemon's time from plan to the last byte.
     pub transfer: Duration,
-    /// Share of the true attention that the attended rows cover, summed.
+    /// Rows that the daemon's CPU attended instead of moving them.
+    pub rows_cpu: u64,
+    /// Time spent on attention rows for methods that learn from them: computing them and handing them over.
+    pub feedback: Duration,
+    /// How far selected layers were from dense attention, where that was measured.
+    pub measured: Measured,
+}
+
+/// How far selected layers are from dense attention over the same stored rows: sums over query heads, layers and steps.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Measured {
+    /// How many query heads the sums are over.
+    pub count: u64,
+    /// Share of the true attention that the attended rows cover.
     pub mass: f64,
-    /// How many shares `mass` is the sum of.
-    pub mass_count: u64,
+    /// `‖o − o*‖ / ‖o*‖`, `o*` being the output of dense attention.
+    pub output_error: f64,
+    /// How many query heads `top_k` is over: those where something was selected, and all of it is known by token.
+    pub top_k_count: u64,
+    /// Share of the true top-k among the selected rows, k as many as were selected.
+    pub top_k: f64,
+}
+
+impl Measured {
+    /// Mean share of the true attention that the attended rows covered.
+    #[must_use]
+    pub fn attention_mass(&self) -> Option<f64> {
+        mean(self.mass, self.count)
+    }
+
+    /// Mean share of the true attention that was left out.
+    #[must_use]
+    pub fn missed_mass(&self) -> Option<f64> {
+        self.attention_mass().map(|mass| 1.0 - mass)
+    }
+
+    /// Mean relative error of the attention's output.
+    #[must_use]
+    pub fn output_error(&self) -> Option<f64> {
+        mean(self.output_error, self.count)
+    }
+
+    /// Mean share of the true top-k that was selected.
+    #[must_use]
+    pub fn top_k_recall(&self) -> Option<f64> {
+        mean(self.top_k, self.top_k_count)
+    }
+}
+
+impl std::ops::AddAssign for Measured {
+    fn add_assign(&mut self, other: Self) {
+        self.count += other.count;
+        self.mass += other.mass;
+        self.output_error += other.output_error;
+        self.top_k_count += other.top_k_count;
+        self.top_k += other.top_k;
+    }
+}
+
+fn mean(sum: f64, count: u64) -> Option<f64> {
+    (count > 0).then(|| sum / count as f64)
 }
 
 impl StepStats {
@@ -59,7 +116,7 @@ impl StepStats {
     /// Mean share of the true attention that the attended rows covered, if it was measured.
     #[must_use]
     pub fn attention_mass(&self) -> Option<f64> {
-        (self.mass_count > 0).then(|| self.mass / self.mass_count as f64)
+        self.measured.attention_mass()
     }
 
     /// Share of the selected rows that did not have to be copied.
@@ -84,7 +141,8 @@ impl std::ops::AddAssign for StepStats {
         self.bytes_moved += other.bytes_moved;
         self.select += other.select;
         self.transfer += other.transfer;
-        self.mass += other.mass;
-        self.mass_count += other.mass_count;
+        self.rows_cpu += other.rows_cpu;
+        self.feedback += other.feedback;
+        self.measured += other.measured;
     }
 }

@@ -1,0 +1,204 @@
+//! Asking the daemon: who is asked when, and by what.
+
+use std::fmt;
+use std::time::Instant;
+
+use kvoyant_client::cuda::{StreamMember, StreamPending};
+use kvoyant_client::{Hint, Member, Pending};
+use kvoyant_methods::HintSource;
+
+use super::{DaemonError, DaemonKv, DaemonSequence};
+
+/// One request for rows that the engine names itself.
+#[derive(Debug, Clone, Copy)]
+pub struct IdsRequest<'a> {
+    /// The layer.
+    pub layer: usize,
+    /// Index of the sequence in the step's batch.
+    pub member: usize,
+    /// Position of the token that is being computed: tokens below it can be named.
+    pub position: usize,
+    /// The layer's true query, `[Hq][d]`.
+    pub query: &'a [f32],
+}
+
+type Name = dyn FnMut(&IdsRequest<'_>) -> Vec<Vec<u32>> + Send;
+
+/// Who names rows.
+pub(super) struct Provider(Box<Name>);
+
+impl Provider {
+    pub(super) fn new(name: impl FnMut(&IdsRequest<'_>) -> Vec<Vec<u32>> + Send + 'static) -> Self {
+        Self(Box::new(name))
+    }
+}
+
+impl fmt::Debug for Provider {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Provider")
+    }
+}
+
+/// An answer under way, and whose it is.
+#[derive(Debug)]
+pub(super) struct Asked {
+    /// Indices into the step's batch, rising.
+    pub(super) members: Vec<usize>,
+    pub(super) answer: Waiting,
+}
+
+/// Who waits for an answer.
+#[derive(Debug)]
+pub(super) enum Waiting {
+    /// This process, which reads it.
+    Host(Pending),
+    /// A stream.
+    Stream(StreamPending),
+}
+
+/// When the daemon is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Moment {
+    /// While the layer before runs.
+    Ahead,
+    /// When the layer is about to attend.
+    Current,
+}
+
+impl Moment {
+    fn of(source: HintSource) -> Self {
+        match source {
+            HintSource::None | HintSource::Ahead | HintSource::Previous => Self::Ahead,
+            HintSource::Current | HintSource::Ids => Self::Current,
+        }
+    }
+}
+
+impl DaemonKv {
+    /// Asks for a layer for the members whose moment it is. `queries`, `[batch][Hq][d]`, are those of the moment; empty:
+    /// there are none, and members that want them are left out.
+    pub(super) fn ask(
+        &mut self,
+        moment: Moment,
+        layer: usize,
+        batch: &[&DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+    ) -> Result<(), DaemonError> {
+        let source = |i: usize| self.needs_of(batch[i]).hint;
+        let by_query = |i: &usize| matches!(source(*i), HintSource::Ahead | HintSource::Current);
+        let members: Vec<usize> = (0..batch.len())
+            .filter(|i| Moment::of(source(*i)) == moment && (!queries.is_empty() || !by_query(i)))
+            .collect();
+        // A stream brings queries that the step has just computed; everything else goes as it is.
+        let (streamed, told): (Vec<usize>, Vec<usize>) =
+            members.into_iter().partition(|i| self.device.is_some() && by_query(i));
+        if !streamed.is_empty() {
+            let pending = self.ask_on_stream(layer, &streamed, batch, positions, queries)?;
+            self.pending[layer].push(Asked { members: streamed, answer: Waiting::Stream(pending) });
+        }
+        if !told.is_empty() {
+            let pending = self.ask_from_here(layer, &told, batch, positions, queries)?;
+            let answer = match &self.device {
+                Some(_) => Waiting::Stream(pending.on_stream()?),
+                None => Waiting::Host(pending),
+            };
+            self.pending[layer].push(Asked { members: told, answer });
+        }
+        Ok(())
+    }
+
+    fn ask_on_stream(
+        &mut self,
+        layer: usize,
+        asked: &[usize],
+        batch: &[&DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+    ) -> Result<StreamPending, DaemonError> {
+        let width = self.shape.query_heads * self.shape.head_dim;
+        let members: Vec<_> = asked
+            .iter()
+            .map(|&i| StreamMember { sequence: batch[i].inner(), position: positions[i] })
+            .collect();
+        let deadline = self.options.deadline;
+        let Some(device) = &mut self.device else { unreachable!("streams are those of a device") };
+        if asked.len() == batch.len() {
+            return device.speculate(&self.model, layer, &members, queries, deadline);
+        }
+        let hints: Vec<f32> =
+            asked.iter().flat_map(|i| &queries[i * width..(i + 1) * width]).copied().collect();
+        device.speculate(&self.model, layer, &members, &hints, deadline)
+    }
+
+    fn ask_from_here(
+        &mut self,
+        layer: usize,
+        asked: &[usize],
+        batch: &[&DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+    ) -> Result<Pending, DaemonError> {
+        let width = self.shape.query_heads * self.shape.head_dim;
+        let given = self.given(layer, asked, batch, positions, queries)?;
+        // A sequence without a past has nothing to choose from either.
+        let nothing = vec![0.0; width];
+        let members: Vec<_> = asked
+            .iter()
+            .zip(&given)
+            .map(|(&i, ids)| {
+                let hint = match self.needs_of(batch[i]).hint {
+                    HintSource::None => Hint::None,
+                    HintSource::Ahead | HintSource::Current => {
+                        Hint::Query(&queries[i * width..(i + 1) * width])
+                    }
+                    HintSource::Previous if batch[i].last(layer).is_empty() => Hint::Query(&nothing),
+                    HintSource::Previous => Hint::Query(batch[i].last(layer)),
+                    HintSource::Ids => Hint::Ids(ids),
+                };
+                Member { sequence: batch[i].inner(), position: positions[i], hint }
+            })
+            .collect();
+        Ok(self.model.speculate(layer, &members)?)
+    }
+
+    /// What the engine names, in the form of the wire; empty for members that name nothing.
+    fn given(
+        &mut self,
+        layer: usize,
+        asked: &[usize],
+        batch: &[&DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+    ) -> Result<Vec<Vec<u32>>, DaemonError> {
+        let width = self.shape.query_heads * self.shape.head_dim;
+        let mut all = Vec::with_capacity(asked.len());
+        for &i in asked {
+            let mut words = Vec::new();
+            if self.needs_of(batch[i]).hint == HintSource::Ids {
+                let Some(Provider(name)) = &mut self.ids else {
+                    let method = Box::new(self.options.methods[batch[i].method()].clone());
+                    return Err(DaemonError::NoIds { method });
+                };
+                let query = &queries[i * width..(i + 1) * width];
+                let request = IdsRequest { layer, member: i, position: positions[i], query };
+                let mut named = name(&request);
+                named.resize(self.shape.kv_heads, Vec::new());
+                for ids in named {
+                    words.push(ids.len() as u32);
+                    words.extend(ids);
+                }
+            }
+            all.push(words);
+        }
+        Ok(all)
+    }
+
+    /// Waits for an answer on the host, and counts it.
+    pub(super) fn wait(&mut self, pending: Pending) -> Result<kvoyant_client::Ready, DaemonError> {
+        let since = Instant::now();
+        let ready = pending.wait(self.options.deadline)?;
+        self.stats.answered(since.elapsed(), ready.completion());
+        Ok(ready)
+    }
+}

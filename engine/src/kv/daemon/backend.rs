@@ -1,0 +1,331 @@
+//! The calls of the decoder.
+
+use std::ops::Range;
+
+use kvoyant_methods::{HintSource, RowPart, infinigen};
+use rayon::prelude::*;
+
+use super::super::{KvBackend, KvShape};
+use super::ask::{Asked, Moment, Waiting};
+use super::attention::Pass;
+use super::device::Layer;
+use super::measure::Attended;
+use super::{DaemonError, DaemonKv, DaemonSequence};
+
+/// Rows of one layer of one step: `[batch][Hq][d]`, and where they go.
+struct Heads<'a> {
+    queries: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl DaemonKv {
+    pub(super) fn pass(&self, layer: usize, selects: bool) -> Pass<'_> {
+        let (sinks, window) = (self.options.sinks, self.options.window);
+        Pass { shape: &self.shape, sinks, window, layer, selects }
+    }
+
+    /// The groups of a layer: those that were asked for, and who was not, who attends to everything.
+    fn groups(&mut self, layer: usize, members: usize) -> Vec<(Vec<usize>, Option<Waiting>)> {
+        let asked = std::mem::take(&mut self.pending[layer]);
+        let mut left: Vec<usize> = (0..members).collect();
+        let mut groups = Vec::with_capacity(asked.len() + 1);
+        for Asked { members, answer } in asked {
+            left.retain(|member| !members.contains(member));
+            groups.push((members, Some(answer)));
+        }
+        if !left.is_empty() {
+            groups.push((left, None));
+        }
+        groups
+    }
+
+    /// Attention of one group: `members` says which of the step's batch `batch` is.
+    fn attend_group(
+        &mut self,
+        layer: usize,
+        (members, asked): (&[usize], Option<Waiting>),
+        batch: &[&DaemonSequence],
+        positions: &[usize],
+        Heads { queries, out }: Heads<'_>,
+    ) -> Result<(), DaemonError> {
+        let learns = batch.iter().any(|sequence| self.needs_of(sequence).feedback.is_some());
+        let attends = batch.iter().any(|sequence| self.needs_of(sequence).cpu_attention.is_some());
+        let mut lse = vec![0.0; members.len() * self.shape.query_heads];
+        let deadline = self.options.deadline;
+        let answer = if let Some(device) = &mut self.device {
+            let asked = match asked {
+                None => None,
+                Some(Waiting::Stream(pending)) => Some(pending),
+                Some(Waiting::Host(pending)) => Some(pending.on_stream()?),
+            };
+            let pass = Pass {
+                shape: &self.shape,
+                sinks: self.options.sinks,
+                window: self.options.window,
+                layer,
+                selects: asked.is_some(),
+            };
+            let wanted = self.measure || learns || attends;
+            let attended = Layer { pass, batch, positions, queries };
+            let answered = device.attend(attended, asked, deadline, wanted, (&mut *out, &mut lse))?;
+            let Some(answered) = answered else { return Ok(()) };
+            self.stats.answered(answered.waited, &answered.completion);
+            let Some(answer) = answered.answer else { return Ok(()) };
+            pass.merge(&answer, batch.len(), (&mut *out, &mut lse));
+            answer
+        } else {
+            let ready = match asked {
+                Some(Waiting::Host(pending)) => Some(self.wait(pending)?),
+                // Streams are asked for where there is a device alone.
+                Some(Waiting::Stream(_)) | None => None,
+            };
+            let pass = self.pass(layer, ready.is_some());
+            let rebuilt: Vec<bool> =
+                batch.iter().map(|sequence| self.needs_of(sequence).part == RowPart::Values).collect();
+            match (&ready, &self.options.rope) {
+                (Some(ready), Some(rope)) if rebuilt.contains(&true) => {
+                    let members = (batch, positions);
+                    let into = (&mut *out, &mut lse[..]);
+                    pass.attend_with_rebuilt(ready, members, (&rebuilt, rope), queries, into)?;
+                }
+                (ready, _) => pass.attend(ready.as_ref(), batch, positions, queries, (&mut *out, &mut lse)),
+            }
+            let Some(ready) = ready else { return Ok(()) };
+            if !(self.measure || learns || attends) {
+                return Ok(());
+            }
+            (*ready).clone()
+        };
+        let partials = (0..members.len()).filter_map(|member| answer.partial(member));
+        self.stats.rows_cpu += partials.map(|partial| u64::from(partial.rows)).sum::<u64>();
+        if self.measure {
+            let attended = Attended { queries, out, lse: &lse };
+            let measured = self.pass(layer, true).measure(&answer, batch, positions, attended);
+            self.stats.measured += measured;
+        }
+        if learns {
+            self.collect_rows(layer, members, &answer, batch, positions, queries);
+        }
+        Ok(())
+    }
+}
+
+impl KvBackend for DaemonKv {
+    type Sequence = DaemonSequence;
+    type Error = DaemonError;
+
+    fn tokens(&self, sequence: &DaemonSequence) -> usize {
+        sequence.tokens()
+    }
+
+    fn store(
+        &mut self,
+        layer: usize,
+        sequence: &mut DaemonSequence,
+        start: usize,
+        k: &[f32],
+        v: &[f32],
+    ) -> Result<(), DaemonError> {
+        let KvShape { kv_heads, head_dim: d, .. } = self.shape;
+        let (layout, row_bytes) = (self.shape.layout(), self.shape.row_bytes());
+        let tokens = k.len() / (kv_heads * d);
+        // A step that failed before this prefill is over.
+        self.in_step = false;
+        if self.statistics.is_some_and(|statistics| statistics.keys) {
+            self.add_sums(layer, sequence, |shape, head| infinigen::HeadRows::keys(k, shape, head));
+        }
+        self.make_room(&[(sequence, start + tokens)])?;
+        let sequence = sequence.inner();
+        (0..kv_heads).into_par_iter().try_for_each(|head| {
+            let mut rows = vec![0; tokens * row_bytes];
+            for (t, row) in rows.chunks_exact_mut(row_bytes).enumerate() {
+                let at = (t * kv_heads + head) * d;
+                layout.encode(&k[at..at + d], &v[at..at + d], row);
+            }
+            Ok(sequence.write_rows(layer, head, start, &rows)?)
+        })
+    }
+
+    fn read(
+        &mut self,
+        layer: usize,
+        sequence: &DaemonSequence,
+        tokens: Range<usize>,
+        k: &mut [f32],
+        v: &mut [f32],
+    ) -> Result<(), DaemonError> {
+        let (layout, row_bytes) = (self.shape.layout(), self.shape.row_bytes());
+        let head_values = tokens.len() * self.shape.head_dim;
+        let sequence = sequence.inner();
+        k.par_chunks_mut(head_values).zip(v.par_chunks_mut(head_values)).enumerate().try_for_each(
+            |(head, (k, v))| {
+                let mut rows = vec![0; tokens.len() * row_bytes];
+                sequence.read_rows(layer, head, tokens.clone(), &mut rows)?;
+                layout.decode_keys(&rows, k);
+                layout.decode_values(&rows, v);
+                Ok(())
+            },
+        )
+    }
+
+    fn observe_queries(
+        &mut self,
+        layer: usize,
+        sequence: &mut DaemonSequence,
+        start: usize,
+        queries: &[f32],
+    ) -> Result<(), DaemonError> {
+        if self.statistics.is_some() {
+            self.add_sums(layer, sequence, |shape, head| infinigen::HeadRows::queries(queries, shape, head));
+        }
+        self.keep_queries(layer, sequence, start, queries);
+        Ok(())
+    }
+
+    fn wants_marks(&self) -> bool {
+        self.needs.iter().any(|needs| needs.marks)
+    }
+
+    fn mark_tokens(
+        &mut self,
+        sequence: &mut DaemonSequence,
+        start: usize,
+        marks: &[u8],
+    ) -> Result<(), DaemonError> {
+        self.make_room(&[(sequence, start + marks.len())])?;
+        Ok(self.model.mark(sequence.inner(), start, marks)?)
+    }
+
+    fn attend_chunk(
+        &mut self,
+        layer: usize,
+        sequence: &mut DaemonSequence,
+        start: usize,
+        queries: &[f32],
+        out: &mut [f32],
+    ) -> Result<bool, DaemonError> {
+        self.attend_selected(layer, sequence, start, queries, out)
+    }
+
+    fn commit(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
+        let new = tokens - sequence.tokens();
+        sequence.set_tokens(tokens);
+        if !self.in_step && new > 0 {
+            self.model.append(&[(sequence.inner(), new)])?;
+        }
+        Ok(())
+    }
+
+    fn begin_step(
+        &mut self,
+        batch: &mut [&mut DaemonSequence],
+        positions: &[usize],
+    ) -> Result<(), DaemonError> {
+        self.in_step = false;
+        self.pending.iter_mut().for_each(Vec::clear);
+        self.rows.clear();
+        for sequence in batch.iter_mut() {
+            self.finish_prompt(sequence)?;
+        }
+        let wanted: Vec<_> =
+            batch.iter().zip(positions).map(|(sequence, position)| (&**sequence, position + 1)).collect();
+        self.make_room(&wanted)?;
+        self.in_step = true;
+        self.hinted = batch.iter().any(|sequence| self.needs_of(sequence).hint == HintSource::Ahead);
+        self.stats.begin(batch.len(), positions);
+        // A first layer that is not dense has nothing before it to be predicted from: members that want to be asked by
+        // a prediction attend to everything there.
+        if self.speculates(0) {
+            self.ask(Moment::Ahead, 0, &shared(batch), positions, &[])?;
+        }
+        Ok(())
+    }
+
+    fn wants_hint(&self, layer: usize) -> bool {
+        self.hinted && self.speculates(layer)
+    }
+
+    fn hint(
+        &mut self,
+        layer: usize,
+        batch: &mut [&mut DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+    ) -> Result<(), DaemonError> {
+        self.ask(Moment::Ahead, layer, &shared(batch), positions, queries)
+    }
+
+    fn append(
+        &mut self,
+        layer: usize,
+        batch: &mut [&mut DaemonSequence],
+        positions: &[usize],
+        k: &[f32],
+        v: &[f32],
+    ) -> Result<(), DaemonError> {
+        let next = layer + 1;
+        if !self.hinted && next < self.shape.layers && self.speculates(next) {
+            self.ask(Moment::Ahead, next, &shared(batch), positions, &[])?;
+        }
+        let KvShape { kv_heads, head_dim: d, .. } = self.shape;
+        let layout = self.shape.layout();
+        let mut row = vec![0; self.shape.row_bytes()];
+        for (i, sequence) in batch.iter().enumerate() {
+            for head in 0..kv_heads {
+                let at = (i * kv_heads + head) * d;
+                layout.encode(&k[at..at + d], &v[at..at + d], &mut row);
+                sequence.inner().write_rows(layer, head, positions[i], &row)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn attend(
+        &mut self,
+        layer: usize,
+        batch: &mut [&mut DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+        out: &mut [f32],
+    ) -> Result<(), DaemonError> {
+        if self.speculates(layer) {
+            self.ask(Moment::Current, layer, &shared(batch), positions, queries)?;
+        }
+        let width = self.shape.query_heads * self.shape.head_dim;
+        for (members, asked) in self.groups(layer, batch.len()) {
+            if members.len() == batch.len() {
+                let heads = Heads { queries, out: &mut *out };
+                self.attend_group(layer, (&members, asked), &shared(batch), positions, heads)?;
+                continue;
+            }
+            let part: Vec<&DaemonSequence> = members.iter().map(|i| &*batch[*i]).collect();
+            let at: Vec<usize> = members.iter().map(|i| positions[*i]).collect();
+            let own = |i: &usize| i * width..(i + 1) * width;
+            let asking: Vec<f32> = members.iter().flat_map(|i| &queries[own(i)]).copied().collect();
+            let mut attended = vec![0.0; asking.len()];
+            let heads = Heads { queries: &asking, out: &mut attended };
+            self.attend_group(layer, (&members, asked), &part, &at, heads)?;
+            for (i, attended) in members.iter().zip(attended.chunks_exact(width)) {
+                out[own(i)].copy_from_slice(attended);
+            }
+        }
+        if self.keeps_last() {
+            for (sequence, query) in batch.iter_mut().zip(queries.chunks_exact(width)) {
+                sequence.set_last(layer, query);
+            }
+        }
+        Ok(())
+    }
+
+    fn end_step(&mut self, batch: &mut [&mut DaemonSequence]) -> Result<(), DaemonError> {
+        self.in_step = false;
+        let appended: Vec<_> = batch.iter().map(|sequence| (sequence.inner(), 1)).collect();
+        self.model.append(&appended)?;
+        batch.iter_mut().for_each(|sequence| sequence.stepped());
+        self.send_rows(batch)
+    }
+}
+
+fn shared<'a>(batch: &'a [&mut DaemonSequence]) -> Vec<&'a DaemonSequence> {
+    batch.iter().map(|sequence| &**sequence).collect()
+}

@@ -1,0 +1,204 @@
+//! What methods may want of the engine, over a real daemon: whatever the source of a hint, with a whole budget the answer is
+//! dense attention's.
+
+use std::sync::Arc;
+
+use kvoyant_engine::calibrate::calibrate;
+use kvoyant_engine::{
+    DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, DenseKv, Dtype, Format, KvShape, Model,
+    PrefillOptions, StepStats, argmax, synthetic,
+};
+use kvoyant_methods::{ArtifactKind, MethodSpec};
+use kvoyant_tests::Daemon;
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
+
+fn prompt(model: &Model, tokens: usize) -> Vec<u32> {
+    let mut state = 12345u32;
+    (0..tokens)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) % model.config().vocabulary as u32
+        })
+        .collect()
+}
+
+fn connect(daemon: &Daemon, model: &Arc<Model>, format: Format, methods: &[&str]) -> DaemonKv {
+    let methods: Vec<MethodSpec> = methods.iter().map(|text| text.parse().unwrap()).collect();
+    let shape = KvShape::new(model.config(), format);
+    let mut options = DaemonOptions {
+        dense_layers: 1,
+        window: 16,
+        rope: Some(model.rope().clone()),
+        methods,
+        ..DaemonOptions::default()
+    };
+    let methods_shape = options.shape(&shape, 32);
+    let wanted: std::collections::BTreeSet<ArtifactKind> =
+        options.methods.iter().filter_map(MethodSpec::artifact).collect();
+    for kind in wanted {
+        let text = prompt(model, 300);
+        options.artifacts.insert(calibrate(model, kind, &methods_shape, &text, &mut |_, _, _| {}).unwrap());
+    }
+    let mut kv = DaemonKv::connect(&daemon.socket(), shape, options).unwrap();
+    kv.set_ids(|request| {
+        // Everything but sinks and window.
+        let candidates: Vec<u32> = (4..(request.position as u32 + 1).saturating_sub(16)).collect();
+        vec![candidates; 2]
+    });
+    kv
+}
+
+/// Logits of six greedy steps after a prompt, in the storage type, with dense attention.
+fn dense(model: &Arc<Model>, format: Format, prompt: &[u32]) -> Vec<Vec<f32>> {
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+    let mut kv = DenseKv::new(KvShape::new(model.config(), format));
+    let mut sequence = kv.sequence();
+    let mut all = vec![decoder.prefill(&mut kv, &mut sequence, prompt, PrefillOptions::default()).unwrap()];
+    for _ in 0..6 {
+        let next = argmax(all.last().unwrap());
+        all.push(decoder.step(&mut kv, &mut [&mut sequence], &[next]).unwrap().logits);
+    }
+    all
+}
+
+fn worst(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Decodes what dense attention would, one method alone, and gives the largest difference of its logits and what it cost.
+fn difference(
+    kv: &mut DaemonKv,
+    method: usize,
+    prompt: &[u32],
+    expected: &[Vec<f32>],
+    model: &Arc<Model>,
+) -> (f32, StepStats) {
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+    let mut sequence = kv.sequence(method).unwrap();
+    decoder.prefill(kv, &mut sequence, prompt, PrefillOptions::default()).unwrap();
+    kv.take_stats();
+    let mut most = 0.0_f32;
+    for logits in expected.windows(2) {
+        let step = decoder.step(kv, &mut [&mut sequence], &[argmax(&logits[0])]).unwrap();
+        most = most.max(worst(&step.logits, &logits[1]));
+    }
+    (most, kv.take_stats())
+}
+
+#[test]
+fn with_a_whole_budget_every_source_of_hints_gives_dense_attention() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 333);
+    let format = Format::Plain(Dtype::F32);
+    let expected = dense(&model, format, &prompt);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let methods = [
+        "quest:budget=100%,hint=ahead",
+        "quest:budget=100%,hint=previous",
+        "quest:budget=100%,hint=current",
+        "given",
+        "oracle:budget=100%",
+        "shadowkv:budget=100%,keys=moved",
+        "shadowkv:budget=100%,rank=100%",
+        "scout:budget=100%,query=true",
+    ];
+    for name in methods {
+        let mut kv = connect(&daemon, &model, format, &[name]);
+        kv.measure(true);
+        let (most, stats) = difference(&mut kv, 0, &prompt, &expected, &model);
+        assert!(most < 2e-3, "{name}: {most}");
+        assert!((stats.attention_mass().unwrap() - 1.0).abs() < 1e-3, "{name}: {stats:?}");
+        assert!(stats.measured.output_error().unwrap() < 1e-3, "{name}: {stats:?}");
+        assert!(stats.measured.top_k_recall().is_none_or(|recall| recall == 1.0), "{name}: {stats:?}");
+    }
+}
+
+#[test]
+fn methods_of_different_sources_share_a_step_as_if_each_were_alone() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 333);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let methods = [
+        "quest:budget=10%",
+        "quest:budget=10%,hint=previous",
+        "quest:budget=10%,hint=current",
+        "window",
+        "given",
+    ];
+    let mut kv = connect(&daemon, &model, Format::Plain(Dtype::F16), &methods);
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+    let mut base = kv.sequence(0).unwrap();
+    decoder.prefill(&mut kv, &mut base, &prompt, PrefillOptions::default()).unwrap();
+    let fork = |kv: &mut DaemonKv, base: &mut DaemonSequence| -> Vec<DaemonSequence> {
+        (0..methods.len()).map(|method| kv.fork(base, Some(method)).unwrap()).collect()
+    };
+    let (mut alone, mut together) = (fork(&mut kv, &mut base), fork(&mut kv, &mut base));
+    for token in [3u32, 5, 8] {
+        let mut batch: Vec<_> = together.iter_mut().collect();
+        let all = decoder.step(&mut kv, &mut batch, &[token; 5]).unwrap();
+        for (member, sequence) in alone.iter_mut().enumerate() {
+            let one = decoder.step(&mut kv, &mut [sequence], &[token]).unwrap();
+            let worst = worst(&one.logits, all.of(member, methods.len()));
+            assert!(worst < 1e-3, "{}: {worst}", methods[member]);
+        }
+    }
+}
+
+#[test]
+fn methods_that_learn_from_attention_or_text_are_told_of_it() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 333);
+    let format = Format::Plain(Dtype::F16);
+    let expected = dense(&model, format, &prompt);
+    let daemon = Daemon::start(DAEMON, &[]);
+    for name in
+        ["attention-predictor:budget=64", "dynsplit:budget=20%", "hata:budget=20%", "hetero:budget=50%"]
+    {
+        let mut kv = connect(&daemon, &model, format, &[name]);
+        kv.measure(true);
+        let (_, stats) = difference(&mut kv, 0, &prompt, &expected, &model);
+        let recall = stats.measured.top_k_recall().unwrap();
+        assert!(recall > 0.0 && recall <= 1.0, "{name}: {recall}");
+        assert_eq!(stats.feedback.is_zero(), !name.starts_with("attention-predictor"), "{name}");
+    }
+}
+
+#[test]
+fn rows_in_fewer_bytes_stay_near_rows_in_many_and_equal_dense_attention_over_the_same_rows() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 333);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let formats = [Format::Fp8, Format::Int8, Format::Int4 { group: 32 }];
+    let mut moved = Vec::new();
+    for format in [Format::Plain(Dtype::F16)].into_iter().chain(formats) {
+        let expected = dense(&model, format, &prompt);
+        let mut kv = connect(&daemon, &model, format, &["full"]);
+        let (most, stats) = difference(&mut kv, 0, &prompt, &expected, &model);
+        assert!(most < 1e-3, "{format}: {most}");
+        moved.push(stats.bytes_moved);
+    }
+    assert!(moved[1..].iter().all(|bytes| *bytes < moved[0]) && moved[3] < moved[0] / 2, "{moved:?}");
+}
+
+#[test]
+fn a_sparse_prefill_with_a_whole_budget_is_a_dense_one_and_with_a_small_one_reads_less() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 700);
+    let format = Format::Plain(Dtype::F32);
+    let expected = dense(&model, format, &prompt);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let options = DecoderOptions { chunk_tokens: 128, sparse_prefill: true, ..DecoderOptions::default() };
+    let mut rows = Vec::new();
+    for name in ["quest:budget=100%", "quest:budget=5%"] {
+        let mut kv = connect(&daemon, &model, format, &[name]);
+        let mut sequence = kv.sequence(0).unwrap();
+        let mut decoder = Decoder::new(model.clone(), options);
+        let logits = decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
+        rows.push(kv.take_stats().rows_selected);
+        if name.ends_with("100%") {
+            assert!(worst(&logits, &expected[0]) < 2e-3);
+        }
+    }
+    assert!(rows[1] > 0 && rows[1] < rows[0] / 4, "{rows:?}");
+}
