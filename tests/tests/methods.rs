@@ -69,6 +69,10 @@ fn tokens_of(ready: &Ready, head: usize) -> Vec<usize> {
     ready.tokens(0, head).flat_map(|run| run.token..run.token + run.rows).collect()
 }
 
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
 fn is_bad_hint(result: Result<Ready, Error>) -> bool {
     matches!(result, Err(Error::NotReady { status: Status::BadHint, .. }))
 }
@@ -218,7 +222,7 @@ fn what_the_cpu_attends_and_what_is_resident_merge_to_attention_over_the_selecti
         for head in 0..fake::KV_HEADS {
             let mut bytes = Vec::new();
             ready.copy_rows(0, head, &mut bytes).unwrap();
-            let resident: &[f32] = bytemuck::cast_slice(&bytes);
+            let resident = floats(&bytes);
             let resident: Vec<_> =
                 resident.chunks(2 * d).map(|row| (row[..d].to_vec(), row[d..].to_vec())).collect();
             let selected = fake::SINKS..tokens + 1 - fake::WINDOW;
@@ -277,7 +281,7 @@ fn a_method_that_rebuilds_keys_moves_values_alone() {
     for head in 0..fake::KV_HEADS {
         let mut bytes = Vec::new();
         ready.copy_rows(0, head, &mut bytes).unwrap();
-        let rows: &[f32] = bytemuck::cast_slice(&bytes);
+        let rows = floats(&bytes);
         for (row, token) in rows.chunks(2 * fake::HEAD_DIM).zip(tokens_of(&ready, head)) {
             assert_eq!(row[fake::HEAD_DIM..], fake::row(2, 1, head, token)[fake::HEAD_DIM..]);
         }
@@ -413,7 +417,7 @@ fn what_methods_keep_is_shown_and_given_back() {
 #[test]
 fn attention_rows_reach_the_method_and_impossible_ones_end_the_session_with_the_reason() {
     let daemon = Daemon::start(DAEMON, &[]);
-    let method = ["attention-predictor:budget=16,weights=average", "full"];
+    let method = ["attention-predictor:budget=64,weights=average", "full"];
     let model = fake::connect(&daemon, &method);
     let sequence = noisy(&model, 300);
     let blocks = 301usize.div_ceil(16);
@@ -425,7 +429,8 @@ fn attention_rows_reach_the_method_and_impossible_ones_end_the_session_with_the_
         model.feedback(&sequence, 1, 301, true, &hot(7)).unwrap();
     }
     let ready = ask(&model, &sequence, 1, Hint::None).unwrap();
-    assert_eq!(tokens_of(&ready, 0), (7 * 16..8 * 16).collect::<Vec<_>>());
+    let selected = tokens_of(&ready, 0);
+    assert!((7 * 16..8 * 16).all(|token| selected.contains(&token)), "{selected:?}");
     drop(ready);
     type Attack = fn(&Model, &Sequence);
     let attacks: [(&str, &str, Attack); 7] = [
@@ -504,7 +509,7 @@ fn artifacts_are_read_by_kind_and_those_that_do_not_fit_are_refused() {
     let other = refusal(&daemon, trained.clone(), &[artifact(ArtifactKind::Predictor, Fingerprint([7; 16]))]);
     assert!(other.contains("0707"), "{other}");
     let wrong = refusal(&daemon, trained.clone(), &[artifact(ArtifactKind::Predictor, own)]);
-    assert!(wrong.contains("tensor"), "{wrong}");
+    assert!(wrong.contains("history of nothing"), "{wrong}");
     let hash = artifact(ArtifactKind::Hash, own);
     let twice = refusal(&daemon, trained.clone(), &[hash.clone(), hash.clone()]);
     assert!(twice.contains("two hash artifacts"), "{twice}");
