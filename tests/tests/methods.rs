@@ -370,6 +370,70 @@ fn rows_of_every_format_come_back_as_their_format_keeps_them() {
 }
 
 #[test]
+fn the_daemon_selects_what_its_methods_select_in_plain_memory_marks_forks_and_truncations_included() {
+    use kvoyant_methods::{Artifacts, Replay, Scratch, Shape};
+    let mark = |token: usize| [0, 1, 0, 3, 2][token % 5];
+    let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
+    let methods = ["dynsplit:budget=64", "freekv:tau=2", "shadowkv:rank=8", "quest", "resv", "oracle"];
+    for method in methods {
+        let model = fake::connect(&daemon, &[method]);
+        let spec = model.spec();
+        let shape = Shape {
+            layers: fake::LAYERS,
+            query_heads: fake::QUERY_HEADS,
+            kv_heads: fake::KV_HEADS,
+            head_dim: fake::HEAD_DIM,
+            page_rows: model.page_rows(),
+            sinks: fake::SINKS,
+            window: fake::WINDOW,
+            dense_layers: 1,
+            dtype: Dtype::F32,
+            fingerprint: spec.fingerprint.parse().unwrap(),
+        };
+        let built = kvoyant_methods::build(&method.parse().unwrap(), &shape, &Artifacts::none()).unwrap();
+        let mut replay = Replay::new(&*built, &shape, 1, 512);
+        let (query, mut scratch) = (noise(QUERY, 9), Scratch::new());
+        let extend = |sequence: &Sequence, replay: &mut Replay, tokens: usize| {
+            let range = replay.tokens()..tokens;
+            let marks: Vec<u8> = range.clone().map(mark).collect();
+            model.reserve(&[(sequence, tokens)]).unwrap();
+            model.mark(sequence, range.start, &marks).unwrap();
+            append_noise(&model, sequence, tokens);
+            replay.mark(&marks);
+            let keys: Vec<f32> =
+                range.flat_map(|token| of_token(model.layout(), fake::KV_HEADS, 1, token).0).collect();
+            replay.append(&*built, &keys, usize::MAX);
+        };
+        let mut check = |sequence: &Sequence, replay: &mut Replay, what: &str| {
+            let member = Member { sequence, position: replay.tokens() - 1, hint: Hint::Query(&query) };
+            let ready = model.speculate(1, &[member]).unwrap().wait(PATIENCE).unwrap();
+            let wanted = replay.select(&*built, &query, &mut scratch);
+            for head in 0..fake::KV_HEADS {
+                let ranges = wanted.head(head).iter();
+                let wanted: Vec<_> =
+                    ranges.flat_map(|range| range.first as usize..range.end() as usize).collect();
+                assert_eq!(tokens_of(&ready, head), wanted, "{method} {what}");
+            }
+        };
+        let sequence = model.open(0, 0).unwrap();
+        extend(&sequence, &mut replay, 300);
+        check(&sequence, &mut replay, "after a prompt");
+        let fork = sequence.fork(None).unwrap();
+        let mut of_fork = replay.clone();
+        extend(&sequence, &mut replay, 450);
+        check(&sequence, &mut replay, "longer");
+        sequence.truncate(170).unwrap();
+        replay.truncate(&*built, 170);
+        check(&sequence, &mut replay, "cut");
+        extend(&sequence, &mut replay, 260);
+        check(&sequence, &mut replay, "cut and grown");
+        check(&fork, &mut of_fork, "forked");
+        extend(&fork, &mut of_fork, 333);
+        check(&fork, &mut of_fork, "forked and grown");
+    }
+}
+
+#[test]
 fn a_memory_follows_forks_and_truncations() {
     let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
     for method in ["resv", "freekv:tau=2", "shadowkv:rank=8", "quest"] {

@@ -14,6 +14,7 @@ use crate::lane::model::ModelState;
 use crate::lane::place::moved_part;
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::LayerSlots;
+use crate::tiers::residency::SlotSet;
 
 /// A background transfer while it is being planned.
 #[derive(Debug, Default)]
@@ -124,7 +125,7 @@ impl ModelState {
         }
         let bytes = background.answer.bytes - before;
         if bytes == 0 {
-            slots.heads.iter_mut().for_each(|set| set.let_go());
+            slots.heads.iter_mut().for_each(SlotSet::let_go);
             return result;
         }
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
@@ -149,7 +150,7 @@ impl ModelState {
             let slots = &mut sequence.residency[layer];
             if slots.background == Some(number) {
                 slots.background = None;
-                slots.heads.iter_mut().for_each(|set| set.let_go());
+                slots.heads.iter_mut().for_each(SlotSet::let_go);
             }
         }
         self.settle(released_through);
