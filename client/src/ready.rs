@@ -10,6 +10,7 @@ use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, PartialLayout, Sta
 use crate::cuda::StreamPending;
 use crate::error::Error;
 use crate::model::Inner;
+use crate::rings::Table;
 
 /// A speculation under way. Dropping it gives it up.
 #[derive(Debug)]
@@ -107,7 +108,7 @@ impl Answer {
         let kv_heads = inner.geometry.kv_heads;
         let partial_layout =
             PartialLayout { query_heads: inner.geometry.query_heads, values: inner.geometry.values() };
-        let (heads, runs, partials) = inner.rings.table(&completion, kv_heads, partial_layout)?;
+        let Table { heads, runs, partials } = inner.rings.table(&completion, kv_heads, partial_layout)?;
         for run in &runs {
             inner
                 .memory

@@ -121,6 +121,17 @@ impl Slot<'_> {
     }
 }
 
+/// A block table, copied out.
+#[derive(Debug)]
+pub(crate) struct Table {
+    /// `[member][KV head]`.
+    pub(crate) heads: Vec<HeadEntry>,
+    /// Runs of all heads.
+    pub(crate) runs: Vec<BlockRun>,
+    /// Words of the partial attentions, if there are any.
+    pub(crate) partials: Vec<u32>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Rings {
@@ -472,14 +483,13 @@ impl Rings {
         consumer.say_sleeping(&self.c2d, *sleepers > 0);
     }
 
-    /// Copies an answer's block table out, and checks that every head's runs lie inside it. The words of its partial
-    /// attentions come as they are.
+    /// Copies an answer's block table out, and checks that every head's runs lie inside it.
     pub(crate) fn table(
         &self,
         completion: &Completion,
         kv_heads: usize,
         partial: PartialLayout,
-    ) -> Result<(Vec<HeadEntry>, Vec<BlockRun>, Vec<u32>), Error> {
+    ) -> Result<Table, Error> {
         let count = completion.batch as usize * kv_heads;
         let bytes = completion.table_bytes as usize;
         let head_bytes = count * size_of::<HeadEntry>();
@@ -504,7 +514,7 @@ impl Rings {
         if !heads.iter().all(inside) {
             return Err(Error::Broken("a head's runs lie outside their block table".into()));
         }
-        Ok((heads, runs, partials))
+        Ok(Table { heads, runs, partials })
     }
 }
 

@@ -73,7 +73,7 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
 
-fn is_bad_hint(result: Result<Ready, Error>) -> bool {
+fn is_bad_hint(result: &Result<Ready, Error>) -> bool {
     matches!(result, Err(Error::NotReady { status: Status::BadHint, .. }))
 }
 
@@ -97,7 +97,7 @@ fn given_rows_are_exactly_those_asked_for_and_impossible_ones_fail_their_request
         let too_many = &[u32::MAX, 5, 0][..];
         let short = &[2, 5, 6][..];
         for bad in [beyond, too_many, short, &[1, u32::MAX, 1, 5]] {
-            assert!(is_bad_hint(ask(&model, &sequence, 1, Hint::Ids(bad))), "{bad:?}");
+            assert!(is_bad_hint(&ask(&model, &sequence, 1, Hint::Ids(bad))), "{bad:?}");
         }
         assert_eq!(tokens_of(&ask(&model, &sequence, 1, Hint::Ids(&[0, 1, 5])).unwrap(), 1), [5]);
     }
@@ -115,7 +115,7 @@ fn every_source_of_queries_is_served_and_a_query_that_is_no_number_fails_its_req
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut query = good.clone();
             query[QUERY - 1] = bad;
-            assert!(is_bad_hint(ask(&model, &sequence, 1, Hint::Query(&query))), "{method}");
+            assert!(is_bad_hint(&ask(&model, &sequence, 1, Hint::Query(&query))), "{method}");
         }
         assert!(ask(&model, &sequence, 1, Hint::Query(&good[1..])).is_err(), "the client refuses its length");
         let again = selected(&ask(&model, &sequence, 1, Hint::Query(&good)).unwrap());
