@@ -7,7 +7,7 @@ use std::sync::Arc;
 use kvoyant_engine::calibrate::{CalibrateError, calibrate};
 use kvoyant_engine::{Model, TextError};
 use kvoyant_eval::texts::Filler;
-use kvoyant_methods::{Artifact, ArtifactKind, MethodError, Shape};
+use kvoyant_methods::{Artifact, ArtifactKind, Artifacts, Fingerprint, MethodError, Shape};
 
 use crate::cache::{self, CacheError};
 use crate::progress::{Progress, Step};
@@ -79,6 +79,22 @@ pub(crate) fn read(path: &Path, shape: &Shape) -> Result<Artifact, ArtifactError
     Artifact::from_bytes(&bytes)
         .and_then(|artifact| check(&artifact, artifact.kind(), shape).map(|()| artifact))
         .map_err(|error| ArtifactError::Refused { path: path.into(), error })
+}
+
+/// Those of a model that are in the cache, for traces, whose model is not at hand. A file that is damaged or of another kind
+/// counts as none: methods that need it say so.
+pub(crate) fn cached(model: Fingerprint) -> Artifacts {
+    let mut found = Artifacts::none();
+    for kind in ArtifactKind::ALL {
+        let Ok(folder) = cache::folder(kind.name()) else { continue };
+        let bytes = std::fs::read(folder.join(format!("{model}.safetensors")));
+        if let Some(artifact) = bytes.ok().and_then(|bytes| Artifact::from_bytes(&bytes).ok())
+            && artifact.kind() == kind
+        {
+            found.insert(artifact);
+        }
+    }
+    found
 }
 
 /// The model's artifact of a kind: from the cache, or made now and kept there.

@@ -3,7 +3,6 @@
 
 mod args;
 mod artifact_cache;
-mod artifacts;
 mod bench;
 mod cache;
 mod calibrate;

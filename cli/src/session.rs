@@ -103,7 +103,20 @@ pub(crate) fn connect(
     socket: &Path,
     options: DaemonOptions,
 ) -> Result<DaemonKv, SessionError> {
-    Ok(DaemonKv::connect(socket, shape(model), options)?)
+    connect_as(STORAGE, model, socket, options)
+}
+
+/// Connects and registers with rows in another format than our own.
+///
+/// # Errors
+/// As [`connect`], or a format that such heads cannot have.
+pub(crate) fn connect_as(
+    format: Format,
+    model: &Model,
+    socket: &Path,
+    options: DaemonOptions,
+) -> Result<DaemonKv, SessionError> {
+    Ok(DaemonKv::connect(socket, KvShape::new(model.config(), format), options)?)
 }
 
 /// The daemon's device in words: `host`, or `cuda:0` with the GPU's name.

@@ -10,7 +10,7 @@
 //! | current | nothing |
 //!
 //! Whatever hides behind what, a step is never shorter than its transfers together. The time to select is the one measured for
-//! a layer, scaled by the bytes of digests that are read and divided by the cores that share the work. Batch 1, f16, one token a
+//! a layer, scaled by the bytes of its rows (digests grow with them) and divided by the cores that share the work. Batch 1, f16, one token a
 //! step.
 
 use kvoyant_methods::HintSource;
@@ -110,9 +110,7 @@ pub struct Seen {
     pub attended_share: f64,
     /// Rows attended by the CPU, as a share of the tokens.
     pub cpu_share: f64,
-    /// Bytes of digests, as a share of the bytes of the rows.
-    pub digest_share: f64,
-    /// Seconds that one core took per byte of digest that it selected by.
+    /// Seconds that one core took to select, per byte of the rows that it selected from.
     pub select_s_per_byte: f64,
 }
 
@@ -143,7 +141,7 @@ pub fn step(model: &ModelShape, tokens: usize, link_gbps: f64, seen: &Seen) -> M
     let moved = seen.moved_share * rows_bytes;
     let transfer = if moved > 0.0 { LINK_LATENCY_S + moved / (link_gbps * 1e9) } else { 0.0 };
     let on_cpu = seen.cpu_share * rows_bytes / HOST_BYTES_PER_S;
-    let select = seen.select_s_per_byte * seen.digest_share * rows_bytes / SELECT_CORES;
+    let select = seen.select_s_per_byte * rows_bytes / SELECT_CORES;
     let needed = select + transfer.max(on_cpu);
     let hidden = match seen.hint {
         HintSource::None | HintSource::Ids | HintSource::Ahead => compute,
@@ -181,14 +179,7 @@ mod tests {
     use super::*;
 
     fn seen(hint: HintSource, moved_share: f64) -> Seen {
-        Seen {
-            hint,
-            moved_share,
-            attended_share: 0.06,
-            cpu_share: 0.0,
-            digest_share: 0.1,
-            select_s_per_byte: 0.0,
-        }
+        Seen { hint, moved_share, attended_share: 0.06, cpu_share: 0.0, select_s_per_byte: 0.0 }
     }
 
     #[test]

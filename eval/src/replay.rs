@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use kvoyant_methods::infinigen::{HeadRows, SkewBuilder, column_sums};
 use kvoyant_methods::{
-    Artifact, Artifacts, Dtype, HintSource, Method, MethodError, MethodSpec, Replay, RowPart, Scratch,
-    SelectContext, Selection, Shape,
+    Artifact, Artifacts, Budget, Dtype, HintSource, Method, MethodError, MethodSpec, Replay, RowPart,
+    Scratch, SelectContext, Selection, Shape,
 };
 use rayon::prelude::*;
 
@@ -139,7 +139,8 @@ impl<'a> Prepared<'a> {
         Ok(Artifact::Skew(std::sync::Arc::new(builder.finish()?)))
     }
 
-    /// Runs one method. `keep_rows` rows per KV head stay resident.
+    /// Runs one method. `budget` is what the true best rows are counted by, and how many of them the engine names for methods that
+    /// select nothing themselves; `keep_rows` rows per KV head stay resident.
     ///
     /// # Errors
     /// A method that cannot be built for this shape, or lacks an artifact.
@@ -147,6 +148,7 @@ impl<'a> Prepared<'a> {
         &self,
         spec: &MethodSpec,
         artifacts: &Artifacts,
+        budget: Option<Budget>,
         keep_rows: usize,
     ) -> Result<Outcome, ReplayError> {
         let method = kvoyant_methods::build(spec, &self.shape, artifacts)?;
@@ -156,7 +158,7 @@ impl<'a> Prepared<'a> {
             .map(|(layer, truth)| {
                 let skew = artifacts.skew().filter(|_| method.needs().observe);
                 let matrix = |head| skew.map_or(&[][..], |skew| skew.matrix(*layer, head));
-                Run { of: self, method: &*method, layer: *layer, truth }.all(keep_rows, &matrix)
+                Run { of: self, method: &*method, budget, layer: *layer, truth }.all(keep_rows, &matrix)
             })
             .collect();
         Ok(self.summed(&*method, &layers))
@@ -225,6 +227,7 @@ struct LayerOutcome {
 struct Run<'a> {
     of: &'a Prepared<'a>,
     method: &'a dyn Method,
+    budget: Option<Budget>,
     layer: usize,
     truth: &'a LayerTruth,
 }
@@ -335,7 +338,7 @@ impl Run<'_> {
     /// The candidates with the largest true probability per KV head, as many as the budget has, in rising order.
     fn best(&self, truth: &StepTruth, tokens: usize) -> Vec<Vec<u32>> {
         let (shape, group) = (&self.of.shape, self.of.shape.group());
-        let budget = self.method.spec().budget().map_or(0, |budget| budget.rows_of(tokens));
+        let budget = self.budget.map_or(0, |budget| budget.rows_of(tokens));
         let candidates = shape.candidates(tokens);
         (0..shape.kv_heads)
             .map(|head| {
@@ -502,7 +505,9 @@ mod tests {
     fn run(prepared: &Prepared<'_>, spec: &str, keep: usize) -> Outcome {
         let mut artifacts = Artifacts::none();
         artifacts.insert(prepared.skew().unwrap());
-        prepared.run(&spec.parse().unwrap(), &artifacts, keep).unwrap()
+        let spec: MethodSpec = spec.parse().unwrap();
+        let budget = spec.budget().or_else(|| Budget::share(0.12).ok());
+        prepared.run(&spec, &artifacts, budget, keep).unwrap()
     }
 
     #[test]
@@ -542,6 +547,15 @@ mod tests {
                 kind.name()
             );
         }
+    }
+
+    #[test]
+    fn the_rows_that_an_engine_names_are_the_true_best() {
+        let trace = small(Kind::Drift);
+        let prepared = Prepared::new(&trace).unwrap();
+        let given = run(&prepared, "given", 200);
+        assert_eq!(given.top_k_recall, 1.0);
+        assert!(given.attention_mass >= run(&prepared, "infinigen:budget=12%", 200).attention_mass);
     }
 
     #[test]

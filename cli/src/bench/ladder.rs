@@ -1,34 +1,64 @@
 //! Which methods are compared, and with which budgets.
 
-use kvoyant_methods::{Budget, MethodSpec, SpecError, registry};
+use kvoyant_engine::{Dtype, Format};
+use kvoyant_methods::{Budget, HintSource, MethodSpec, SpecError, registry};
 
-/// The specifications to compare: of each method one for every budget, and its own rule where it has one beside a budget.
+/// One row to be made.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Rung {
+    /// The method.
+    pub(crate) spec: MethodSpec,
+    /// Rows per KV head: the method's own budget, or how many the engine names for it.
+    pub(crate) budget: Option<Budget>,
+    /// How rows are stored.
+    pub(crate) format: Format,
+}
+
+/// How rows are stored but where the format is what is compared.
+pub(crate) const PLAIN: Format = Format::Plain(Dtype::F16);
+
+/// FlexGen's compressed rows: `full` is compared with them too.
+const COMPRESSED: Format = Format::Int4 { group: 64 };
+
+/// Methods that say nothing without options: which methods to mix is the user's choice.
+const NEEDS_OPTIONS: &[&str] = &["mix"];
+
+/// The rows to make: of each method one for every budget, and its own rule where it has one beside a budget. For a method
+/// whose rows the engine names, the budget is how many of the true best it names.
 ///
-/// `names` are methods with or without options; none at all stands for every method that the registry lists and that stands
-/// for itself.
+/// `names` are methods with or without options; none at all stands for every method of the registry that needs none, and for
+/// `full` with compressed rows.
 ///
 /// # Errors
 /// A name or an option that is none.
-pub(crate) fn rungs(names: &[String], budgets: &[Budget]) -> Result<Vec<MethodSpec>, SpecError> {
+pub(crate) fn rungs(names: &[String], budgets: &[Budget]) -> Result<Vec<Rung>, SpecError> {
     let all: Vec<String> =
         registry::names().filter(|name| !NEEDS_OPTIONS.contains(name)).map(str::to_owned).collect();
-    let names = if names.is_empty() { &all } else { names };
+    let chosen = if names.is_empty() { &all } else { names };
     let mut rungs = Vec::new();
-    for name in names {
+    for name in chosen {
         let plain: MethodSpec = name.parse()?;
+        if plain.hint() == HintSource::Ids {
+            rungs.extend(budgets.iter().map(|budget| Rung { budget: Some(*budget), ..rung(plain.clone()) }));
+            continue;
+        }
         let budgeted: Vec<MethodSpec> =
             budgets.iter().filter_map(|budget| with_budget(name, *budget)).collect();
         // Without a budget the method decides itself how much it needs: that is a row of its own.
         if plain.budget().is_none() || budgeted.is_empty() {
-            rungs.push(plain);
+            rungs.push(rung(plain));
         }
-        rungs.extend(budgeted);
+        rungs.extend(budgeted.into_iter().map(rung));
+    }
+    if names.is_empty() {
+        rungs.insert(1, Rung { format: COMPRESSED, ..rung("full".parse()?) });
     }
     Ok(rungs)
 }
 
-/// Methods that say nothing without options: which methods to mix is the user's choice.
-const NEEDS_OPTIONS: &[&str] = &["mix"];
+fn rung(spec: MethodSpec) -> Rung {
+    Rung { budget: spec.budget(), spec, format: PLAIN }
+}
 
 /// The method with that budget; none where it takes no budget, or has one already.
 fn with_budget(name: &str, budget: Budget) -> Option<MethodSpec> {
@@ -46,7 +76,7 @@ mod tests {
     fn texts(names: &[&str], budgets: &[&str]) -> Vec<String> {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let budgets: Vec<Budget> = budgets.iter().map(|budget| budget.parse().unwrap()).collect();
-        rungs(&names, &budgets).unwrap().iter().map(ToString::to_string).collect()
+        rungs(&names, &budgets).unwrap().iter().map(|rung| rung.spec.to_string()).collect()
     }
 
     #[test]
@@ -73,6 +103,15 @@ mod tests {
         for name in registry::names().filter(|name| !NEEDS_OPTIONS.contains(name)) {
             assert!(found.iter().any(|spec| spec.split(':').next() == Some(name)), "{name}");
         }
+    }
+
+    #[test]
+    fn what_the_engine_names_has_a_row_for_each_budget_and_full_one_with_compressed_rows() {
+        let budgets = ["3%", "6%"].map(|budget| budget.parse().unwrap());
+        let given = rungs(&["given".to_owned()], &budgets).unwrap();
+        assert_eq!(given.iter().map(|rung| rung.budget).collect::<Vec<_>>(), budgets.map(Some));
+        let all = rungs(&[], &budgets).unwrap();
+        assert!(all.iter().any(|rung| rung.spec.name() == "full" && rung.format == COMPRESSED));
     }
 
     #[test]

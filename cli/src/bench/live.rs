@@ -2,13 +2,15 @@
 
 use std::sync::Arc;
 
-use kvoyant_engine::{DaemonKv, Decoder, DecoderOptions, Model};
+use kvoyant_engine::{DaemonKv, Decoder, DecoderOptions, Format, IdsRequest, KvShape, Model};
 use kvoyant_eval::model::{self as modelled, Seen};
 use kvoyant_eval::row::Row;
 use kvoyant_eval::tasks::Task;
-use kvoyant_methods::{Budget, MethodSpec, Shape};
+use kvoyant_kernels::{Kernels, TopKScratch};
+use kvoyant_methods::{Budget, HintSource, MethodSpec, Shape};
 
 use super::compared::{Sample, by_task};
+use super::ladder::{PLAIN, Rung};
 use super::{BenchError, Effort};
 use crate::args::MethodsArgs;
 use crate::private_daemon::PrivateDaemon;
@@ -52,7 +54,7 @@ impl Effort {
 pub(super) fn rows(
     model: &Arc<Model>,
     length: usize,
-    rungs: &[MethodSpec],
+    rungs: &[Rung],
     effort: Effort,
     args: &MethodsArgs,
     progress: Progress,
@@ -62,8 +64,9 @@ pub(super) fn rows(
     let mut asked = Asked::new(&plan);
     let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
     let mut found = Found { samples: Vec::new(), device: String::new() };
-    for (at, methods) in sessions(rungs).into_iter().enumerate() {
-        let shape = session::shape(model);
+    for (at, (format, rungs)) in sessions(rungs).into_iter().enumerate() {
+        let shape = KvShape::new(model.config(), format);
+        let methods: Vec<MethodSpec> = rungs.iter().map(|rung| rung.spec.clone()).collect();
         let options =
             session::options(model, methods.clone(), length + size.room, asked.batch_max(), progress)?;
         let methods_shape = options.shape(&shape, PAGE_ROWS);
@@ -77,17 +80,25 @@ pub(super) fn rows(
         ));
         let daemon = PrivateDaemon::start(&arguments)?;
         let failed = |error| BenchError::Daemon { error, said: daemon.last_words() };
-        let mut kv: DaemonKv = session::connect(model, &daemon.socket(), options)?;
+        let mut kv: DaemonKv = session::connect_as(format, model, &daemon.socket(), options)?;
         let mut prepared = prepare::read(&mut decoder, &mut kv, &plan, progress).map_err(failed)?;
         let step = progress.step(format!("{length} tokens: dense"), methods.len() as u64 + 1);
         if at == 0 {
+            // The first session has plain rows: what others are compared with.
             let (mut dense, mut copied) =
                 prepare::copy(&mut kv, &prepared, &shape).map_err(|error| failed(error.into()))?;
             let measured = asked.dense_row(&mut decoder, &mut dense, &mut copied)?;
             found.samples.push(sample(&DENSE, length, &measured));
         }
         found.device = session::device(&kv);
-        for (method, spec) in methods.iter().enumerate() {
+        for (method, rung) in rungs.iter().enumerate() {
+            let spec = &rung.spec;
+            if spec.hint() == HintSource::Ids
+                && let Some(budget) = rung.budget
+            {
+                let (sinks, window) = (methods_shape.sinks, methods_shape.window);
+                kv.set_ids(move |request| best(request, budget, sinks, window));
+            }
             step.advance(1);
             step.rename(format!("{length} tokens: {spec}"));
             let measured = asked.row_of(&mut decoder, &mut kv, &mut prepared, method).map_err(failed)?;
@@ -97,8 +108,8 @@ pub(super) fn rows(
                 method: spec.name(),
                 spec: &spec.to_string(),
                 hint: spec.hint(),
-                budget: spec.budget().and_then(Budget::as_share),
-                row_format: methods_shape.dtype.name(),
+                budget: rung.budget.and_then(Budget::as_share),
+                row_format: &format.to_string(),
                 kv_bytes: (length * shape.token_bytes()) as f64,
                 selected_layers: (0..shape.layers).filter(|layer| kv.speculates(*layer)).count(),
                 layers: shape.layers,
@@ -110,15 +121,41 @@ pub(super) fn rows(
     Ok(found)
 }
 
-/// Methods by sessions: all that can share rows in as few as possible, and each that drops rows for good in one of its own.
-fn sessions(rungs: &[MethodSpec]) -> Vec<Vec<MethodSpec>> {
-    let (alone, shared): (Vec<&MethodSpec>, Vec<&MethodSpec>) =
-        rungs.iter().partition(|spec| spec.to_string().contains("pool="));
-    let mut all: Vec<Vec<MethodSpec>> = shared
+/// The tokens with the largest true scores of each KV head (mean over its group of the softmax), as an engine with native sparse
+/// attention would name them.
+fn best(request: &IdsRequest<'_>, budget: Budget, sinks: usize, window: usize) -> Vec<Vec<u32>> {
+    let tokens = request.position + 1;
+    let candidates = sinks..tokens.saturating_sub(window).max(sinks);
+    let (kernels, mut scratch) = (Kernels::best(), TopKScratch::default());
+    let wanted = budget.rows_of(tokens).min(candidates.len());
+    request
+        .heads()
+        .map(|head| {
+            let scores = (request.scores)(head);
+            let mut mean = vec![0.0; candidates.len()];
+            for row in scores.chunks_exact(request.position.max(1)) {
+                kernels.softmax_add(&row[candidates.clone()], request.scale(), &mut mean);
+            }
+            let mut ids = Vec::new();
+            kernels.top_k(&mean, wanted, &mut scratch, &mut ids);
+            ids.sort_unstable();
+            ids.iter_mut().for_each(|id| *id += candidates.start as u32);
+            ids
+        })
+        .collect()
+}
+
+/// Rows by sessions: all that can share one in as few as possible, each method that drops rows for good and each other format
+/// of rows in one of its own.
+fn sessions(rungs: &[Rung]) -> Vec<(Format, Vec<Rung>)> {
+    let pooled = |rung: &&Rung| rung.spec.to_string().contains("pool=");
+    let (alone, shared): (Vec<&Rung>, Vec<&Rung>) =
+        rungs.iter().partition(|rung| pooled(rung) || rung.format != PLAIN);
+    let mut all: Vec<(Format, Vec<Rung>)> = shared
         .chunks(METHODS_OF_A_SESSION)
-        .map(|chunk| chunk.iter().map(|spec| (*spec).clone()).collect())
+        .map(|chunk| (PLAIN, chunk.iter().map(|rung| (*rung).clone()).collect()))
         .collect();
-    all.extend(alone.into_iter().map(|spec| vec![spec.clone()]));
+    all.extend(alone.into_iter().map(|rung| (rung.format, vec![rung.clone()])));
     all
 }
 
@@ -133,7 +170,7 @@ fn digest_bytes(method: &dyn kvoyant_methods::Method, shape: &Shape, tokens: usi
 struct Told<'a> {
     method: &'a str,
     spec: &'a str,
-    hint: kvoyant_methods::HintSource,
+    hint: HintSource,
     budget: Option<f64>,
     row_format: &'a str,
     /// Bytes of all rows of a sequence.
@@ -147,7 +184,7 @@ struct Told<'a> {
 const DENSE: Told<'static> = Told {
     method: "dense",
     spec: "dense",
-    hint: kvoyant_methods::HintSource::None,
+    hint: HintSource::None,
     budget: None,
     row_format: "f16",
     kv_bytes: 0.0,
@@ -160,15 +197,14 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
     let costs = &measured.costs;
     let selected_bytes = told.kv_bytes * told.selected_layers as f64 / told.layers.max(1) as f64;
     let digest_share = if selected_bytes > 0.0 { told.digest / selected_bytes } else { 0.0 };
-    let layer_digest = told.digest / told.selected_layers.max(1) as f64;
+    let layer_bytes = selected_bytes / told.selected_layers.max(1) as f64;
     let seen = Seen {
         hint: told.hint,
         moved_share: if selected_bytes > 0.0 { costs.bytes_per_token / selected_bytes } else { 0.0 },
-        attended_share: costs.selected_share,
-        cpu_share: 0.0,
-        digest_share,
+        attended_share: costs.selected_share - costs.cpu_share,
+        cpu_share: costs.cpu_share,
         select_s_per_byte: match costs.select_us {
-            Some(us) if layer_digest > 0.0 => us * 1e-6 / layer_digest,
+            Some(us) if layer_bytes > 0.0 => us * 1e-6 / layer_bytes,
             _ => 0.0,
         },
     };
@@ -189,6 +225,8 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         perplexity: Some(measured.agreement.perplexity()),
         attention_mass: Some(costs.attention_mass),
         missed_mass: Some(1.0 - costs.attention_mass),
+        top_k_recall: costs.top_k_recall,
+        output_error: costs.output_error,
         selected_share: costs.selected_share,
         kv_moved_share: costs.kv_moved_share,
         bytes_per_token: costs.bytes_per_token,
@@ -212,12 +250,14 @@ mod tests {
 
     #[test]
     fn methods_with_a_pool_have_a_session_of_their_own_and_no_session_has_too_many() {
-        let parse = |text: &str| -> MethodSpec { text.parse().unwrap() };
+        let parse = |text: &str| Rung { spec: text.parse().unwrap(), budget: None, format: PLAIN };
         let mut rungs = vec![parse("infinigen:budget=6%,pool=80%"), parse("full")];
         rungs.extend((1..=70).map(|i| parse(&format!("random:budget={i}%"))));
+        rungs.push(Rung { format: Format::Int4 { group: 64 }, ..parse("full") });
         let sessions = sessions(&rungs);
-        let sizes: Vec<usize> = sessions.iter().map(Vec::len).collect();
-        assert_eq!(sizes, [60, 11, 1]);
-        assert_eq!(sessions[2][0], rungs[0]);
+        let sizes: Vec<usize> = sessions.iter().map(|(_, rungs)| rungs.len()).collect();
+        assert_eq!(sizes, [60, 11, 1, 1]);
+        assert_eq!(sessions[2].1[0], rungs[0]);
+        assert_eq!(sessions[3].0, Format::Int4 { group: 64 });
     }
 }

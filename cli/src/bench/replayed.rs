@@ -7,30 +7,27 @@ use kvoyant_eval::model::{self, Seen};
 use kvoyant_eval::replay::{KEEP, Outcome, Prepared, ReplayError};
 use kvoyant_eval::row::Row;
 use kvoyant_eval::trace::Trace;
-use kvoyant_methods::{Artifacts, MethodError, MethodSpec};
+use kvoyant_methods::{Artifacts, Budget, MethodError};
 
 use super::BenchError;
 use super::compared::Sample;
-use crate::artifacts;
+use super::ladder::{PLAIN, Rung};
+use crate::artifact_cache;
 use crate::progress::Progress;
 
 /// The budget that says what stays resident under a method without one: the largest that is compared by default.
 const KEPT_SHARE: f64 = 0.12;
 
 /// Every method over a captured trace; artifacts are those that the cache has of its model.
-pub(super) fn file(path: &Path, rungs: &[MethodSpec], progress: Progress) -> Result<Vec<Sample>, BenchError> {
+pub(super) fn file(path: &Path, rungs: &[Rung], progress: Progress) -> Result<Vec<Sample>, BenchError> {
     let trace = Trace::read(path).map_err(|error| BenchError::Trace { path: path.to_owned(), error })?;
     let name = path.file_stem().map_or_else(|| "trace".into(), |stem| stem.to_string_lossy().into_owned());
-    let artifacts = artifacts::cached(trace.fingerprint);
+    let artifacts = artifact_cache::cached(trace.fingerprint);
     over(&trace, &format!("trace:{name}"), artifacts, rungs, progress)
 }
 
 /// Every method over the generated traces.
-pub(super) fn generated(
-    seed: u64,
-    rungs: &[MethodSpec],
-    progress: Progress,
-) -> Result<Vec<Sample>, BenchError> {
+pub(super) fn generated(seed: u64, rungs: &[Rung], progress: Progress) -> Result<Vec<Sample>, BenchError> {
     let mut samples = Vec::new();
     for kind in Kind::ALL {
         let trace = Generator::new(kind, seed).trace();
@@ -44,7 +41,7 @@ fn over(
     trace: &Trace,
     source: &str,
     mut artifacts: Artifacts,
-    rungs: &[MethodSpec],
+    rungs: &[Rung],
     progress: Progress,
 ) -> Result<Vec<Sample>, BenchError> {
     let step = progress.step(format!("{source}: dense"), rungs.len() as u64 + 1);
@@ -53,14 +50,15 @@ fn over(
         artifacts.insert(prepared.skew()?);
     }
     let mut samples = Vec::new();
-    for spec in rungs {
+    // How rows are stored is seen with a real model: a trace has them as they are.
+    for rung in rungs.iter().filter(|rung| rung.format == PLAIN) {
+        let spec = &rung.spec;
         step.advance(1);
         step.rename(format!("{source}: {spec}"));
         let tokens = trace.shape.tokens;
-        let budget =
-            spec.budget().map_or((KEPT_SHARE * tokens as f64) as usize, |budget| budget.rows_of(tokens));
-        match prepared.run(spec, &artifacts, (KEEP * budget as f64) as usize) {
-            Ok(outcome) => samples.push(sample(&prepared, source, spec, &outcome)),
+        let kept = rung.budget.map_or((KEPT_SHARE * tokens as f64) as usize, |budget| budget.rows_of(tokens));
+        match prepared.run(spec, &artifacts, rung.budget, (KEEP * kept as f64) as usize) {
+            Ok(outcome) => samples.push(sample(&prepared, source, rung, &outcome)),
             // A method that lacks what only calibration can make, or does not fit the trace's shape, has no row.
             Err(ReplayError::Method(
                 error @ (MethodError::ArtifactMissing { .. } | MethodError::Unsuitable { .. }),
@@ -71,18 +69,17 @@ fn over(
     Ok(samples)
 }
 
-fn sample(prepared: &Prepared<'_>, source: &str, spec: &MethodSpec, outcome: &Outcome) -> Sample {
-    let shape = &prepared.trace().shape;
+fn sample(prepared: &Prepared<'_>, source: &str, rung: &Rung, outcome: &Outcome) -> Sample {
+    let (shape, spec) = (&prepared.trace().shape, &rung.spec);
     let tokens = shape.tokens as f64;
     let digest_share = outcome.digest_bytes / prepared.kv_bytes();
-    let layer_digest = outcome.digest_bytes / (shape.layers - shape.dense_layers).max(1) as f64;
+    let layer_bytes = prepared.kv_bytes() / (shape.layers - shape.dense_layers).max(1) as f64;
     let seen = Seen {
         hint: spec.hint(),
         moved_share: outcome.bytes_per_token / prepared.kv_bytes(),
         attended_share: outcome.selected_share - outcome.rows_on_cpu / tokens,
         cpu_share: outcome.rows_on_cpu / tokens,
-        digest_share,
-        select_s_per_byte: if layer_digest > 0.0 { outcome.select_us * 1e-6 / layer_digest } else { 0.0 },
+        select_s_per_byte: outcome.select_us * 1e-6 / layer_bytes,
     };
     let row = Row {
         method: spec.name().to_owned(),
@@ -90,10 +87,10 @@ fn sample(prepared: &Prepared<'_>, source: &str, spec: &MethodSpec, outcome: &Ou
         row_format: shape.dtype.name().to_owned(),
         source: source.to_owned(),
         length: shape.tokens,
-        budget: spec.budget().and_then(kvoyant_methods::Budget::as_share),
+        budget: rung.budget.and_then(Budget::as_share),
         attention_mass: Some(outcome.attention_mass),
         missed_mass: Some(outcome.missed_mass),
-        top_k_recall: spec.budget().map(|_| outcome.top_k_recall),
+        top_k_recall: rung.budget.map(|_| outcome.top_k_recall),
         output_error: Some(outcome.output_error),
         selected_share: outcome.selected_share,
         kv_moved_share: outcome.bytes_per_token / prepared.kv_bytes(),

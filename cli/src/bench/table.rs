@@ -9,7 +9,7 @@ use kvoyant_eval::row::Row;
 const MODELLED_TOKENS: usize = 128 << 10;
 const MODELLED_LINK: f64 = 25.0;
 
-const TITLE_WIDTH: usize = 30;
+const TITLE_WIDTH: usize = 27;
 
 struct Column {
     head: [&'static str; 2],
@@ -18,9 +18,9 @@ struct Column {
 }
 
 const COLUMNS: &[Column] = &[
-    Column { head: ["score", "tasks"], width: 6, cell: |row| row.accuracy.map(percent) },
-    Column { head: ["of", "dense"], width: 6, cell: |row| row.accuracy_to_dense.map(percent) },
-    Column { head: ["", "same"], width: 6, cell: |row| row.tokens_equal_dense.map(percent) },
+    Column { head: ["score", "tasks"], width: 5, cell: |row| row.accuracy.map(percent) },
+    Column { head: ["of", "dense"], width: 5, cell: |row| row.accuracy_to_dense.map(percent) },
+    Column { head: ["", "same"], width: 5, cell: |row| row.tokens_equal_dense.map(percent) },
     Column {
         head: ["KL", "nats"],
         width: 7,
@@ -34,7 +34,7 @@ const COLUMNS: &[Column] = &[
             Some(format!("{:+.3}…{:+.3}", interval.low, interval.high))
         },
     },
-    Column { head: ["mass", "covered"], width: 8, cell: |row| row.attention_mass.map(fine_percent) },
+    Column { head: ["mass", "covered"], width: 7, cell: |row| row.attention_mass.map(fine_percent) },
     Column { head: ["top-k", "found"], width: 6, cell: |row| row.top_k_recall.map(percent) },
     Column {
         head: ["output", "error"],
@@ -42,11 +42,11 @@ const COLUMNS: &[Column] = &[
         cell: |row| row.output_error.map(|error| format!("{error:.3}")),
     },
     Column { head: ["MB per", "token"], width: 8, cell: |row| Some(megabytes(row.bytes_per_token)) },
-    Column { head: ["KV", "ready"], width: 6, cell: |row| Some(percent(row.resident_share)) },
+    Column { head: ["KV", "ready"], width: 5, cell: |row| Some(percent(row.resident_share)) },
     Column { head: ["digest", "of KV"], width: 7, cell: |row| Some(fine_percent(row.digest_share)) },
     Column { head: ["select", "µs"], width: 7, cell: |row| row.select_us.map(|us| format!("{us:.0}")) },
-    Column { head: ["8B 128K", "ms"], width: 8, cell: |row| modelled(row).map(|(ms, _)| format!("{ms:.1}")) },
-    Column { head: ["", "stall"], width: 6, cell: |row| modelled(row).map(|(_, stall)| percent(stall)) },
+    Column { head: ["8B 128K", "ms"], width: 7, cell: |row| modelled(row).map(|(ms, _)| format!("{ms:.1}")) },
+    Column { head: ["", "stall"], width: 5, cell: |row| modelled(row).map(|(_, stall)| percent(stall)) },
 ];
 
 fn modelled(row: &Row) -> Option<(f64, f64)> {
@@ -124,7 +124,6 @@ mod tests {
             moved_share: 1.0,
             attended_share: 1.0,
             cpu_share: 0.0,
-            digest_share: 1.0,
             select_s_per_byte: 1e-10,
         };
         Row {

@@ -112,6 +112,9 @@ impl<'a> Asked<'a> {
             resident_share: 1.0,
             selected_share: 1.0,
             select_us: None,
+            cpu_share: 0.0,
+            top_k_recall: None,
+            output_error: Some(0.0),
         };
         Ok(Measured { scores: self.scores(&said), agreement, clock, costs: everything })
     }
@@ -186,6 +189,12 @@ pub(crate) struct Costs {
     pub(crate) selected_share: f64,
     /// Microseconds to select for one layer of one sequence.
     pub(crate) select_us: Option<f64>,
+    /// Share of the rows of layers that select that the CPU attended (0–1).
+    pub(crate) cpu_share: f64,
+    /// Share of the true top-k that was selected (0–1), where that is known.
+    pub(crate) top_k_recall: Option<f64>,
+    /// `‖o − o*‖ / ‖o*‖` of attention outputs, mean over the same steps as `attention_mass`.
+    pub(crate) output_error: Option<f64>,
 }
 
 impl Costs {
@@ -202,6 +211,9 @@ impl Costs {
             stall_share: waited.as_secs_f64() / clock.timing.total.as_secs_f64().max(f64::MIN_POSITIVE),
             resident_share: stats.rows_resident as f64 / selected_rows.max(1.0),
             selected_share: stats.rows_selected as f64 / selected_rows.max(1.0),
+            cpu_share: stats.rows_cpu as f64 / selected_rows.max(1.0),
+            top_k_recall: stats.measured.top_k_recall(),
+            output_error: stats.measured.output_error(),
             // An answer is one layer of the whole batch.
             select_us: (stats.tokens > 0 && selected_layers > 0)
                 .then(|| stats.select.as_secs_f64() * 1e6 / (stats.tokens as f64 * selected_layers as f64)),

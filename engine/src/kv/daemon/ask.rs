@@ -7,10 +7,11 @@ use kvoyant_client::cuda::{StreamMember, StreamPending};
 use kvoyant_client::{Hint, Member, Pending};
 use kvoyant_methods::HintSource;
 
+use super::attention::{Pass, scores_of};
 use super::{DaemonError, DaemonKv, DaemonSequence};
 
 /// One request for rows that the engine names itself.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct IdsRequest<'a> {
     /// The layer.
     pub layer: usize,
@@ -20,6 +21,33 @@ pub struct IdsRequest<'a> {
     pub position: usize,
     /// The layer's true query, `[Hq][d]`.
     pub query: &'a [f32],
+    /// Unscaled scores of a KV head's queries against every token below the position, `[g][position]`: for engines that choose by
+    /// their own keys.
+    pub scores: &'a dyn Fn(usize) -> Vec<f32>,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl IdsRequest<'_> {
+    /// The layer's KV heads.
+    pub fn heads(&self) -> std::ops::Range<usize> {
+        0..self.kv_heads
+    }
+
+    /// What scores are multiplied by before the softmax: `1/√d`.
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+}
+
+impl fmt::Debug for IdsRequest<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IdsRequest")
+            .field("layer", &self.layer)
+            .field("member", &self.member)
+            .field("position", &self.position)
+            .finish_non_exhaustive()
+    }
 }
 
 type Name = dyn FnMut(&IdsRequest<'_>) -> Vec<Vec<u32>> + Send;
@@ -181,7 +209,23 @@ impl DaemonKv {
                     return Err(DaemonError::NoIds { method });
                 };
                 let query = &queries[i * width..(i + 1) * width];
-                let request = IdsRequest { layer, member: i, position: positions[i], query };
+                let group = self.shape.group() * self.shape.head_dim;
+                let (shape, sinks, window) = (&self.shape, self.options.sinks, self.options.window);
+                let pass = Pass { shape, sinks, window, layer, selects: true };
+                let all = 0..positions[i];
+                let scores = |head: usize| {
+                    let queries = &query[head * group..(head + 1) * group];
+                    scores_of(&pass, batch[i], head, queries, std::slice::from_ref(&all))
+                };
+                let request = IdsRequest {
+                    layer,
+                    member: i,
+                    position: positions[i],
+                    query,
+                    scores: &scores,
+                    kv_heads: shape.kv_heads,
+                    head_dim: shape.head_dim,
+                };
                 let mut named = name(&request);
                 named.resize(self.shape.kv_heads, Vec::new());
                 for ids in named {
