@@ -29,6 +29,9 @@ const METHODS_OF_A_SESSION: usize = 60;
 /// Rows of a page, as the daemon has them by default.
 const PAGE_ROWS: usize = 32;
 
+/// Bytes of arena for each byte of tables and digests: they may take a quarter of it.
+const ARENA_FOR_TABLES: usize = 4;
+
 /// What a length gave.
 #[derive(Debug)]
 pub(super) struct Found {
@@ -71,11 +74,19 @@ pub(super) fn rows(
             session::options(model, methods.clone(), length + size.room, asked.batch_max(), progress)?;
         let methods_shape = options.shape(&shape, PAGE_ROWS);
         let artifacts = options.artifacts.clone();
+        let built = methods
+            .iter()
+            .map(|spec| kvoyant_methods::build(spec, &methods_shape, &artifacts))
+            .collect::<Result<Vec<_>, _>>()?;
         let batch_tokens = asked.batch_max() * length;
+        let kept =
+            kept_bytes(&built, &methods_shape, plan.prefill_tokens(), asked.batch_max(), length + size.room);
         let mut arguments = args.daemon.for_serve();
         arguments.extend(session::sizes(
             &shape,
-            plan.prefill_tokens() + 2 * asked.batch_max() * size.room,
+            plan.prefill_tokens()
+                + 2 * asked.batch_max() * size.room
+                + ARENA_FOR_TABLES * (kept as usize).div_ceil(shape.token_bytes()),
             (batch_tokens as f64 * SLAB_SHARE) as usize,
         ));
         let daemon = PrivateDaemon::start(&arguments)?;
@@ -102,8 +113,7 @@ pub(super) fn rows(
             step.advance(1);
             step.rename(format!("{length} tokens: {spec}"));
             let measured = asked.row_of(&mut decoder, &mut kv, &mut prepared, method).map_err(failed)?;
-            let built = kvoyant_methods::build(spec, &methods_shape, &artifacts)?;
-            let digest = digest_bytes(&*built, &methods_shape, length);
+            let digest = digest_bytes(&*built[method], &methods_shape, length);
             let told = Told {
                 method: spec.name(),
                 spec: &spec.to_string(),
@@ -164,6 +174,24 @@ fn digest_bytes(method: &dyn kvoyant_methods::Method, shape: &Shape, tokens: usi
     let pages = tokens.div_ceil(shape.page_rows) * method.digest_bytes();
     let of_head = pages + method.head_state_bytes() + method.memory_bytes(tokens);
     ((shape.layers - shape.dense_layers) * shape.kv_heads * of_head) as f64
+}
+
+/// Bytes of digests and memories that a session may hold at once: digests of every method for what was read, and those of the
+/// largest for a whole batch of its own.
+fn kept_bytes(
+    methods: &[Box<dyn kvoyant_methods::Method>],
+    shape: &Shape,
+    read: usize,
+    batch: usize,
+    tokens: usize,
+) -> f64 {
+    let mut names = std::collections::BTreeSet::new();
+    let kinds = methods.iter().filter(|method| names.insert(method.name()));
+    let of_all: f64 = kinds.map(|method| digest_bytes(&**method, shape, read)).sum();
+    // Memories grow by doubling.
+    let room = tokens.next_power_of_two();
+    let largest = methods.iter().map(|method| digest_bytes(&**method, shape, room)).fold(0.0, f64::max);
+    of_all + largest * batch as f64
 }
 
 /// What is known of a method besides what was measured.
