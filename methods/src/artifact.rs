@@ -150,6 +150,11 @@ impl TensorArtifact {
         Ok(&tensor.values)
     }
 
+    /// The values of the tensor of that name; empty where there is none.
+    pub(crate) fn values(&self, name: &str) -> &[f32] {
+        self.tensors.get(name).map_or(&[], |tensor| &tensor.values)
+    }
+
     /// A setting, by name.
     #[must_use]
     pub fn setting(&self, name: &str) -> Option<&str> {
@@ -244,24 +249,23 @@ impl Artifact {
         }
     }
 
+    /// What kind the file form says that it is, from its header alone.
+    ///
+    /// # Errors
+    /// [`MethodError::ArtifactFormat`]: not safetensors, or no kind of ours.
+    pub fn kind_of(bytes: &[u8]) -> Result<ArtifactKind, MethodError> {
+        header(bytes).map(|(kind, _)| kind)
+    }
+
     /// Reads the file form of any kind.
     ///
     /// # Errors
     /// [`MethodError::ArtifactFormat`]: not safetensors, no artifact of ours, or one that makes no sense.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, MethodError> {
-        let bad = |reason: String| MethodError::ArtifactFormat { reason };
-        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| bad(error.to_string()))?;
-        let metadata = metadata.metadata().clone().unwrap_or_default();
-        let format = metadata.get("format").cloned().unwrap_or_default();
-        let named = format.strip_prefix(FORMAT_PREFIX).and_then(|rest| rest.strip_suffix(FORMAT_VERSION));
-        match named.map(str::parse::<ArtifactKind>) {
-            // The skew artifact is older than the common form and says itself what it is.
-            None | Some(Ok(ArtifactKind::Skew)) => {
-                SkewArtifact::from_bytes(bytes).map(|skew| Self::Skew(Arc::new(skew)))
-            }
-            Some(Ok(kind)) => TensorArtifact::from_bytes(kind, metadata, bytes)
+        match header(bytes)? {
+            (ArtifactKind::Skew, _) => SkewArtifact::from_bytes(bytes).map(|skew| Self::Skew(Arc::new(skew))),
+            (kind, metadata) => TensorArtifact::from_bytes(kind, metadata, bytes)
                 .map(|tensors| Self::Tensors(Arc::new(tensors))),
-            Some(Err(error)) => Err(error),
         }
     }
 
@@ -275,6 +279,18 @@ impl Artifact {
             Self::Tensors(tensors) => tensors.to_bytes(),
         }
     }
+}
+
+/// The kind and the metadata of a file.
+fn header(bytes: &[u8]) -> Result<(ArtifactKind, HashMap<String, String>), MethodError> {
+    let bad = |error: safetensors::SafeTensorError| MethodError::ArtifactFormat { reason: error.to_string() };
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(bad)?;
+    let metadata = metadata.metadata().clone().unwrap_or_default();
+    let format = metadata.get("format").map_or("", String::as_str);
+    let named = format.strip_prefix(FORMAT_PREFIX).and_then(|rest| rest.strip_suffix(FORMAT_VERSION));
+    // The skew artifact is older than the common form and says itself what it is.
+    let kind = named.map_or(Ok(ArtifactKind::Skew), str::parse)?;
+    Ok((kind, metadata))
 }
 
 /// The artifacts of one model, at most one of each kind.

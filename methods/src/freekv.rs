@@ -26,6 +26,7 @@ use crate::selection::Selection;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
 use crate::store::Store;
+use crate::words;
 
 /// The method's name.
 pub const NAME: &str = "freekv";
@@ -114,14 +115,6 @@ pub struct FreeKv {
 /// many there are; then the last query `[g][d]` f32, and the pages.
 const FRONT: usize = 12;
 
-fn word(memory: &[u8], at: usize) -> u32 {
-    memory[at..at + 4].try_into().map_or(0, u32::from_le_bytes)
-}
-
-fn set_word(memory: &mut [u8], at: usize, value: u32) {
-    memory[at..at + 4].copy_from_slice(&value.to_le_bytes());
-}
-
 impl FreeKv {
     /// For a model of that shape.
     ///
@@ -151,7 +144,7 @@ impl FreeKv {
         for (value, bytes) in hint[kv_head * width..].iter_mut().zip(bytes) {
             *value = f32::from_le_bytes(*bytes);
         }
-        word(memory, 0) == 1
+        words::get(memory, 0) == 1
     }
 
     /// Mean over the group of the cosine between two queries `[g][d]`; NaN where one has no direction.
@@ -189,10 +182,10 @@ impl FreeKv {
 
     /// The stored choice for so many tokens, if there is one.
     fn stored(&self, tokens: usize, memory: &[u8], ids: &mut Vec<u32>) -> bool {
-        if !self.keeps() || word(memory, 4) as usize != tokens {
+        if !self.keeps() || words::get(memory, 4) as usize != tokens {
             return false;
         }
-        let (count, pages) = (word(memory, 8) as usize, &memory[FRONT + self.query_bytes()..]);
+        let (count, pages) = (words::get(memory, 8) as usize, &memory[FRONT + self.query_bytes()..]);
         ids.clear();
         ids.extend(pages.as_chunks().0.iter().take(count).map(|bytes| u32::from_le_bytes(*bytes)));
         true
@@ -255,8 +248,8 @@ impl Method for FreeKv {
             out.finish_head();
 
             let memory = store.memory_mut(head);
-            set_word(memory, 0, 1);
-            set_word(memory, 4, 0);
+            words::put(memory, 0, 1);
+            words::put(memory, 4, 0);
             for (bytes, value) in memory[FRONT..].chunks_exact_mut(4).zip(query) {
                 bytes.copy_from_slice(&value.to_le_bytes());
             }
@@ -284,8 +277,8 @@ impl Method for FreeKv {
                 let memory = store.memory_mut(head);
                 // More pages than there is room for cannot be chosen; without room for all none are kept.
                 if memory.len() >= front + ids.len() * 4 {
-                    set_word(memory, 4, context.tokens as u32);
-                    set_word(memory, 8, ids.len() as u32);
+                    words::put(memory, 4, context.tokens as u32);
+                    words::put(memory, 8, ids.len() as u32);
                     for (bytes, id) in memory[front..].chunks_exact_mut(4).zip(ids) {
                         bytes.copy_from_slice(&id.to_le_bytes());
                     }
@@ -299,7 +292,7 @@ impl Method for FreeKv {
 
     fn on_truncate(&self, _tokens: usize, memory: &mut [u8]) -> Truncated {
         // The last query stays what it was; pages chosen for rows that are gone do not.
-        set_word(memory, 4, 0);
+        words::put(memory, 4, 0);
         Truncated::Kept
     }
 }

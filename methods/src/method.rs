@@ -156,7 +156,8 @@ pub trait Method: Send + Sync + Debug {
 pub enum Truncated {
     /// The memory fits the shorter sequence; the rows that are left of the page that was cut come again.
     Kept,
-    /// The memory has to be made anew: the caller zeroes it and appends every row of the sequence again.
+    /// The memory has to be made anew: the caller zeroes it and appends every row of the sequence again, also to heads of the
+    /// layer whose memories are kept.
     Rebuild,
 }
 

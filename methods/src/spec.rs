@@ -50,6 +50,11 @@ pub trait Spec: fmt::Debug + Send + Sync + Any {
         None
     }
 
+    /// Every artifact that [`Self::build`] may want.
+    fn artifacts(&self) -> Vec<ArtifactKind> {
+        self.artifact().into_iter().collect()
+    }
+
     /// Builds the method for a model of that shape, which has been checked.
     ///
     /// # Errors
@@ -108,6 +113,12 @@ impl MethodSpec {
     #[must_use]
     pub fn artifact(&self) -> Option<ArtifactKind> {
         self.0.artifact()
+    }
+
+    /// Every artifact that [`crate::build`] may want for it: one, but for a mix.
+    #[must_use]
+    pub fn artifacts(&self) -> Vec<ArtifactKind> {
+        self.0.artifacts()
     }
 
     /// The options, if they are of that type.

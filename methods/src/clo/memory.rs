@@ -6,6 +6,7 @@
 use std::ops::Range;
 
 use crate::selection::{Selection, TokenRange};
+use crate::words;
 
 const HEAD: usize = 8;
 const RANGE: usize = 8;
@@ -16,14 +17,6 @@ const VALUE: usize = 4;
 pub(super) struct Layout {
     pub(super) group: usize,
     pub(super) head_dim: usize,
-}
-
-fn word(memory: &[u8], at: usize) -> u32 {
-    memory.get(at..at + VALUE).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes)
-}
-
-fn set_word(memory: &mut [u8], at: usize, value: u32) {
-    memory[at..at + VALUE].copy_from_slice(&value.to_le_bytes());
 }
 
 impl Layout {
@@ -40,10 +33,10 @@ impl Layout {
     /// Mean over the queries (`[queries · g][d]`) of their cosine with the label of their head; nothing where there is no label, or
     /// where a vector has no direction.
     pub(super) fn likeness(self, memory: &[u8], queries: &[f32]) -> Option<f64> {
-        if word(memory, 0) == 0 {
+        let label = memory.get(HEAD..self.ranges_at())?.as_chunks::<VALUE>().0;
+        if words::get(memory, 0) == 0 {
             return None;
         }
-        let label = memory.get(HEAD..self.ranges_at())?.as_chunks::<VALUE>().0;
         let mut sum = 0.0;
         for (at, query) in queries.chunks_exact(self.head_dim).enumerate() {
             let label = &label[at % self.group * self.head_dim..][..self.head_dim];
@@ -63,11 +56,11 @@ impl Layout {
 
     /// Pushes what was kept and is still a candidate.
     pub(super) fn push(self, memory: &[u8], candidates: &Range<usize>, out: &mut Selection) {
-        let ranges = memory.get(self.ranges_at()..).unwrap_or_default().chunks_exact(RANGE);
+        let Some(ranges) = memory.get(self.ranges_at()..) else { return };
         let mut from = candidates.start;
-        for range in ranges.take(word(memory, 4) as usize) {
-            let first = word(range, 0) as usize;
-            let end = first.saturating_add(word(range, VALUE) as usize).min(candidates.end);
+        for range in ranges.chunks_exact(RANGE).take(words::get(memory, 4) as usize) {
+            let first = words::get(range, 0) as usize;
+            let end = first.saturating_add(words::get(range, VALUE) as usize).min(candidates.end);
             let first = first.max(from);
             out.push(first, end);
             from = from.max(end);
@@ -80,23 +73,24 @@ impl Layout {
         if memory.len() < at + ranges.len() * RANGE {
             return memory.fill(0);
         }
-        set_word(memory, 0, 1);
-        set_word(memory, 4, ranges.len() as u32);
+        words::put(memory, 0, 1);
+        words::put(memory, 4, ranges.len() as u32);
         for (bytes, value) in memory[HEAD..at].as_chunks_mut::<VALUE>().0.iter_mut().zip(label) {
             *bytes = value.to_le_bytes();
         }
         for (bytes, range) in memory[at..].chunks_exact_mut(RANGE).zip(ranges) {
-            set_word(bytes, 0, range.first);
-            set_word(bytes, VALUE, range.count);
+            words::put(bytes, 0, range.first);
+            words::put(bytes, VALUE, range.count);
         }
     }
 
     /// Forgets a selection of rows that are gone: what comes at their positions is something else.
     pub(super) fn truncate(self, tokens: usize, memory: &mut [u8]) {
-        let ranges = memory.get(self.ranges_at()..).unwrap_or_default().chunks_exact(RANGE);
+        let Some(ranges) = memory.get(self.ranges_at()..) else { return };
         let ends = ranges
-            .take(word(memory, 4) as usize)
-            .map(|range| u64::from(word(range, 0)) + u64::from(word(range, VALUE)));
+            .chunks_exact(RANGE)
+            .take(words::get(memory, 4) as usize)
+            .map(|range| u64::from(words::get(range, 0)) + u64::from(words::get(range, VALUE)));
         if ends.max().is_some_and(|end| end > tokens as u64) {
             memory.fill(0);
         }

@@ -192,7 +192,8 @@ impl Method for Dynsplit {
         self.layout.bytes(max_tokens)
     }
 
-    fn on_truncate(&self, _tokens: usize, _memory: &mut [u8]) -> Truncated {
-        Truncated::Rebuild
+    fn on_truncate(&self, tokens: usize, memory: &mut [u8]) -> Truncated {
+        // A block that has its end cannot be opened again.
+        if tokens < self.layout.tokens(memory) { Truncated::Rebuild } else { Truncated::Kept }
     }
 }

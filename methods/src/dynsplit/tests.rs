@@ -203,3 +203,19 @@ fn limits_that_exclude_each_other_are_refused() {
     let text = "dynsplit:budget=6%,boundary=fixed,min=4,max=32,page=8,score=marks,candidates=word,digest=mean,hint=current,hint_norm=previous";
     assert_eq!(text.parse::<MethodSpec>().unwrap().to_string(), text);
 }
+
+#[test]
+fn a_truncation_to_what_is_there_keeps_the_blocks_and_a_shorter_one_makes_them_anew() {
+    let shape = small();
+    let method = dynsplit("budget=16", &shape);
+    let mut store = grown(&method, &shape, &Rng::new(2).normal(100 * 16), &[], 50);
+    let mut memory = store.memory(0).to_vec();
+    let before = memory.clone();
+    for tokens in [100, 101, usize::MAX] {
+        assert_eq!(method.on_truncate(tokens, &mut memory), Truncated::Kept);
+    }
+    assert_eq!(memory, before);
+    assert_eq!(method.on_truncate(99, &mut memory), Truncated::Rebuild);
+    store.truncate(&method, 60);
+    assert_eq!(*ends(&method, &store, 0).last().unwrap(), 60);
+}

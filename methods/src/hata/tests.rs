@@ -238,3 +238,12 @@ fn keys_that_are_no_numbers_break_no_selection() {
     let selection = store.select(&method, &Rng::new(23).normal(32), &mut Scratch::new());
     assert_eq!((selection.rows(0), selection.rows(1)), (20, 20));
 }
+
+#[test]
+fn random_weights_that_would_take_too_much_memory_are_refused() {
+    let huge = Shape { layers: 1 << 10, kv_heads: 1 << 4, query_heads: 1 << 4, head_dim: 1 << 10, ..small() };
+    let build = |text: &str| crate::build(&text.parse().unwrap(), &huge, &Artifacts::none());
+    let error = build("hata:weights=random,bits=2048").unwrap_err();
+    assert!(matches!(error, MethodError::Unsuitable { .. }), "{error}");
+    assert!(error.to_string().contains("fewer `bits`"), "{error}");
+}

@@ -3,10 +3,16 @@
 use std::sync::Arc;
 
 use super::spec::Weights;
-use crate::artifact::{ArtifactKind, Artifacts};
+use crate::artifact::{ArtifactKind, Artifacts, TensorArtifact};
 use crate::error::MethodError;
 use crate::random::Draw;
 use crate::shape::Shape;
+
+/// The artifact's tensor.
+const TENSOR: &str = "hash";
+
+/// Most bytes of random matrices: 80 layers of 8 KV heads with 128 values and 512 bits take 160 MiB.
+const RANDOM_MAX: usize = 256 << 20;
 
 /// The matrices of one model.
 #[derive(Debug, Clone)]
@@ -17,15 +23,23 @@ pub(crate) struct HashWeights {
     pub(crate) id: u64,
     kv_heads: usize,
     head_dim: usize,
-    /// `[layers][Hkv][d][bits]`.
-    values: Arc<[f32]>,
+    values: Values,
+}
+
+/// `[layers][Hkv][d][bits]`.
+#[derive(Debug, Clone)]
+enum Values {
+    /// [`TENSOR`] of the artifact, which all methods share.
+    Trained(Arc<TensorArtifact>),
+    Random(Arc<[f32]>),
 }
 
 impl HashWeights {
     /// Those that `weights` names, for `method`.
     ///
     /// # Errors
-    /// Trained ones that are missing, of another model, or of a shape that is not the model's.
+    /// Trained ones that are missing, of another model, or of a shape that is not the model's; random ones that would take more
+    /// than 256 MiB.
     pub(crate) fn new(
         method: &'static str,
         weights: Weights,
@@ -41,13 +55,22 @@ impl HashWeights {
                 let bits: usize = bits.ok_or_else(|| MethodError::ArtifactFormat {
                     reason: format!("setting `bits` of the hash artifact is {setting}; calibrate again"),
                 })?;
-                let values = artifact.tensor("hash", &[layers, kv_heads, head_dim, bits])?;
-                (bits, artifact.id(), values.into())
+                artifact.tensor(TENSOR, &[layers, kv_heads, head_dim, bits])?;
+                (bits, artifact.id(), Values::Trained(Arc::clone(artifact)))
             }
             Weights::Random { bits, seed } => {
+                let sides = [layers, kv_heads, head_dim, bits];
+                let count = sides.into_iter().try_fold(1, usize::checked_mul);
+                let count = count.filter(|count| *count <= RANDOM_MAX / size_of::<f32>());
+                let count = count.ok_or_else(|| MethodError::Unsuitable {
+                    method,
+                    reason: format!(
+                        "random weights of {bits} bits for {layers} layers of {kv_heads} KV heads with {head_dim} values take \
+                         more than {RANDOM_MAX} bytes; set fewer `bits`"
+                    ),
+                })?;
                 let mut draw = Draw::new(&[seed]);
-                let values = (0..layers * kv_heads * head_dim * bits).map(|_| draw.normal()).collect();
-                (bits, seed, values)
+                (bits, seed, Values::Random((0..count).map(|_| draw.normal()).collect()))
             }
         };
         Ok(Self { bits, id, kv_heads, head_dim, values })
@@ -55,7 +78,11 @@ impl HashWeights {
 
     /// `[d][bits]` of one KV head.
     pub(crate) fn of(&self, layer: usize, kv_head: usize) -> &[f32] {
+        let values = match &self.values {
+            Values::Trained(artifact) => artifact.values(TENSOR),
+            Values::Random(values) => values,
+        };
         let width = self.head_dim * self.bits;
-        &self.values[(layer * self.kv_heads + kv_head) * width..][..width]
+        &values[(layer * self.kv_heads + kv_head) * width..][..width]
     }
 }

@@ -217,7 +217,9 @@ impl Hetero {
         }
         let recent = self.recent(memory, candidates, rows);
         ids.clear();
-        ids.extend(memory.ids().take(rows - recent.len()));
+        // What was chosen for a longer sequence may lie beyond the end of this one.
+        let within = memory.ids().filter(|id| candidates.contains(&(*id as usize)));
+        ids.extend(within.take(rows - recent.len()));
         ids.sort_unstable();
         for id in ids.iter() {
             out.push(*id as usize, *id as usize + 1);
@@ -272,7 +274,9 @@ impl Method for Hetero {
             }
             let mut memory = Memory::new(store.memory_mut(place), &self.shape);
             let decode = context.queries == 1;
-            if decode && memory.is_lasting() && tokens <= memory.last_tokens() + self.shape.window {
+            // A choice lasts while the sequence grows, step by step.
+            let grows = (memory.chosen_tokens()..=memory.last_tokens() + self.shape.window).contains(&tokens);
+            if decode && memory.is_lasting() && grows {
                 self.refresh(layer, chooser, context.rows, &mut memory, scratch);
                 let watches = self.layers[layer][chooser].role != Role::Anchor;
                 if watches && memory.count_step() == self.options.every {

@@ -297,3 +297,30 @@ fn roles_that_do_not_fit_together_are_refused_and_options_read_back() {
     let spec = HeteroSpec { budget: Budget::rows(5).unwrap(), ..HeteroSpec::default() };
     assert!(Hetero::new(spec, &shape, &Artifacts::none()).unwrap_err().to_string().contains("roles"));
 }
+
+#[test]
+fn a_request_for_fewer_tokens_than_the_choice_was_made_for_names_none_beyond_its_candidates() {
+    let shape = six();
+    let method = hetero("budget=16,every=1", &shape);
+    let mut store = Store::new(&method, &shape, 0, 256);
+    store.append(&method, &two_topics(&shape, 200), 64);
+    let mut scratch = Scratch::new();
+    let second = looking_at(&shape, 1);
+    assert!(store.select(&method, &second, &mut scratch).tokens(1).any(|token| token >= 100));
+    // The sequence was not cut: the same rows are asked for at an earlier place.
+    for tokens in [110, 60, 20, 2] {
+        let context = SelectContext::new(&shape, 0, tokens, &second);
+        let candidates = shape.candidates(tokens);
+        let selection = store.select_with(&method, &context, &mut scratch);
+        for head in 0..6 {
+            assert!(
+                selection.tokens(head).all(|token| candidates.contains(&(token as usize))),
+                "{tokens} tokens"
+            );
+            assert_eq!(selection.rows(head) == 0, candidates.is_empty());
+        }
+        if let Some(ahead) = store.prefetch(&method, &mut scratch) {
+            assert!((0..6).all(|head| ahead.tokens(head).all(|token| token < 200)));
+        }
+    }
+}

@@ -13,6 +13,11 @@ const GROUP: usize = 8;
 /// Rows of the sample that thresholds come from.
 const SAMPLE: usize = 256;
 
+/// A group is a part of a page, and no page has more rows.
+const GROUP_MAX: usize = 4096;
+/// Every query is scored with the whole sample.
+const SAMPLE_MAX: usize = 1 << 16;
+
 const KNOWN: &[&str] = &["tau", "budget", "cap", "group", "sample", "gate", "hint", "hint_norm"];
 
 /// Where each query's threshold comes from. All of them are scores of a sample of the candidates, and inclusive.
@@ -98,12 +103,19 @@ impl LouverSpec {
                 });
             }
         };
-        let count = "give a number of rows, at least 1";
         let spec = Self {
             tau,
             cap: options.take_budget("cap")?,
-            group: options.take_value("group", count, |rows| *rows > 0)?.unwrap_or(default.group),
-            sample: options.take_value("sample", count, |rows| *rows > 0)?.unwrap_or(default.sample),
+            group: options
+                .take_value("group", "give a number of rows from 1 to 4096", |rows| {
+                    (1..=GROUP_MAX).contains(rows)
+                })?
+                .unwrap_or(default.group),
+            sample: options
+                .take_value("sample", "give a number of rows from 1 to 65536", |rows| {
+                    (1..=SAMPLE_MAX).contains(rows)
+                })?
+                .unwrap_or(default.sample),
             gate: options.take_word("gate", GATE)?.unwrap_or_default(),
             hint: options.take_word("hint", HintSource::QUERIES)?.unwrap_or(default.hint),
             hint_norm: options.take_word("hint_norm", HintNorm::WORDS)?.unwrap_or_default(),

@@ -345,7 +345,7 @@ fn a_budget_beside_another_threshold_is_refused() {
     let message = |text: &str| text.parse::<MethodSpec>().unwrap_err().to_string();
     assert!(message("louver:tau=sample-max,budget=6%").contains("exclude"));
     assert!(message("louver:tau=median").contains("sample-gap"));
-    assert!(message("louver:group=0").contains("at least 1"));
+    assert!(message("louver:group=0").contains("from 1 to 4096"));
     let error = build(&"louver:group=24".parse().unwrap(), &small(), &Artifacts::none()).unwrap_err();
     assert!(error.to_string().contains("24"), "{error}");
     let spec: MethodSpec = "louver:tau=sample-max".parse().unwrap();

@@ -86,6 +86,9 @@ pub enum Place {
 
 const REST: &str = "rest";
 
+/// Most parts: each is a method of its own, and all of them may be compared with each other.
+const PARTS_MAX: usize = 64;
+
 impl Place {
     fn meets(&self, other: &Self) -> bool {
         match (self, other) {
@@ -153,6 +156,13 @@ impl MixSpec {
                 option: REST.into(),
                 value: String::new(),
                 expected: "give at least one part, as in `mix:2-9=(quest),rest=(full)`".into(),
+            });
+        }
+        if parts.len() > PARTS_MAX {
+            return Err(SpecError::BadValue {
+                option: parts[PARTS_MAX].place.to_string(),
+                value: parts[PARTS_MAX].spec.to_string(),
+                expected: format!("give at most {PARTS_MAX} parts"),
             });
         }
         for (at, part) in parts.iter().enumerate() {
@@ -244,6 +254,10 @@ impl Spec for MixSpec {
     /// The first that a part wants; it may want others beside it.
     fn artifact(&self) -> Option<ArtifactKind> {
         self.parts.iter().find_map(|part| part.spec.artifact())
+    }
+
+    fn artifacts(&self) -> Vec<ArtifactKind> {
+        self.parts.iter().flat_map(|part| part.spec.artifacts()).collect()
     }
 
     fn build(&self, shape: &Shape, artifacts: &Artifacts) -> Result<Box<dyn Method>, MethodError> {

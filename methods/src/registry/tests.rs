@@ -328,3 +328,20 @@ fn digests_are_shared_between_budgets_and_not_between_what_shapes_them() {
     assert_ne!(key("quest"), key("quest:page=8"));
     assert_eq!(key("full"), None);
 }
+
+#[test]
+fn options_that_cost_time_or_memory_have_limits() {
+    let parts = |count: usize| {
+        let parts: Vec<_> = (0..count).map(|layer| format!("{layer}=(full)")).collect();
+        format!("mix:{}", parts.join(","))
+    };
+    for (within, beyond) in [
+        ("resv:recent=4096".to_owned(), "resv:recent=4097".to_owned()),
+        ("louver:sample=65536".to_owned(), "louver:sample=65537".to_owned()),
+        ("louver:group=4096".to_owned(), "louver:group=4097".to_owned()),
+        (parts(64), parts(65)),
+    ] {
+        assert!(within.parse::<MethodSpec>().is_ok(), "{within}");
+        assert!(matches!(beyond.parse::<MethodSpec>(), Err(SpecError::BadValue { .. })), "{beyond}");
+    }
+}

@@ -15,6 +15,8 @@ const RATIO: f64 = 0.3;
 const DISTANCE: u32 = 7;
 /// Tokens after which a cluster that gets none is closed.
 const RECENT: usize = 1024;
+/// Most of them: every new key is compared with the cluster of each.
+const RECENT_MAX: usize = 4096;
 /// Clusters for each token, at most.
 const CLUSTERS: f64 = 0.25;
 
@@ -84,7 +86,9 @@ impl ResvSpec {
                 .take_value("distance", "give a Hamming distance from 1 to 33", distance)?
                 .unwrap_or(default.distance),
             recent: options
-                .take_value("recent", "give a number of tokens, at least 1", |tokens| *tokens > 0)?
+                .take_value("recent", "give a number of tokens from 1 to 4096", |tokens| {
+                    (1..=RECENT_MAX).contains(tokens)
+                })?
                 .unwrap_or(default.recent),
             clusters: options.take_share("clusters")?.unwrap_or(default.clusters),
             seed: options.take_value("seed", "give a whole number", |_| true)?.unwrap_or(default.seed),

@@ -103,7 +103,7 @@ impl ShadowKvSpec {
     /// Outlier chunks of each KV head, for a budget of `rows` rows.
     #[must_use]
     pub fn outliers(&self, rows: usize) -> usize {
-        self.outliers.unwrap_or((rows * OUTLIERS_PER_1024 / 1024).max(1))
+        self.outliers.unwrap_or((rows.saturating_mul(OUTLIERS_PER_1024) / 1024).max(1))
     }
 }
 
