@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use kvoyant_methods::ArtifactKind;
+use kvoyant_methods::Artifacts;
 use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::layout::{Layout, d2c};
@@ -19,6 +19,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use crate::artifacts;
 use crate::config::Config;
 use crate::device::{Device, Importer, SlabRequest};
 use crate::lane::model::{ModelState, shape_of};
@@ -32,12 +33,6 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often a client's process is looked at, beside its socket, which tells of most ends at once.
 const PROCESS_LOOK_EVERY: Duration = Duration::from_millis(50);
-
-/// What an artifact may have beside its matrices, in bytes.
-const ARTIFACT_HEADER_MAX: u64 = 1 << 20;
-
-/// Largest artifact: skew matrices of 80 layers with 64 heads of 128 values in f32.
-const ARTIFACT_MAX: u64 = 512 << 20;
 
 /// Largest slab that a session may ask for.
 const SLAB_MAX: u64 = 1 << 40;
@@ -53,6 +48,8 @@ pub struct Plane {
     boot_id: u64,
     next_session: AtomicU64,
     places: Arc<Semaphore>,
+    /// Whose turn it is to have artifacts read.
+    readings: Arc<Semaphore>,
 }
 
 impl Plane {
@@ -67,7 +64,8 @@ impl Plane {
         boot_id: u64,
     ) -> Self {
         let places = Arc::new(Semaphore::new(config.max_sessions as usize));
-        Self { config, lanes, device, pool, registry, boot_id, next_session: AtomicU64::new(1), places }
+        let (next_session, readings) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
+        Self { config, lanes, device, pool, registry, boot_id, next_session, places, readings }
     }
 
     /// Waits until the device is lost, and says why. For ever, where that cannot be.
@@ -86,7 +84,7 @@ impl Plane {
 
 /// Why a session ended.
 #[derive(Debug, Error)]
-enum Ended {
+pub(crate) enum Ended {
     #[error("the client has gone")]
     HungUp,
     #[error("{0}")]
@@ -400,29 +398,6 @@ fn printable(name: &str) -> String {
     name.chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
-/// The memfds of the artifacts, each as large as the client says and no larger than one can be.
-fn artifact_files(spec: &ModelSpec, fds: Vec<OwnedFd>) -> Result<Vec<Memfd>, Ended> {
-    let (wanted, most) = (spec.artifacts.len(), ArtifactKind::ALL.len());
-    if wanted > most {
-        let reason = format!("{wanted} artifacts were registered, and there are {most} kinds");
-        return Err(Ended::Refused(Failure::BadMethod(reason)));
-    }
-    if fds.len() < wanted {
-        return Err(Ended::Protocol(format!("{} memfds came for {wanted} artifacts", fds.len())));
-    }
-    let heads = u64::from(spec.layers).saturating_mul(u64::from(spec.query_heads));
-    let matrix = u64::from(spec.head_dim).saturating_mul(u64::from(spec.head_dim)).saturating_mul(4);
-    let max = heads.saturating_mul(matrix).saturating_add(ARTIFACT_HEADER_MAX).min(ARTIFACT_MAX);
-    let file = |(bytes, fd): (&u64, OwnedFd)| {
-        if !(1..=max).contains(bytes) {
-            let reason = format!("an artifact of {bytes} bytes is outside 1..={max} for this model");
-            return Err(Ended::Refused(Failure::BadMethod(reason)));
-        }
-        Ok(Memfd::from_peer(fd, *bytes as usize, Seals::fixed_size())?)
-    };
-    spec.artifacts.iter().zip(fds).map(file).collect()
-}
-
 async fn register(
     plane: &Plane,
     session: &Session,
@@ -432,7 +407,7 @@ async fn register(
     let spec = ModelSpec { name: printable(&spec.name), ..spec };
     // Before anything is made as large as the client says.
     shape_of(&spec).map_err(Ended::Refused)?;
-    let artifacts = artifact_files(&spec, fds)?;
+    let artifacts = artifacts::files(&spec, fds)?;
     if let Ok(mut name) = session.status.model.lock() {
         name.clone_from(&spec.name);
     }
@@ -454,9 +429,19 @@ async fn register(
         features: session.features,
         importer: Arc::clone(&session.importer),
     };
+    let (artifacts, spec) = if artifacts.is_empty() {
+        (Artifacts::none(), spec)
+    } else {
+        // Nothing else of a registration takes as much memory: only one at a time does.
+        let turn = Arc::clone(&plane.readings).acquire_owned().await;
+        beside(move || {
+            let artifacts = artifacts::read(artifacts, &spec)?;
+            drop(turn);
+            Ok((artifacts, spec))
+        })
+        .await?
+    };
     let model = beside(move || {
-        // Nothing else of this much is known to be there.
-        let artifacts = artifacts.iter().map(Memfd::read_out).collect::<Result<Vec<_>, _>>()?;
         ModelState::new(spec, &artifacts, sequences_max, extents, &*device, slab, keep)
             .map_err(Ended::Refused)
     })

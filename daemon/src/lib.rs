@@ -14,6 +14,7 @@
 //! `kvoyantd` and `kvoyant serve` are the same [`main`](fn@main).
 
 pub mod admin;
+mod artifacts;
 pub mod config;
 pub mod control;
 pub mod device;

@@ -91,6 +91,10 @@ const MARK: u8 = 6;
 /// Most query tokens of a block.
 pub const QUERIES_MAX: u32 = 1 << 16;
 
+/// Most scores of one KV head that a member of a speculation may come to, `query tokens · query heads of a KV head ·
+/// candidates`: 64 MiB of f32.
+pub const SCORES_MAX: usize = 1 << 24;
+
 /// The lane waits for the slot's doorbell to carry the ticket's low 32 bits before it looks at batch and hints.
 const FLAG_DOORBELL: u8 = 1;
 

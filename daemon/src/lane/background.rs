@@ -16,6 +16,9 @@ use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::LayerSlots;
 use crate::tiers::residency::SlotSet;
 
+/// How many of the layers that wait are looked at in one go.
+const LOOKS: usize = 64;
+
 /// A background transfer while it is being planned.
 #[derive(Debug, Default)]
 pub struct Background {
@@ -52,6 +55,11 @@ pub(super) fn is_flying(flying: &[Flying], number: u64) -> bool {
 }
 
 impl ModelState {
+    /// Whether a query comes with requests for the sequence.
+    pub(super) fn selects_by_query(&self, id: SequenceId) -> bool {
+        self.sequence(id).is_ok_and(|sequence| self.methods[sequence.method].needs().hint.is_query())
+    }
+
     /// What the sequence's method wants of the CPU.
     pub(super) fn cpu_attention(&self, id: SequenceId) -> Option<CpuAttention> {
         self.methods[self.sequence(id).ok()?.method].needs().cpu_attention
@@ -70,16 +78,25 @@ impl ModelState {
         }
     }
 
+    /// Takes a layer out of those that wait whose answer is not read any more. Others change places with those behind
+    /// them, so that an answer that is held holds up nothing but its own layer.
+    fn next_planned(&mut self, released_through: u64) -> Option<(SequenceId, usize, usize)> {
+        for _ in 0..self.planned.len().min(LOOKS) {
+            let (id, layer) = self.planned.pop_front()?;
+            let planned = self.sequence(id).ok().and_then(|sequence| sequence.residency[layer].prefetch);
+            match planned {
+                Some((ticket, _)) if ticket > released_through => self.planned.push_back((id, layer)),
+                Some((_, tokens)) => return Some((id, layer, tokens)),
+                None => {}
+            }
+        }
+        None
+    }
+
     /// Prepares the next layer that waits for it, if its answer is not read any more; true if there was one. What has to
     /// be copied is in `background` then.
     pub fn prefetch_next(&mut self, released_through: u64, background: &mut Background) -> bool {
-        let Some((id, layer)) = self.planned.front().copied() else { return false };
-        let planned = self.sequence(id).ok().and_then(|sequence| sequence.residency[layer].prefetch);
-        if planned.is_some_and(|(ticket, _)| ticket > released_through) {
-            return false;
-        }
-        self.planned.pop_front();
-        let Some((_, tokens)) = planned else { return true };
+        let Some((id, layer, tokens)) = self.next_planned(released_through) else { return false };
         let Ok(sequence) = self.sequence_mut(id) else { return true };
         sequence.residency[layer].prefetch = None;
         let candidates = self.shape.candidates(tokens);
@@ -161,12 +178,18 @@ impl ModelState {
         PartialLayout { query_heads: self.shape.query_heads, values: self.layout.value_values() }
     }
 
-    /// Gives an answer the empty partial attention of one more member.
-    pub fn begin_partial(&self, answer: &mut Answer) {
+    /// Gives an answer the empty partial attention of one more member; false where a table of at most so many bytes
+    /// would not hold it.
+    pub fn begin_partial(&self, answer: &mut Answer, most: usize) -> bool {
         let layout = self.partial_layout();
         let first = answer.partials.len();
+        let entries = size_of_val(answer.heads.as_slice()) + size_of_val(answer.runs.as_slice());
+        if entries + (first + layout.words()) * size_of::<u32>() > most {
+            return false;
+        }
         answer.partials.resize(first + layout.words(), 0);
         answer.partials[first + 1..][..layout.query_heads].fill(f32::NEG_INFINITY.to_bits());
+        true
     }
 
     /// Names the selected rows that are there, and attends the others by the hint in the buffers, from where they lie.

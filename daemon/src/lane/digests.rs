@@ -58,6 +58,11 @@ impl DigestSet {
         self.key == key && (self.memory.is_none() || self.method == method)
     }
 
+    /// The method that builds it.
+    pub(crate) fn method(&self) -> usize {
+        self.method
+    }
+
     /// Bytes of everything but the blocks.
     pub(crate) fn bytes(&self) -> usize {
         let parts = [Some(self.table), Some(self.state), self.memory, self.dead];
@@ -154,6 +159,12 @@ impl ModelState {
             Some(set) if set.built[layer] as usize >= tokens => Digested::Yes,
             _ => Digested::Behind,
         }
+    }
+
+    /// Whether a sequence has the digests that a method reads.
+    pub(crate) fn has_digests(&self, id: SequenceId, method: usize) -> bool {
+        let Some(key) = self.methods[method].digest_key() else { return true };
+        self.sequence(id).is_ok_and(|sequence| sequence.digests.iter().any(|set| set.serves(key, method)))
     }
 
     /// Makes sure that a sequence has the digests that a method reads, built as far as rows are there.

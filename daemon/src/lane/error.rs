@@ -3,14 +3,11 @@
 use kvoyant_protocol::control::Failure;
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::ring::RingError;
-use kvoyant_protocol::wire::{RequestError, SequenceId};
+use kvoyant_protocol::wire::{RequestError, SCORES_MAX, SequenceId};
 use thiserror::Error;
 
 use crate::lane::mailbox::ReportError;
-
-/// Rows, over all members and KV heads, that one speculation may have candidates for: a batch of 256 sequences of
-/// 128 Ki tokens with eight KV heads. A block of query tokens counts once for each of them.
-pub(super) const WORK_MAX: usize = 1 << 28;
+use crate::lane::session::limits::{FEEDBACK_MAX, WORK_MAX};
 
 /// Why a session ends.
 #[derive(Debug, Error)]
@@ -117,10 +114,32 @@ pub enum SessionError {
         room: usize,
     },
     /// A batch with more candidates than a lane can be asked to look at in one go.
-    #[error("a speculation over {rows} rows and more is larger than {WORK_MAX}; split the batch")]
+    #[error(
+        "a speculation of {products} products of 64 values and more is larger than {WORK_MAX}; split the batch, or the \
+         block of query tokens"
+    )]
     Work {
-        /// Rows so far.
-        rows: usize,
+        /// Products so far: tokens by query heads and query tokens, heads of more than 64 values counted by their length.
+        products: usize,
+    },
+    /// More scores than a method may keep at a time.
+    #[error(
+        "{queries} query tokens with {group} query heads each for {tokens} tokens have more than {SCORES_MAX} scores; \
+         send fewer query tokens at once"
+    )]
+    Scores {
+        /// Query tokens.
+        queries: usize,
+        /// Query heads of a KV head.
+        group: usize,
+        /// Tokens of the member.
+        tokens: usize,
+    },
+    /// A longer attention row than a lane takes in at a time.
+    #[error("feedback of {weights} weights for all KV heads is longer than {FEEDBACK_MAX}")]
+    Feedback {
+        /// Weights.
+        weights: usize,
     },
     /// A control request that failed after it had begun.
     #[error("a request failed half way: {0}")]

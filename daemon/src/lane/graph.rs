@@ -8,6 +8,7 @@
 use std::time::{Duration, Instant};
 
 use kvoyant_kernels::cuda::params::{ResidencyEntry, ResidencyHeader};
+use kvoyant_methods::{Needs, RowPart};
 use kvoyant_protocol::control::{Failure, NO_PAGE};
 use kvoyant_protocol::graph::GraphLayout;
 use kvoyant_protocol::memory::MemoryError;
@@ -96,6 +97,22 @@ impl GraphState {
     }
 }
 
+/// Why captured kernels cannot stand in for a method that needs this.
+fn unserved(needs: &Needs) -> Option<&'static str> {
+    if needs.drops_rows {
+        // They know pages by a table of their own, which must not lose any.
+        Some("has a pool, which drops rows")
+    } else if needs.part == RowPart::Values {
+        Some("moves values alone, and captured kernels read keys where they read values")
+    } else if needs.cpu_attention.is_some() {
+        Some("attends rows on the CPU, whose answer no captured kernel waits for")
+    } else if needs.prefetch {
+        Some("chooses ahead by what its own selections left, and captured kernels select without it")
+    } else {
+        None
+    }
+}
+
 impl ModelState {
     /// Serves a sequence in graph mode from now on.
     pub fn serve_graph(&mut self, id: SequenceId, slot: u32) -> Result<(), Failure> {
@@ -105,9 +122,8 @@ impl ModelState {
             return Err(refused("it is already".into()));
         }
         let method = &self.methods[sequence.method];
-        if method.needs().drops_rows {
-            // Captured kernels know pages by a table of their own, which must not lose any.
-            return Err(refused(format!("its method, {}, has a pool, which drops rows", method.spec())));
+        if let Some(reason) = unserved(&method.needs()) {
+            return Err(refused(format!("its method, {}, {reason}", method.spec())));
         }
         let graph = self.graph.as_mut();
         let graph = graph.ok_or_else(|| refused("the model was registered without graph mode".into()))?;
@@ -278,6 +294,27 @@ impl ModelState {
         graph.spare.push(update);
         if let (true, Some(id)) = (failed, id) {
             self.forget(id, layer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvoyant_methods::CpuAttention;
+
+    use super::*;
+
+    #[test]
+    fn methods_that_captured_kernels_cannot_stand_in_for_are_refused_with_the_reason() {
+        assert_eq!(unserved(&Needs { rows: true, digest: true, memory: true, ..Needs::default() }), None);
+        let cpu_attention = Some(CpuAttention { recall_above: 0.5, recall_every: 0 });
+        for (needs, reason) in [
+            (Needs { drops_rows: true, ..Needs::default() }, "pool"),
+            (Needs { part: RowPart::Values, ..Needs::default() }, "values alone"),
+            (Needs { cpu_attention, ..Needs::default() }, "CPU"),
+            (Needs { prefetch: true, ..Needs::default() }, "ahead"),
+        ] {
+            assert!(unserved(&needs).is_some_and(|said| said.contains(reason)), "{needs:?}");
         }
     }
 }

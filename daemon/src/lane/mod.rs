@@ -11,6 +11,7 @@ pub mod graph;
 pub mod mailbox;
 pub mod model;
 mod place;
+mod room;
 pub mod select;
 pub mod sequences;
 pub mod session;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use kvoyant_kernels::quantise::Format;
 use kvoyant_kernels::{Dtype, RowLayout};
 use kvoyant_methods::{
-    Artifact, Artifacts, Fingerprint, Method, MethodSpec, RowPart, Scratch, Selection, Shape, TokenRange,
+    Artifacts, Fingerprint, Method, MethodSpec, RowPart, Scratch, Selection, Shape, TokenRange,
 };
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Failure, MemoryKind, Mode, ModelSpec, ToClient};
@@ -39,7 +39,7 @@ pub(crate) const HEAP_FILE_BYTES: usize = 8 << 20;
 const ROW_BYTES_MIN: usize = 16;
 
 /// Most methods that a session may register.
-const METHODS_MAX: usize = 64;
+pub(crate) const METHODS_MAX: usize = 64;
 
 /// Most KV heads of a model, all layers together.
 const HEADS_MAX: usize = 1 << 14;
@@ -149,7 +149,7 @@ impl ModelState {
     /// Checks a specification, builds its methods and makes its memory.
     pub fn new(
         spec: ModelSpec,
-        artifacts: &[Vec<u8>],
+        artifacts: &Artifacts,
         sequences_max: u32,
         extents: Supply,
         device: &dyn Device,
@@ -159,7 +159,6 @@ impl ModelState {
         let (shape, layout) = shape_of(&spec)?;
         let row_bytes = row_bytes_of(layout)?;
         let geometry = PageGeometry { page_rows: shape.page_rows, row_bytes };
-        let artifacts = read_artifacts(artifacts)?;
         if !(1..=METHODS_MAX).contains(&spec.methods.len()) {
             let count = spec.methods.len();
             return Err(Failure::BadMethod(format!(
@@ -183,7 +182,7 @@ impl ModelState {
             .iter()
             .map(|text| {
                 let method: MethodSpec = text.parse().map_err(|error| format!("{error}"))?;
-                kvoyant_methods::build(&method, &shape, &artifacts).map_err(|error| format!("{error}"))
+                kvoyant_methods::build(&method, &shape, artifacts).map_err(|error| format!("{error}"))
             })
             .collect::<Result<Vec<_>, String>>()
             .map_err(Failure::BadMethod)?;
@@ -297,20 +296,6 @@ impl ModelState {
         }
         Ok(list)
     }
-}
-
-/// What methods were calibrated to, at most one of each kind.
-fn read_artifacts(files: &[Vec<u8>]) -> Result<Artifacts, Failure> {
-    let mut artifacts = Artifacts::none();
-    for bytes in files {
-        let artifact = Artifact::from_bytes(bytes).map_err(|error| Failure::BadMethod(error.to_string()))?;
-        let kind = artifact.kind();
-        if artifacts.iter().any(|known| known.kind() == kind) {
-            return Err(Failure::BadMethod(format!("two {kind} artifacts were registered; a model has one")));
-        }
-        artifacts.insert(artifact);
-    }
-    Ok(artifacts)
 }
 
 /// Bytes of a row, if there are such rows.

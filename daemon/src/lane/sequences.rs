@@ -10,7 +10,7 @@ use kvoyant_protocol::wire::SequenceId;
 
 use crate::lane::background::is_flying;
 use crate::lane::digests::DigestSet;
-use crate::lane::model::{HEAP_FILE_BYTES, Limbo, ModelState, RECORD_BYTES};
+use crate::lane::model::{Limbo, ModelState, RECORD_BYTES};
 use crate::tiers::heap::Region;
 use crate::tiers::residency::SlotSet;
 
@@ -130,7 +130,7 @@ impl ModelState {
             .map(|slot| SequenceId { slot: *slot, generation: self.sequences[*slot as usize].generation })
     }
 
-    fn heads(&self) -> usize {
+    pub(super) fn heads(&self) -> usize {
         self.shape.layers * self.shape.kv_heads
     }
 
@@ -169,7 +169,7 @@ impl ModelState {
     pub fn open(&mut self, method: u16, tokens: u32) -> Result<SequenceId, Failure> {
         let method = self.method_index(method)?;
         let slot = self.free_slot()?;
-        self.check_tables(1, 0)?;
+        self.check_tables(self.tables_of([method], 0))?;
         let table = self.tables.allocate(0)?;
         self.seeds += 1;
         let layers = self.shape.layers;
@@ -219,7 +219,11 @@ impl ModelState {
             )));
         }
         let slot = self.free_slot()?;
-        self.check_tables(2, self.sequence(parent)?.capacity)?;
+        // The parent may get digests that it had no need of, and the child has those of its method alone.
+        let capacity = self.sequence(parent)?.capacity;
+        let new = (!self.has_digests(parent, method)).then_some(method);
+        let child = self.tables_of([method], capacity);
+        self.check_tables(child.saturating_add(self.tables_of(new, capacity)))?;
         self.ensure_digests(parent, method)?;
         let (rows, kept) = (self.shape.page_rows, 0..self.heads());
         let sequence = self.sequence(parent)?;
@@ -280,10 +284,10 @@ impl ModelState {
     }
 
     fn pages_to_open(&self, method: u16, tokens: u32) -> Result<usize, Failure> {
-        self.method_index(method)?;
+        let method = self.method_index(method)?;
         self.free_slot()?;
         let pages = (check_tokens(tokens)? as usize).div_ceil(self.shape.page_rows);
-        self.check_tables(1, pages)?;
+        self.check_tables(self.tables_of([method], pages))?;
         Ok(pages * self.heads())
     }
 
@@ -312,9 +316,13 @@ impl ModelState {
                     .count();
             }
         }
-        let longest = list.iter().map(|(_, tokens)| (*tokens as usize).div_ceil(rows)).max().unwrap_or(0);
         if needed <= self.arena.obtainable_pages() {
-            self.check_tables(list.len(), longest)?;
+            let mut wanted = 0_u64;
+            for (id, tokens) in list {
+                let methods = self.sequence(*id)?.digests.iter().map(DigestSet::method);
+                wanted = wanted.saturating_add(self.tables_of(methods, (*tokens as usize).div_ceil(rows)));
+            }
+            self.check_tables(wanted)?;
         }
         Ok(needed)
     }
@@ -495,6 +503,7 @@ impl ModelState {
         slot.generation = slot.generation.wrapping_add(1);
         let Some(sequence) = slot.sequence.take() else { return Err(Failure::NoSuchSequence(id)) };
         self.open.retain(|slot| *slot != id.slot);
+        self.planned.retain(|(planned, _)| *planned != id);
         for head in kept {
             for page in 0..sequence.pages {
                 let own = self.tables.word(sequence.table, head * sequence.capacity + page);
@@ -547,30 +556,6 @@ impl ModelState {
             pages.give_back(limbo.pages.drain(..));
             false
         });
-    }
-
-    /// Whether the daemon's memory for tables and digests would hold `count` more sequences with tables of `pages`
-    /// pages. What follows relies on it: an allocation that fails half way ends the session.
-    pub(crate) fn check_tables(&self, count: usize, pages: usize) -> Result<(), Failure> {
-        let heads = self.heads();
-        let capacity = pages.next_power_of_two().max(8);
-        let kept = |method: &dyn kvoyant_methods::Method| {
-            let per_page = 4 + method.digest_bytes() + 4;
-            per_page * capacity
-                + method.head_state_bytes()
-                + method.memory_bytes(capacity * self.shape.page_rows)
-        };
-        let kept = self.methods.iter().map(|method| kept(&**method)).max().unwrap_or(0);
-        let per_head = 4 * capacity + kept + self.shape.head_dim * 4;
-        let marks = capacity * self.shape.page_rows;
-        let wanted = (count as u64).saturating_mul((heads * per_head + marks) as u64);
-        // Either new files can be had, or what is wanted fits into free spans of those that are there.
-        let new = self.arena.budget().free_table_bytes().saturating_sub(2 * HEAP_FILE_BYTES as u64);
-        let free = new.max(self.tables.longest_span().min(self.meta.longest_span()));
-        if wanted <= free {
-            return Ok(());
-        }
-        Err(Failure::TablesFull { wanted_bytes: wanted, free_bytes: free })
     }
 
     /// Page table and room of a sequence, for its client.

@@ -3,6 +3,7 @@
 //! Whatever a client does wrong here ends this session, with a reason, and no other.
 
 mod hints;
+pub(super) mod limits;
 mod reports;
 mod told;
 
@@ -18,12 +19,13 @@ use kvoyant_protocol::wire::{BatchEntry, Completion, Operation, Request, STATS, 
 
 use crate::device::{AnswerWords, BACKGROUND, Device, Done, Publication, Report, Transfer};
 use crate::lane::background::Background;
-use crate::lane::error::{SessionError, WORK_MAX};
+use crate::lane::error::SessionError;
 use crate::lane::mailbox::Report as GraphReport;
 use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::Sequence;
 use crate::lane::session::hints::HintArea;
+use crate::lane::session::limits::{WORK_MAX, charge};
 use crate::status::SessionStatus;
 
 /// How long a session may keep its lane before another one gets its turn; one request may take longer.
@@ -324,7 +326,7 @@ impl LaneSession {
         self.answer.rows_per_extent = model.rows_per_extent();
         self.background.clear(self.backgrounds + 1, model.rows_per_extent());
         let attends = model.attends;
-        let mut work = 0;
+        let mut work = 0_usize;
         let mut status = Status::Ready;
         let area = HintArea {
             memory: &self.c2d,
@@ -333,14 +335,17 @@ impl LaneSession {
             queries: request.queries as usize,
         };
         for entry in &self.batch {
-            let rows = (entry.position as usize + 1) * model.shape.kv_heads;
-            work += rows.saturating_mul(area.queries);
+            let tokens = entry.position as usize + 1;
+            let by_query = model.selects_by_query(entry.sequence);
+            work = work.saturating_add(charge(&model.shape, tokens, area.queries, by_query)?);
             if work > WORK_MAX {
-                return Err(SessionError::Work { rows: work });
+                return Err(SessionError::Work { products: work });
             }
             let turn = Turn { ticket, released_through: self.released_through };
-            if attends {
-                model.begin_partial(&mut self.answer);
+            let most = self.layout.limits.table_bytes as usize;
+            if attends && !model.begin_partial(&mut self.answer, most) {
+                status = Status::TableFull;
+                break;
             }
             let answered = match area.read(entry, layer, model)? {
                 Ok(()) => {

@@ -68,7 +68,8 @@ impl ModelState {
         Ok(())
     }
 
-    /// Tells one layer's memories of a truncation; true where they have to be made anew, for which they are zeroed.
+    /// Tells one layer's memories of a truncation; true where one of them has to be made anew, for which it is zeroed. The
+    /// others stay: what they have learnt cannot be made from rows, and rows that come again they know already.
     pub(super) fn cut_memory(
         &mut self,
         set: &DigestSet,
@@ -78,19 +79,17 @@ impl ModelState {
     ) -> bool {
         let (heads, total) = (self.shape.kv_heads, self.total_heads());
         let Some(memory) = set.memory else { return false };
-        let layer_heads = layer * heads..(layer + 1) * heads;
         let mut rebuild = false;
-        for head in layer_heads.clone() {
+        for head in layer * heads..(layer + 1) * heads {
             let bytes = self.meta.get_mut(part(memory, head, memory.len / total));
-            rebuild |= self.methods[set.method].on_truncate(tokens, bytes) == Truncated::Rebuild;
-        }
-        if rebuild {
-            for head in layer_heads {
-                self.meta.get_mut(part(memory, head, memory.len / total)).fill(0);
-                // A pool that is made anew drops its rows anew.
-                if let Some(dead) = set.dead {
-                    self.meta.get_mut(part(dead, head, capacity * 4)).fill(0);
-                }
+            if self.methods[set.method].on_truncate(tokens, bytes) != Truncated::Rebuild {
+                continue;
+            }
+            rebuild = true;
+            bytes.fill(0);
+            // A pool that is made anew drops its rows anew.
+            if let Some(dead) = set.dead {
+                self.meta.get_mut(part(dead, head, capacity * 4)).fill(0);
             }
         }
         rebuild

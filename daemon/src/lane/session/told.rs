@@ -4,6 +4,7 @@ use kvoyant_methods::mark;
 use kvoyant_protocol::wire::{Append, FeedbackRows, Observe, Stat};
 
 use super::LaneSession;
+use super::limits::FEEDBACK_MAX;
 use crate::lane::error::SessionError;
 
 impl LaneSession {
@@ -83,6 +84,9 @@ impl LaneSession {
             return Err(SessionError::Tokens { sequence: id, end: tokens, room });
         }
         let values = model.shape.kv_heads * tokens.div_ceil(wanted.block.max(1));
+        if values > FEEDBACK_MAX {
+            return Err(SessionError::Feedback { weights: values });
+        }
         let bytes = request.payload_bytes as usize;
         if bytes != values * 4 {
             return Err(SessionError::Payload { offset: 0, bytes, wanted: values * 4, have: bytes });

@@ -1,7 +1,7 @@
 //! Sparse prefill: a chunk of a prompt attends over sinks, what the daemon selects for a sample of its queries, the window
 //! before it, and itself.
 
-use kvoyant_client::{Hint, Member};
+use kvoyant_client::{Hint, Member, SCORES_MAX};
 use kvoyant_methods::RowPart;
 use rayon::prelude::*;
 
@@ -9,10 +9,10 @@ use super::options::BLOCK_QUERIES;
 use super::{DaemonError, DaemonKv, DaemonSequence};
 use crate::decoder::causal::{Gathered, attend_gathered};
 
-/// At most [`BLOCK_QUERIES`] of a chunk's queries `[T][width]`, evenly spread, the last among them; and how many.
-fn sample(queries: &[f32], width: usize) -> (Vec<f32>, usize) {
+/// At most `most` of a chunk's queries `[T][width]`, evenly spread, the last among them; and how many.
+fn sample(queries: &[f32], width: usize, most: usize) -> (Vec<f32>, usize) {
     let tokens = queries.len() / width;
-    let count = tokens.min(BLOCK_QUERIES);
+    let count = tokens.min(most);
     let token = |i: usize| (i + 1) * tokens / count - 1;
     let values =
         (0..count).flat_map(|i| &queries[token(i) * width..(token(i) + 1) * width]).copied().collect();
@@ -39,7 +39,10 @@ impl DaemonKv {
         self.send_statistics(sequence)?;
         let (d, width) = (self.shape.head_dim, self.shape.query_heads * self.shape.head_dim);
         let tokens = queries.len() / width;
-        let (hint, count) = sample(queries, width);
+        // The daemon keeps a score of each query for each token before the chunk.
+        let group = self.shape.query_heads / self.shape.kv_heads;
+        let most = (SCORES_MAX / (group * start.max(1))).clamp(1, BLOCK_QUERIES);
+        let (hint, count) = sample(queries, width, most);
         let member = Member { sequence: sequence.inner(), position: start, hint: Hint::Query(&hint) };
         let pending = self.model.speculate_block(layer, &[member], count)?;
         let ready = self.wait(pending)?;
@@ -85,9 +88,10 @@ mod tests {
     #[test]
     fn a_sample_is_spread_over_the_chunk_and_has_its_last_query() {
         let queries: Vec<f32> = (0..200).map(|t| t as f32).collect();
-        let (values, count) = sample(&queries, 1);
+        let (values, count) = sample(&queries, 1, 64);
         assert_eq!((count, values.len(), values[63]), (64, 64, 199.0));
         assert!(values.windows(2).all(|pair| (3.0..=4.0).contains(&(pair[1] - pair[0]))));
-        assert_eq!(sample(&queries[..3], 1), (vec![0.0, 1.0, 2.0], 3));
+        assert_eq!(sample(&queries[..3], 1, 64), (vec![0.0, 1.0, 2.0], 3));
+        assert_eq!(sample(&queries, 1, 1), (vec![199.0], 1));
     }
 }
