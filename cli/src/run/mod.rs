@@ -101,7 +101,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
         shape.check()?;
         let mut kv = DenseKv::new(shape);
         let mut sequence = kv.sequence();
-        let times = answer(args, &mut decoder, &mut kv, &mut sequence, &tokens, progress)?;
+        let times = answer(args, &mut decoder, &mut kv, &mut sequence, (&tokens, |_| ()), progress)?;
         if args.stats {
             stats::print(&times, None);
         }
@@ -129,7 +129,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
     };
     let mut decoder = Decoder::new(model.clone(), options);
     let mut sequence = kv.sequence(0).map_err(SessionError::from)?;
-    let times = answer(args, &mut decoder, &mut kv, &mut sequence, &tokens, progress)?;
+    // What a sparse prefill cost is not the steps'.
+    let read = |kv: &mut DaemonKv| {
+        kv.take_stats();
+    };
+    let times = answer(args, &mut decoder, &mut kv, &mut sequence, (&tokens, read), progress)?;
     if args.stats {
         let held = kv.shape().token_bytes();
         stats::print(&times, Some((&method, kv.take_stats(), held)));
@@ -173,13 +177,13 @@ fn serve_arguments(args: &RunArgs, model: &Model, most: usize) -> Vec<String> {
     all
 }
 
-/// Reads the prompt and writes the answer.
+/// Reads the prompt, says so to `read`, and writes the answer.
 fn answer<B: KvBackend>(
     args: &RunArgs,
     decoder: &mut Decoder,
     kv: &mut B,
     sequence: &mut B::Sequence,
-    tokens: &[u32],
+    (tokens, read): (&[u32], impl FnOnce(&mut B)),
     progress: Progress,
 ) -> Result<Times, AnswerError<B::Error>> {
     let mut times = Times::new(tokens.len());
@@ -192,6 +196,7 @@ fn answer<B: KvBackend>(
     let logits = decoder.prefill(kv, sequence, tokens, options)?;
     times.read();
     drop(step);
+    read(kv);
 
     let mut sampler = Sampler::new(SamplerOptions {
         temperature: args.temperature.unwrap_or(0.0) as f32,

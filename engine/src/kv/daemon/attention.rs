@@ -28,6 +28,9 @@ pub(super) struct Pass<'a> {
     pub(super) selects: bool,
 }
 
+/// A group's queries and output, `[g][d]` each, and log-sum-exps, `[g]`.
+type GroupRows<'a> = ((&'a [f32], &'a mut [f32]), &'a mut [f32]);
+
 thread_local! {
     static RUNS: RefCell<Vec<Run>> = const { RefCell::new(Vec::new()) };
 }
@@ -121,7 +124,7 @@ impl Pass<'_> {
         let (kv_heads, d, group) = (self.shape.kv_heads, self.shape.head_dim, self.shape.group());
         let (group_values, layout) = (group * d, self.shape.layout());
         // One task per (sequence, KV head): `queries`, `out` and `lse` are laid out in that order.
-        let one = |(task, ((q, o), lse)): (usize, ((&[f32], &mut [f32]), &mut [f32]))| {
+        let one = |(task, ((q, o), lse)): (usize, GroupRows<'_>)| {
             let (i, head) = (task / kv_heads, task % kv_heads);
             RUNS.with_borrow_mut(|runs| {
                 runs.clear();
