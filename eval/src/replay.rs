@@ -516,8 +516,9 @@ mod tests {
         let prepared = Prepared::new(&trace).unwrap();
         let full = run(&prepared, "full", 100);
         assert!(full.missed_mass.abs() < 1e-5 && full.output_error < 1e-4, "{full:?}");
-        assert_eq!(full.hit_rate, Some(0.0));
-        assert!(full.bytes_per_token > 0.9 * prepared.kv_bytes(), "{}", full.bytes_per_token);
+        // Of some 740 candidates the first hundred stay.
+        assert!((0.1..0.15).contains(&full.hit_rate.unwrap()), "{full:?}");
+        assert!(full.bytes_per_token > 0.8 * prepared.kv_bytes(), "{}", full.bytes_per_token);
         let resident = run(&prepared, "full", 10_000);
         assert!(resident.hit_rate.unwrap() > 0.9);
     }

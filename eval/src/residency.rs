@@ -1,14 +1,20 @@
 //! A model of what lies on the device: so many rows per KV head, the least recently selected leave first.
 //!
 //! The daemon keeps slots and pages of them; here it is rows alone, so that every method is counted alike: what is selected and
-//! not resident moves. A selection larger than what a head can keep streams through and leaves nothing to be found again.
+//! not resident moves. A head's room grows to [`KEEP`] times what it selects, as far as the device has room. Of a selection that
+//! is larger than that, what is resident stays, the first of the other rows join it, and the rest streams through.
 
 use kvoyant_methods::TokenRange;
+
+use crate::replay::KEEP;
 
 /// Resident rows of one KV head.
 #[derive(Debug, Clone)]
 pub struct Resident {
+    /// What the device has for the head.
     capacity: usize,
+    /// What the head has taken of it.
+    room: usize,
     /// When each token was last selected, 0: it is not resident.
     last: Vec<u64>,
     clock: u64,
@@ -25,10 +31,10 @@ pub struct Found {
 }
 
 impl Resident {
-    /// Room for `capacity` rows.
+    /// On a device with room for `capacity` rows.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
-        Self { capacity, last: Vec::new(), clock: 0, resident: 0 }
+        Self { capacity, room: 0, last: Vec::new(), clock: 0, resident: 0 }
     }
 
     /// Rows resident now.
@@ -53,30 +59,33 @@ impl Resident {
         found
     }
 
-    /// Takes in a selection: all of it is resident afterwards, if it fits.
+    /// Takes in a selection: as much of it as fits is resident afterwards.
     pub fn take(&mut self, selected: &[TokenRange]) -> Found {
-        let count: usize = selected.iter().map(|range| range.count as usize).sum();
-        if count > self.capacity {
-            self.last.clear();
-            self.resident = 0;
-            return Found { hits: 0, missing: count };
-        }
-        self.clock += 1;
         let found = self.look(selected);
+        let wanted = ((found.hits + found.missing) as f64 * KEEP) as usize;
+        self.room = self.room.max(wanted.min(self.capacity));
+        self.clock += 1;
+        let mut left = self.room - found.hits;
         for token in tokens(selected) {
             let token = token as usize;
             if self.last.len() <= token {
                 self.last.resize(token + 1, 0);
             }
+            if self.last[token] == 0 {
+                if left == 0 {
+                    continue;
+                }
+                left -= 1;
+                self.resident += 1;
+            }
             self.last[token] = self.clock;
         }
-        self.resident += found.missing;
         self.evict();
         found
     }
 
     fn evict(&mut self) {
-        let Some(over) = self.resident.checked_sub(self.capacity).filter(|over| *over > 0) else { return };
+        let Some(over) = self.resident.checked_sub(self.room).filter(|over| *over > 0) else { return };
         let mut ages: Vec<(u64, usize)> = self
             .last
             .iter()
@@ -116,18 +125,35 @@ mod tests {
     }
 
     #[test]
-    fn a_selection_that_does_not_fit_streams_through() {
-        let mut rows = Resident::new(4);
+    fn a_selection_one_row_above_the_room_finds_all_the_others_again() {
+        let mut rows = Resident::new(8);
+        assert_eq!(rows.take(&[range(20, 4)]), Found { hits: 0, missing: 4 });
+        assert_eq!(rows.take(&[range(0, 9)]), Found { hits: 0, missing: 9 });
         for _ in 0..3 {
-            assert_eq!(rows.take(&[range(0, 9)]), Found { hits: 0, missing: 9 });
-            assert_eq!(rows.rows(), 0);
+            assert_eq!(rows.take(&[range(0, 9)]), Found { hits: 8, missing: 1 });
+            assert_eq!(rows.rows(), 8);
         }
+        assert_eq!(rows.take(&[range(5, 12)]), Found { hits: 3, missing: 9 });
+        assert!(rows.holds(5) && rows.holds(12) && !rows.holds(13) && !rows.holds(4));
+    }
+
+    #[test]
+    fn a_head_keeps_twice_what_it_selects_and_no_more() {
+        let mut rows = Resident::new(100);
+        for first in 0..10 {
+            rows.take(&[range(first * 3, 3)]);
+        }
+        assert_eq!(rows.rows(), 6);
+        assert!(rows.holds(24) && rows.holds(29) && !rows.holds(23));
+        let mut nowhere = Resident::new(0);
+        assert_eq!(nowhere.take(&[range(0, 3)]), Found { hits: 0, missing: 3 });
+        assert_eq!(nowhere.rows(), 0);
     }
 
     proptest! {
         #[test]
         fn it_never_holds_more_than_its_room_and_always_what_was_selected_last(
-            selections in proptest::collection::vec((0u32..40, 1u32..6), 1..60),
+            selections in proptest::collection::vec((0u32..40, 1u32..20), 1..60),
         ) {
             let mut rows = Resident::new(8);
             for (first, count) in selections {
@@ -135,7 +161,7 @@ mod tests {
                 let found = rows.take(&selected);
                 prop_assert_eq!(found.hits + found.missing, count as usize);
                 prop_assert!(rows.rows() <= 8);
-                prop_assert_eq!(rows.look(&selected).missing, 0);
+                prop_assert_eq!(rows.look(&selected).missing, (count as usize).saturating_sub(8));
             }
         }
     }

@@ -14,22 +14,51 @@ const RIVAL: &str = "infinigen";
 /// Below this score of dense's a task says nothing about methods.
 const DENSE_CAN: f64 = 0.2;
 
+/// Neighbouring steps of a trace that count as one draw.
+const STEPS_OF_A_CLUSTER: usize = 4;
+
+/// What depends on one another among the values of a sample: see [`kvoyant_eval::statistics`].
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Clusters {
+    /// Continuations that were fed in one batch: positions come step by step, those of one continuation are a cluster. 0: none.
+    pub(crate) continuations: usize,
+    /// How many questions each context has, in the order of the scores. Those without a context are clusters of their own.
+    pub(crate) questions: Vec<usize>,
+}
+
 /// A row with what its means are means of.
 #[derive(Debug, Default)]
 pub(crate) struct Sample {
     /// The row, without intervals.
     pub(crate) row: Row,
-    /// KL at every position.
+    /// KL at every position, `[step][continuation]`.
     pub(crate) kl: Vec<f64>,
     /// Score of every question, with its task.
     pub(crate) scores: Vec<(String, f64)>,
     /// Attention covered at every step.
     pub(crate) mass: Vec<f64>,
+    /// What of it belongs together.
+    pub(crate) clusters: Clusters,
 }
 
 impl Sample {
-    fn only_scores(&self) -> Vec<f64> {
-        self.scores.iter().map(|(_, score)| *score).collect()
+    /// Scores by context.
+    fn scores_by_context(&self) -> Vec<(usize, f64)> {
+        let contexts = self.clusters.questions.iter().enumerate();
+        let of = contexts.flat_map(|(context, questions)| std::iter::repeat_n(context, *questions));
+        let alone = self.clusters.questions.len()..;
+        self.scores.iter().zip(of.chain(alone)).map(|((_, score), context)| (context, *score)).collect()
+    }
+
+    /// KL by continuation.
+    fn kl_by_continuation(&self) -> Vec<(usize, f64)> {
+        let continuations = self.clusters.continuations.max(1);
+        self.kl.iter().enumerate().map(|(at, kl)| (at % continuations, *kl)).collect()
+    }
+
+    /// Attention covered by runs of neighbouring steps.
+    fn mass_by_run(&self) -> Vec<(usize, f64)> {
+        self.mass.iter().enumerate().map(|(step, mass)| (step / STEPS_OF_A_CLUSTER, *mass)).collect()
     }
 }
 
@@ -52,24 +81,23 @@ pub(crate) fn rows(samples: Vec<Sample>, seed: u64) -> Vec<Row> {
                     intervals.insert(name.to_owned(), interval);
                 }
             };
-            note("kl_to_dense", Interval::of_mean(&sample.kl, seed));
-            note("attention_mass", Interval::of_mean(&sample.mass, seed));
+            note("kl_to_dense", Interval::of_mean(&sample.kl_by_continuation(), seed));
+            note("attention_mass", Interval::of_mean(&sample.mass_by_run(), seed));
             if let Some(dense) = find(&row, DENSE, false) {
                 row.accuracy_to_dense = against(&dense.scores, &sample.scores);
-                let difference = Interval::of_difference(&sample.only_scores(), &dense.only_scores(), seed);
-                note("accuracy_minus_dense", difference);
+                let (ours, theirs) = (sample.scores_by_context(), dense.scores_by_context());
+                note("accuracy_minus_dense", Interval::of_difference(&ours, &theirs, seed));
             }
             if row.budget.is_some()
                 && row.method != RIVAL
                 && let Some(rival) = find(&row, RIVAL, true)
             {
-                note("kl_minus_infinigen", Interval::of_difference(&sample.kl, &rival.kl, seed));
-                note(
-                    "attention_mass_minus_infinigen",
-                    Interval::of_difference(&sample.mass, &rival.mass, seed),
-                );
-                let difference = Interval::of_difference(&sample.only_scores(), &rival.only_scores(), seed);
-                note("accuracy_minus_infinigen", difference);
+                let mut difference = |name: &str, values: fn(&Sample) -> Vec<(usize, f64)>| {
+                    note(name, Interval::of_difference(&values(sample), &values(rival), seed));
+                };
+                difference("kl_minus_infinigen", Sample::kl_by_continuation);
+                difference("attention_mass_minus_infinigen", Sample::mass_by_run);
+                difference("accuracy_minus_infinigen", Sample::scores_by_context);
             }
             row.intervals = intervals;
             row
@@ -106,7 +134,8 @@ mod tests {
         let row =
             Row { method: method.into(), source: "model".into(), length: 2048, budget, ..Row::default() };
         let scores = scores.iter().map(|(task, score)| ((*task).to_owned(), *score)).collect();
-        Sample { row, kl: kl.to_vec(), scores, mass: Vec::new() }
+        let clusters = Clusters { continuations: 2, questions: Vec::new() };
+        Sample { row, kl: kl.to_vec(), scores, clusters, mass: Vec::new() }
     }
 
     #[test]
@@ -137,5 +166,23 @@ mod tests {
         assert!((rows[2].intervals["kl_minus_infinigen"].mean + 0.1).abs() < 1e-9);
         assert!(!rows[3].intervals.contains_key("kl_minus_infinigen"));
         assert!(!rows[0].intervals.contains_key("kl_minus_infinigen"));
+    }
+
+    #[test]
+    fn positions_of_one_continuation_and_questions_of_one_context_are_drawn_together() {
+        let scores = [("single", 1.0), ("multi", 0.0), ("list", 0.5)];
+        // Two continuations that differ much from one another, and not within themselves.
+        let kl: Vec<f64> = [0.1, 0.9].repeat(24);
+        let mut of = sample("quest", Some(0.06), &kl, &scores);
+        let interval = Interval::of_mean(&of.kl_by_continuation(), 1).unwrap();
+        assert_eq!((interval.low, interval.high), (kl[0], kl[1]));
+        assert_eq!(of.scores_by_context(), [(0, 1.0), (1, 0.0), (2, 0.5)]);
+        of.clusters.questions = vec![2, 1];
+        assert_eq!(of.scores_by_context(), [(0, 1.0), (0, 0.0), (1, 0.5)]);
+        of.mass = vec![0.5; 6];
+        assert_eq!(of.mass_by_run().iter().map(|(run, _)| *run).collect::<Vec<_>>(), [0, 0, 0, 0, 1, 1]);
+        // One continuation alone says nothing about others.
+        of.clusters.continuations = 0;
+        assert_eq!(Interval::of_mean(&of.kl_by_continuation(), 1), None);
     }
 }

@@ -9,7 +9,7 @@ use kvoyant_eval::tasks::Task;
 use kvoyant_kernels::{Kernels, TopKScratch};
 use kvoyant_methods::{Budget, HintSource, MethodSpec, Shape};
 
-use super::compared::{Sample, by_task};
+use super::compared::{Clusters, Sample, by_task};
 use super::ladder::{PLAIN, Rung};
 use super::{BenchError, Effort};
 use crate::args::MethodsArgs;
@@ -128,6 +128,11 @@ pub(super) fn rows(
             found.samples.push(sample(&told, length, &measured));
         }
     }
+    let clusters = Clusters {
+        continuations: plan.continued.iter().map(|text| text.starts.len()).sum(),
+        questions: plan.contexts.iter().map(|context| context.questions.len()).collect(),
+    };
+    found.samples.iter_mut().for_each(|sample| sample.clusters = clusters.clone());
     Ok(found)
 }
 
@@ -269,7 +274,7 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         modelled: if told.layers > 0 { modelled::all(&seen) } else { Vec::new() },
         ..Row::default()
     };
-    Sample { row, kl: measured.agreement.kls().to_vec(), scores, mass: Vec::new() }
+    Sample { row, kl: measured.agreement.kls().to_vec(), scores, ..Sample::default() }
 }
 
 #[cfg(test)]

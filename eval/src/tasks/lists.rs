@@ -152,17 +152,19 @@ mod tests {
         }
         assert_eq!(plants.len(), 2 * CHAIN);
         assert_eq!(question.score(&format!(" {}", asked.join(", "))), 1.0);
-        assert_eq!(question.score(&format!(" {}.", asked[0])), 0.25);
+        assert_eq!(question.score(&format!(" {}.", asked[0])), 0.4);
+        let everything = NAMES.join(", ");
+        assert_eq!(question.score(&format!(" {everything}.")), 0.5);
     }
 
     #[test]
-    fn the_whole_list_scores_one_and_half_of_it_a_half() {
+    fn the_whole_list_scores_one_and_half_of_it_two_thirds() {
         let plants = stored(&mut SplitMix64::new(3));
         let question = plants[0].question.clone().unwrap();
         let text: Vec<&str> = plants.iter().map(|plant| plant.sentence.as_str()).collect();
         let said = text.concat();
         assert_eq!(question.score(&said), 1.0);
-        assert_eq!(question.score(&text[..3].concat()), 0.5);
+        assert_eq!(question.score(&text[..3].concat()), 2.0 / 3.0);
         assert!(said.starts_with(&question.begin));
     }
 
