@@ -99,7 +99,7 @@ impl DaemonKv {
         let partials = (0..members.len()).filter_map(|member| answer.partial(member));
         self.stats.rows_cpu += partials.map(|partial| u64::from(partial.rows)).sum::<u64>();
         if self.measure {
-            let attended = Attended { queries, out, lse: &lse };
+            let attended = Attended { queries, out };
             let measured = self.pass(layer, true).measure(&answer, batch, positions, attended);
             self.stats.measured += measured;
         }

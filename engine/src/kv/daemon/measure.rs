@@ -1,5 +1,7 @@
 //! How far a selected layer is from dense attention over the same rows.
 
+use std::ops::Range;
+
 use kvoyant_client::Answer;
 use rayon::prelude::*;
 
@@ -14,8 +16,6 @@ pub(super) struct Attended<'a> {
     pub(super) queries: &'a [f32],
     /// `[batch][Hq][d]`.
     pub(super) out: &'a [f32],
-    /// `[batch][Hq]`.
-    pub(super) lse: &'a [f32],
 }
 
 impl Pass<'_> {
@@ -36,17 +36,31 @@ impl Pass<'_> {
             if scores.len() != group * end {
                 return sum;
             }
-            let (dense, dense_lse) = dense_of(self, batch[i], head, queries, end);
-            let (out, lse) = (&attended.out[task * group * d..], &attended.lse[task * group..]);
-            let partial = answer.partial(i).is_some();
-            for (j, scores) in scores.chunks_exact(end).enumerate() {
-                sum.count += 1;
-                sum.mass += f64::from(lse[j] - dense_lse[j]).exp().min(1.0);
-                sum.output_error += relative(&out[j * d..(j + 1) * d], &dense[j * d..(j + 1) * d]);
-                if !partial && let Some(share) = self.top_k(answer, (i, head), end, scores) {
-                    sum.top_k_count += 1;
-                    sum.top_k += share;
-                }
+            let (dense, _) = dense_of(self, batch[i], head, queries, end);
+            let out = &attended.out[task * group * d..][..group * d];
+            for (out, dense) in out.chunks_exact(d).zip(dense.chunks_exact(d)) {
+                sum.output_error += relative(out, dense);
+            }
+            let candidates = self.sinks.min(end)..self.window_start(end - 1);
+            let mut rows = vec![false; end];
+            for tokens in self.attended(answer, (i, head), end - 1) {
+                rows[tokens.start.min(end)..tokens.end.min(end)].fill(true);
+            }
+            // An answer says how many rows the daemon's CPU attended, not which: they are known where they are all others.
+            let by_cpu = answer.partial(i).map_or(0, |partial| partial.rows as usize);
+            let selected = |head| answer.tokens(i, head).map(|run| run.rows).sum::<usize>();
+            let whole = (0..kv_heads).map(selected).sum::<usize>() + by_cpu == kv_heads * candidates.len();
+            if whole {
+                rows.fill(true);
+            }
+            let truth = Truth::of(&scores, end);
+            sum.count += group as u64;
+            sum.mass += truth.covered(&rows);
+            if (whole || by_cpu == 0)
+                && let Some(share) = truth.top_k(candidates, &rows)
+            {
+                sum.top_k_count += 1;
+                sum.top_k += share;
             }
             sum
         };
@@ -55,23 +69,46 @@ impl Pass<'_> {
         parts.into_iter().for_each(|part| all += part);
         all
     }
+}
 
-    /// The share of a head's best candidates among its selected rows, as many as were selected.
-    fn top_k(&self, answer: &Answer, (i, head): (usize, usize), end: usize, scores: &[f32]) -> Option<f64> {
-        let candidates = self.sinks.min(end)..self.window_start(end - 1);
-        let mut selected = vec![false; end];
-        for run in answer.tokens(i, head) {
-            selected.get_mut(run.token..run.token + run.rows)?.fill(true);
+/// Dense attention of a KV head's query heads.
+struct Truth {
+    /// Sum of the query heads' probabilities, per token: their mean but for a constant.
+    probabilities: Vec<f64>,
+}
+
+impl Truth {
+    /// From scaled scores `[group][tokens]`.
+    fn of(scores: &[f32], tokens: usize) -> Self {
+        let mut probabilities = vec![0.0; tokens];
+        for scores in scores.chunks_exact(tokens) {
+            let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let weight = |score: &f32| f64::from(score - most).exp();
+            let sum: f64 = scores.iter().map(weight).sum();
+            for (probability, score) in probabilities.iter_mut().zip(scores) {
+                *probability += weight(score) / sum;
+            }
         }
-        let rows = selected[candidates.clone()].iter().filter(|selected| **selected).count();
-        if rows == 0 {
+        Self { probabilities }
+    }
+
+    /// Probability on these rows, summed over the query heads.
+    fn covered(&self, rows: &[bool]) -> f64 {
+        self.probabilities.iter().zip(rows).filter(|(_, attended)| **attended).map(|(p, _)| p).sum()
+    }
+
+    /// The share of the best candidates among the attended ones, as many as were attended; of equals the first is better.
+    fn top_k(&self, candidates: Range<usize>, rows: &[bool]) -> Option<f64> {
+        let k = rows[candidates.clone()].iter().filter(|attended| **attended).count();
+        if k == 0 {
             return None;
         }
         let mut best: Vec<usize> = candidates.collect();
-        if rows < best.len() {
-            best.select_nth_unstable_by(rows - 1, |a, b| scores[*b].total_cmp(&scores[*a]));
+        if k < best.len() {
+            let of = &self.probabilities;
+            best.select_nth_unstable_by(k - 1, |a, b| of[*b].total_cmp(&of[*a]).then(a.cmp(b)));
         }
-        Some(best[..rows].iter().filter(|token| selected[**token]).count() as f64 / rows as f64)
+        Some(best[..k].iter().filter(|token| rows[**token]).count() as f64 / k as f64)
     }
 }
 
@@ -83,4 +120,44 @@ fn relative(a: &[f32], b: &[f32]) -> f64 {
     let difference = squares(&mut a.iter().zip(b).map(|(a, b)| a - b));
     let norm = squares(&mut b.iter().copied());
     if difference == 0.0 { 0.0 } else { (difference / norm.max(f64::MIN_POSITIVE)).sqrt() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(attended: &[usize], tokens: usize) -> Vec<bool> {
+        (0..tokens).map(|token| attended.contains(&token)).collect()
+    }
+
+    #[test]
+    fn what_is_covered_is_the_sum_of_the_true_probabilities_of_every_query_head() {
+        // Of four tokens the heads put 1/2 and 1/8 on the first.
+        let ln = |weights: [f32; 4]| weights.map(f32::ln);
+        let truth = Truth::of(&[ln([4.0, 2.0, 1.0, 1.0]), ln([1.0, 1.0, 5.0, 1.0])].concat(), 4);
+        let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-6, "{a} {b}");
+        near(truth.covered(&rows(&[0], 4)), 0.5 + 0.125);
+        near(truth.covered(&rows(&[0, 2], 4)), 0.5 + 0.125 + 0.125 + 0.625);
+        near(truth.covered(&rows(&[0, 1, 2, 3], 4)), 2.0);
+        near(truth.covered(&rows(&[], 4)), 0.0);
+    }
+
+    #[test]
+    fn the_best_rows_are_those_of_the_group_together() {
+        // Token 1 is the second of both heads, and the best of the two together; tokens 2 and 3 are one head's best each.
+        let truth = Truth::of(&[[0.0, 3.0, 3.2, -9.0], [0.0, 3.0, -9.0, 3.2]].concat(), 4);
+        assert_eq!(truth.top_k(0..4, &rows(&[1], 4)), Some(1.0));
+        assert_eq!(truth.top_k(0..4, &rows(&[2], 4)), Some(0.0));
+        assert_eq!(truth.top_k(0..4, &rows(&[1, 0], 4)), Some(0.5));
+        // Rows that are no candidates do not count as attended ones.
+        assert_eq!(truth.top_k(2..4, &rows(&[1], 4)), None);
+        assert_eq!(truth.top_k(2..4, &rows(&[0, 1, 2], 4)), Some(1.0));
+    }
+
+    #[test]
+    fn of_equal_rows_the_first_is_the_best() {
+        let truth = Truth::of(&[1.0; 6], 6);
+        assert_eq!(truth.top_k(0..6, &rows(&[0, 1], 6)), Some(1.0));
+        assert_eq!(truth.top_k(0..6, &rows(&[4, 5], 6)), Some(0.0));
+    }
 }

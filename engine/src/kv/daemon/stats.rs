@@ -44,13 +44,14 @@ pub struct StepStats {
 pub struct Measured {
     /// How many query heads the sums are over.
     pub count: u64,
-    /// Share of the true attention that the attended rows cover.
+    /// Sum of the true attention probabilities of the attended rows. Rows that the daemon's CPU attended count where it attended
+    /// all that the session did not: an answer does not name them, and else the sum is a lower bound.
     pub mass: f64,
     /// `‖o − o*‖ / ‖o*‖`, `o*` being the output of dense attention.
     pub output_error: f64,
-    /// How many query heads `top_k` is over: those where something was selected, and all of it is known by token.
+    /// How many KV heads `top_k` is over: those where something was selected, and all of it is known by token.
     pub top_k_count: u64,
-    /// Share of the true top-k among the selected rows, k as many as were selected.
+    /// Share of the true top-k among the selected rows, k as many as were selected; ranked by the mean over the group's query heads.
     pub top_k: f64,
 }
 
