@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use kvoyant_daemon::device::DeviceName;
 use kvoyant_engine::Format;
-use kvoyant_methods::{Budget, MethodSpec};
+use kvoyant_methods::{Budget, MethodSpec, registry};
 
 /// Keeps the KV cache of long-context language models, and fetches what attention will need.
 #[derive(Debug, Parser)]
@@ -289,8 +289,7 @@ pub(crate) struct RunArgs {
     /// A file with the prompt; `-` is standard input
     #[arg(long, value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
-    /// How rows are selected: any method that docs/methods.md lists, with options as `name:key=value,…`
-    #[arg(long, value_name = "METHOD", default_value = "infinigen", conflicts_with = "attention")]
+    #[arg(long, value_name = "METHOD", default_value = "infinigen", conflicts_with = "attention", help = methods_help())]
     pub(crate) method: MethodSpec,
     /// Rows that a selection may hold per KV head: a number, or a share of the sequence (`6%`)
     #[arg(long, value_name = "N|%", conflicts_with = "attention")]
@@ -350,6 +349,12 @@ pub(crate) enum Prefill {
     Sparse,
 }
 
+/// Every method's name comes from the registry, so that the help cannot miss one.
+fn methods_help() -> String {
+    let names: Vec<&str> = registry::names().collect();
+    format!("How rows are selected: {}, each with options as `name:key=value,…`", names.join(", "))
+}
+
 fn positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
@@ -376,5 +381,15 @@ mod tests {
         assert!(Cli::try_parse_from(["kvoyant", "run"]).is_err());
         assert!(Cli::try_parse_from(["kvoyant", "run", "--prompt", "a", "--file", "b"]).is_err());
         assert!(Cli::try_parse_from(["kvoyant", "run", "--prompt", "a"]).is_ok());
+    }
+
+    #[test]
+    fn the_help_of_a_run_names_every_method() {
+        let mut command = Cli::command();
+        let help = command.find_subcommand_mut("run").unwrap().render_long_help().to_string();
+        let words: Vec<&str> = help.split([',', ' ', ':', '\n']).collect();
+        for name in registry::names() {
+            assert!(words.contains(&name), "{name}");
+        }
     }
 }

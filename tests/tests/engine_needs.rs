@@ -145,8 +145,73 @@ fn methods_of_different_sources_share_a_step_as_if_each_were_alone() {
     }
 }
 
+/// Logits of one step after `sequence`.
+fn next(kv: &mut DaemonKv, sequence: &mut DaemonSequence, model: &Arc<Model>) -> Vec<f32> {
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+    decoder.step(kv, &mut [sequence], &[97]).unwrap().logits
+}
+
 #[test]
-fn methods_that_learn_from_attention_or_text_are_told_of_it() {
+fn a_method_that_learns_from_attention_is_told_of_it_and_without_it_takes_the_newest_rows() {
+    const BUDGET: u32 = 64;
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 333);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let methods = ["window", "attention-predictor:budget=64,weights=average", "given"];
+    let mut kv = connect(&daemon, &model, Format::Plain(Dtype::F32), &methods);
+    kv.set_ids(|request| {
+        let end = request.position as u32 + 1 - 16;
+        vec![(end - BUDGET..end).collect(); 2]
+    });
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+    let mut read = |kv: &mut DaemonKv, tokens: &[u32]| {
+        let mut base = kv.sequence(0).unwrap();
+        decoder.prefill(kv, &mut base, tokens, PrefillOptions::default()).unwrap();
+        base
+    };
+    let mut told = read(&mut kv, &prompt);
+    // A prompt that is cut has no attention rows to report any more.
+    let mut untold = read(&mut kv, &[&prompt[..], &[97]].concat());
+    kv.truncate(&mut untold, prompt.len()).unwrap();
+    let mut after = |base: &mut DaemonSequence, method: usize| {
+        let mut fork = kv.fork(base, Some(method)).unwrap();
+        next(&mut kv, &mut fork, &model)
+    };
+    let newest = after(&mut told, 2);
+    assert!(worst(&newest, &after(&mut untold, 2)) < 1e-5, "both hold the same rows");
+    assert!(worst(&newest, &after(&mut untold, 1)) < 1e-5, "nothing was learnt");
+    let learnt = worst(&newest, &after(&mut told, 1));
+    assert!(learnt > 1e-3, "attention was reported, and changed nothing: {learnt}");
+}
+
+#[test]
+fn a_method_that_splits_by_marks_is_told_of_them_and_without_any_splits_at_full_length() {
+    let model = synthetic::tiny(7);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let methods = [
+        "dynsplit:budget=64,boundary=dynamic,score=marks,min=8,max=32",
+        "dynsplit:budget=64,boundary=fixed,page=32,min=8,max=32",
+    ];
+    // Letters, which no tokenizer parts, and the same with a line's end at places that no page has.
+    let word: Vec<u32> = (0..333).map(|at: u32| u32::from(b'a') + at * at * 7 % 26).collect();
+    let lines: Vec<u32> =
+        word.iter().enumerate().map(|(at, token)| if at % 21 == 20 { 10 } else { *token }).collect();
+    let both = |text: &[u32]| -> f32 {
+        let mut kv = connect(&daemon, &model, Format::Plain(Dtype::F32), &methods);
+        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+        let logits = [0, 1].map(|method| {
+            let mut sequence = kv.sequence(method).unwrap();
+            decoder.prefill(&mut kv, &mut sequence, text, PrefillOptions::default()).unwrap();
+            next(&mut kv, &mut sequence, &model)
+        });
+        worst(&logits[0], &logits[1])
+    };
+    assert!(both(&word) < 1e-5);
+    assert!(both(&lines) > 1e-3, "{}", both(&lines));
+}
+
+#[test]
+fn what_a_method_covers_is_measured_by_the_rows_that_it_attends() {
     let model = synthetic::tiny(7);
     let prompt = prompt(&model, 333);
     let format = Format::Plain(Dtype::F16);
@@ -155,12 +220,16 @@ fn methods_that_learn_from_attention_or_text_are_told_of_it() {
     for name in
         ["attention-predictor:budget=64", "dynsplit:budget=20%", "hata:budget=20%", "hetero:budget=50%"]
     {
-        let mut kv = connect(&daemon, &model, format, &[name]);
+        let mut kv = connect(&daemon, &model, format, &[name, "random:budget=100%"]);
         kv.measure(true);
         let (_, stats) = difference(&mut kv, 0, &prompt, &expected, &model);
-        let recall = stats.measured.top_k_recall().unwrap();
-        assert!(recall > 0.0 && recall <= 1.0, "{name}: {recall}");
+        let (mass, recall) = (stats.attention_mass().unwrap(), stats.measured.top_k_recall().unwrap());
+        assert!(mass > 0.0 && mass < 1.0 - 1e-6, "{name}: {mass}");
+        assert!(recall > 0.0 && recall < 1.0, "{name}: {recall}");
         assert_eq!(stats.feedback.is_zero(), !name.starts_with("attention-predictor"), "{name}");
+        let (_, all) = difference(&mut kv, 1, &prompt, &expected, &model);
+        assert!((all.attention_mass().unwrap() - 1.0).abs() < 1e-6, "{all:?}");
+        assert_eq!(all.measured.top_k_recall(), Some(1.0));
     }
 }
 
