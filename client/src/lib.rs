@@ -41,7 +41,7 @@ pub use kvoyant_kernels::{Dtype, RowLayout, Run};
 pub use kvoyant_protocol::control::{Failure, Mode, ModelSpec};
 pub use kvoyant_protocol::graph::GraphSpec;
 pub use kvoyant_protocol::layout::Limits;
-pub use kvoyant_protocol::wire::{Completion, SCORES_MAX, SequenceId, Status};
+pub use kvoyant_protocol::wire::{Completion, SCORES_MAX, SequenceId, Stat, Status};
 pub use model::{Hint, Member, Model};
 pub use ready::{Answer, Partial, Pending, Ready, RowRun};
 pub use sequence::Sequence;

@@ -106,6 +106,8 @@ pub struct Seen {
     pub hint: HintSource,
     /// Bytes moved, as a share of the bytes of the head's rows.
     pub moved_share: f64,
+    /// Of these, the part that was brought ahead of its step: it has a whole step to arrive.
+    pub ahead_share: f64,
     /// Rows attended on the device besides sinks and window, as a share of the tokens.
     pub attended_share: f64,
     /// Rows attended by the CPU, as a share of the tokens.
@@ -142,7 +144,8 @@ pub fn step(model: &ModelShape, tokens: usize, link_gbps: f64, seen: &Seen) -> M
     let transfer = if moved > 0.0 { LINK_LATENCY_S + moved / (link_gbps * 1e9) } else { 0.0 };
     let on_cpu = seen.cpu_share * rows_bytes / HOST_BYTES_PER_S;
     let select = seen.select_s_per_byte * rows_bytes / SELECT_CORES;
-    let needed = select + transfer.max(on_cpu);
+    let at_once = if seen.moved_share > 0.0 { 1.0 - seen.ahead_share / seen.moved_share } else { 1.0 };
+    let needed = select + (transfer * at_once).max(on_cpu);
     let hidden = match seen.hint {
         HintSource::None | HintSource::Ids | HintSource::Ahead => compute,
         HintSource::Previous => compute * layers,
@@ -179,7 +182,14 @@ mod tests {
     use super::*;
 
     fn seen(hint: HintSource, moved_share: f64) -> Seen {
-        Seen { hint, moved_share, attended_share: 0.06, cpu_share: 0.0, select_s_per_byte: 0.0 }
+        Seen {
+            hint,
+            moved_share,
+            ahead_share: 0.0,
+            attended_share: 0.06,
+            cpu_share: 0.0,
+            select_s_per_byte: 0.0,
+        }
     }
 
     #[test]

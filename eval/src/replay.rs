@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use kvoyant_methods::infinigen::{HeadRows, SkewBuilder, column_sums};
 use kvoyant_methods::{
-    Artifact, Artifacts, Budget, Dtype, HintSource, Method, MethodError, MethodSpec, Replay, RowPart,
-    Scratch, SelectContext, Selection, Shape,
+    Artifact, ArtifactKind, Artifacts, Budget, Dtype, HintSource, Method, MethodError, MethodSpec, Replay,
+    RowPart, Scratch, SelectContext, Selection, Shape,
 };
 use rayon::prelude::*;
 
@@ -59,7 +59,7 @@ pub struct Outcome {
     pub attention_mass: f64,
     /// The same per step, mean over layers and heads: for paired comparisons.
     pub mass_of_steps: Vec<f64>,
-    /// Share of dense's attention probability that was missed: the median over layers, heads and steps.
+    /// Share of dense's attention probability that was missed.
     pub missed_mass: f64,
     /// Share of the true best rows, as many as the budget has, that are among those selected.
     pub top_k_recall: f64,
@@ -75,6 +75,8 @@ pub struct Outcome {
     pub hit_rate: Option<f64>,
     /// Bytes moved for each token, all layers together.
     pub bytes_per_token: f64,
+    /// Of these, what was brought ahead of its step, or recalled behind its back.
+    pub ahead_bytes_per_token: f64,
     /// Bytes of rows on the device besides sinks, window and dense layers.
     pub resident_bytes: f64,
     /// Bytes of digests, states and memories.
@@ -156,7 +158,8 @@ impl<'a> Prepared<'a> {
             .truths
             .par_iter()
             .map(|(layer, truth)| {
-                let skew = artifacts.skew().filter(|_| method.needs().observe);
+                let turned = method.needs().artifact == Some(ArtifactKind::Skew);
+                let skew = artifacts.skew().filter(|_| turned);
                 let matrix = |head| skew.map_or(&[][..], |skew| skew.matrix(*layer, head));
                 Run { of: self, method: &*method, budget, layer: *layer, truth }.all(keep_rows, &matrix)
             })
@@ -180,24 +183,25 @@ impl<'a> Prepared<'a> {
         };
         let bytes =
             moved * part * row_bytes(&self.shape) as f64 + count(|layer| layer.partials) * partial as f64;
-        let mut masses = all(|layer| &layer.missed);
+        let masses = all(|layer| &layer.missed);
         let per_layer = layers.len() as f64 * self.shape.query_heads as f64;
         Outcome {
             attention_mass: 1.0 - mean(&masses),
             mass_of_steps: (0..self.trace.shape.steps)
                 .map(|step| layers.iter().map(|layer| layer.mass_of_steps[step]).sum::<f64>() / per_layer)
                 .collect(),
-            missed_mass: median(&mut masses),
+            missed_mass: mean(&masses),
             top_k_recall: mean(&all(|layer| &layer.recall)),
             output_error: mean(&all(|layer| &layer.error)),
             selected_share: count(|layer| layer.selected) / heads_steps / self.trace.shape.tokens as f64,
             rows_moved: moved / heads_steps,
             rows_on_cpu: count(|layer| layer.on_cpu) / heads_steps,
-            hit_rate: Some(hits / (hits + moved + count(|layer| layer.on_cpu)))
-                .filter(|rate| rate.is_finite()),
+            hit_rate: Some(hits / count(|layer| layer.selected)).filter(|rate| rate.is_finite()),
             bytes_per_token: bytes / steps,
+            ahead_bytes_per_token: count(|layer| layer.ahead) * part * row_bytes(&self.shape) as f64 / steps,
             resident_bytes: count(|layer| layer.resident) * row_bytes(&self.shape) as f64 * part,
-            digest_bytes: count(|layer| layer.digest_bytes),
+            digest_bytes: count(|layer| layer.digest_bytes)
+                + (layers.len() * method.device_bytes(self.trace.shape.tokens)) as f64,
             select_us: median(&mut all(|layer| &layer.select_us)),
         }
     }
@@ -216,6 +220,8 @@ struct LayerOutcome {
     selected: usize,
     hits: usize,
     moved: usize,
+    /// Of these, rows that no step waited for.
+    ahead: usize,
     on_cpu: usize,
     /// Answers with a partial attention in them.
     partials: usize,
@@ -267,7 +273,9 @@ impl Run<'_> {
                 && let Some(next) = replay.prefetch(self.method, &mut scratch)
             {
                 for (head, rows) in resident.iter_mut().enumerate() {
-                    out.moved += rows.take(next.head(head)).missing;
+                    let missing = rows.take(next.head(head)).missing;
+                    out.moved += missing;
+                    out.ahead += missing;
                 }
             }
         }
@@ -366,22 +374,27 @@ impl Run<'_> {
 
     fn count(&self, selection: &Selection, resident: &mut [Resident], step: usize, out: &mut LayerOutcome) {
         let cpu = self.method.needs().cpu_attention;
-        for (head, rows) in resident.iter_mut().enumerate() {
-            let ranges = selection.head(head);
-            let found = rows.look(ranges);
-            out.selected += found.hits + found.missing;
-            let recalled = cpu.is_none_or(|cpu| {
-                let share = found.missing as f32 / (found.hits + found.missing).max(1) as f32;
-                let every = cpu.recall_every;
-                share > cpu.recall_above || (every > 0 && (step as u64).is_multiple_of(every))
-            });
-            let found = if recalled { rows.take(ranges) } else { found };
-            out.hits += found.hits;
-            if recalled {
-                out.moved += found.missing;
-            } else {
-                out.on_cpu += found.missing;
+        let found: Vec<_> =
+            resident.iter_mut().enumerate().map(|(head, rows)| rows.look(selection.head(head))).collect();
+        let missing: usize = found.iter().map(|found| found.missing).sum();
+        let hits: usize = found.iter().map(|found| found.hits).sum();
+        out.selected += hits + missing;
+        out.hits += hits;
+        // As the daemon does: what is missing is attended by the CPU, and fetched behind its back where the layer's share is large.
+        let fetched = cpu.is_none_or(|cpu| {
+            let every = cpu.recall_every;
+            missing as f32 / (hits + missing).max(1) as f32 > cpu.recall_above
+                || (every > 0 && (step as u64).is_multiple_of(every))
+        });
+        if cpu.is_some() {
+            out.on_cpu += missing;
+        }
+        if fetched {
+            for (head, rows) in resident.iter_mut().enumerate() {
+                let _ = rows.take(selection.head(head));
             }
+            out.moved += missing;
+            out.ahead += if cpu.is_some() { missing } else { 0 };
         }
         out.partials += usize::from(cpu.is_some());
     }

@@ -19,6 +19,8 @@ pub struct Row {
     pub row_format: String,
     /// `model`, `trace:<file>` or `generated:<kind>`.
     pub source: String,
+    /// The query that it selects by: `ahead`, `previous`, `current`, `ids` or `none`.
+    pub hint: String,
     /// Tokens of the context.
     pub length: usize,
     /// The budget as a share of the context (0–1), where there is one.
@@ -37,7 +39,7 @@ pub struct Row {
     pub perplexity: Option<f64>,
     /// Share of dense's attention probability on the rows attended (0–1): recall of attention mass.
     pub attention_mass: Option<f64>,
-    /// Share of dense's attention probability that was missed: the median over layers, heads and steps.
+    /// Share of dense's attention probability that was missed: the mean over layers, heads and steps.
     pub missed_mass: Option<f64>,
     /// Share of the true best rows, as many as the budget has, that were selected.
     pub top_k_recall: Option<f64>,
@@ -137,6 +139,7 @@ const FIXED: &[(&str, Cell)] = &[
     ("spec", |row| row.spec.clone()),
     ("row_format", |row| row.row_format.clone()),
     ("source", |row| row.source.clone()),
+    ("hint", |row| row.hint.clone()),
     ("length", |row| row.length.to_string()),
     ("budget", |row| number(row.budget)),
     ("accuracy", |row| number(row.accuracy)),

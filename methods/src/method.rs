@@ -123,6 +123,13 @@ pub trait Method: Send + Sync + Debug {
         0
     }
 
+    /// Bytes that a layer of a sequence of so many tokens keeps on the device besides rows and digests, for all KV heads together: what
+    /// the engine makes of the prompt for this method.
+    fn device_bytes(&self, tokens: usize) -> usize {
+        let _ = tokens;
+        0
+    }
+
     /// Moves the memory of a sequence that outgrew it: `old` was made for fewer tokens than `new`, which is zeroed.
     fn grow_memory(&self, old: &[u8], new: &mut [u8]) {
         new[..old.len()].copy_from_slice(old);

@@ -63,10 +63,12 @@ fn rung(spec: MethodSpec) -> Rung {
 /// The method with that budget; none where it takes no budget, or has one already.
 fn with_budget(name: &str, budget: Budget) -> Option<MethodSpec> {
     let join = if name.contains(':') { ',' } else { ':' };
+    // Its budget is one of each query; what it may fetch for a KV head is its cap.
+    let cap = if name.starts_with("louver") { format!(",cap={budget}") } else { String::new() };
     if name.split([':', ',']).any(|option| option.trim_start().starts_with("budget=")) {
         return None;
     }
-    format!("{name}{join}budget={budget}").parse().ok()
+    format!("{name}{join}budget={budget}{cap}").parse().ok()
 }
 
 #[cfg(test)]

@@ -174,11 +174,11 @@ fn sessions(rungs: &[Rung]) -> Vec<(Format, Vec<Rung>)> {
     all
 }
 
-/// Bytes of digests, states and memories of one sequence of `tokens` tokens.
+/// Bytes of digests, states and memories of one sequence of `tokens` tokens, and of what the engine keeps for the method.
 fn digest_bytes(method: &dyn kvoyant_methods::Method, shape: &Shape, tokens: usize) -> f64 {
     let pages = tokens.div_ceil(shape.page_rows) * method.digest_bytes();
     let of_head = pages + method.head_state_bytes() + method.memory_bytes(tokens);
-    ((shape.layers - shape.dense_layers) * shape.kv_heads * of_head) as f64
+    ((shape.layers - shape.dense_layers) * (shape.kv_heads * of_head + method.device_bytes(tokens))) as f64
 }
 
 /// Bytes of digests and memories that a session may hold at once: digests of every method for what was read, and those of the
@@ -226,6 +226,17 @@ const DENSE: Told<'static> = Told {
     digest: 0.0,
 };
 
+/// The query that a method selects by, in a word.
+pub(super) fn hint_name(hint: HintSource) -> &'static str {
+    match hint {
+        HintSource::None => "none",
+        HintSource::Ahead => "ahead",
+        HintSource::Previous => "previous",
+        HintSource::Current => "current",
+        HintSource::Ids => "ids",
+    }
+}
+
 fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
     let costs = &measured.costs;
     let selected_bytes = told.kv_bytes * told.selected_layers as f64 / told.layers.max(1) as f64;
@@ -234,6 +245,7 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
     let seen = Seen {
         hint: told.hint,
         moved_share: if selected_bytes > 0.0 { costs.bytes_per_token / selected_bytes } else { 0.0 },
+        ahead_share: if selected_bytes > 0.0 { costs.ahead_bytes_per_token / selected_bytes } else { 0.0 },
         attended_share: costs.selected_share - costs.cpu_share,
         cpu_share: costs.cpu_share,
         select_s_per_byte: match costs.select_us {
@@ -250,6 +262,7 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         row_format: told.row_format.to_owned(),
         source: "model".into(),
         length,
+        hint: hint_name(told.hint).into(),
         budget: told.budget,
         tasks: by_task(&scores),
         accuracy: Some(accuracy),

@@ -12,6 +12,7 @@ use kvoyant_methods::{Artifacts, Budget, MethodError};
 use super::BenchError;
 use super::compared::Sample;
 use super::ladder::{PLAIN, Rung};
+use super::live::hint_name;
 use crate::artifact_cache;
 use crate::progress::Progress;
 
@@ -52,6 +53,7 @@ fn over(
     let mut samples = Vec::new();
     // How rows are stored is seen with a real model: a trace has them as they are.
     for rung in rungs.iter().filter(|rung| rung.format == PLAIN) {
+        let rung = &replayable(rung, &artifacts);
         let spec = &rung.spec;
         step.advance(1);
         step.rename(format!("{source}: {spec}"));
@@ -69,6 +71,27 @@ fn over(
     Ok(samples)
 }
 
+/// The form of a method that a trace can show: without an artifact that nobody has made for it, the untrained one; and one that moves
+/// the keys which only an engine could rebuild. The row says so in its specification.
+fn replayable(rung: &Rung, artifacts: &Artifacts) -> Rung {
+    let has = |kind| artifacts.iter().any(|artifact| artifact.kind() == kind);
+    let missing = rung.spec.artifact().is_some_and(|kind| !has(kind));
+    let option = match rung.spec.name() {
+        "hata" | "clo" if missing => "weights=random",
+        "attention-predictor" if missing => "weights=average",
+        "hetero" if missing => "roles=none",
+        "shadowkv" => "keys=moved",
+        _ => return rung.clone(),
+    };
+    let text = rung.spec.to_string();
+    let join = if text.contains(':') { ',' } else { ':' };
+    match format!("{text}{join}{option}").parse() {
+        Ok(spec) => Rung { spec, ..rung.clone() },
+        // The user has set that option.
+        Err(_) => rung.clone(),
+    }
+}
+
 fn sample(prepared: &Prepared<'_>, source: &str, rung: &Rung, outcome: &Outcome) -> Sample {
     let (shape, spec) = (&prepared.trace().shape, &rung.spec);
     let tokens = shape.tokens as f64;
@@ -77,6 +100,7 @@ fn sample(prepared: &Prepared<'_>, source: &str, rung: &Rung, outcome: &Outcome)
     let seen = Seen {
         hint: spec.hint(),
         moved_share: outcome.bytes_per_token / prepared.kv_bytes(),
+        ahead_share: outcome.ahead_bytes_per_token / prepared.kv_bytes(),
         attended_share: outcome.selected_share - outcome.rows_on_cpu / tokens,
         cpu_share: outcome.rows_on_cpu / tokens,
         select_s_per_byte: outcome.select_us * 1e-6 / layer_bytes,
@@ -87,6 +111,7 @@ fn sample(prepared: &Prepared<'_>, source: &str, rung: &Rung, outcome: &Outcome)
         row_format: shape.dtype.name().to_owned(),
         source: source.to_owned(),
         length: shape.tokens,
+        hint: hint_name(spec.hint()).into(),
         budget: rung.budget.and_then(Budget::as_share),
         attention_mass: Some(outcome.attention_mass),
         missed_mass: Some(outcome.missed_mass),

@@ -122,6 +122,7 @@ mod tests {
         let seen = Seen {
             hint: HintSource::Current,
             moved_share: 1.0,
+            ahead_share: 0.0,
             attended_share: 1.0,
             cpu_share: 0.0,
             select_s_per_byte: 1e-10,

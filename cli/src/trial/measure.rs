@@ -107,6 +107,7 @@ impl<'a> Asked<'a> {
             attention_mass: 1.0,
             kv_moved_share: 0.0,
             bytes_per_token: 0.0,
+            ahead_bytes_per_token: 0.0,
             hit_rate: None,
             stall_share: 0.0,
             resident_share: 1.0,
@@ -131,6 +132,7 @@ impl<'a> Asked<'a> {
         method: usize,
     ) -> Result<Measured, ForwardError<DaemonError>> {
         kv.take_stats();
+        let before_row = kv.ahead_bytes();
         let mut clock = Clock::default();
         let mut questions = forks_with(kv, &mut prepared.questions, method)?;
         let said = answers(decoder, kv, &mut questions, &self.questions, &self.last, &mut clock)?;
@@ -157,7 +159,9 @@ impl<'a> Asked<'a> {
         })?;
         kv.measure(false);
         kv.close(texts)?;
-        let costs = Costs::of(kv, &stats, waited, &clock);
+        // Closing has come after every request, so that what they brought ahead has been counted.
+        let ahead = kv.ahead_bytes() - before_row;
+        let costs = Costs::of(kv, &stats, ahead, waited, &clock);
         Ok(Measured { scores: self.scores(&said), agreement, clock, costs })
     }
 
@@ -179,6 +183,8 @@ pub(crate) struct Costs {
     pub(crate) kv_moved_share: f64,
     /// Bytes moved for each token decoded.
     pub(crate) bytes_per_token: f64,
+    /// Of these, what was brought ahead of the step that selected it, or recalled behind its back.
+    pub(crate) ahead_bytes_per_token: f64,
     /// Share of the rows selected that were resident already (0–1); none where nothing was selected.
     pub(crate) hit_rate: Option<f64>,
     /// Share of the decoding time spent waiting for rows (0–1).
@@ -198,15 +204,16 @@ pub(crate) struct Costs {
 }
 
 impl Costs {
-    fn of(kv: &DaemonKv, stats: &StepStats, waited: Duration, clock: &Clock) -> Self {
+    fn of(kv: &DaemonKv, stats: &StepStats, ahead: u64, waited: Duration, clock: &Clock) -> Self {
         let shape = kv.shape();
         let selected_layers = (0..shape.layers).filter(|layer| kv.speculates(*layer)).count();
         let held_bytes = stats.context_tokens as f64 * shape.token_bytes() as f64;
         let selected_rows = stats.context_tokens as f64 * (selected_layers * shape.kv_heads) as f64;
         Self {
             attention_mass: stats.attention_mass().unwrap_or(1.0),
-            kv_moved_share: stats.bytes_moved as f64 / held_bytes.max(1.0),
-            bytes_per_token: stats.bytes_moved as f64 / stats.tokens.max(1) as f64,
+            kv_moved_share: (stats.bytes_moved + ahead) as f64 / held_bytes.max(1.0),
+            bytes_per_token: (stats.bytes_moved + ahead) as f64 / stats.tokens.max(1) as f64,
+            ahead_bytes_per_token: ahead as f64 / stats.tokens.max(1) as f64,
             hit_rate: stats.hit_rate(),
             stall_share: waited.as_secs_f64() / clock.timing.total.as_secs_f64().max(f64::MIN_POSITIVE),
             resident_share: stats.rows_resident as f64 / selected_rows.max(1.0),

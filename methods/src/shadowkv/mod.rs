@@ -264,6 +264,15 @@ impl Method for ShadowKv {
         COUNT_BYTES + self.options.chunk * self.shape.head_dim * 4
     }
 
+    /// The factors of the keys, at two bytes a value.
+    fn device_bytes(&self, tokens: usize) -> usize {
+        let width = self.shape.kv_heads * self.shape.head_dim;
+        match self.options.keys {
+            Keys::Rebuilt => 2 * (tokens + width) * self.options.rank.rows_of(width).clamp(1, width),
+            Keys::Moved => 0,
+        }
+    }
+
     fn on_append(&self, append: &Append<'_>, digest: &mut [u8], memory: &mut [u8], scratch: &mut Scratch) {
         let (d, chunk) = (self.shape.head_dim, self.options.chunk);
         let Scratch { rows: open, matrix: mean, .. } = scratch;

@@ -31,7 +31,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kvoyant_client::cuda::KernelError;
-use kvoyant_client::{Client, Mode, ModelSpec, Options};
+use kvoyant_client::{Client, Mode, ModelSpec, Options, Stat};
 use kvoyant_methods::{MethodError, MethodSpec, Needs, Shape};
 use thiserror::Error;
 
@@ -227,6 +227,12 @@ impl DaemonKv {
     /// below the request's position.
     pub fn set_ids(&mut self, name: impl FnMut(&IdsRequest<'_>) -> Vec<Vec<u32>> + Send + 'static) {
         self.ids = Some(Provider::new(name));
+    }
+
+    /// Bytes that the daemon has moved ahead of any step that asked for them, since the session began.
+    #[must_use]
+    pub fn ahead_bytes(&self) -> u64 {
+        self.model.stat(Stat::PrefetchBytes)
     }
 
     /// What the steps since the last call did.
