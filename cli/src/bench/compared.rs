@@ -63,7 +63,7 @@ impl Sample {
 }
 
 /// The rows with all that needs a second row.
-pub(crate) fn rows(samples: Vec<Sample>, seed: u64) -> Vec<Row> {
+pub(crate) fn rows(samples: &[Sample], seed: u64) -> Vec<Row> {
     let together = |a: &Row, b: &Row| a.source == b.source && a.length == b.length;
     let find = |of: &Row, method: &str, same_budget: bool| {
         samples.iter().find(|sample| {
@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn a_task_that_dense_cannot_do_says_nothing() {
         let rows = rows(
-            vec![
+            &[
                 sample("dense", None, &[0.0; 2], &[("single", 1.0), ("list", 0.1)]),
                 sample("quest", Some(0.06), &[0.2; 2], &[("single", 0.5), ("list", 0.9)]),
             ],
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn methods_are_paired_with_infinigen_at_their_own_budget() {
         let rows = rows(
-            vec![
+            &[
                 sample("infinigen", Some(0.03), &[0.5, 0.7], &[]),
                 sample("infinigen", Some(0.06), &[0.3, 0.3], &[]),
                 sample("hata", Some(0.06), &[0.1, 0.3], &[]),

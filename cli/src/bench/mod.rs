@@ -143,7 +143,7 @@ pub(crate) fn methods(args: &MethodsArgs) -> Result<String, BenchError> {
             device = found.device;
         }
     }
-    let rows = compared::rows(samples, args.seed);
+    let rows = compared::rows(&samples, args.seed);
     if let Some(path) = &args.csv {
         write(path, row::csv(&rows).as_bytes())?;
     }
