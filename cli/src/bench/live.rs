@@ -124,6 +124,11 @@ pub(super) fn rows(
                 selected_layers: (0..shape.layers).filter(|layer| kv.speculates(*layer)).count(),
                 layers: shape.layers,
                 digest,
+                partial_bytes: if built[method].needs().cpu_attention.is_some() {
+                    (methods_shape.query_heads * (methods_shape.head_dim + 1) * size_of::<f32>()) as f64
+                } else {
+                    0.0
+                },
             };
             found.samples.push(sample(&told, length, &measured));
         }
@@ -149,7 +154,7 @@ fn best(request: &IdsRequest<'_>, budget: Budget, sinks: usize, window: usize) -
             let scores = (request.scores)(head);
             let mut mean = vec![0.0; candidates.len()];
             for row in scores.chunks_exact(request.position.max(1)) {
-                kernels.softmax_add(&row[candidates.clone()], request.scale(), &mut mean);
+                kernels.softmax_add(&row[candidates.clone()], 1.0, &mut mean);
             }
             let mut ids = Vec::new();
             kernels.top_k(&mean, wanted, &mut scratch, &mut ids);
@@ -211,6 +216,8 @@ struct Told<'a> {
     selected_layers: usize,
     layers: usize,
     digest: f64,
+    /// Bytes of a layer's partial attention, where the CPU attends.
+    partial_bytes: f64,
 }
 
 /// Plain attention in this process, as a method.
@@ -224,6 +231,7 @@ const DENSE: Told<'static> = Told {
     selected_layers: 0,
     layers: 0,
     digest: 0.0,
+    partial_bytes: 0.0,
 };
 
 /// The query that a method selects by, in a word.
@@ -239,12 +247,13 @@ pub(super) fn hint_name(hint: HintSource) -> &'static str {
 
 fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
     let costs = &measured.costs;
+    let bytes_per_token = costs.bytes_per_token + told.partial_bytes * told.selected_layers as f64;
     let selected_bytes = told.kv_bytes * told.selected_layers as f64 / told.layers.max(1) as f64;
     let digest_share = if selected_bytes > 0.0 { told.digest / selected_bytes } else { 0.0 };
     let layer_bytes = selected_bytes / told.selected_layers.max(1) as f64;
     let seen = Seen {
         hint: told.hint,
-        moved_share: if selected_bytes > 0.0 { costs.bytes_per_token / selected_bytes } else { 0.0 },
+        moved_share: if selected_bytes > 0.0 { bytes_per_token / selected_bytes } else { 0.0 },
         ahead_share: if selected_bytes > 0.0 { costs.ahead_bytes_per_token / selected_bytes } else { 0.0 },
         attended_share: costs.selected_share - costs.cpu_share,
         cpu_share: costs.cpu_share,
@@ -275,7 +284,7 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         output_error: costs.output_error,
         selected_share: costs.selected_share,
         kv_moved_share: costs.kv_moved_share,
-        bytes_per_token: costs.bytes_per_token,
+        bytes_per_token,
         resident_bytes: costs.resident_share * selected_bytes,
         resident_share: costs.resident_share,
         digest_bytes: told.digest,

@@ -39,7 +39,7 @@ pub struct Chart {
     pub series: Vec<Series>,
 }
 
-const WIDTH: f64 = 960.0;
+const WIDTH: f64 = 1040.0;
 const HEIGHT: f64 = 560.0;
 const LEFT: f64 = 80.0;
 const RIGHT: f64 = 720.0;
@@ -225,7 +225,7 @@ mod tests {
         let mut reader = decoder.read_info().unwrap();
         let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
         reader.next_frame(&mut pixels).unwrap();
-        assert_eq!(reader.info().width, 960);
+        assert_eq!(reader.info().width, 1040);
         let inked = pixels.chunks(3).filter(|pixel| pixel.iter().any(|value| *value < 200)).count();
         assert!(inked > 2000, "{inked} pixels");
     }

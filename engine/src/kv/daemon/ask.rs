@@ -21,22 +21,16 @@ pub struct IdsRequest<'a> {
     pub position: usize,
     /// The layer's true query, `[Hq][d]`.
     pub query: &'a [f32],
-    /// Unscaled scores of a KV head's queries against every token below the position, `[g][position]`: for engines that choose by
+    /// Scores `q·k/√d` of a KV head's queries against every token below the position, `[g][position]`: for engines that choose by
     /// their own keys.
     pub scores: &'a dyn Fn(usize) -> Vec<f32>,
     kv_heads: usize,
-    head_dim: usize,
 }
 
 impl IdsRequest<'_> {
     /// The layer's KV heads.
     pub fn heads(&self) -> std::ops::Range<usize> {
         0..self.kv_heads
-    }
-
-    /// What scores are multiplied by before the softmax: `1/√d`.
-    pub fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
     }
 }
 
@@ -224,7 +218,6 @@ impl DaemonKv {
                     query,
                     scores: &scores,
                     kv_heads: shape.kv_heads,
-                    head_dim: shape.head_dim,
                 };
                 let mut named = name(&request);
                 named.resize(self.shape.kv_heads, Vec::new());
