@@ -48,7 +48,7 @@ impl Effort {
             Self::Quick => (1, 6, 16),
             Self::Long => (3, 12, 24),
         };
-        let kinds = [&Task::NEEDLES[..], &Task::WIDE[..]];
+        let kinds = [&Task::FACTS[..], &Task::WORDS[..]];
         Size { context, contexts: kinds.repeat(contexts), continuations, steps, room: 160 }
     }
 }

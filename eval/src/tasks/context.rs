@@ -137,12 +137,13 @@ mod tests {
 
     #[test]
     fn a_context_has_the_wanted_length_and_all_its_tasks() {
-        for tasks in [&Task::NEEDLES[..], &Task::WIDE[..], &Task::ALL[..]] {
+        for tasks in [&Task::FACTS[..], &Task::WORDS[..], &Task::ALL[..]] {
             let context = made(tasks, 1);
             assert!(words(&context.text) <= 1500 && words(&context.text) > 1440, "{}", words(&context.text));
             for task in tasks {
                 let n = context.questions.iter().filter(|q| q.task == *task).count();
-                assert_eq!(n, if Task::NEEDLES.contains(task) { QUESTIONS_PER_TASK } else { 1 });
+                let several = [Task::Single, Task::Multi, Task::Question].contains(task);
+                assert_eq!(n, if several { QUESTIONS_PER_TASK } else { 1 });
             }
         }
     }
@@ -150,7 +151,7 @@ mod tests {
     #[test]
     fn every_sentence_stands_near_its_drawn_depth_and_off_the_ends() {
         for seed in 0..20 {
-            let context = made(&Task::NEEDLES, seed);
+            let context = made(&Task::FACTS, seed);
             for (sentence, depth) in &context.planted {
                 assert_eq!(context.text.matches(sentence).count(), 1, "{sentence}");
                 let at = context.text.find(sentence).unwrap() as f64 / context.text.len() as f64;

@@ -1,4 +1,4 @@
-//! Answers that need many places of the text: chains of variables, everything of a kind, and sentences as a table.
+//! Answers that need many places of the text: chains of variables, everything of a kind, and records.
 
 use kvoyant_kernels::SplitMix64;
 
@@ -42,20 +42,21 @@ const THINGS: &[&str] = &[
 const BALLOONS: &[&str] = &["Aurora", "Boreas", "Cygnus", "Draco", "Electra", "Fornax", "Gemini"];
 const LOADS: &[&str] = &["cocoa", "silk", "ivory", "pepper", "indigo", "jade", "vanilla"];
 
-/// Which variables have a value, directly or through others.
+/// Where a variable's value comes from: RULER's variable tracking, from its end. The answer is begun with the last variable, and the
+/// score is the share of the names and the number on the way back.
 pub(super) fn variables(rng: &mut SplitMix64) -> Vec<Plant> {
     let mut names = NAMES.to_vec();
     rng.shuffle(&mut names);
     let (asked, rest) = names.split_at(CHAIN);
     let (value, other) = (digits(5, rng), digits(5, rng));
+    let last = asked[CHAIN - 1];
+    let way = asked[..CHAIN - 1].iter().rev().map(|name| (*name).to_owned());
     let question = Question {
         task: Task::Variables,
-        ask: format!(
-            "Which variables are assigned the value {value} in the text, directly or through another variable?"
-        ),
-        begin: format!("The variables with the value {value} are:"),
-        answer: Answer::Words(asked.iter().map(|name| (*name).to_owned()).collect()),
-        one_line: true,
+        ask: format!("Which variables, and which number, does the variable {last} get its value from?"),
+        begin: format!("VAR {last} ="),
+        answer: Answer::Words(way.chain([value.clone()]).collect()),
+        one_line: false,
         most_tokens: VARIABLE_TOKENS,
     };
     let mut plants = chain(asked, &value);
@@ -100,7 +101,7 @@ pub(super) fn stored(rng: &mut SplitMix64) -> Vec<Plant> {
     plants
 }
 
-/// Deliveries as a table. The first record is given, and the second begun.
+/// What was delivered, one record a line. The first record is given, and the second begun.
 pub(super) fn deliveries(rng: &mut SplitMix64) -> Vec<Plant> {
     let (mut balloons, mut loads) = (BALLOONS.to_vec(), LOADS.to_vec());
     rng.shuffle(&mut balloons);
@@ -111,26 +112,25 @@ pub(super) fn deliveries(rng: &mut SplitMix64) -> Vec<Plant> {
         .take(DELIVERIES)
         .map(|(balloon, load)| (balloon, digits(3, rng), load))
         .collect();
-    let (first, amount, load) = &all[0];
+    let record = |(balloon, amount, load): &(&str, String, &str)| {
+        format!("Balloon {balloon}: {amount} crates, {load}.\n")
+    };
     let question = Question {
         task: Task::Records,
-        ask: "Write all that the balloons brought as a table with the columns balloon, crates and load, one line each.".into(),
-        begin: format!("balloon | crates | load\n{first} | {amount} | {load}\n{} |", all[1].0),
+        ask: "List what each balloon brought, one line each.".into(),
+        begin: format!("{}Balloon {}:", record(&all[0]), all[1].0),
         answer: Answer::Records(
             all[1..]
                 .iter()
-                .map(|(balloon, amount, load)| ((*balloon).to_owned(), vec![amount.clone(), (*load).to_owned()]))
+                .map(|(balloon, amount, load)| {
+                    ((*balloon).to_owned(), vec![amount.clone(), (*load).to_owned()])
+                })
                 .collect(),
         ),
         one_line: false,
         most_tokens: RECORD_TOKENS,
     };
-    let mut plants: Vec<Plant> = all
-        .iter()
-        .map(|(balloon, amount, load)| {
-            Plant::plain(format!("The balloon {balloon} brought {amount} crates of {load}. "))
-        })
-        .collect();
+    let mut plants: Vec<Plant> = all.iter().map(|each| Plant::plain(record(each))).collect();
     plants[0].question = Some(question);
     plants
 }
@@ -140,21 +140,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_chain_leads_from_the_value_to_every_variable_that_is_asked_for() {
+    fn a_chain_leads_back_from_the_last_variable_to_the_value() {
         let plants = variables(&mut SplitMix64::new(3));
         let question = plants[0].question.clone().unwrap();
         let Answer::Words(asked) = &question.answer else { panic!("names are asked for") };
         assert_eq!(asked.len(), CHAIN);
-        assert!(plants[0].sentence.starts_with(&format!("VAR {} = ", asked[0])));
+        assert!(plants[CHAIN - 1].sentence.starts_with(&format!("{} {}", question.begin, asked[0])));
         for pair in asked.windows(2) {
-            let step = format!("VAR {} = {}. ", pair[1], pair[0]);
+            let step = format!("VAR {} = {}. ", pair[0], pair[1]);
             assert!(plants.iter().any(|plant| plant.sentence == step), "{step}");
         }
         assert_eq!(plants.len(), 2 * CHAIN);
         assert_eq!(question.score(&format!(" {}", asked.join(", "))), 1.0);
         assert_eq!(question.score(&format!(" {}.", asked[0])), 0.4);
         let everything = NAMES.join(", ");
-        assert_eq!(question.score(&format!(" {everything}.")), 0.5);
+        assert_eq!(question.score(&format!(" {everything}.")), 0.4);
     }
 
     #[test]
@@ -169,14 +169,15 @@ mod tests {
     }
 
     #[test]
-    fn a_table_of_all_deliveries_scores_one_and_swapped_amounts_a_half() {
+    fn a_list_of_all_deliveries_scores_one_and_wrong_amounts_a_half() {
         let plants = deliveries(&mut SplitMix64::new(8));
         let question = plants[0].question.clone().unwrap();
         let Answer::Records(records) = &question.answer else { panic!("records are asked for") };
         assert_eq!(records.len(), DELIVERIES - 1);
-        let line = |key: &str, fields: &[String]| format!("{key} | {} | {}\n", fields[0], fields[1]);
+        let line =
+            |key: &str, fields: &[String]| format!("Balloon {key}: {} crates, {}.\n", fields[0], fields[1]);
         let whole: String = records.iter().map(|(key, fields)| line(key, fields)).collect();
-        let begun = format!("{} |", records[0].0);
+        let begun = format!("Balloon {}:", records[0].0);
         assert_eq!(question.score(whole.strip_prefix(&begun).unwrap()), 1.0);
         let swapped: String =
             records.iter().map(|(key, fields)| line(key, &["0".into(), fields[1].clone()])).collect();

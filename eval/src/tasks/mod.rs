@@ -6,11 +6,11 @@
 //! | `single` | the only number of its kind | the number |
 //! | `multi` | one of several keys with a code each | the code |
 //! | `question` | a fact about a person, told in passing | the name |
-//! | `variables` | which variables were given a value, directly or through others | F1 over the names |
+//! | `variables` | where a variable has its value from, through others | F1 over names and number on the way |
 //! | `common` | the three words that were called many times | F1 over the words |
 //! | `frequent` | the same, of made-up words whose counts fall as 1/i² | F1 over the words |
 //! | `list` | everything of a kind that the text names | F1 over the numbers |
-//! | `records` | the text's deliveries as a table | F1 over the fields |
+//! | `records` | the text's deliveries, one record a line | F1 over the fields |
 //!
 //! F1 is the harmonic mean of precision and recall: who names everything that could be meant is not right.
 //!
@@ -61,11 +61,13 @@ impl Task {
         Self::Records,
     ];
 
-    /// Those with one fact each: a context has some of each.
-    pub const NEEDLES: [Self; 3] = [Self::Single, Self::Multi, Self::Question];
+    /// Those about facts that stand apart from one another in a text. Words that come again and again would lead a small model away
+    /// from them, so [`Self::WORDS`] have texts of their own.
+    pub const FACTS: [Self; 6] =
+        [Self::Single, Self::Multi, Self::Question, Self::Variables, Self::List, Self::Records];
 
-    /// Those that need many places of the text for one answer.
-    pub const WIDE: [Self; 5] = [Self::Variables, Self::Common, Self::Frequent, Self::List, Self::Records];
+    /// Those about which words come often.
+    pub const WORDS: [Self; 2] = [Self::Common, Self::Frequent];
 
     /// The name in tables and JSON.
     #[must_use]
@@ -90,7 +92,7 @@ pub enum Answer {
     Word(String),
     /// All of these words and no other of their kind, in any order: the score is F1.
     Words(Vec<String>),
-    /// Lines that begin with a key, cells being parted by `|`: the score is F1 over the fields, which are right in their key's line.
+    /// Lines that begin with a key, cells being parted by `|`, a colon or a comma: the score is F1 over the fields, which are right in their key's line.
     Records(Vec<(String, Vec<String>)>),
 }
 
@@ -136,7 +138,8 @@ impl Question {
                 let text = self.table(said);
                 let all: usize = records.iter().map(|(_, fields)| fields.len()).sum();
                 let lines: BTreeSet<&str> = text.lines().map(str::trim).collect();
-                let cells = |line: &&str| line.split('|').filter(|cell| !cell.trim().is_empty()).count();
+                let cells =
+                    |line: &&str| line.split(['|', ':', ',']).filter(|cell| !cell.trim().is_empty()).count();
                 let named: usize = lines.iter().map(|line| cells(line).saturating_sub(1)).sum();
                 let right = right_fields(&text, records);
                 f1(right, named.max(right), all)
@@ -318,6 +321,6 @@ mod tests {
     fn every_task_has_a_name_of_its_own_and_is_of_one_kind() {
         let names: BTreeSet<_> = Task::ALL.iter().map(|task| task.name()).collect();
         assert_eq!(names.len(), Task::ALL.len());
-        assert_eq!(Task::NEEDLES.len() + Task::WIDE.len(), Task::ALL.len());
+        assert_eq!(Task::FACTS.len() + Task::WORDS.len(), Task::ALL.len());
     }
 }

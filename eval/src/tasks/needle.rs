@@ -108,9 +108,7 @@ pub(super) fn people(rng: &mut SplitMix64) -> Vec<Plant> {
             let ask = format!("In which country was {who} born?");
             let begin = format!("{who} was born in");
             let question = line(Task::Question, ask, begin, country.to_owned());
-            let sentence = format!(
-                "{who}, {trade} who stayed at the inn, was born in {country} and spoke of it often. "
-            );
+            let sentence = format!("{who} was born in {country} and worked as {trade}. ");
             Plant::asked(sentence, question)
         })
         .collect()

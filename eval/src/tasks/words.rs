@@ -1,4 +1,5 @@
-//! Which words come most often: RULER's common and frequent words, called out one by one.
+//! Which words come most often: RULER's common and frequent words, called out one by one. The answer is begun as the text has it,
+//! so that a model that cannot count can go on with what it has heard most.
 
 use kvoyant_kernels::SplitMix64;
 
@@ -17,8 +18,8 @@ const OTHERS: usize = 8;
 const MOST: usize = 20;
 const MADE_UP: usize = 7;
 
-/// A few words with what stands between them.
-const ANSWER_TOKENS: usize = 24;
+/// Four words with what stands between them.
+const ANSWER_TOKENS: usize = 32;
 
 /// Words that no chronicle has.
 const WORDS: &[&str] = &[
@@ -66,9 +67,9 @@ fn called(task: Task, caller: &str, words: impl Iterator<Item = (String, usize)>
         ask: format!(
             "\"{caller}\" stands many times in the text, each time with a word. Which {ASKED} words come most often?"
         ),
-        begin: format!("{caller} most often:"),
+        begin: format!("{caller}:"),
         answer: Answer::Words(words.iter().take(ASKED).map(|(word, _)| word.clone()).collect()),
-        one_line: true,
+        one_line: false,
         most_tokens: ANSWER_TOKENS,
     };
     let mut plants: Vec<Plant> = words
