@@ -8,7 +8,7 @@ use super::Tokenizer;
 const CLOSING: &[char] = &['"', '\'', '”', '’', ')', ']', '}', '»'];
 
 impl Tokenizer {
-    /// One [mark](kvoyant_methods::mark) per token: whether a word, a clause, a sentence or a line ends with it.
+    /// One [`kvoyant_methods::mark`] per token: whether a word, a clause, a sentence or a line ends with it.
     ///
     /// What follows the last token is not known. So a word's end shows there by white space alone, and a full stop counts
     /// as a sentence's end.

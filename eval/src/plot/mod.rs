@@ -1,6 +1,6 @@
 //! Charts of points and lines, as SVG and as PNG, for people who would rather look.
 //!
-//! A [`Chart`] is laid out once into a scene of lines, marks and words; [`svg`] and [`png`] draw the same scene.
+//! A [`Chart`] is laid out once into a scene of lines, marks and words; `svg` and `png` draw the same scene.
 
 mod axis;
 mod png;

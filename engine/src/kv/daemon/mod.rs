@@ -7,7 +7,7 @@
 //!
 //! | a method's hint | the daemon is asked |
 //! |---|---|
-//! | `ahead` | while the layer before runs ([`KvBackend::hint`]), with the predicted query |
+//! | `ahead` | while the layer before runs ([`KvBackend::hint`](crate::KvBackend::hint)), with the predicted query |
 //! | none, `previous` | at the same moment, without a query or with the layer's true query one step ago |
 //! | `current`, ids | when the layer is about to attend, with its true query or what the caller names |
 //!
