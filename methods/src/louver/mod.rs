@@ -1,10 +1,10 @@
 //! `louver`: every row at or above a threshold, none missed (Dehghankar and Asudeh, Louver, arXiv 2605.06763).
 //!
 //! Selection as a halfspace search: of each query head, all rows with `q·k_t ≥ τ`.
-//! - [`digest`]: rows of a page in groups of 8, each with a box and a ball around its keys. A group whose upper bound is below τ
+//! - `digest`: rows of a page in groups of 8, each with a box and a ball around its keys. A group whose upper bound is below τ
 //!   has no such row, rounding included.
 //! - The other groups' rows are scored exactly where they lie ([`crate::RowSource`]), so that only true hits are moved.
-//! - [`tau`]: τ of each query is a score of a sample: by a budget (the score that its share of the sample reaches), the largest
+//! - `tau`: τ of each query is a score of a sample: by a budget (the score that its share of the sample reaches), the largest
 //!   (`sample-max`), or the one below the first wide gap (`sample-gap`).
 //!
 //! The selection of a KV head is the union over its query heads, and query tokens. How many rows that is depends on the scores:

@@ -1,10 +1,10 @@
 //! `resv`: clusters of like keys, taken until a share of their weight is reached; made for streams (ReSV, the algorithm of V-Rex,
 //! HPCA'26, arXiv 2512.12284).
 //!
-//! - *Clusters* ([`table`]): the signs of 32 random projections are a key's hash. In order of position a key joins the nearest
+//! - *Clusters* (`table`): the signs of 32 random projections are a key's hash. In order of position a key joins the nearest
 //!   recent cluster at a Hamming distance below 7, else it opens one. Of a cluster the mean key, its hash and its size are kept.
 //!   A cluster that got no key of the last `recent` tokens is closed, as the paper closes those that left the device.
-//! - *WiCSum* ([`wicsum`]): a query takes clusters in falling order of `q·c̄` until the sum of `exp(q·c̄/√d − max)·size` exceeds the
+//! - *WiCSum* (`wicsum`): a query takes clusters in falling order of `q·c̄` until the sum of `exp(q·c̄/√d − max)·size` exceeds the
 //!   share `ratio` of the total. The number of rows follows the scores. A KV head's selection is the union over its query heads
 //!   and the query tokens of a block; sizes count candidates alone, so that sinks and window, which are attended always, do not
 //!   use up the share.
