@@ -7,6 +7,7 @@ use kvoyant_eval::model::{self as modelled, Seen};
 use kvoyant_eval::row::Row;
 use kvoyant_eval::tasks::Task;
 use kvoyant_kernels::{Kernels, TopKScratch};
+use kvoyant_methods::full::FullSpec;
 use kvoyant_methods::{Budget, HintSource, MethodSpec, Shape};
 
 use super::compared::{Clusters, Sample, by_task};
@@ -69,6 +70,10 @@ pub(super) fn rows(
     let mut found = Found { samples: Vec::new(), device: String::new() };
     for (at, (format, rungs)) in sessions(rungs).into_iter().enumerate() {
         let shape = KvShape::new(model.config(), format);
+        if let Err(error) = shape.check() {
+            progress.note(&format!("rows as {format} are left out: {error}"));
+            continue;
+        }
         let methods: Vec<MethodSpec> = rungs.iter().map(|rung| rung.spec.clone()).collect();
         let options =
             session::options(model, methods.clone(), length + size.room, asked.batch_max(), progress)?;
@@ -175,6 +180,11 @@ fn sessions(rungs: &[Rung]) -> Vec<(Format, Vec<Rung>)> {
         .chunks(METHODS_OF_A_SESSION)
         .map(|chunk| (PLAIN, chunk.iter().map(|rung| (*rung).clone()).collect()))
         .collect();
+    if all.is_empty() {
+        // Dense needs all rows as they are: what it is compared with may have dropped some.
+        let full = MethodSpec::new(FullSpec);
+        all.push((PLAIN, vec![Rung { spec: full, budget: None, format: PLAIN }]));
+    }
     all.extend(alone.into_iter().map(|rung| (rung.format, vec![rung.clone()])));
     all
 }
@@ -314,5 +324,8 @@ mod tests {
         assert_eq!(sizes, [60, 11, 1, 1]);
         assert_eq!(sessions[2].1[0], rungs[0]);
         assert_eq!(sessions[3].0, Format::Int4 { group: 64 });
+        let alone = super::sessions(&rungs[..1]);
+        assert_eq!(alone.len(), 2);
+        assert_eq!((alone[0].0, alone[0].1[0].spec.name()), (PLAIN, "full"));
     }
 }
