@@ -21,10 +21,12 @@ mod dtype;
 mod layout;
 pub mod quantise;
 mod random;
+mod rest;
 mod run;
 
 pub use cpu::{ENV, Kernels, Path, PathError};
 pub use dtype::{Dtype, UnknownDtype};
 pub use layout::{RowLayout, UnknownLayout};
 pub use random::SplitMix64;
+pub use rest::{Certificate, RestSums};
 pub use run::{AttendScratch, CopyRun, Run, TopKScratch};

@@ -4,6 +4,7 @@ use std::fmt::Debug;
 
 use crate::context::SelectContext;
 use crate::needs::Needs;
+use crate::rest::Rest;
 use crate::scratch::Scratch;
 use crate::selection::{Selection, TokenRange};
 use crate::spec::MethodSpec;
@@ -103,6 +104,34 @@ pub trait Method: Send + Sync + Debug {
         out: &mut Selection,
     );
 
+    /// Where [`Needs::rest`] is set: estimates what the rows that are *not* attended would have added to a decode step's answer, by
+    /// the true query in `context`. `attended` names the candidates that were, of every KV head of the request; sinks, window
+    /// and what comes after the window are attended always. `out` is cleared first.
+    fn rest(
+        &self,
+        context: &SelectContext<'_>,
+        attended: &Selection,
+        store: &mut dyn Store,
+        scratch: &mut Scratch,
+        out: &mut Rest,
+    ) {
+        let _ = (context, attended, store, scratch);
+        out.clear(0);
+    }
+
+    /// [`Self::select`], and [`Self::rest`] of what it chose: for those that get both from one look at their digests.
+    fn select_with_rest(
+        &self,
+        context: &SelectContext<'_>,
+        store: &mut dyn Store,
+        scratch: &mut Scratch,
+        out: &mut Selection,
+        rest: &mut Rest,
+    ) {
+        self.select(context, store, scratch, out);
+        self.rest(context, out, store, scratch, rest);
+    }
+
     /// Where [`Needs::prefetch`] is set: chooses for the layer's *next* step, after an answer, off the critical path.
     /// `context` has no hint, and `tokens` is one more than in the selection before. True where `out` names rows worth having
     /// ready by then. It may be called late or never: what [`Self::select`] chooses must not depend on it.
@@ -115,6 +144,11 @@ pub trait Method: Send + Sync + Debug {
     ) -> bool {
         let _ = (context, store, scratch, out);
         false
+    }
+
+    /// Bytes that a sequence keeps for all its layers together ([`Store::sequence`]); zeros at first, copied by forks.
+    fn sequence_bytes(&self) -> usize {
+        0
     }
 
     /// Bytes of memory of one sequence, layer and KV head that can hold up to `max_tokens` tokens.
@@ -179,6 +213,8 @@ pub struct Append<'a> {
     pub state: &'a [u8],
     /// Keys after RoPE, `[rows][d]`.
     pub keys: &'a [f32],
+    /// Their values, `[rows][dv]`; empty unless the method [wants them](Needs::values).
+    pub values: &'a [f32],
     /// Position of the first row's token in the sequence.
     pub first_token: usize,
     /// Row of the page that the first key becomes: `first_token` modulo the page's rows.

@@ -78,6 +78,12 @@ pub struct Needs {
     pub memory: bool,
     /// Its memory is a pool that drops rows for good ([`crate::Method::on_admit`], [`crate::Method::on_selected`]).
     pub drops_rows: bool,
+    /// Values beside the keys in [`crate::Append`].
+    pub values: bool,
+    /// [`crate::Method::rest`] by the true query of each decode step, with or after the selection.
+    pub rest: bool,
+    /// All rows of a selected layer that are resident are attended, not only those selected.
+    pub attend_resident: bool,
     /// Keys of the rows themselves while it selects ([`crate::RowSource`]).
     pub rows: bool,
     /// Attention rows ([`crate::Method::on_feedback`]).

@@ -7,6 +7,7 @@ use kvoyant_kernels::Kernels;
 use crate::context::SelectContext;
 use crate::infinigen::HeadRows;
 use crate::method::{Append, FeedbackRow, Method, Truncated};
+use crate::rest::Rest;
 use crate::scratch::Scratch;
 use crate::selection::Selection;
 use crate::shape::Shape;
@@ -19,9 +20,12 @@ pub struct Replay {
     layer: usize,
     tokens: usize,
     keys: Keys,
+    /// Values as stored, `[Hkv]` of `[n][d]`.
+    values: Vec<Vec<f32>>,
     pages: Vec<Vec<Vec<u8>>>,
     states: Vec<Vec<u8>>,
     memories: Vec<Vec<u8>>,
+    sequence: Vec<u8>,
     marks: Vec<u8>,
     /// Tokens that the memories can hold.
     room: usize,
@@ -58,6 +62,7 @@ struct View<'a> {
     pages: &'a [Vec<Vec<u8>>],
     states: &'a [Vec<u8>],
     memories: &'a mut [Vec<u8>],
+    sequence: &'a mut [u8],
 }
 
 impl Store for View<'_> {
@@ -75,6 +80,10 @@ impl Store for View<'_> {
 
     fn memory_mut(&mut self, kv_head: usize) -> &mut [u8] {
         &mut self.memories[kv_head]
+    }
+
+    fn sequence(&mut self) -> &mut [u8] {
+        self.sequence
     }
 }
 
@@ -94,8 +103,10 @@ impl Replay {
             layer,
             tokens: 0,
             keys: Keys { head_dim: shape.head_dim, heads: vec![Vec::new(); shape.kv_heads] },
+            values: vec![Vec::new(); shape.kv_heads],
             pages: vec![Vec::new(); shape.kv_heads],
             states,
+            sequence: vec![0; method.sequence_bytes()],
             memories: vec![vec![0; method.memory_bytes(max_tokens)]; shape.kv_heads],
             marks: Vec::new(),
             room: max_tokens,
@@ -113,6 +124,17 @@ impl Replay {
     #[must_use]
     pub fn keys(&self, kv_head: usize) -> &[f32] {
         &self.keys.heads[kv_head]
+    }
+
+    /// Values of a KV head as stored, `[n][d]`.
+    #[must_use]
+    pub fn values(&self, kv_head: usize) -> &[f32] {
+        &self.values[kv_head]
+    }
+
+    /// What the sequence keeps for all its layers together. A replay is of one layer: replays of several layers hand it on.
+    pub fn sequence(&mut self) -> &mut [u8] {
+        &mut self.sequence
     }
 
     /// Digest block of a page.
@@ -137,12 +159,13 @@ impl Replay {
     #[must_use]
     pub fn digest_bytes(&self) -> usize {
         let pages = self.pages.iter().flatten().map(Vec::len).sum::<usize>();
-        pages + self.states.iter().chain(&self.memories).map(Vec::len).sum::<usize>()
+        pages + self.states.iter().chain(&self.memories).map(Vec::len).sum::<usize>() + self.sequence.len()
     }
 
     /// What the method sees: for calls that no function here makes.
     pub fn with_store<T>(&mut self, call: impl FnOnce(&mut dyn Store) -> T) -> T {
-        call(&mut View { pages: &self.pages, states: &self.states, memories: &mut self.memories })
+        let Self { pages, states, memories, sequence, .. } = self;
+        call(&mut View { pages, states, memories, sequence })
     }
 
     /// Sends prefill statistics of one KV head; digests made before are made again if the state changed.
@@ -159,8 +182,13 @@ impl Replay {
         self.marks.extend_from_slice(marks);
     }
 
-    /// Appends `keys`, `[T][Hkv][d]`, split at page ends and every `chunk` tokens.
+    /// Appends `keys`, `[T][Hkv][d]`, split at page ends and every `chunk` tokens. Their values are zeros.
     pub fn append(&mut self, method: &dyn Method, keys: &[f32], chunk: usize) {
+        self.append_rows(method, keys, &vec![0.0; keys.len()], chunk);
+    }
+
+    /// As [`Self::append`], with `values` `[T][Hkv][d]`.
+    pub fn append_rows(&mut self, method: &dyn Method, keys: &[f32], values: &[f32], chunk: usize) {
         let Shape { kv_heads, head_dim, dtype, .. } = self.shape;
         let (first, count) = (self.tokens, keys.len() / (kv_heads * head_dim));
         let tokens = first + count;
@@ -173,12 +201,15 @@ impl Replay {
             }
         }
         for head in 0..kv_heads {
-            let rows: Vec<f32> = HeadRows::keys(keys, &self.shape, head).rows().flatten().copied().collect();
-            let mut stored = vec![0; rows.len() * dtype.bytes()];
-            let mut rounded = vec![0.0; rows.len()];
-            Kernels::best().from_f32(dtype, &rows, &mut stored);
-            Kernels::best().to_f32(dtype, &stored, &mut rounded);
-            self.keys.heads[head].extend_from_slice(&rounded);
+            for (rows, stored) in [(keys, &mut self.keys.heads[head]), (values, &mut self.values[head])] {
+                let rows: Vec<f32> =
+                    HeadRows::keys(rows, &self.shape, head).rows().flatten().copied().collect();
+                let mut bytes = vec![0; rows.len() * dtype.bytes()];
+                let mut rounded = vec![0.0; rows.len()];
+                Kernels::best().from_f32(dtype, &rows, &mut bytes);
+                Kernels::best().to_f32(dtype, &bytes, &mut rounded);
+                stored.extend_from_slice(&rounded);
+            }
             self.digest(method, head, first, tokens, chunk);
         }
         self.tokens = tokens;
@@ -188,6 +219,7 @@ impl Replay {
     fn digest(&mut self, method: &dyn Method, kv_head: usize, from: usize, to: usize, chunk: usize) {
         let Shape { head_dim: d, page_rows, .. } = self.shape;
         let mut scratch = Scratch::new();
+        let wants_values = method.needs().values;
         let mut token = from;
         while token < to {
             let first_row = token % page_rows;
@@ -202,6 +234,11 @@ impl Replay {
                 kv_head,
                 state: &self.states[kv_head],
                 keys: &self.keys.heads[kv_head][token * d..(token + count) * d],
+                values: if wants_values {
+                    &self.values[kv_head][token * d..(token + count) * d]
+                } else {
+                    &[]
+                },
                 first_token: token,
                 first_row,
                 marks: self.marks.get(token..token + count).unwrap_or(&[]),
@@ -221,6 +258,7 @@ impl Replay {
         self.marks.truncate(tokens);
         for head in 0..kv_heads {
             self.keys.heads[head].truncate(tokens * head_dim);
+            self.values[head].truncate(tokens * head_dim);
             self.pages[head].truncate(tokens.div_ceil(page_rows));
             let from = match method.on_truncate(tokens, &mut self.memories[head]) {
                 Truncated::Kept => tokens / page_rows * page_rows,
@@ -259,9 +297,9 @@ impl Replay {
         // What it held before does not matter.
         out.push(0, 1);
         out.finish_head();
-        let Self { pages, states, memories, keys, .. } = self;
+        let Self { pages, states, memories, keys, sequence, .. } = self;
         let context = SelectContext { rows: keys, ..context.clone() };
-        method.select(&context, &mut View { pages, states, memories }, scratch, &mut out);
+        method.select(&context, &mut View { pages, states, memories, sequence }, scratch, &mut out);
         for (at, head) in context.heads.clone().enumerate() {
             method.on_selected(out.head(at), &mut self.memories[head]);
         }
@@ -271,12 +309,31 @@ impl Replay {
     /// The method's choice for the next step, where it makes one.
     pub fn prefetch(&mut self, method: &dyn Method, scratch: &mut Scratch) -> Option<Selection> {
         let mut out = Selection::new();
-        let Self { pages, states, memories, keys, .. } = self;
+        let Self { pages, states, memories, keys, sequence, .. } = self;
         let context = SelectContext {
             sequence_seed: 1,
             rows: keys,
             ..SelectContext::new(&self.shape, self.layer, self.tokens + 1, &[])
         };
-        method.prefetch(&context, &mut View { pages, states, memories }, scratch, &mut out).then_some(out)
+        let view = &mut View { pages, states, memories, sequence };
+        method.prefetch(&context, view, scratch, &mut out).then_some(out)
+    }
+
+    /// The method's estimate of all that is not in `attended`, for the query in `context`.
+    pub fn rest(
+        &mut self,
+        method: &dyn Method,
+        context: &SelectContext<'_>,
+        attended: &Selection,
+        scratch: &mut Scratch,
+    ) -> Rest {
+        let mut out = Rest::new();
+        // What it held before does not matter.
+        out.clear(1);
+        out.push();
+        let Self { pages, states, memories, keys, sequence, .. } = self;
+        let context = SelectContext { rows: keys, ..context.clone() };
+        method.rest(&context, attended, &mut View { pages, states, memories, sequence }, scratch, &mut out);
+        out
     }
 }

@@ -28,6 +28,11 @@ pub trait Store {
         let _ = kv_head;
         &mut []
     }
+
+    /// What the sequence keeps for all its layers together, [`crate::Method::sequence_bytes`] long.
+    fn sequence(&mut self) -> &mut [u8] {
+        &mut []
+    }
 }
 
 /// The store of a method that keeps nothing.

@@ -395,6 +395,7 @@ impl ModelState {
                     kv_head,
                     state: &buffers.state,
                     keys: &buffers.keys,
+                    values: &[],
                     first_token: token,
                     first_row,
                     marks: &buffers.marks,

@@ -6,7 +6,7 @@
 //!
 //! Parts must agree on what is of a whole request: which query comes, which half of a row is moved, whether the CPU attends what
 //! is missing, and how attention rows are reported. At most one may drop rows for good. A part that asks for nothing of the kind
-//! (say `full` beside any query) agrees with all.
+//! (say `full` beside any query) agrees with all. What a part would estimate of the rows it left out is not asked for in a mix.
 
 pub mod spec;
 
@@ -131,6 +131,13 @@ impl Mix {
         })
     }
 
+    /// Where in what a sequence keeps the part's own lies.
+    fn place_in_sequence(&self, part: &dyn Method) -> Range<usize> {
+        let before = self.parts.iter().take_while(|other| !std::ptr::addr_eq(&***other, part));
+        let first = before.map(|part| part.sequence_bytes()).sum();
+        first..first + part.sequence_bytes()
+    }
+
     /// The part that a memory belongs to, once it is known.
     fn owner(&self, memory: &[u8]) -> Option<&dyn Method> {
         let number = memory.first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
@@ -217,6 +224,7 @@ fn common_needs(mix: &MixSpec, parts: &[Box<dyn Method>]) -> Result<Needs, Metho
         common.memory |= needs.memory;
         common.drops_rows |= needs.drops_rows;
         common.rows |= needs.rows;
+        common.values |= needs.values;
         common.feedback = common.feedback.or(needs.feedback);
         common.marks |= needs.marks;
         common.prefetch |= needs.prefetch;
@@ -312,6 +320,11 @@ impl Method for Mix {
         self.ask(context, store, scratch, out, |part, context, store, scratch, out| {
             part.needs().prefetch && part.prefetch(context, store, scratch, out)
         })
+    }
+
+    /// The parts' own, one behind the other.
+    fn sequence_bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.sequence_bytes()).sum()
     }
 
     fn memory_bytes(&self, max_tokens: usize) -> usize {

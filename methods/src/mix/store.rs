@@ -39,4 +39,9 @@ impl Store for PartStore<'_> {
         let place = self.mix.place(self.part, memory.len());
         &mut memory[place]
     }
+
+    fn sequence(&mut self) -> &mut [u8] {
+        let place = self.mix.place_in_sequence(self.part);
+        self.inner.sequence().get_mut(place).unwrap_or_default()
+    }
 }
