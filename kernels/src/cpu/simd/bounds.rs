@@ -1,11 +1,15 @@
-//! Bounds of many pages, a few pages at a time, so that a query is loaded, and its signs are found, once for all of them.
+//! Bounds of many pages, two at a time, so that a query is loaded, and its signs are found, once for both of them.
+//!
+//! No more than two, and nothing asked for ahead: so memory is read nearly in order, and the processor's own prefetcher keeps up with
+//! it. Four pages at a time, or software's prefetches between, took half as long again (measured on Zen 4).
 
 use super::stored::{Stored, by_dtype};
-use super::{AHEAD, LINE, Simd, prefetch, write4};
+use super::{Simd, write2};
 use crate::dtype::Dtype;
 
-/// Pages whose sums a register of four takes.
-const PAGES: usize = 4;
+/// Pages at a time.
+const PAGES: usize = 2;
+
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn page_bounds_many<S: Simd>(
@@ -43,11 +47,8 @@ unsafe fn all_pages<S: Simd, E: Stored>(
     let page_bytes = 2 * d * E::BYTES;
     for first in (0..pages).step_by(PAGES) {
         let count = PAGES.min(pages - first);
-        // Where the pages end, the last one over and over.
-        let places = [0, 1, 2, 3].map(|i| blocks.wrapping_add((first + i.min(count - 1)) * page_bytes));
-        for line in (0..PAGES * page_bytes).step_by(LINE) {
-            prefetch::<false>(blocks.wrapping_add(first * page_bytes + AHEAD + line));
-        }
+        // Where the pages end, the last one twice.
+        let places = [0, count - 1].map(|i| blocks.wrapping_add((first + i) * page_bytes));
         let mut h = 0;
         while h < group {
             let heads = super::tile(group - h, S::HEADS);
@@ -66,7 +67,7 @@ unsafe fn all_pages<S: Simd, E: Stored>(
     }
 }
 
-/// `H` queries' bounds of four pages, of which the first `count` are wanted.
+/// `H` queries' bounds of two pages, of which the first `count` are wanted.
 ///
 /// # Safety
 /// `queries` is `[H][d]`, the pages are `[2][d]` each, `out` has room for `count` bounds every `out_stride` values.
@@ -108,8 +109,12 @@ unsafe fn tile<S: Simd, E: Stored, const H: usize>(
                 }
             }
         }
-        for h in 0..H {
-            write4(s.sum4(sums[h]), count, out.add(h * out_stride));
+        for h in (0..H).step_by(2) {
+            // Two queries' sums at once; where there is no second one, the first once more.
+            let other = (h + 1).min(H - 1);
+            let [a, b, c, d] = s.sum4([sums[h][0], sums[h][1], sums[other][0], sums[other][1]]);
+            write2([a, b], count, out.add(h * out_stride));
+            write2([c, d], count, out.add(other * out_stride));
         }
     }
 }

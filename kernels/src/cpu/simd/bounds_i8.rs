@@ -2,11 +2,12 @@
 
 use std::arch::x86_64::*;
 
-use super::{AHEAD, LINE, prefetch, write4};
+use super::write2;
 use crate::cpu::bounds::{Block, FLOOR, LANES, Query8, STRIPE};
 
-/// Pages at a time, so that a query is loaded once for all of them, and their sums end in one register.
-const PAGES: usize = 4;
+/// Pages at a time: no more, so that memory is read nearly in order, as in [`bounds`](super::bounds).
+const PAGES: usize = 2;
+
 /// What an instruction set has to offer here.
 trait Whole: Copy {
     /// 64 bytes.
@@ -35,7 +36,7 @@ trait Whole: Copy {
     unsafe fn scales(self, at: *const u8, scales: usize) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
     /// Four sums over lanes: those that are 8 apart first, then 4, 2 and 1.
-    fn sum4(self, terms: [Self::F; PAGES]) -> [f32; PAGES];
+    fn sum4(self, terms: [Self::F; 4]) -> [f32; 4];
 }
 
 #[inline(always)]
@@ -48,80 +49,147 @@ fn page_bounds_i8<W: Whole>(
     out: &mut [f32],
     out_stride: usize,
 ) {
-    match block.stripes {
-        1 => all_pages::<W, 1>(w, block, queries, digests, pages, out, out_stride),
-        2 => all_pages::<W, 2>(w, block, queries, digests, pages, out, out_stride),
-        3 => all_pages::<W, 3>(w, block, queries, digests, pages, out, out_stride),
-        _ => all_pages::<W, 4>(w, block, queries, digests, pages, out, out_stride),
+    let (page_bytes, bounds) = (digests.len() / pages, Bounds { at: out.as_mut_ptr(), stride: out_stride });
+    // SAFETY: the public method checked that there are as many digests as pages, all with this block, and room for every bound.
+    unsafe {
+        let digests = digests.as_ptr().add(block.at);
+        match (block.stripes, block.channel) {
+            (1, 0) => all_pages::<W, 1, true>(w, queries, digests, page_bytes, pages, bounds),
+            (2, 0) => all_pages::<W, 2, true>(w, queries, digests, page_bytes, pages, bounds),
+            (3, 0) => all_pages::<W, 3, true>(w, queries, digests, page_bytes, pages, bounds),
+            (_, 0) => all_pages::<W, 4, true>(w, queries, digests, page_bytes, pages, bounds),
+            (1, _) => all_pages::<W, 1, false>(w, queries, digests, page_bytes, pages, bounds),
+            (2, _) => all_pages::<W, 2, false>(w, queries, digests, page_bytes, pages, bounds),
+            (3, _) => all_pages::<W, 3, false>(w, queries, digests, page_bytes, pages, bounds),
+            _ => all_pages::<W, 4, false>(w, queries, digests, page_bytes, pages, bounds),
+        }
     }
 }
 
+/// Where bounds go: one query every `stride` values.
+#[derive(Clone, Copy)]
+struct Bounds {
+    at: *mut f32,
+    stride: usize,
+}
+
+/// A block of all pages; FIRST, if bounds begin with it, and are not there yet.
+///
+/// # Safety
+/// At `digests` and every `page_bytes` bytes further a block of so many stripes is readable; `bounds` has room for one per page for each
+/// query.
 #[inline(always)]
-fn all_pages<W: Whole, const STRIPES: usize>(
+unsafe fn all_pages<W: Whole, const STRIPES: usize, const FIRST: bool>(
     w: W,
-    block: Block,
     queries: &[Query8],
-    digests: &[u8],
+    digests: *const u8,
+    page_bytes: usize,
     pages: usize,
-    out: &mut [f32],
-    out_stride: usize,
+    bounds: Bounds,
 ) {
-    let page_bytes = digests.len() / pages;
-    let scale_count = (4 * STRIPES.next_power_of_two()).min(LANES);
-    let first_block = block.channel == 0;
     for first in (0..pages).step_by(PAGES) {
         let count = PAGES.min(pages - first);
+        // SAFETY: passed on to the caller; where the pages end, the last one twice.
+        unsafe {
+            let places = [0, count - 1].map(|i| digests.add((first + i) * page_bytes));
+            let two = TwoPages::<W, STRIPES>::load(w, places);
+            let bounds = Bounds { at: bounds.at.add(first), ..bounds };
+            let (pairs, last) = queries.as_chunks::<2>();
+            for (i, [one, other]) in pairs.iter().enumerate() {
+                let bounds = Bounds { at: bounds.at.add(2 * i * bounds.stride), ..bounds };
+                two.write::<FIRST>(w, one, other, count, bounds);
+            }
+            if let [query] = last {
+                // The same twice, and written twice.
+                let at = bounds.at.add(2 * pairs.len() * bounds.stride);
+                two.write::<FIRST>(w, query, query, count, Bounds { at, stride: 0 });
+            }
+        }
+    }
+}
+
+/// A block of two pages in registers.
+struct TwoPages<W: Whole, const STRIPES: usize> {
+    low: [[W::B; STRIPES]; PAGES],
+    high: [[W::B; STRIPES]; PAGES],
+    scales: [W::F; PAGES],
+}
+
+impl<W: Whole, const STRIPES: usize> TwoPages<W, STRIPES> {
+    /// # Safety
+    /// At both places a block of so many stripes is readable.
+    #[inline(always)]
+    unsafe fn load(w: W, places: [*const u8; PAGES]) -> Self {
         let nothing = zeros(w);
-        let (mut low, mut high) = ([[nothing.0; STRIPES]; PAGES], [[nothing.0; STRIPES]; PAGES]);
-        let mut scales = [nothing.1; PAGES];
+        let ends = [[nothing.0; STRIPES]; PAGES];
+        let mut two = Self { low: ends, high: ends, scales: [nothing.1; PAGES] };
+        let scale_count = (4 * STRIPES.next_power_of_two()).min(LANES);
         for p in 0..PAGES {
-            // Where the pages end, the last one over and over.
-            let page = &digests[(first + p.min(count - 1)) * page_bytes + block.at..][..block.bytes()];
             // SAFETY: a block is its scales, then 64 bytes of minima and of maxima for each stripe.
             unsafe {
-                let codes = page.as_ptr().add(4 * scale_count);
-                scales[p] = w.scales(page.as_ptr(), scale_count);
+                let codes = places[p].add(4 * scale_count);
+                two.scales[p] = w.scales(places[p], scale_count);
                 for i in 0..STRIPES {
-                    low[p][i] = w.load(codes.add(i * STRIPE));
-                    high[p][i] = w.load(codes.add((STRIPES + i) * STRIPE));
+                    two.low[p][i] = w.load(codes.add(i * STRIPE));
+                    two.high[p][i] = w.load(codes.add((STRIPES + i) * STRIPE));
                 }
             }
         }
-        for (h, query) in queries.iter().enumerate() {
-            let (mut codes, mut upper) = ([nothing.0; STRIPES], [nothing.0; STRIPES]);
-            for i in 0..STRIPES {
-                // SAFETY: both have 64 bytes for each of four stripes.
-                unsafe {
-                    codes[i] = w.load(query.codes.as_ptr().add(i * STRIPE).cast());
-                    upper[i] = w.load(query.upper.as_ptr().add(i * STRIPE));
-                }
-            }
-            // A page's lines with each of the first queries; all that is left with the last one.
-            let asked = if h + 1 == queries.len() { h..PAGES } else { h..(h + 1).min(PAGES) };
-            for line in (asked.start * page_bytes..asked.end * page_bytes).step_by(LINE) {
-                prefetch::<false>(digests.as_ptr().wrapping_add(first * page_bytes + AHEAD + line));
-            }
-            let (start, steps) = (w.start(&query.start), w.steps(&query.step));
-            let mut terms = [nothing.1; PAGES];
-            for p in 0..PAGES {
-                let mut sums = start;
-                for i in 0..STRIPES {
-                    sums = w.dot(sums, codes[i], w.choose(upper[i], low[p][i], high[p][i]));
-                }
-                terms[p] = w.mul(w.lanes(sums), w.mul(scales[p], steps));
-            }
-            let mut bounds = w.sum4(terms);
-            let out = &mut out[h * out_stride + first..][..count];
-            if first_block {
-                bounds = bounds.map(|bound| bound + FLOOR);
+        two
+    }
+
+    /// Writes or adds to two queries' bounds of the first `count` pages.
+    ///
+    /// # Safety
+    /// `bounds` has room for so many of both.
+    #[inline(always)]
+    unsafe fn write<const FIRST: bool>(
+        &self,
+        w: W,
+        one: &Query8,
+        other: &Query8,
+        count: usize,
+        bounds: Bounds,
+    ) {
+        let ([a, b], [c, d]) = (self.terms(w, one), self.terms(w, other));
+        let sums = w.sum4([a, b, c, d]);
+        // SAFETY: passed on to the caller. All is read before anything is written: both may be one.
+        unsafe {
+            let (at, at_other) = (bounds.at, bounds.at.add(bounds.stride));
+            let before = if FIRST {
+                [FLOOR; 4]
             } else {
-                for (bound, before) in bounds.iter_mut().zip(out.iter()) {
-                    *bound += before;
-                }
-            }
-            // SAFETY: `out` has `count` places.
-            unsafe { write4(bounds, count, out.as_mut_ptr()) };
+                let last = count - 1;
+                [at.read(), at.add(last).read(), at_other.read(), at_other.add(last).read()]
+            };
+            write2([sums[0] + before[0], sums[1] + before[1]], count, at);
+            write2([sums[2] + before[2], sums[3] + before[3]], count, at_other);
         }
+    }
+
+    /// What the lanes of both pages come to.
+    #[inline(always)]
+    fn terms(&self, w: W, query: &Query8) -> [W::F; PAGES] {
+        let nothing = zeros(w).0;
+        let (mut codes, mut upper) = ([nothing; STRIPES], [nothing; STRIPES]);
+        for i in 0..STRIPES {
+            // SAFETY: both have 64 bytes for each of four stripes.
+            unsafe {
+                codes[i] = w.load(query.codes.as_ptr().add(i * STRIPE).cast());
+                upper[i] = w.load(query.upper.as_ptr().add(i * STRIPE));
+            }
+        }
+        let (start, steps) = (w.start(&query.start), w.steps(&query.step));
+        // No closures: the compiler may leave them out of line, and with them the instruction set.
+        let mut terms = [steps; PAGES];
+        for p in 0..PAGES {
+            let mut sums = start;
+            for i in 0..STRIPES {
+                sums = w.dot(sums, codes[i], w.choose(upper[i], self.low[p][i], self.high[p][i]));
+            }
+            terms[p] = w.mul(w.lanes(sums), w.mul(self.scales[p], steps));
+        }
+        terms
     }
 }
 
@@ -268,7 +336,7 @@ impl Whole for Halves {
         unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
     }
     #[inline(always)]
-    fn sum4(self, terms: [Self::F; PAGES]) -> [f32; PAGES] {
+    fn sum4(self, terms: [Self::F; 4]) -> [f32; 4] {
         // SAFETY: see above; __m128 and [f32; 4] have one layout.
         unsafe {
             let halves = terms.map(|[low, high]| _mm256_add_ps(low, high));
@@ -367,7 +435,7 @@ impl Whole for Vnni {
         unsafe { _mm512_mul_ps(a, b) }
     }
     #[inline(always)]
-    fn sum4(self, terms: [__m512; PAGES]) -> [f32; PAGES] {
+    fn sum4(self, terms: [__m512; 4]) -> [f32; 4] {
         // SAFETY: see above; __m128 and [f32; 4] have one layout.
         unsafe { std::mem::transmute::<__m128, [f32; 4]>(sum4_of_16(terms)) }
     }

@@ -42,11 +42,6 @@ fn fence() {
     unsafe { std::arch::x86_64::_mm_sfence() }
 }
 
-/// How far ahead pages are asked for, in bytes: into the second-level cache, which lets more lines be on their way than the first, and
-/// not so far that the processor's own prefetcher gets out of step (measured on Zen 4).
-const AHEAD: usize = 4 << 10;
-const LINE: usize = 64;
-
 /// Writes the first `count` of four values.
 ///
 /// One by one at the end: a call to memcpy here would have every register saved around it.
@@ -67,6 +62,22 @@ unsafe fn write4(values: [f32; 4], count: usize, out: *mut f32) {
             if count > 2 {
                 out.add(2).write(values[2]);
             }
+        }
+    }
+}
+
+/// Writes the first `count` of two values.
+///
+/// # Safety
+/// `out` has room for `count` values, 1 or 2.
+#[inline(always)]
+unsafe fn write2(values: [f32; 2], count: usize, out: *mut f32) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if count == 2 {
+            out.cast::<[f32; 2]>().write_unaligned(values);
+        } else {
+            out.write(values[0]);
         }
     }
 }
