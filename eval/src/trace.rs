@@ -181,6 +181,7 @@ impl Trace {
             query_heads: shape.query_heads,
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
+            value_dim: shape.head_dim,
             page_rows,
             sinks: shape.sinks,
             window: shape.window,

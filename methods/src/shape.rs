@@ -47,8 +47,10 @@ pub struct Shape {
     pub query_heads: usize,
     /// KV heads of a layer.
     pub kv_heads: usize,
-    /// Values of one key (and of one value), `d`.
+    /// Values of one key, `d`.
     pub head_dim: usize,
+    /// Values of one value, `dv`: as many, but for latent rows, whose first values are the value.
+    pub value_dim: usize,
     /// Rows (tokens) of a page, `P`.
     pub page_rows: usize,
     /// First tokens that are always attended, `S`.
@@ -88,6 +90,7 @@ impl Shape {
             ("query heads", self.query_heads),
             ("KV heads", self.kv_heads),
             ("head dimension", self.head_dim),
+            ("value dimension", self.value_dim),
             ("page rows", self.page_rows),
         ] {
             if value == 0 {
@@ -103,8 +106,10 @@ impl Shape {
         if self.window == 0 {
             return bad("a window of 0 would leave out the current token".into());
         }
-        if self.head_dim > usize::from(u16::MAX) {
-            return bad(format!("head dimension {} is above {}", self.head_dim, u16::MAX));
+        for (name, value) in [("head", self.head_dim), ("value", self.value_dim)] {
+            if value > usize::from(u16::MAX) {
+                return bad(format!("{name} dimension {value} is above {}", u16::MAX));
+            }
         }
         Ok(())
     }
@@ -121,6 +126,7 @@ pub(crate) mod tests {
             query_heads: 4,
             kv_heads: 2,
             head_dim: 8,
+            value_dim: 8,
             page_rows: 32,
             sinks: 4,
             window: 8,

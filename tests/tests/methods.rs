@@ -383,6 +383,7 @@ fn the_daemon_selects_what_its_methods_select_in_plain_memory_marks_forks_and_tr
             query_heads: fake::QUERY_HEADS,
             kv_heads: fake::KV_HEADS,
             head_dim: fake::HEAD_DIM,
+            value_dim: fake::HEAD_DIM,
             page_rows: model.page_rows(),
             sinks: fake::SINKS,
             window: fake::WINDOW,

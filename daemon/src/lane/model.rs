@@ -387,6 +387,7 @@ pub fn shape_of(spec: &ModelSpec) -> Result<(Shape, RowLayout), Failure> {
         query_heads: within("query_heads", spec.query_heads, 1, 1024)?,
         kv_heads: within("kv_heads", spec.kv_heads, 1, 1024)?,
         head_dim,
+        value_dim: layout.value_values(),
         page_rows,
         sinks: within("sinks", spec.sinks, 0, 1 << 20)?,
         window: within("window", spec.window, 1, 1 << 20)?,

@@ -44,6 +44,7 @@ mod tests {
             query_heads,
             kv_heads: 1,
             head_dim,
+            value_dim: head_dim,
             page_rows: 32,
             sinks: 0,
             window: 1,

@@ -73,6 +73,7 @@ impl DaemonOptions {
             query_heads: kv.query_heads,
             kv_heads: kv.kv_heads,
             head_dim: kv.head_dim,
+            value_dim: kv.head_dim,
             page_rows,
             sinks: self.sinks,
             window: self.window,
