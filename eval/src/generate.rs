@@ -1,8 +1,7 @@
 //! Generated traces: attention with one known property each, from a seed.
 //!
 //! Keys are drawn from a few *topics* that the sequence goes through, queries look for the topic that is under way; what a
-//! [`Kind`] adds is its own. The hint is the query with a relative error of [`Generator::hint_error`], 0.258 as measured for the
-//! layer-ahead prediction of a small Llama. Values are noise, with a part that tells topics apart, so that missed rows show in
+//! [`Kind`] adds is its own. The hint is the query with a relative error of [`Generator::hint_error`]. Values are noise, with a part that tells topics apart, so that missed rows show in
 //! the output.
 
 use kvoyant_kernels::{Kernels, SplitMix64};

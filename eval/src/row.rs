@@ -49,8 +49,16 @@ pub struct Row {
     pub selected_share: f64,
     /// Bytes moved a step over the bytes of all KV held (0–1).
     pub kv_moved_share: f64,
-    /// Bytes moved for each token decoded.
+    /// Bytes moved for each token decoded, all layers, from each sequence's first step on: rows copied, partial attentions that
+    /// came instead of rows, and `feedback_bytes_per_token`. In the first step nothing is resident, so that short runs weigh it
+    /// more. What is read where it lies in host memory counts nowhere: digests, rows that a method or the CPU looks at there, and
+    /// the scores by which an engine names rows itself.
     pub bytes_per_token: f64,
+    /// The same without the sequences' first steps: of a real model the continuations', of a trace all but its first.
+    pub bytes_per_token_steady: f64,
+    /// Of `bytes_per_token`, the keys that attention rows over all tokens needed beyond the rows attended, for methods that learn
+    /// from such rows. Rows over what was attended anyway cost nothing here.
+    pub feedback_bytes_per_token: f64,
     /// Bytes of rows resident per sequence, besides sinks, window and dense layers.
     pub resident_bytes: f64,
     /// Share of the rows that are selected from that are resident (0–1).
@@ -59,7 +67,8 @@ pub struct Row {
     pub digest_bytes: f64,
     /// The same over the bytes of the rows.
     pub digest_share: f64,
-    /// Microseconds to select for one layer of one sequence.
+    /// Microseconds to select for one layer of one sequence. What is prepared for the step after (`prefetch`) is left out: the daemon
+    /// does it between requests, when no step waits.
     pub select_us: Option<f64>,
     /// Share of the rows selected that were resident already (0–1).
     pub hit_rate: Option<f64>,
@@ -96,6 +105,19 @@ impl Row {
             .iter()
             .find(|step| step.model == model && step.tokens == tokens && step.link_gbps == link_gbps)
     }
+}
+
+/// A method, or a format of its rows, that has no row, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// The method with its options.
+    pub spec: String,
+    /// The storage format of rows.
+    pub format: String,
+    /// Where it has none: `model`, `trace:<file>`, `generated:<kind>`, or empty for everywhere.
+    pub source: String,
+    /// Why not.
+    pub reason: String,
 }
 
 /// The rows as CSV (RFC 4180): a column for each number, each task, each interval's ends and each modelled step that any row has.
@@ -154,6 +176,8 @@ const FIXED: &[(&str, Cell)] = &[
     ("selected_share", |row| number(Some(row.selected_share))),
     ("kv_moved_share", |row| number(Some(row.kv_moved_share))),
     ("bytes_per_token", |row| number(Some(row.bytes_per_token))),
+    ("bytes_per_token_steady", |row| number(Some(row.bytes_per_token_steady))),
+    ("feedback_bytes_per_token", |row| number(Some(row.feedback_bytes_per_token))),
     ("resident_bytes", |row| number(Some(row.resident_bytes))),
     ("resident_share", |row| number(Some(row.resident_share))),
     ("digest_bytes", |row| number(Some(row.digest_bytes))),

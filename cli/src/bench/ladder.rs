@@ -1,6 +1,7 @@
 //! Which methods are compared, and with which budgets.
 
 use kvoyant_engine::{Dtype, Format};
+use kvoyant_eval::row::Skipped;
 use kvoyant_methods::{Budget, HintSource, MethodSpec, SpecError, registry};
 
 /// One row to be made.
@@ -54,6 +55,19 @@ pub(crate) fn rungs(names: &[String], budgets: &[Budget]) -> Result<Vec<Rung>, S
         rungs.insert(1, Rung { format: COMPRESSED, ..rung("full".parse()?) });
     }
     Ok(rungs)
+}
+
+/// What `names` stand for and nobody can run as it is.
+pub(crate) fn skipped(names: &[String]) -> Vec<Skipped> {
+    let left_out = NEEDS_OPTIONS.iter().filter(|_| names.is_empty());
+    left_out
+        .map(|name| Skipped {
+            spec: (*name).to_owned(),
+            format: PLAIN.to_string(),
+            source: String::new(),
+            reason: "it says nothing without options: name the methods that it is of with --method".into(),
+        })
+        .collect()
 }
 
 fn rung(spec: MethodSpec) -> Rung {

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use kvoyant_engine::{DaemonKv, Decoder, DecoderOptions, Format, IdsRequest, KvShape, Model};
+use kvoyant_engine::{DaemonKv, DaemonSequence, Decoder, DecoderOptions, Format, IdsRequest, KvShape, Model};
 use kvoyant_eval::model::{self as modelled, Seen};
-use kvoyant_eval::row::Row;
+use kvoyant_eval::row::{Row, Skipped};
 use kvoyant_eval::tasks::Task;
 use kvoyant_kernels::{Kernels, TopKScratch};
-use kvoyant_methods::full::FullSpec;
-use kvoyant_methods::{Budget, HintSource, MethodSpec, Shape};
+use kvoyant_methods::full::{self, FullSpec};
+use kvoyant_methods::{Budget, DigestKey, HintSource, MethodSpec, Shape};
 
 use super::compared::{Clusters, Sample, by_task};
 use super::ladder::{PLAIN, Rung};
@@ -19,10 +19,13 @@ use crate::progress::Progress;
 use crate::session;
 use crate::trial::measure::{Asked, Measured};
 use crate::trial::plan::{Plan, Size};
-use crate::trial::prepare;
+use crate::trial::prepare::{self, Prepared};
 
 /// How much of the largest batch's KV the device can hold: a cache, as a GPU's would be, not a second copy.
 const SLAB_SHARE: f64 = 0.3;
+
+/// What rows call a real model.
+const SOURCE: &str = "model";
 
 /// Methods that one session takes at most.
 const METHODS_OF_A_SESSION: usize = 60;
@@ -38,6 +41,8 @@ const ARENA_FOR_TABLES: usize = 4;
 pub(super) struct Found {
     /// One a method.
     pub(super) samples: Vec<Sample>,
+    /// What has none.
+    pub(super) skipped: Vec<Skipped>,
     /// The daemon's device.
     pub(super) device: String,
 }
@@ -67,14 +72,22 @@ pub(super) fn rows(
     let plan = Plan::new(model, &size, None, args.seed)?;
     let mut asked = Asked::new(&plan);
     let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
-    let mut found = Found { samples: Vec::new(), device: String::new() };
+    let mut found = Found { samples: Vec::new(), skipped: Vec::new(), device: String::new() };
     for (at, (format, rungs)) in sessions(rungs).into_iter().enumerate() {
         let shape = KvShape::new(model.config(), format);
         if let Err(error) = shape.check() {
-            progress.note(&format!("rows as {format} are left out: {error}"));
+            found.skipped.extend(rungs.iter().map(|rung| Skipped {
+                spec: rung.spec.to_string(),
+                format: format.to_string(),
+                source: SOURCE.into(),
+                reason: error.to_string(),
+            }));
             continue;
         }
-        let methods: Vec<MethodSpec> = rungs.iter().map(|rung| rung.spec.clone()).collect();
+        let mut methods: Vec<MethodSpec> = rungs.iter().map(|rung| rung.spec.clone()).collect();
+        // Texts are read by the first method, which keeps nothing of them, unless it is the only one that may.
+        let before = usize::from(!pooled(&rungs[0]) && methods[0].name() != full::NAME);
+        methods.splice(0..0, std::iter::repeat_n(MethodSpec::new(FullSpec), before));
         let options =
             session::options(model, methods.clone(), length + size.room, asked.batch_max(), progress)?;
         let methods_shape = options.shape(&shape, PAGE_ROWS);
@@ -85,7 +98,7 @@ pub(super) fn rows(
             .collect::<Result<Vec<_>, _>>()?;
         let batch_tokens = asked.batch_max() * length;
         let kept =
-            kept_bytes(&built, &methods_shape, plan.prefill_tokens(), asked.batch_max(), length + size.room);
+            kept_bytes(&built, &methods_shape, (asked.sequences(), asked.batch_max()), length + size.room);
         let mut arguments = args.daemon.for_serve();
         arguments.extend(session::sizes(
             &shape,
@@ -107,7 +120,8 @@ pub(super) fn rows(
             found.samples.push(sample(&DENSE, length, &measured));
         }
         found.device = session::device(&kv);
-        for (method, rung) in rungs.iter().enumerate() {
+        let mut kind: Option<(Option<DigestKey>, Prepared<DaemonSequence>)> = None;
+        for (rung, method) in rungs.iter().zip(before..) {
             let spec = &rung.spec;
             if spec.hint() == HintSource::Ids
                 && let Some(budget) = rung.budget
@@ -117,7 +131,19 @@ pub(super) fn rows(
             }
             step.advance(1);
             step.rename(format!("{length} tokens: {spec}"));
-            let measured = asked.row_of(&mut decoder, &mut kv, &mut prepared, method).map_err(failed)?;
+            // What was read stays for the rows to come: what every method keeps of it would add up there. Digests are shared by
+            // all budgets of a kind, memories are one row's.
+            let needs = built[method].needs();
+            let key = built[method].digest_key();
+            let apart = needs.memory && !needs.drops_rows;
+            if !needs.memory && kind.as_ref().is_none_or(|(last, _)| *last != key) {
+                if let Some((_, last)) = kind.take() {
+                    last.close(&kv).map_err(|error| failed(error.into()))?;
+                }
+                kind = Some((key, prepared.forked(&mut kv).map_err(|error| failed(error.into()))?));
+            }
+            let of = kind.as_mut().filter(|_| !needs.memory).map_or(&mut prepared, |(_, forks)| forks);
+            let measured = asked.row_of(&mut decoder, &mut kv, of, method, apart).map_err(failed)?;
             let digest = digest_bytes(&*built[method], &methods_shape, length);
             let told = Told {
                 method: spec.name(),
@@ -173,7 +199,6 @@ fn best(request: &IdsRequest<'_>, budget: Budget, sinks: usize, window: usize) -
 /// Rows by sessions: all that can share one in as few as possible, each method that drops rows for good and each other format
 /// of rows in one of its own.
 fn sessions(rungs: &[Rung]) -> Vec<(Format, Vec<Rung>)> {
-    let pooled = |rung: &&Rung| rung.spec.to_string().contains("pool=");
     let (alone, shared): (Vec<&Rung>, Vec<&Rung>) =
         rungs.iter().partition(|rung| pooled(rung) || rung.format != PLAIN);
     let mut all: Vec<(Format, Vec<Rung>)> = shared
@@ -189,29 +214,41 @@ fn sessions(rungs: &[Rung]) -> Vec<(Format, Vec<Rung>)> {
     all
 }
 
-/// Bytes of digests, states and memories of one sequence of `tokens` tokens, and of what the engine keeps for the method.
-fn digest_bytes(method: &dyn kvoyant_methods::Method, shape: &Shape, tokens: usize) -> f64 {
-    let pages = tokens.div_ceil(shape.page_rows) * method.digest_bytes();
-    let of_head = pages + method.head_state_bytes() + method.memory_bytes(tokens);
-    ((shape.layers - shape.dense_layers) * (shape.kv_heads * of_head + method.device_bytes(tokens))) as f64
+/// Whether its rows are dropped for good.
+fn pooled(rung: &Rung) -> bool {
+    rung.spec.to_string().contains("pool=")
 }
 
-/// Bytes of digests and memories that a session may hold at once: digests of every method for what was read, and those of the
-/// largest for a whole batch of its own.
+/// Bytes of digests, states and memories of one layer of a sequence of `tokens` tokens in the daemon.
+fn in_daemon(method: &dyn kvoyant_methods::Method, shape: &Shape, tokens: usize) -> usize {
+    let pages = tokens.div_ceil(shape.page_rows) * method.digest_bytes();
+    shape.kv_heads * (pages + method.head_state_bytes() + method.memory_bytes(tokens))
+}
+
+/// The same of all layers, with what the engine keeps for the method.
+fn digest_bytes(method: &dyn kvoyant_methods::Method, shape: &Shape, tokens: usize) -> f64 {
+    let of_layer = in_daemon(method, shape, tokens) + method.device_bytes(tokens);
+    ((shape.layers - shape.dense_layers) * of_layer) as f64
+}
+
+/// Bytes of digests and memories that a session may hold at once. Of a method that shares its digests they are those of all
+/// `sequences`, of one with memories those of a `batch` of its own and of two sequences more: while one is forked, the daemon wants
+/// room for both.
 fn kept_bytes(
     methods: &[Box<dyn kvoyant_methods::Method>],
     shape: &Shape,
-    read: usize,
-    batch: usize,
+    (sequences, batch): (usize, usize),
     tokens: usize,
 ) -> f64 {
-    let mut names = std::collections::BTreeSet::new();
-    let kinds = methods.iter().filter(|method| names.insert(method.name()));
-    let of_all: f64 = kinds.map(|method| digest_bytes(&**method, shape, read)).sum();
-    // Memories grow by doubling.
-    let room = tokens.next_power_of_two();
-    let largest = methods.iter().map(|method| digest_bytes(&**method, shape, room)).fold(0.0, f64::max);
-    of_all + largest * batch as f64
+    let kept = |method: &dyn kvoyant_methods::Method| {
+        let needs = method.needs();
+        let held = if needs.memory && !needs.drops_rows { batch } else { sequences + batch };
+        // Memories grow by doubling.
+        let tokens = if needs.memory { tokens.next_power_of_two() } else { tokens };
+        (in_daemon(method, shape, tokens) * (held + 2)) as f64
+    };
+    // The daemon keeps them for dense layers too.
+    methods.iter().map(|method| kept(&**method)).fold(0.0, f64::max) * shape.layers as f64
 }
 
 /// What is known of a method besides what was measured.
@@ -257,14 +294,17 @@ pub(super) fn hint_name(hint: HintSource) -> &'static str {
 
 fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
     let costs = &measured.costs;
-    let bytes_per_token = costs.bytes_per_token + told.partial_bytes * told.selected_layers as f64;
+    let partials = told.partial_bytes * told.selected_layers as f64;
+    let bytes_per_token = costs.bytes_per_token + partials;
+    // No step waits for what an attention row for the method needs: it comes after the step.
+    let ahead_bytes = costs.ahead_bytes_per_token + costs.feedback_bytes_per_token;
     let selected_bytes = told.kv_bytes * told.selected_layers as f64 / told.layers.max(1) as f64;
     let digest_share = if selected_bytes > 0.0 { told.digest / selected_bytes } else { 0.0 };
     let layer_bytes = selected_bytes / told.selected_layers.max(1) as f64;
     let seen = Seen {
         hint: told.hint,
         moved_share: if selected_bytes > 0.0 { bytes_per_token / selected_bytes } else { 0.0 },
-        ahead_share: if selected_bytes > 0.0 { costs.ahead_bytes_per_token / selected_bytes } else { 0.0 },
+        ahead_share: if selected_bytes > 0.0 { ahead_bytes / selected_bytes } else { 0.0 },
         attended_share: costs.selected_share - costs.cpu_share,
         cpu_share: costs.cpu_share,
         select_s_per_byte: match costs.select_us {
@@ -279,7 +319,7 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         method: told.method.to_owned(),
         spec: told.spec.to_owned(),
         row_format: told.row_format.to_owned(),
-        source: "model".into(),
+        source: SOURCE.into(),
         length,
         hint: hint_name(told.hint).into(),
         budget: told.budget,
@@ -288,13 +328,15 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         tokens_equal_dense: Some(measured.agreement.equal()),
         kl_to_dense: Some(measured.agreement.kl()),
         perplexity: Some(measured.agreement.perplexity()),
-        attention_mass: Some(costs.attention_mass),
-        missed_mass: Some(1.0 - costs.attention_mass),
+        attention_mass: costs.attention_mass,
+        missed_mass: costs.attention_mass.map(|mass| 1.0 - mass),
         top_k_recall: costs.top_k_recall,
         output_error: costs.output_error,
         selected_share: costs.selected_share,
         kv_moved_share: costs.kv_moved_share,
         bytes_per_token,
+        bytes_per_token_steady: costs.bytes_per_token_steady + partials,
+        feedback_bytes_per_token: costs.feedback_bytes_per_token,
         resident_bytes: costs.resident_share * selected_bytes,
         resident_share: costs.resident_share,
         digest_bytes: told.digest,

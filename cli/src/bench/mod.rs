@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use kvoyant_engine::{DaemonError, ForwardError};
 use kvoyant_eval::plot::{self, PngError};
 use kvoyant_eval::replay::ReplayError;
-use kvoyant_eval::row::{self, Row};
+use kvoyant_eval::row::{self, Row, Skipped};
 use kvoyant_eval::trace::TraceError;
 use kvoyant_kernels::Path as KernelPath;
 use kvoyant_methods::{Budget, MethodError, SpecError};
@@ -114,6 +114,8 @@ struct Report<'a> {
     machine: Machine,
     seed: u64,
     rows: &'a [Row],
+    /// What was asked for and has no row.
+    skipped: &'a [Skipped],
 }
 
 /// Runs the comparison; what belongs on stdout.
@@ -126,12 +128,17 @@ pub(crate) fn methods(args: &MethodsArgs) -> Result<String, BenchError> {
     let named: Vec<String> = args.methods.iter().chain(&args.specs).cloned().collect();
     let rungs = ladder::rungs(&named, budgets)?;
     let mut samples: Vec<Sample> = Vec::new();
+    let mut skipped = ladder::skipped(&named);
     let mut device = "host".to_owned();
     for path in &args.traces {
-        samples.extend(replayed::file(path, &rungs, progress)?);
+        let found = replayed::file(path, &rungs, progress)?;
+        samples.extend(found.samples);
+        skipped.extend(found.skipped);
     }
     if args.generated {
-        samples.extend(replayed::generated(args.seed, &rungs, progress)?);
+        let found = replayed::generated(args.seed, &rungs, progress)?;
+        samples.extend(found.samples);
+        skipped.extend(found.skipped);
     }
     let only_traces = args.generated || !args.traces.is_empty();
     if args.model.model.is_some() || args.live || !only_traces {
@@ -140,6 +147,8 @@ pub(crate) fn methods(args: &MethodsArgs) -> Result<String, BenchError> {
         for &length in &args.lengths {
             let found = live::rows(&chosen.model, length, &rungs, effort, args, progress)?;
             samples.extend(found.samples);
+            skipped
+                .extend(found.skipped.into_iter().filter(|new| !skipped.contains(new)).collect::<Vec<_>>());
             device = found.device;
         }
     }
@@ -156,9 +165,14 @@ pub(crate) fn methods(args: &MethodsArgs) -> Result<String, BenchError> {
     }
     if args.json {
         let machine = Machine::this(&KernelPath::best().to_string(), &device);
-        return Ok(serde_json::to_string_pretty(&Report { machine, seed: args.seed, rows: &rows })? + "\n");
+        return Ok(serde_json::to_string_pretty(&Report {
+            machine,
+            seed: args.seed,
+            rows: &rows,
+            skipped: &skipped,
+        })? + "\n");
     }
-    Ok(table::render(&rows))
+    Ok(table::render(&rows, &skipped))
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), BenchError> {

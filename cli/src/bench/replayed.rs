@@ -5,7 +5,7 @@ use std::path::Path;
 use kvoyant_eval::generate::{Generator, Kind};
 use kvoyant_eval::model::{self, Seen};
 use kvoyant_eval::replay::{KEEP, Outcome, Prepared, ReplayError};
-use kvoyant_eval::row::Row;
+use kvoyant_eval::row::{Row, Skipped};
 use kvoyant_eval::trace::Trace;
 use kvoyant_methods::{Artifacts, Budget, MethodError};
 
@@ -19,8 +19,17 @@ use crate::progress::Progress;
 /// The budget that says what stays resident under a method without one: the largest that is compared by default.
 const KEPT_SHARE: f64 = 0.12;
 
+/// What traces gave.
+#[derive(Debug, Default)]
+pub(super) struct Replays {
+    /// One a method and trace.
+    pub(super) samples: Vec<Sample>,
+    /// What has none.
+    pub(super) skipped: Vec<Skipped>,
+}
+
 /// Every method over a captured trace; artifacts are those that the cache has of its model.
-pub(super) fn file(path: &Path, rungs: &[Rung], progress: Progress) -> Result<Vec<Sample>, BenchError> {
+pub(super) fn file(path: &Path, rungs: &[Rung], progress: Progress) -> Result<Replays, BenchError> {
     let trace = Trace::read(path).map_err(|error| BenchError::Trace { path: path.to_owned(), error })?;
     let name = path.file_stem().map_or_else(|| "trace".into(), |stem| stem.to_string_lossy().into_owned());
     let artifacts = artifact_cache::cached(trace.fingerprint);
@@ -28,14 +37,16 @@ pub(super) fn file(path: &Path, rungs: &[Rung], progress: Progress) -> Result<Ve
 }
 
 /// Every method over the generated traces.
-pub(super) fn generated(seed: u64, rungs: &[Rung], progress: Progress) -> Result<Vec<Sample>, BenchError> {
-    let mut samples = Vec::new();
+pub(super) fn generated(seed: u64, rungs: &[Rung], progress: Progress) -> Result<Replays, BenchError> {
+    let mut found = Replays::default();
     for kind in Kind::ALL {
         let trace = Generator::new(kind, seed).trace();
         let source = format!("generated:{}", kind.name());
-        samples.extend(over(&trace, &source, Artifacts::none(), rungs, progress)?);
+        let of_kind = over(&trace, &source, Artifacts::none(), rungs, progress)?;
+        found.samples.extend(of_kind.samples);
+        found.skipped.extend(of_kind.skipped);
     }
-    Ok(samples)
+    Ok(found)
 }
 
 fn over(
@@ -44,31 +55,38 @@ fn over(
     mut artifacts: Artifacts,
     rungs: &[Rung],
     progress: Progress,
-) -> Result<Vec<Sample>, BenchError> {
+) -> Result<Replays, BenchError> {
     let step = progress.step(format!("{source}: dense"), rungs.len() as u64 + 1);
     let prepared = Prepared::new(trace)?;
     if artifacts.skew().is_none() && trace.shape.prompt_queries > 0 {
         artifacts.insert(prepared.skew()?);
     }
-    let mut samples = Vec::new();
-    // How rows are stored is seen with a real model: a trace has them as they are.
-    for rung in rungs.iter().filter(|rung| rung.format == PLAIN) {
+    let mut found = Replays::default();
+    for rung in rungs {
+        step.advance(1);
+        let mut skip = |rung: &Rung, reason: String| {
+            let (spec, format) = (rung.spec.to_string(), rung.format.to_string());
+            found.skipped.push(Skipped { spec, format, source: source.to_owned(), reason });
+        };
+        if rung.format != PLAIN {
+            skip(rung, "how rows are stored is seen with a real model: a trace has them as they are".into());
+            continue;
+        }
         let rung = &replayable(rung, &artifacts);
         let spec = &rung.spec;
-        step.advance(1);
         step.rename(format!("{source}: {spec}"));
         let tokens = trace.shape.tokens;
         let kept = rung.budget.map_or((KEPT_SHARE * tokens as f64) as usize, |budget| budget.rows_of(tokens));
         match prepared.run(spec, &artifacts, rung.budget, (KEEP * kept as f64) as usize) {
-            Ok(outcome) => samples.push(sample(&prepared, source, rung, &outcome)),
+            Ok(outcome) => found.samples.push(sample(&prepared, source, rung, &outcome)),
             // A method that lacks what only calibration can make, or does not fit the trace's shape, has no row.
             Err(ReplayError::Method(
                 error @ (MethodError::ArtifactMissing { .. } | MethodError::Unsuitable { .. }),
-            )) => progress.note(&format!("{spec} is left out of {source}: {error}")),
+            )) => skip(rung, error.to_string()),
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(samples)
+    Ok(found)
 }
 
 /// The form of a method that a trace can show: without an artifact that nobody has made for it, the untrained one; and one that moves
@@ -100,7 +118,8 @@ fn sample(prepared: &Prepared<'_>, source: &str, rung: &Rung, outcome: &Outcome)
     let seen = Seen {
         hint: spec.hint(),
         moved_share: outcome.bytes_per_token / prepared.kv_bytes(),
-        ahead_share: outcome.ahead_bytes_per_token / prepared.kv_bytes(),
+        // No step waits for what an attention row for the method needs: it comes after the step.
+        ahead_share: (outcome.ahead_bytes_per_token + outcome.feedback_bytes_per_token) / prepared.kv_bytes(),
         attended_share: outcome.selected_share - outcome.rows_on_cpu / tokens,
         cpu_share: outcome.rows_on_cpu / tokens,
         select_s_per_byte: outcome.select_us * 1e-6 / layer_bytes,
@@ -120,6 +139,8 @@ fn sample(prepared: &Prepared<'_>, source: &str, rung: &Rung, outcome: &Outcome)
         selected_share: outcome.selected_share,
         kv_moved_share: outcome.bytes_per_token / prepared.kv_bytes(),
         bytes_per_token: outcome.bytes_per_token,
+        bytes_per_token_steady: outcome.bytes_per_token_steady,
+        feedback_bytes_per_token: outcome.feedback_bytes_per_token,
         resident_bytes: outcome.resident_bytes,
         resident_share: outcome.resident_bytes / prepared.kv_bytes(),
         digest_bytes: outcome.digest_bytes,

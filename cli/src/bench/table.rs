@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use kvoyant_eval::model::LLAMA_3_8B;
-use kvoyant_eval::row::Row;
+use kvoyant_eval::row::{Row, Skipped};
 
 /// What is modelled in the table's last columns: Llama-3-8B at 128K tokens over a link of 25 GB/s.
 const MODELLED_TOKENS: usize = 128 << 10;
@@ -18,6 +18,7 @@ struct Column {
 }
 
 const COLUMNS: &[Column] = &[
+    Column { head: ["", "hint"], width: 5, cell: |row| hint(&row.hint).map(str::to_owned) },
     Column { head: ["score", "tasks"], width: 5, cell: |row| row.accuracy.map(percent) },
     Column { head: ["of", "dense"], width: 5, cell: |row| row.accuracy_to_dense.map(percent) },
     Column { head: ["", "same"], width: 5, cell: |row| row.tokens_equal_dense.map(percent) },
@@ -28,7 +29,7 @@ const COLUMNS: &[Column] = &[
     },
     Column {
         head: ["KL against", "infinigen"],
-        width: 15,
+        width: 13,
         cell: |row| {
             let interval = row.intervals.get("kl_minus_infinigen")?;
             Some(format!("{:+.3}…{:+.3}", interval.low, interval.high))
@@ -41,13 +42,23 @@ const COLUMNS: &[Column] = &[
         width: 7,
         cell: |row| row.output_error.map(|error| format!("{error:.3}")),
     },
-    Column { head: ["MB per", "token"], width: 8, cell: |row| Some(megabytes(row.bytes_per_token)) },
+    Column { head: ["MB per", "token"], width: 7, cell: |row| Some(megabytes(row.bytes_per_token)) },
     Column { head: ["KV", "ready"], width: 5, cell: |row| Some(percent(row.resident_share)) },
     Column { head: ["digest", "of KV"], width: 7, cell: |row| Some(fine_percent(row.digest_share)) },
     Column { head: ["select", "µs"], width: 7, cell: |row| row.select_us.map(|us| format!("{us:.0}")) },
     Column { head: ["8B 128K", "ms"], width: 7, cell: |row| modelled(row).map(|(ms, _)| format!("{ms:.1}")) },
     Column { head: ["", "stall"], width: 5, cell: |row| modelled(row).map(|(_, stall)| percent(stall)) },
 ];
+
+/// The query that the method selects by, in the word of the table.
+fn hint(name: &str) -> Option<&str> {
+    match name {
+        "previous" => Some("prev"),
+        "current" => Some("now"),
+        "none" | "" => None,
+        other => Some(other),
+    }
+}
 
 fn modelled(row: &Row) -> Option<(f64, f64)> {
     let step = row.modelled(LLAMA_3_8B.name, MODELLED_TOKENS, MODELLED_LINK)?;
@@ -67,7 +78,7 @@ fn megabytes(bytes: f64) -> String {
 }
 
 /// The whole table.
-pub(super) fn render(rows: &[Row]) -> String {
+pub(super) fn render(rows: &[Row], skipped: &[Skipped]) -> String {
     let mut out = String::new();
     let mut place = None;
     for row in rows {
@@ -87,6 +98,10 @@ pub(super) fn render(rows: &[Row]) -> String {
         out.push_str(
             "\n8B 128K: a modelled step of Llama-3-8B at 128K tokens over a link of 25 GB/s (a roofline, not a measurement).\n",
         );
+    }
+    for Skipped { spec, format, source, reason } in skipped {
+        let place = if source.is_empty() { String::new() } else { format!(" on {source}") };
+        let _ = writeln!(out, "\nNo row of {spec} ({format}){place}: {reason}.");
     }
     out
 }
@@ -129,6 +144,7 @@ mod tests {
         };
         Row {
             method: "attention-predictor".into(),
+            hint: "ahead".into(),
             spec: "attention-predictor:budget=12.5%".into(),
             source: "model".into(),
             length: 4096,
@@ -153,7 +169,7 @@ mod tests {
 
     #[test]
     fn the_widest_values_fit_into_140_columns_and_keep_apart() {
-        let text = render(&[widest(), Row { source: "trace:x".into(), ..Row::default() }]);
+        let text = render(&[widest(), Row { source: "trace:x".into(), ..Row::default() }], &[]);
         for line in text.lines() {
             assert!(line.chars().count() <= 140, "{}: {line}", line.chars().count());
         }
@@ -162,9 +178,21 @@ mod tests {
     }
 
     #[test]
+    fn what_has_no_row_is_named_with_its_reason() {
+        let skipped = Skipped {
+            spec: "full".into(),
+            format: "int4-g64".into(),
+            source: "model".into(),
+            reason: "heads of 16 values".into(),
+        };
+        let text = render(&[widest()], &[skipped]);
+        assert!(text.ends_with("\nNo row of full (int4-g64) on model: heads of 16 values.\n"), "{text}");
+    }
+
+    #[test]
     fn each_source_and_length_has_a_heading_of_its_own() {
         let other = Row { length: 2048, ..widest() };
-        let text = render(&[widest(), widest(), other]);
+        let text = render(&[widest(), widest(), other], &[]);
         assert_eq!(text.matches("method ").count(), 2, "{text}");
     }
 }

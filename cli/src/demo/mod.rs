@@ -132,7 +132,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
     for (method, (name, spec)) in ROWS.iter().enumerate() {
         step.advance(1);
         step.rename(format!("answering: {spec}"));
-        let measured = asked.row_of(&mut decoder, &mut kv, &mut prepared, method).map_err(failed)?;
+        let measured = asked.row_of(&mut decoder, &mut kv, &mut prepared, method, false).map_err(failed)?;
         let budget = kv.methods()[method].budget().and_then(Budget::as_share);
         rows.push(Row::new(name, budget, &measured));
     }

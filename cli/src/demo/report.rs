@@ -33,8 +33,8 @@ pub(crate) struct Row {
     /// Perplexity of the continuation's true tokens.
     pub(crate) perplexity: f64,
     /// Share of dense's attention probability that lies on the rows attended (0–1); mean over layers that
-    /// select, heads and measured steps.
-    pub(crate) attention_mass: f64,
+    /// select, heads and measured steps; none where it could not be measured.
+    pub(crate) attention_mass: Option<f64>,
     /// Bytes moved a step over the bytes of all KV held (0–1).
     pub(crate) kv_moved_share: f64,
     /// Bytes moved for each token decoded.
@@ -95,7 +95,7 @@ mod tests {
             tokens_equal_dense: 0.98,
             kl_to_dense: 0.015,
             perplexity: 3.25,
-            attention_mass: 0.94,
+            attention_mass: Some(0.94),
             kv_moved_share: 0.1,
             bytes_per_token: 4.5e6,
             ms_per_token: 12.0,

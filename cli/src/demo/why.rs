@@ -80,13 +80,13 @@ fn sentences(rows: &[Row], effort: &Effort) -> Vec<String> {
             .max_by(|a, b| a.budget.partial_cmp(&b.budget).unwrap_or(std::cmp::Ordering::Equal))
     };
     if let (Some(full), Some(infinigen)) = (find("full"), find("infinigen"))
-        && let Some(budget) = infinigen.budget
+        && let (Some(budget), Some(mass)) = (infinigen.budget, infinigen.attention_mass)
     {
         all.push(format!(
             "Reading {:.0} % of the rows beside sinks and window, infinigen covered {:.0} % of the attention and gave \
              dense's next token in {:.0} % of cases, for {} MB a token where full moved {}.",
             budget * 100.0,
-            infinigen.attention_mass * 100.0,
+            mass * 100.0,
             infinigen.tokens_equal_dense * 100.0,
             megabytes(infinigen.bytes_per_token),
             megabytes(full.bytes_per_token),

@@ -67,6 +67,11 @@ impl<'a> Asked<'a> {
         self.questions.len()
     }
 
+    /// Sequences that rows fork.
+    pub(crate) fn sequences(&self) -> usize {
+        self.questions.len() + self.truths.len()
+    }
+
     /// Sequences of the largest batch.
     pub(crate) fn batch_max(&self) -> usize {
         self.questions.len().max(self.truths.len())
@@ -104,9 +109,11 @@ impl<'a> Asked<'a> {
         )?;
         // Everything lies where attention reads it, and nothing is asked of a daemon.
         let everything = Costs {
-            attention_mass: 1.0,
+            attention_mass: Some(1.0),
             kv_moved_share: 0.0,
             bytes_per_token: 0.0,
+            bytes_per_token_steady: 0.0,
+            feedback_bytes_per_token: 0.0,
             ahead_bytes_per_token: 0.0,
             hit_rate: None,
             stall_share: 0.0,
@@ -120,7 +127,8 @@ impl<'a> Asked<'a> {
         Ok(Measured { scores: self.scores(&said), agreement, clock, costs: everything })
     }
 
-    /// A row through the daemon's method number `method`.
+    /// A row through the daemon's method number `method`. With `apart`, what the method keeps of a sequence is not left with those
+    /// that were read: memories are one method's each, and those of many would add up.
     ///
     /// # Errors
     /// As [`Decoder::step`], or the daemon's own in forking.
@@ -130,17 +138,21 @@ impl<'a> Asked<'a> {
         kv: &mut DaemonKv,
         prepared: &mut Prepared<DaemonSequence>,
         method: usize,
+        apart: bool,
     ) -> Result<Measured, ForwardError<DaemonError>> {
         kv.take_stats();
         let before_row = kv.ahead_bytes();
         let mut clock = Clock::default();
-        let mut questions = forks_with(kv, &mut prepared.questions, method)?;
+        let mut questions = forks_with(kv, &mut prepared.questions, method, apart)?;
         let said = answers(decoder, kv, &mut questions, &self.questions, &self.last, &mut clock)?;
         kv.close(questions)?;
         let mut stats = kv.take_stats();
         let mut waited = stats.wait;
 
-        let mut texts = forks_with(kv, &mut prepared.texts, method)?;
+        let mut texts = forks_with(kv, &mut prepared.texts, method, apart)?;
+        let before_texts = kv.ahead_bytes();
+        // What the continuations' first step moves, when nothing of theirs is resident, and what has been brought ahead by then.
+        let (mut first, mut of_texts) = (Moved::default(), Moved::default());
         let mut agreement = Agreement::default();
         let measured = |step: usize| step.is_multiple_of(MASS_EVERY);
         let before = |kv: &mut DaemonKv, step| {
@@ -150,6 +162,10 @@ impl<'a> Asked<'a> {
         forced(decoder, kv, &mut texts, &self.truths, &mut clock, before, |kv, step, logits| {
             let of_step = kv.take_stats();
             stats += of_step;
+            of_texts.add(&of_step);
+            if step == 0 {
+                first = Moved { ahead: kv.ahead_bytes() - before_texts, ..of_texts };
+            }
             if !measured(step) {
                 waited += of_step.wait;
             }
@@ -160,8 +176,10 @@ impl<'a> Asked<'a> {
         kv.measure(false);
         kv.close(texts)?;
         // Closing has come after every request, so that what they brought ahead has been counted.
-        let ahead = kv.ahead_bytes() - before_row;
-        let costs = Costs::of(kv, &stats, ahead, waited, &clock);
+        let after_row = kv.ahead_bytes();
+        of_texts.ahead = after_row - before_texts;
+        let mut costs = Costs::of(kv, &stats, after_row - before_row, waited, &clock);
+        costs.bytes_per_token_steady = of_texts.since(&first);
         Ok(Measured { scores: self.scores(&said), agreement, clock, costs })
     }
 
@@ -174,15 +192,41 @@ impl<'a> Asked<'a> {
     }
 }
 
+/// What some steps moved.
+#[derive(Clone, Copy, Debug, Default)]
+struct Moved {
+    bytes: u64,
+    ahead: u64,
+    tokens: u64,
+}
+
+impl Moved {
+    fn add(&mut self, stats: &StepStats) {
+        self.bytes += stats.bytes_moved + stats.feedback_bytes;
+        self.tokens += stats.tokens;
+    }
+
+    /// Bytes a token since then.
+    fn since(&self, before: &Self) -> f64 {
+        let bytes = (self.bytes + self.ahead).saturating_sub(before.bytes + before.ahead);
+        bytes as f64 / (self.tokens - before.tokens).max(1) as f64
+    }
+}
+
 /// The columns that have to do with moving rows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Costs {
-    /// Share of dense's attention probability on the rows attended (0–1); mean over layers that select, heads, measured steps.
-    pub(crate) attention_mass: f64,
+    /// Share of dense's attention probability on the rows attended (0–1); mean over layers that select, heads, measured steps. None
+    /// where it could not be measured: rows that were dropped for good leave no dense attention to compare with.
+    pub(crate) attention_mass: Option<f64>,
     /// Bytes moved a step over the bytes of all KV held (0–1).
     pub(crate) kv_moved_share: f64,
-    /// Bytes moved for each token decoded.
+    /// Bytes moved for each token decoded, from each sequence's first step on, when nothing is resident yet.
     pub(crate) bytes_per_token: f64,
+    /// The same over the continuations' steps after their first.
+    pub(crate) bytes_per_token_steady: f64,
+    /// Of `bytes_per_token`, keys that full attention rows for the method read beyond the rows attended.
+    pub(crate) feedback_bytes_per_token: f64,
     /// Of these, what was brought ahead of the step that selected it, or recalled behind its back.
     pub(crate) ahead_bytes_per_token: f64,
     /// Share of the rows selected that were resident already (0–1); none where nothing was selected.
@@ -209,10 +253,14 @@ impl Costs {
         let selected_layers = (0..shape.layers).filter(|layer| kv.speculates(*layer)).count();
         let held_bytes = stats.context_tokens as f64 * shape.token_bytes() as f64;
         let selected_rows = stats.context_tokens as f64 * (selected_layers * shape.kv_heads) as f64;
+        let moved = (stats.bytes_moved + stats.feedback_bytes + ahead) as f64;
+        let tokens = stats.tokens.max(1) as f64;
         Self {
-            attention_mass: stats.attention_mass().unwrap_or(1.0),
-            kv_moved_share: (stats.bytes_moved + ahead) as f64 / held_bytes.max(1.0),
-            bytes_per_token: (stats.bytes_moved + ahead) as f64 / stats.tokens.max(1) as f64,
+            attention_mass: stats.attention_mass(),
+            kv_moved_share: moved / held_bytes.max(1.0),
+            bytes_per_token: moved / tokens,
+            bytes_per_token_steady: moved / tokens,
+            feedback_bytes_per_token: stats.feedback_bytes as f64 / tokens,
             ahead_bytes_per_token: ahead as f64 / stats.tokens.max(1) as f64,
             hit_rate: stats.hit_rate(),
             stall_share: waited.as_secs_f64() / clock.timing.total.as_secs_f64().max(f64::MIN_POSITIVE),
@@ -236,6 +284,17 @@ fn forks_with(
     kv: &mut DaemonKv,
     of: &mut [DaemonSequence],
     method: usize,
+    apart: bool,
 ) -> Result<Vec<DaemonSequence>, DaemonError> {
-    of.iter_mut().map(|sequence| kv.fork(sequence, Some(method))).collect()
+    of.iter_mut()
+        .map(|sequence| {
+            if !apart || sequence.method() == method {
+                return kv.fork(sequence, Some(method));
+            }
+            let mut between = kv.fork(sequence, None)?;
+            let fork = kv.fork(&mut between, Some(method))?;
+            kv.close(vec![between])?;
+            Ok(fork)
+        })
+        .collect()
 }

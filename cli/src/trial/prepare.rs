@@ -55,6 +55,28 @@ pub(crate) struct Prepared<S> {
     pub(crate) texts: Vec<S>,
 }
 
+impl Prepared<DaemonSequence> {
+    /// Forks of what rows fork, for the rows of one kind of method: what it keeps of them goes with them.
+    ///
+    /// # Errors
+    /// The daemon's own.
+    pub(crate) fn forked(&mut self, kv: &mut DaemonKv) -> Result<Self, DaemonError> {
+        let mut forks = |of: &mut Vec<DaemonSequence>| {
+            of.iter_mut().map(|sequence| Forks::fork(kv, sequence)).collect::<Result<Vec<_>, _>>()
+        };
+        let (questions, texts) = (forks(&mut self.questions)?, forks(&mut self.texts)?);
+        Ok(Self { contexts: Vec::new(), contexts_of: self.contexts_of.clone(), questions, texts })
+    }
+
+    /// Closes them all.
+    ///
+    /// # Errors
+    /// The daemon's own.
+    pub(crate) fn close(self, kv: &DaemonKv) -> Result<(), DaemonError> {
+        kv.close([self.contexts, self.questions, self.texts].into_iter().flatten().collect())
+    }
+}
+
 /// Reads all that the plan asks, densely.
 ///
 /// # Errors

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use kvoyant_methods::{HintSource, RowPart, infinigen};
+use kvoyant_client::Mode;
+use kvoyant_methods::{Budget, HintSource, infinigen};
 use rayon::prelude::*;
 
 use super::super::{KvBackend, KvShape};
@@ -80,13 +81,16 @@ impl DaemonKv {
                 Some(Waiting::Stream(_)) | None => None,
             };
             let pass = self.pass(layer, ready.is_some());
-            let rebuilt: Vec<bool> =
-                batch.iter().map(|sequence| self.needs_of(sequence).part == RowPart::Values).collect();
+            let ranks: Vec<Option<Budget>> =
+                batch.iter().map(|sequence| self.rebuilt_rank(sequence)).collect();
             match (&ready, &self.options.rope) {
-                (Some(ready), Some(rope)) if rebuilt.contains(&true) => {
+                (Some(ready), Some(rope)) if ranks.iter().any(Option::is_some) => {
                     let members = (batch, positions);
                     let into = (&mut *out, &mut lse[..]);
-                    pass.attend_with_rebuilt(ready, members, (&rebuilt, rope), queries, into)?;
+                    let whole = pass.attend_with_rebuilt(ready, members, (&ranks, rope), queries, into)?;
+                    if self.model.mode() == Mode::Slab {
+                        self.stats.bytes_moved += (whole * self.shape.row_bytes() / 2) as u64;
+                    }
                 }
                 (ready, _) => pass.attend(ready.as_ref(), batch, positions, queries, (&mut *out, &mut lse)),
             }

@@ -2,7 +2,7 @@
 //! every step of each layer that the daemon selects for.
 //!
 //! Rows are computed in the session's extents, which hold every row wherever attention ran. What that costs is the method's,
-//! and stands in [`StepStats::feedback`](super::StepStats).
+//! and stands in [`StepStats::feedback`](super::StepStats) (time) and [`StepStats::feedback_bytes`](super::StepStats).
 
 use std::ops::Range;
 use std::time::Instant;
@@ -111,7 +111,7 @@ impl DaemonKv {
         let width = self.shape.query_heads * self.shape.head_dim;
         let group = self.shape.group() * self.shape.head_dim;
         let pass = self.pass(layer, true);
-        let mut new = Vec::new();
+        let (mut new, mut bytes) = (Vec::new(), 0);
         for (at, &member) in members.iter().enumerate() {
             let (sequence, tokens) = (batch[at], positions[at] + 1);
             let Some(feedback) = self.needs_of(sequence).feedback else { continue };
@@ -130,11 +130,20 @@ impl DaemonKv {
                     blocks_of(&pass, sequence, (head, queries), &attended, (tokens, feedback.block))
                 })
                 .collect();
+            if full {
+                let all = self.shape.kv_heads * tokens;
+                let attended = |head| -> usize {
+                    pass.attended(answer, (at, head), tokens - 1).iter().map(ExactSizeIterator::len).sum()
+                };
+                let beyond = all.saturating_sub((0..self.shape.kv_heads).map(attended).sum());
+                bytes += (beyond * self.shape.row_bytes() / 2) as u64;
+            }
             if blocks.len() == self.shape.kv_heads * tokens.div_ceil(feedback.block) {
                 new.push(Row { member, layer, tokens, full, blocks });
             }
         }
         self.rows.extend(new);
+        self.stats.feedback_bytes += bytes;
         self.stats.feedback += since.elapsed();
     }
 

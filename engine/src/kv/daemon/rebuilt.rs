@@ -1,8 +1,8 @@
 //! Keys that are rebuilt instead of moved (ShadowKV, Sun et al., ICML'25): low-rank factors of a prompt's keys before RoPE,
 //! made when the prompt is complete and shared by forks.
 //!
-//! Rows of later tokens are in no factors: their keys are read in the session's extents, which on the host device is the same
-//! memory; those reads are not among the bytes moved.
+//! Rows of later tokens are in no factors: their keys are read in the session's extents. Where rows are copied to a slab, such keys
+//! count among the bytes moved, each time: only V of them has come.
 
 use std::sync::Arc;
 
@@ -18,11 +18,25 @@ use super::attention::Pass;
 use super::{DaemonError, DaemonKv, DaemonSequence};
 use crate::rope::Rope;
 
-/// The factors of every layer that the daemon selects for, and how many of their tokens are still this sequence's.
+/// The factors of a prompt at each rank that a method of the session has, and how many of their tokens are still this sequence's.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Rebuilt {
-    pub(super) layers: Arc<Vec<Option<Factors>>>,
+    made: Arc<Vec<AtRank>>,
     pub(super) tokens: usize,
+}
+
+/// The factors of every layer that the daemon selects for.
+#[derive(Debug)]
+struct AtRank {
+    rank: Budget,
+    layers: Vec<Option<Factors>>,
+}
+
+impl Rebuilt {
+    fn factors(&self, rank: Budget, layer: usize) -> Option<&Factors> {
+        let at_rank = self.made.iter().find(|made| made.rank == rank)?;
+        at_rank.layers.get(layer).and_then(Option::as_ref)
+    }
 }
 
 /// The rank of a method whose keys are rebuilt.
@@ -31,6 +45,12 @@ fn rank_of(spec: &MethodSpec) -> Option<Budget> {
 }
 
 impl DaemonKv {
+    /// The rank of the keys of this sequence's method; `None`: its keys are moved.
+    pub(super) fn rebuilt_rank(&self, sequence: &DaemonSequence) -> Option<Budget> {
+        let method = sequence.method();
+        if self.needs[method].part == RowPart::Values { rank_of(&self.options.methods[method]) } else { None }
+    }
+
     /// Whether the session can serve methods whose keys are rebuilt, if it has any.
     pub(super) fn check_rebuilt(&self) -> Result<(), DaemonError> {
         let rebuilds = self.needs.iter().zip(&self.options.methods);
@@ -49,17 +69,18 @@ impl DaemonKv {
         Ok(())
     }
 
-    /// Makes the factors of a complete prompt, once, if a method of the session rebuilds keys: forks may choose it.
+    /// Makes the factors of a complete prompt, once, for all methods of the session that rebuild keys: forks may choose them.
     pub(super) fn factorise(&self, sequence: &mut DaemonSequence) -> Result<(), DaemonError> {
-        let mut rebuilding = self.needs.iter().zip(&self.options.methods);
-        let Some(rank) = rebuilding
-            .find(|(needs, _)| needs.part == RowPart::Values)
-            .and_then(|(_, method)| rank_of(method))
-        else {
+        let rebuilding = self.needs.iter().zip(&self.options.methods);
+        let mut ranks: Vec<Budget> = Vec::new();
+        for (_, method) in rebuilding.filter(|(needs, _)| needs.part == RowPart::Values) {
+            ranks.extend(rank_of(method).filter(|rank| !ranks.contains(rank)));
+        }
+        if ranks.is_empty() {
             return Ok(());
-        };
+        }
         let (tokens, Some(rope)) = (sequence.tokens(), &self.options.rope) else { return Ok(()) };
-        if tokens == 0 || !sequence.rebuilt().layers.is_empty() {
+        if tokens == 0 || !sequence.rebuilt().made.is_empty() {
             return Ok(());
         }
         let back = rope.table(0..tokens).inverse();
@@ -72,7 +93,7 @@ impl DaemonKv {
             .enumerate()
             .map(|(layer, selected)| {
                 if !selected {
-                    return Ok(None);
+                    return Ok(vec![None; ranks.len()]);
                 }
                 let mut all = vec![0.0; tokens * heads * d];
                 let (mut rows, mut keys) = (vec![0; tokens * row_bytes], vec![0.0; tokens * d]);
@@ -84,32 +105,41 @@ impl DaemonKv {
                         all[(token * heads + head) * d..][..d].copy_from_slice(key);
                     }
                 }
-                Ok(Some(Factors::new(&all, heads * d, d, rank)))
+                Ok(ranks.iter().map(|rank| Some(Factors::new(&all, heads * d, d, *rank))).collect())
             })
-            .collect::<Result<Vec<_>, DaemonError>>()?;
-        sequence.set_rebuilt(Rebuilt { layers: Arc::new(layers), tokens });
+            .collect::<Result<Vec<Vec<_>>, DaemonError>>()?;
+        let mut made: Vec<AtRank> = ranks
+            .iter()
+            .map(|rank| AtRank { rank: *rank, layers: Vec::with_capacity(layers.len()) })
+            .collect();
+        for layer in layers {
+            made.iter_mut().zip(layer).for_each(|(made, factors)| made.layers.push(factors));
+        }
+        sequence.set_rebuilt(Rebuilt { made: Arc::new(made), tokens });
         Ok(())
     }
 }
 
 impl Pass<'_> {
     /// Attention of member `i` over its selected rows, V as it was moved and K as it is rebuilt, into `out: [Hq][d]` and
-    /// `lse: [Hq]`: to be merged with that over the local rows.
+    /// `lse: [Hq]`: to be merged with that over the local rows. How many rows are in no factors.
     pub(super) fn attend_rebuilt(
         &self,
         ready: &Ready,
-        (i, sequence): (usize, &DaemonSequence),
+        (i, sequence, rank): (usize, &DaemonSequence, Budget),
         rope: &Rope,
         queries: &[f32],
         (out, lse): (&mut [f32], &mut [f32]),
-    ) -> Result<(), DaemonError> {
+    ) -> Result<usize, DaemonError> {
         let (d, group) = (self.shape.head_dim, self.shape.group());
         let (layout, row_bytes) = (self.shape.layout(), self.shape.row_bytes());
         let plain = RowLayout::KeyValue { d, format: Format::Plain(Dtype::F32) };
         let rebuilt = sequence.rebuilt();
-        let factors = rebuilt.layers.get(self.layer).and_then(Option::as_ref);
+        let factors = rebuilt.factors(rank, self.layer);
+        let in_factors = |token: usize| factors.filter(|made| token < rebuilt.tokens.min(made.tokens()));
         let heads = queries.par_chunks_exact(group * d).zip(out.par_chunks_exact_mut(group * d));
-        heads.zip(lse.par_chunks_exact_mut(group)).enumerate().try_for_each(|(head, ((q, out), lse))| {
+        let heads = heads.zip(lse.par_chunks_exact_mut(group)).enumerate();
+        let of_head = |(head, ((q, out), lse)): (usize, ((&[f32], &mut [f32]), &mut [f32]))| {
             let mut moved = Vec::new();
             ready.copy_rows(i, head, &mut moved)?;
             let mut values = vec![0.0; moved.len() / row_bytes * d];
@@ -120,7 +150,7 @@ impl Pass<'_> {
             let mut rows = Vec::with_capacity(tokens.len() * 2 * d);
             let (mut key, mut real) = (vec![0.0; d], vec![0; row_bytes]);
             for (at, &token) in tokens.iter().enumerate() {
-                match factors.filter(|factors| token < rebuilt.tokens.min(factors.tokens())) {
+                match in_factors(token) {
                     Some(factors) => {
                         factors.rebuild(token, head, &mut key);
                         table.rotate(at, &mut key);
@@ -134,29 +164,34 @@ impl Pass<'_> {
                 rows.extend_from_slice(&values[at * d..(at + 1) * d]);
             }
             attend(plain, q, &[bytemuck::cast_slice(&rows)], out, lse);
-            Ok(())
-        })
+            Ok(tokens.iter().filter(|token| in_factors(**token).is_none()).count())
+        };
+        heads.map(of_head).sum()
     }
 
-    /// Attention of a group whose keys are rebuilt: local rows as they are, selected ones rebuilt.
+    /// Attention of a group, some of whose members have keys rebuilt at a rank: local rows as they are, selected ones rebuilt. How
+    /// many of these are in no factors.
     pub(super) fn attend_with_rebuilt(
         &self,
         ready: &Ready,
         (batch, positions): (&[&DaemonSequence], &[usize]),
-        (needs, rope): (&[bool], &Rope),
+        (ranks, rope): (&[Option<Budget>], &Rope),
         queries: &[f32],
         (out, lse): (&mut [f32], &mut [f32]),
-    ) -> Result<(), DaemonError> {
+    ) -> Result<usize, DaemonError> {
         let (width, heads) = (self.shape.query_heads * self.shape.head_dim, self.shape.query_heads);
-        self.attend_local(ready, needs, batch, positions, queries, (&mut *out, &mut *lse));
+        let local: Vec<bool> = ranks.iter().map(Option::is_some).collect();
+        self.attend_local(ready, &local, batch, positions, queries, (&mut *out, &mut *lse));
         let (mut part, mut part_lse) = (vec![0.0; width], vec![0.0; heads]);
-        for (i, _) in needs.iter().enumerate().filter(|(_, rebuilt)| **rebuilt) {
+        let mut whole = 0;
+        for (i, rank) in ranks.iter().enumerate() {
+            let Some(rank) = *rank else { continue };
             let own = i * width..(i + 1) * width;
             let parts = (&mut part[..], &mut part_lse[..]);
-            self.attend_rebuilt(ready, (i, batch[i]), rope, &queries[own.clone()], parts)?;
+            whole += self.attend_rebuilt(ready, (i, batch[i], rank), rope, &queries[own.clone()], parts)?;
             let lse = &mut lse[i * heads..(i + 1) * heads];
             Kernels::best().merge(&mut out[own], lse, &part, &part_lse);
         }
-        Ok(())
+        Ok(whole)
     }
 }

@@ -35,6 +35,8 @@ pub struct StepStats {
     pub rows_cpu: u64,
     /// Time spent on attention rows for methods that learn from them: computing them and handing them over.
     pub feedback: Duration,
+    /// Bytes of keys that attention rows over all tokens read beyond the rows attended: on a device they would have to be moved.
+    pub feedback_bytes: u64,
     /// How far selected layers were from dense attention, where that was measured.
     pub measured: Measured,
 }
@@ -144,6 +146,7 @@ impl std::ops::AddAssign for StepStats {
         self.transfer += other.transfer;
         self.rows_cpu += other.rows_cpu;
         self.feedback += other.feedback;
+        self.feedback_bytes += other.feedback_bytes;
         self.measured += other.measured;
     }
 }

@@ -2,12 +2,17 @@
 //!
 //! Selections are made as the daemon makes them: with the query that the method asks for, digests built row by row, attention
 //! rows and marks where it wants them, rows for the next step where it names some. What moves is counted by
-//! [`Resident`]. Outputs are of exact rows; what a method changes in the rows themselves (a low rank of shadowkv's keys) is seen
+//! [`Resident`]. Rows that the CPU attends are attended with the query that it has, which may be the predicted one. Outputs are of
+//! exact rows otherwise; what a method changes in the rows themselves (a low rank of shadowkv's keys) is seen
 //! with a real model, not here.
+
+mod feedback;
+mod judge;
 
 use std::time::Instant;
 
-use kvoyant_methods::infinigen::{HeadRows, SkewBuilder, column_sums};
+use kvoyant_methods::infinigen::{HeadRows, IndexRule, InfinigenSpec, SkewBuilder, column_sums};
+use kvoyant_methods::mix::MixSpec;
 use kvoyant_methods::{
     Artifact, ArtifactKind, Artifacts, Budget, Dtype, HintSource, Method, MethodError, MethodSpec, Replay,
     RowPart, Scratch, SelectContext, Selection, Shape,
@@ -16,7 +21,7 @@ use rayon::prelude::*;
 
 use crate::residency::Resident;
 use crate::trace::{Trace, TraceError};
-use crate::truth::{LayerTruth, StepTruth, attention, kv_head_of, mean_of_group, output};
+use crate::truth::{LayerTruth, attention};
 
 /// Rows that a head keeps resident, as a multiple of its budget.
 pub const KEEP: f64 = 2.0;
@@ -75,13 +80,18 @@ pub struct Outcome {
     pub hit_rate: Option<f64>,
     /// Bytes moved for each token, all layers together.
     pub bytes_per_token: f64,
+    /// The same over the steps after the first, in which nothing was resident.
+    pub bytes_per_token_steady: f64,
+    /// Of `bytes_per_token`, the keys that full attention rows for the method needed beyond those attended.
+    pub feedback_bytes_per_token: f64,
     /// Of these, what was brought ahead of its step, or recalled behind its back.
     pub ahead_bytes_per_token: f64,
     /// Bytes of rows on the device besides sinks, window and dense layers.
     pub resident_bytes: f64,
     /// Bytes of digests, states and memories.
     pub digest_bytes: f64,
-    /// Microseconds to select for one layer: the median.
+    /// Microseconds to select for one layer: the median. What is prepared for the next step is not in it: the daemon does that between
+    /// requests.
     pub select_us: f64,
 }
 
@@ -181,8 +191,17 @@ impl<'a> Prepared<'a> {
             RowPart::Whole => 1.0,
             RowPart::Values => 0.5,
         };
-        let bytes =
-            moved * part * row_bytes(&self.shape) as f64 + count(|layer| layer.partials) * partial as f64;
+        let row = row_bytes(&self.shape) as f64;
+        let cost = |rows: f64, partials: f64, keys: f64| {
+            rows * part * row + partials * partial as f64 + keys * row / 2.0
+        };
+        let feedback = count(|layer| layer.feedback_keys);
+        let bytes = cost(moved, count(|layer| layer.partials), feedback);
+        let first = cost(
+            count(|layer| layer.first.moved),
+            count(|layer| layer.first.partials),
+            count(|layer| layer.first.feedback_keys),
+        );
         let masses = all(|layer| &layer.missed);
         let per_layer = layers.len() as f64 * self.shape.query_heads as f64;
         Outcome {
@@ -198,8 +217,10 @@ impl<'a> Prepared<'a> {
             rows_on_cpu: count(|layer| layer.on_cpu) / heads_steps,
             hit_rate: Some(hits / count(|layer| layer.selected)).filter(|rate| rate.is_finite()),
             bytes_per_token: bytes / steps,
-            ahead_bytes_per_token: count(|layer| layer.ahead) * part * row_bytes(&self.shape) as f64 / steps,
-            resident_bytes: count(|layer| layer.resident) * row_bytes(&self.shape) as f64 * part,
+            bytes_per_token_steady: (bytes - first) / (steps - 1.0).max(1.0),
+            feedback_bytes_per_token: feedback * row / 2.0 / steps,
+            ahead_bytes_per_token: count(|layer| layer.ahead) * part * row / steps,
+            resident_bytes: count(|layer| layer.resident) * row * part,
             digest_bytes: count(|layer| layer.digest_bytes)
                 + (layers.len() * method.device_bytes(self.trace.shape.tokens)) as f64,
             select_us: median(&mut all(|layer| &layer.select_us)),
@@ -225,8 +246,20 @@ struct LayerOutcome {
     on_cpu: usize,
     /// Answers with a partial attention in them.
     partials: usize,
+    /// Keys that full attention rows for the method needed beyond those attended.
+    feedback_keys: usize,
+    /// Of what moved, the first step's.
+    first: FirstStep,
     resident: usize,
     digest_bytes: usize,
+}
+
+/// What moved in a sequence's first step.
+#[derive(Debug, Default)]
+struct FirstStep {
+    moved: usize,
+    partials: usize,
+    feedback_keys: usize,
 }
 
 /// One layer under one method.
@@ -265,10 +298,14 @@ impl Run<'_> {
             let since = Instant::now();
             let selection = replay.select_with(self.method, &context, &mut scratch);
             out.select_us.push(since.elapsed().as_secs_f64() * 1e6);
-            self.count(&selection, &mut resident, step, &mut out);
-            let attended = self.judge(&selection, truth, tokens, &mut out);
+            let on_cpu = self.count(&selection, &mut resident, tokens, &mut out);
+            // The CPU attends with the query that it was asked by.
+            let by_hint = on_cpu.iter().zip(0..).filter(|_| needs.hint == HintSource::Ahead);
+            let by_hint: Vec<Vec<f32>> =
+                by_hint.map(|(rows, head)| self.weights(rows, head, (truth, step), hint)).collect();
+            let attended = self.judge(&selection, truth, tokens, (&on_cpu, &by_hint), &mut out);
             replay.append(self.method, &self.rows(tokens - 1..tokens), usize::MAX);
-            self.feed_back(&mut replay, truth, &attended, step);
+            self.feed_back(&mut replay, truth, &attended, step, &mut out);
             if needs.prefetch
                 && let Some(next) = replay.prefetch(self.method, &mut scratch)
             {
@@ -277,6 +314,10 @@ impl Run<'_> {
                     out.moved += missing;
                     out.ahead += missing;
                 }
+            }
+            if step == 0 {
+                let LayerOutcome { moved, partials, feedback_keys, .. } = out;
+                out.first = FirstStep { moved, partials, feedback_keys };
             }
         }
         out.resident = resident.iter().map(Resident::rows).sum();
@@ -305,6 +346,11 @@ impl Run<'_> {
             for head in 0..shape.kv_heads {
                 let mut sums = vec![0.0; shape.head_dim];
                 column_sums(matrix(head), &HeadRows::queries(queries, shape, head), &mut sums);
+                if self.sums_keys() {
+                    // Of the tokens whose queries there are, so that both count alike.
+                    let keys = self.rows(prompt - trace.shape.prompt_queries..prompt);
+                    column_sums(matrix(head), &HeadRows::keys(&keys, shape, head), &mut sums);
+                }
                 replay.observe(self.method, head, &sums);
             }
         }
@@ -322,6 +368,16 @@ impl Run<'_> {
             let rows = attention(trace, self.layer, query, token + 1);
             self.send(replay, &rows, token + 1, true);
         }
+    }
+
+    /// Whether the prompt's statistics are of its keys too.
+    fn sums_keys(&self) -> bool {
+        let spec = self.method.spec();
+        let both = |spec: &MethodSpec| {
+            spec.options::<InfinigenSpec>().is_some_and(|infinigen| infinigen.index == IndexRule::Both)
+        };
+        both(spec)
+            || spec.options::<MixSpec>().is_some_and(|mix| mix.parts().iter().any(|part| both(&part.spec)))
     }
 
     fn hint(&self, source: HintSource, step: usize) -> &[f32] {
@@ -343,36 +399,14 @@ impl Run<'_> {
         }
     }
 
-    /// The candidates with the largest true probability per KV head, as many as the budget has, in rising order.
-    fn best(&self, truth: &StepTruth, tokens: usize) -> Vec<Vec<u32>> {
-        let (shape, group) = (&self.of.shape, self.of.shape.group());
-        let budget = self.budget.map_or(0, |budget| budget.rows_of(tokens));
-        let candidates = shape.candidates(tokens);
-        (0..shape.kv_heads)
-            .map(|head| {
-                let mean = mean_of_group(&truth.probabilities[head * group..][..group]);
-                let mut order: Vec<u32> = candidates.clone().map(|token| token as u32).collect();
-                let wanted = budget.min(order.len());
-                if wanted > 0 && wanted < order.len() {
-                    let by =
-                        |a: &u32, b: &u32| mean[*b as usize].total_cmp(&mean[*a as usize]).then(a.cmp(b));
-                    order.select_nth_unstable_by(wanted - 1, by);
-                }
-                order.truncate(wanted);
-                order.sort_unstable();
-                order
-            })
-            .collect()
-    }
-
-    fn best_ids(&self, truth: &StepTruth, tokens: usize) -> Vec<u32> {
-        self.best(truth, tokens)
-            .into_iter()
-            .flat_map(|ids| std::iter::once(ids.len() as u32).chain(ids))
-            .collect()
-    }
-
-    fn count(&self, selection: &Selection, resident: &mut [Resident], step: usize, out: &mut LayerOutcome) {
+    /// Counts what moves; the tokens that the CPU attends, per KV head, if it attends any.
+    fn count(
+        &self,
+        selection: &Selection,
+        resident: &mut [Resident],
+        tokens: usize,
+        out: &mut LayerOutcome,
+    ) -> Vec<Vec<usize>> {
         let cpu = self.method.needs().cpu_attention;
         let found: Vec<_> =
             resident.iter_mut().enumerate().map(|(head, rows)| rows.look(selection.head(head))).collect();
@@ -380,11 +414,16 @@ impl Run<'_> {
         let hits: usize = found.iter().map(|found| found.hits).sum();
         out.selected += hits + missing;
         out.hits += hits;
+        let attends = |(head, rows): (usize, &Resident)| {
+            selection.tokens(head).filter(|token| !rows.holds(*token)).map(|token| token as usize).collect()
+        };
+        let on_cpu =
+            if cpu.is_some() { resident.iter().enumerate().map(attends).collect() } else { Vec::new() };
         // As the daemon does: what is missing is attended by the CPU, and fetched behind its back where the layer's share is large.
         let fetched = cpu.is_none_or(|cpu| {
             let every = cpu.recall_every;
             missing as f32 / (hits + missing).max(1) as f32 > cpu.recall_above
-                || (every > 0 && (step as u64).is_multiple_of(every))
+                || (every > 0 && (tokens as u64).is_multiple_of(every))
         });
         if cpu.is_some() {
             out.on_cpu += missing;
@@ -397,92 +436,7 @@ impl Run<'_> {
             out.ahead += if cpu.is_some() { missing } else { 0 };
         }
         out.partials += usize::from(cpu.is_some());
-    }
-
-    /// Compares attention over sinks, window and what was selected with the dense one; what was attended, per KV head.
-    fn judge(
-        &self,
-        selection: &Selection,
-        truth: &StepTruth,
-        tokens: usize,
-        out: &mut LayerOutcome,
-    ) -> Vec<Vec<usize>> {
-        let (trace, shape) = (self.of.trace, &self.of.shape);
-        let (d, candidates) = (shape.head_dim, shape.candidates(tokens));
-        let attended: Vec<Vec<usize>> = (0..shape.kv_heads)
-            .map(|head| {
-                let selected = selection.tokens(head).map(|token| token as usize);
-                (0..candidates.start.min(tokens))
-                    .chain(selected)
-                    .chain(candidates.end.min(tokens)..tokens)
-                    .collect()
-            })
-            .collect();
-        let mut covered = 0.0;
-        for (head, row) in truth.probabilities.iter().enumerate() {
-            let kv_head = kv_head_of(trace, head);
-            let mut got = vec![0.0; d];
-            let values = trace.values(self.layer, kv_head);
-            let mass = output(row, values, d, attended[kv_head].iter().copied(), &mut got);
-            got.iter_mut().for_each(|value| *value /= mass.max(f64::MIN_POSITIVE) as f32);
-            let mass = mass.min(1.0);
-            covered += mass;
-            out.missed.push(1.0 - mass);
-            let wanted = &truth.outputs[head * d..][..d];
-            let square =
-                |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
-            let error = square(&mut got.iter().zip(wanted).map(|(a, b)| a - b));
-            out.error.push((error / square(&mut wanted.iter().copied()).max(f64::MIN_POSITIVE)).sqrt());
-        }
-        out.mass_of_steps.push(covered);
-        for (head, best) in self.best(truth, tokens).iter().enumerate() {
-            if !best.is_empty() {
-                let found = selection.tokens(head).filter(|token| best.binary_search(token).is_ok()).count();
-                out.recall.push(found as f64 / best.len() as f64);
-            }
-        }
-        attended
-    }
-
-    /// The attention row of a step, as the engine would report it.
-    fn feed_back(&self, replay: &mut Replay, truth: &StepTruth, attended: &[Vec<usize>], step: usize) {
-        let Some(feedback) = self.method.needs().feedback else { return };
-        let full = feedback.calibrate_every > 0 && (step + 1).is_multiple_of(feedback.calibrate_every);
-        let tokens = truth.probabilities.first().map_or(0, Vec::len);
-        if full {
-            return self.send(replay, &truth.probabilities, tokens, true);
-        }
-        let rows: Vec<Vec<f32>> = truth
-            .probabilities
-            .iter()
-            .enumerate()
-            .map(|(head, row)| {
-                let attended = &attended[kv_head_of(self.of.trace, head)];
-                let total: f32 = attended.iter().map(|token| row[*token]).sum();
-                let mut over = vec![0.0; tokens];
-                for &token in attended {
-                    over[token] = (row[token] / total.max(f32::MIN_POSITIVE)).min(1.0);
-                }
-                over
-            })
-            .collect();
-        self.send(replay, &rows, tokens, false);
-    }
-
-    /// Sends attention rows `[Hq]` of `[tokens]`: the largest of a group, max-pooled in blocks.
-    fn send(&self, replay: &mut Replay, rows: &[Vec<f32>], tokens: usize, full: bool) {
-        let Some(feedback) = self.method.needs().feedback else { return };
-        let group = self.of.shape.group();
-        for head in 0..self.of.shape.kv_heads {
-            let blocks: Vec<f32> = (0..tokens.div_ceil(feedback.block))
-                .map(|block| {
-                    let range = block * feedback.block..((block + 1) * feedback.block).min(tokens);
-                    let rows = &rows[head * group..][..group];
-                    rows.iter().flat_map(|row| &row[range.clone()]).fold(0.0_f32, |a, b| a.max(*b))
-                })
-                .collect();
-            replay.feedback(self.method, head, &blocks, full);
-        }
+        on_cpu
     }
 }
 
@@ -570,6 +524,54 @@ mod tests {
         let given = run(&prepared, "given", 200);
         assert_eq!(given.top_k_recall, 1.0);
         assert!(given.attention_mass >= run(&prepared, "infinigen:budget=12%", 200).attention_mass);
+    }
+
+    #[test]
+    fn the_first_step_of_a_trace_is_not_in_the_steady_state() {
+        let trace = small(Kind::Drift);
+        let prepared = Prepared::new(&trace).unwrap();
+        let quest = run(&prepared, "quest:budget=12%", 10_000);
+        // What is selected again is resident from the second step on.
+        assert!(quest.bytes_per_token_steady < quest.bytes_per_token, "{quest:?}");
+        let random = run(&prepared, "random:budget=12%", 0);
+        assert!((random.bytes_per_token_steady / random.bytes_per_token - 1.0).abs() < 0.02, "{random:?}");
+        assert_eq!(run(&prepared, "window", 100).bytes_per_token_steady, 0.0);
+    }
+
+    #[test]
+    fn attention_rows_over_all_tokens_cost_the_keys_that_were_not_attended() {
+        let trace = small(Kind::Drift);
+        let prepared = Prepared::new(&trace).unwrap();
+        let learning = run(&prepared, "attention-predictor:budget=12%,weights=average", 200);
+        let share = learning.feedback_bytes_per_token / prepared.kv_bytes();
+        // Every fifth row: two of twelve, keys alone, and what was attended was there.
+        assert!((0.8..0.95).contains(&(share / (2.0 / 12.0 / 2.0))), "{share}");
+        assert!(learning.bytes_per_token > learning.feedback_bytes_per_token);
+        assert_eq!(run(&prepared, "quest:budget=12%", 200).feedback_bytes_per_token, 0.0);
+    }
+
+    #[test]
+    fn rows_on_the_cpu_are_judged_with_the_query_that_it_has() {
+        let mut trace = small(Kind::Drift);
+        // Nothing is resident, so that the CPU attends all that is selected: here everything, by a predicted query.
+        let error = |trace: &Trace, spec: &str| run(&Prepared::new(trace).unwrap(), spec, 0).output_error;
+        assert!(error(&trace, "scout:budget=100%,query=true") < 1e-4);
+        let predicted = error(&trace, "scout:budget=100%");
+        assert!(predicted > 0.01, "{predicted}");
+        trace.hint.clone_from(&trace.q);
+        assert!(error(&trace, "scout:budget=100%") < 1e-4, "a perfect prediction is no error");
+    }
+
+    #[test]
+    fn an_index_of_queries_and_keys_sees_keys_in_a_replay_too() {
+        let trace = small(Kind::Outliers);
+        let prepared = Prepared::new(&trace).unwrap();
+        let of = |index: &str| {
+            let spec = format!("infinigen:budget=6%,skew=off,index={index}");
+            run(&prepared, &spec, 90).attention_mass
+        };
+        // Channels in which all keys are large alike say nothing about which key is best: an index that counts keys takes them.
+        assert!(of("both") < of("query"), "{} {}", of("both"), of("query"));
     }
 
     #[test]

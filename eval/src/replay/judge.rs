@@ -1,0 +1,123 @@
+//! What a selection is worth: attention over it beside the dense one.
+
+use kvoyant_kernels::Kernels;
+use kvoyant_methods::Selection;
+
+use super::{LayerOutcome, Run};
+use crate::truth::{StepTruth, kv_head_of, mean_of_group, output};
+
+impl Run<'_> {
+    /// The weights `e^(q̂·k/√d − lse)` of a KV head's rows for a query that is not the true one, `lse` being dense attention's:
+    /// `[g][rows]`.
+    pub(super) fn weights(
+        &self,
+        rows: &[usize],
+        head: usize,
+        (truth, step): (&StepTruth, usize),
+        hint: &[f32],
+    ) -> Vec<f32> {
+        let (trace, shape) = (self.of.trace, &self.of.shape);
+        let (d, group, kernels) = (shape.head_dim, shape.group(), Kernels::best());
+        let keys = trace.keys(self.layer, head);
+        let scale = 1.0 / (d as f32).sqrt();
+        let score = |query: &[f32], token: usize| scale * kernels.dot(query, &keys[token * d..][..d]);
+        let mut weights = Vec::with_capacity(group * rows.len());
+        for query in head * group..(head + 1) * group {
+            let probabilities = &truth.probabilities[query];
+            let best = (0..probabilities.len())
+                .max_by(|a, b| probabilities[*a].total_cmp(&probabilities[*b]))
+                .unwrap_or(0);
+            let own = |queries: &'_ [f32]| -> Vec<f32> { queries[query * d..][..d].to_vec() };
+            let lse = score(&own(trace.query(self.layer, step)), best) - probabilities[best].ln();
+            let hinted = own(hint);
+            weights.extend(rows.iter().map(|token| (score(&hinted, *token) - lse).exp()));
+        }
+        weights
+    }
+
+    /// The candidates with the largest true probability per KV head, as many as the budget has, in rising order.
+    fn best(&self, truth: &StepTruth, tokens: usize) -> Vec<Vec<u32>> {
+        let (shape, group) = (&self.of.shape, self.of.shape.group());
+        let budget = self.budget.map_or(0, |budget| budget.rows_of(tokens));
+        let candidates = shape.candidates(tokens);
+        (0..shape.kv_heads)
+            .map(|head| {
+                let mean = mean_of_group(&truth.probabilities[head * group..][..group]);
+                let mut order: Vec<u32> = candidates.clone().map(|token| token as u32).collect();
+                let wanted = budget.min(order.len());
+                if wanted > 0 && wanted < order.len() {
+                    let by =
+                        |a: &u32, b: &u32| mean[*b as usize].total_cmp(&mean[*a as usize]).then(a.cmp(b));
+                    order.select_nth_unstable_by(wanted - 1, by);
+                }
+                order.truncate(wanted);
+                order.sort_unstable();
+                order
+            })
+            .collect()
+    }
+
+    pub(super) fn best_ids(&self, truth: &StepTruth, tokens: usize) -> Vec<u32> {
+        self.best(truth, tokens)
+            .into_iter()
+            .flat_map(|ids| std::iter::once(ids.len() as u32).chain(ids))
+            .collect()
+    }
+
+    /// Compares attention over sinks, window and what was selected with the dense one; what was attended, per KV head. Rows of
+    /// `on_cpu` have the weights of `by_hint` where there are any.
+    pub(super) fn judge(
+        &self,
+        selection: &Selection,
+        truth: &StepTruth,
+        tokens: usize,
+        (on_cpu, by_hint): (&[Vec<usize>], &[Vec<f32>]),
+        out: &mut LayerOutcome,
+    ) -> Vec<Vec<usize>> {
+        let (trace, shape) = (self.of.trace, &self.of.shape);
+        let (d, candidates) = (shape.head_dim, shape.candidates(tokens));
+        let attended: Vec<Vec<usize>> = (0..shape.kv_heads)
+            .map(|head| {
+                let selected = selection.tokens(head).map(|token| token as usize);
+                (0..candidates.start.min(tokens))
+                    .chain(selected)
+                    .chain(candidates.end.min(tokens)..tokens)
+                    .collect()
+            })
+            .collect();
+        let mut covered = 0.0;
+        for (head, row) in truth.probabilities.iter().enumerate() {
+            let kv_head = kv_head_of(trace, head);
+            let mut got = vec![0.0; d];
+            let values = trace.values(self.layer, kv_head);
+            let mass = output(row, values, d, attended[kv_head].iter().copied(), &mut got);
+            let mut total = mass;
+            if let Some(weights) = by_hint.get(kv_head) {
+                let rows = &on_cpu[kv_head];
+                let own = &weights[head % shape.group() * rows.len()..][..rows.len()];
+                for (token, weight) in rows.iter().zip(own) {
+                    let instead = weight - row[*token];
+                    Kernels::best().axpy(&mut got, instead, &values[token * d..][..d]);
+                    total += f64::from(instead);
+                }
+            }
+            got.iter_mut().for_each(|value| *value /= total.max(f64::MIN_POSITIVE) as f32);
+            let mass = mass.min(1.0);
+            covered += mass;
+            out.missed.push(1.0 - mass);
+            let wanted = &truth.outputs[head * d..][..d];
+            let square =
+                |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+            let error = square(&mut got.iter().zip(wanted).map(|(a, b)| a - b));
+            out.error.push((error / square(&mut wanted.iter().copied()).max(f64::MIN_POSITIVE)).sqrt());
+        }
+        out.mass_of_steps.push(covered);
+        for (head, best) in self.best(truth, tokens).iter().enumerate() {
+            if !best.is_empty() {
+                let found = selection.tokens(head).filter(|token| best.binary_search(token).is_ok()).count();
+                out.recall.push(found as f64 / best.len() as f64);
+            }
+        }
+        attended
+    }
+}
