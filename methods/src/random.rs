@@ -131,7 +131,7 @@ impl Method for Random {
 }
 
 /// SplitMix64 (Steele, Lea and Flood, OOPSLA'14): small, seedable, the same on every machine.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Draw(u64);
 
 impl Draw {
@@ -154,6 +154,11 @@ impl Draw {
     /// A number in `0..bound`; its bias is below `bound / 2^64`.
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+    }
+
+    /// Uniform in `[-1, 1)`.
+    pub(crate) fn uniform(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
 
     /// About normal with variance 1: twelve uniform numbers less six. No function of the platform's is in it.

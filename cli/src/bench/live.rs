@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use kvoyant_engine::{DaemonKv, DaemonSequence, Decoder, DecoderOptions, Format, IdsRequest, KvShape, Model};
-use kvoyant_eval::model::{self as modelled, Seen};
 use kvoyant_eval::row::{Row, Skipped};
 use kvoyant_eval::tasks::Task;
 use kvoyant_kernels::{Kernels, TopKScratch};
@@ -11,6 +10,7 @@ use kvoyant_methods::full::{self, FullSpec};
 use kvoyant_methods::{Budget, DigestKey, HintSource, MethodSpec, Shape};
 
 use super::compared::{Clusters, Sample, by_task};
+use super::cost::Cost;
 use super::ladder::{PLAIN, Rung};
 use super::{BenchError, Effort};
 use crate::args::MethodsArgs;
@@ -281,36 +281,24 @@ const DENSE: Told<'static> = Told {
     partial_bytes: 0.0,
 };
 
-/// The query that a method selects by, in a word.
-pub(super) fn hint_name(hint: HintSource) -> &'static str {
-    match hint {
-        HintSource::None => "none",
-        HintSource::Ahead => "ahead",
-        HintSource::Previous => "previous",
-        HintSource::Current => "current",
-        HintSource::Ids => "ids",
-    }
-}
-
 fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
     let costs = &measured.costs;
     let partials = told.partial_bytes * told.selected_layers as f64;
-    let bytes_per_token = costs.bytes_per_token + partials;
-    // No step waits for what an attention row for the method needs: it comes after the step.
-    let ahead_bytes = costs.ahead_bytes_per_token + costs.feedback_bytes_per_token;
     let selected_bytes = told.kv_bytes * told.selected_layers as f64 / told.layers.max(1) as f64;
-    let digest_share = if selected_bytes > 0.0 { told.digest / selected_bytes } else { 0.0 };
-    let layer_bytes = selected_bytes / told.selected_layers.max(1) as f64;
-    let seen = Seen {
+    let cost = Cost {
         hint: told.hint,
-        moved_share: if selected_bytes > 0.0 { bytes_per_token / selected_bytes } else { 0.0 },
-        ahead_share: if selected_bytes > 0.0 { ahead_bytes / selected_bytes } else { 0.0 },
-        attended_share: costs.selected_share - costs.cpu_share,
+        kv_bytes: selected_bytes,
+        layers: told.selected_layers,
+        bytes_per_token: costs.bytes_per_token + partials,
+        bytes_per_token_steady: costs.bytes_per_token_steady + partials,
+        feedback_bytes_per_token: costs.feedback_bytes_per_token,
+        ahead_bytes_per_token: costs.ahead_bytes_per_token,
+        selected_share: costs.selected_share,
         cpu_share: costs.cpu_share,
-        select_s_per_byte: match costs.select_us {
-            Some(us) if layer_bytes > 0.0 => us * 1e-6 / layer_bytes,
-            _ => 0.0,
-        },
+        resident_share: costs.resident_share,
+        digest_bytes: told.digest,
+        select_us: costs.select_us,
+        hit_rate: costs.hit_rate,
     };
     let scores: Vec<(String, f64)> =
         measured.scores.iter().map(|(task, score)| (task.name().to_owned(), *score)).collect();
@@ -321,7 +309,6 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         row_format: told.row_format.to_owned(),
         source: SOURCE.into(),
         length,
-        hint: hint_name(told.hint).into(),
         budget: told.budget,
         tasks: by_task(&scores),
         accuracy: Some(accuracy),
@@ -332,21 +319,10 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         missed_mass: costs.attention_mass.map(|mass| 1.0 - mass),
         top_k_recall: costs.top_k_recall,
         output_error: costs.output_error,
-        selected_share: costs.selected_share,
         kv_moved_share: costs.kv_moved_share,
-        bytes_per_token,
-        bytes_per_token_steady: costs.bytes_per_token_steady + partials,
-        feedback_bytes_per_token: costs.feedback_bytes_per_token,
-        resident_bytes: costs.resident_share * selected_bytes,
-        resident_share: costs.resident_share,
-        digest_bytes: told.digest,
-        digest_share,
-        select_us: costs.select_us,
-        hit_rate: costs.hit_rate,
         ms_per_token: Some(measured.clock.ms_per_token()),
         stall_share: Some(costs.stall_share),
-        modelled: if told.layers > 0 { modelled::all(&seen) } else { Vec::new() },
-        ..Row::default()
+        ..cost.row()
     };
     Sample { row, kl: measured.agreement.kls().to_vec(), scores, ..Sample::default() }
 }

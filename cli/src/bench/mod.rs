@@ -5,10 +5,12 @@
 //! | [`ladder`] | which methods, with which budgets |
 //! | [`replayed`] | over traces |
 //! | [`live`] | through the daemon, with a real model |
+//! | [`cost`] | what a method cost, at one accounting |
 //! | [`compared`] | paired intervals, and scores against dense |
 //! | [`table`] | what is shown |
 
 mod compared;
+mod cost;
 mod ladder;
 mod live;
 mod replayed;

@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use kvoyant_eval::generate::{Generator, Kind};
-use kvoyant_eval::model::{self, Seen};
 use kvoyant_eval::replay::{KEEP, Outcome, Prepared, ReplayError};
 use kvoyant_eval::row::{Row, Skipped};
 use kvoyant_eval::trace::Trace;
@@ -11,8 +10,8 @@ use kvoyant_methods::{Artifacts, Budget, MethodError};
 
 use super::BenchError;
 use super::compared::Sample;
+use super::cost::Cost;
 use super::ladder::{PLAIN, Rung};
-use super::live::hint_name;
 use crate::artifact_cache;
 use crate::progress::Progress;
 
@@ -112,17 +111,20 @@ fn replayable(rung: &Rung, artifacts: &Artifacts) -> Rung {
 
 fn sample(prepared: &Prepared<'_>, source: &str, rung: &Rung, outcome: &Outcome) -> Sample {
     let (shape, spec) = (&prepared.trace().shape, &rung.spec);
-    let tokens = shape.tokens as f64;
-    let digest_share = outcome.digest_bytes / prepared.kv_bytes();
-    let layer_bytes = prepared.kv_bytes() / (shape.layers - shape.dense_layers).max(1) as f64;
-    let seen = Seen {
+    let cost = Cost {
         hint: spec.hint(),
-        moved_share: outcome.bytes_per_token / prepared.kv_bytes(),
-        // No step waits for what an attention row for the method needs: it comes after the step.
-        ahead_share: (outcome.ahead_bytes_per_token + outcome.feedback_bytes_per_token) / prepared.kv_bytes(),
-        attended_share: outcome.selected_share - outcome.rows_on_cpu / tokens,
-        cpu_share: outcome.rows_on_cpu / tokens,
-        select_s_per_byte: outcome.select_us * 1e-6 / layer_bytes,
+        kv_bytes: prepared.kv_bytes(),
+        layers: shape.layers - shape.dense_layers,
+        bytes_per_token: outcome.bytes_per_token,
+        bytes_per_token_steady: outcome.bytes_per_token_steady,
+        feedback_bytes_per_token: outcome.feedback_bytes_per_token,
+        ahead_bytes_per_token: outcome.ahead_bytes_per_token,
+        selected_share: outcome.selected_share,
+        cpu_share: outcome.rows_on_cpu / shape.tokens as f64,
+        resident_share: outcome.resident_bytes / prepared.kv_bytes(),
+        digest_bytes: outcome.digest_bytes,
+        select_us: Some(outcome.select_us),
+        hit_rate: outcome.hit_rate,
     };
     let row = Row {
         method: spec.name().to_owned(),
@@ -130,25 +132,13 @@ fn sample(prepared: &Prepared<'_>, source: &str, rung: &Rung, outcome: &Outcome)
         row_format: shape.dtype.name().to_owned(),
         source: source.to_owned(),
         length: shape.tokens,
-        hint: hint_name(spec.hint()).into(),
         budget: rung.budget.and_then(Budget::as_share),
         attention_mass: Some(outcome.attention_mass),
         missed_mass: Some(outcome.missed_mass),
         top_k_recall: rung.budget.map(|_| outcome.top_k_recall),
         output_error: Some(outcome.output_error),
-        selected_share: outcome.selected_share,
         kv_moved_share: outcome.bytes_per_token / prepared.kv_bytes(),
-        bytes_per_token: outcome.bytes_per_token,
-        bytes_per_token_steady: outcome.bytes_per_token_steady,
-        feedback_bytes_per_token: outcome.feedback_bytes_per_token,
-        resident_bytes: outcome.resident_bytes,
-        resident_share: outcome.resident_bytes / prepared.kv_bytes(),
-        digest_bytes: outcome.digest_bytes,
-        digest_share,
-        select_us: Some(outcome.select_us),
-        hit_rate: outcome.hit_rate,
-        modelled: model::all(&seen),
-        ..Row::default()
+        ..cost.row()
     };
     Sample { row, mass: outcome.mass_of_steps.clone(), ..Sample::default() }
 }

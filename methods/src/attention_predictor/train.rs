@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use crate::artifact::{ArtifactKind, Tensor, TensorArtifact};
 use crate::error::MethodError;
+use crate::random::Draw;
 use crate::shape::Fingerprint;
 
 use super::BLOCK;
@@ -77,29 +78,11 @@ pub struct Trainer {
     draw: Draw,
 }
 
-/// xorshift64* (Vigna, 2016).
-#[derive(Debug, Clone)]
-struct Draw(u64);
-
-impl Draw {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// Uniform in `[-1, 1)`.
-    fn uniform(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-}
-
 impl Trainer {
     /// A network with random weights (He et al., ICCV'15, uniform) and biases of 0.
     #[must_use]
     pub fn new(seed: u64, options: TrainOptions) -> Self {
-        let mut draw = Draw(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let mut draw = Draw::new(&[seed]);
         let mut values = vec![0.0; PARAMETERS];
         for (at, (_, shape)) in
             TENSORS.into_iter().enumerate().filter(|(_, (name, _))| name.ends_with("weight"))
@@ -164,7 +147,7 @@ impl Trainer {
     pub fn batches(&mut self) -> Vec<Vec<usize>> {
         let mut order: Vec<usize> = (0..self.crops.len()).collect();
         for last in (1..order.len()).rev() {
-            order.swap(last, (self.draw.next() % (last as u64 + 1)) as usize);
+            order.swap(last, self.draw.below(last as u64 + 1) as usize);
         }
         order.chunks(self.options.batch).map(<[usize]>::to_vec).collect()
     }

@@ -139,7 +139,7 @@ impl Pass<'_> {
         let in_factors = |token: usize| factors.filter(|made| token < rebuilt.tokens.min(made.tokens()));
         let heads = queries.par_chunks_exact(group * d).zip(out.par_chunks_exact_mut(group * d));
         let heads = heads.zip(lse.par_chunks_exact_mut(group)).enumerate();
-        let of_head = |(head, ((q, out), lse)): (usize, ((&[f32], &mut [f32]), &mut [f32]))| {
+        let in_none = heads.map(|(head, ((q, out), lse))| {
             let mut moved = Vec::new();
             ready.copy_rows(i, head, &mut moved)?;
             let mut values = vec![0.0; moved.len() / row_bytes * d];
@@ -164,9 +164,9 @@ impl Pass<'_> {
                 rows.extend_from_slice(&values[at * d..(at + 1) * d]);
             }
             attend(plain, q, &[bytemuck::cast_slice(&rows)], out, lse);
-            Ok(tokens.iter().filter(|token| in_factors(**token).is_none()).count())
-        };
-        heads.map(of_head).sum()
+            Ok::<usize, DaemonError>(tokens.iter().filter(|token| in_factors(**token).is_none()).count())
+        });
+        in_none.sum()
     }
 
     /// Attention of a group, some of whose members have keys rebuilt at a rank: local rows as they are, selected ones rebuilt. How
