@@ -54,7 +54,7 @@ pub struct Row {
     /// more. What is read where it lies in host memory counts nowhere: digests, rows that a method or the CPU looks at there, and
     /// the scores by which an engine names rows itself.
     pub bytes_per_token: f64,
-    /// The same without the sequences' first steps: of a real model the continuations', of a trace all but its first.
+    /// The same without the sequences' first steps.
     pub bytes_per_token_steady: f64,
     /// Of `bytes_per_token`, the keys that attention rows over all tokens needed beyond the rows attended, for methods that learn
     /// from such rows. Rows over what was attended anyway cost nothing here.

@@ -32,6 +32,7 @@ fn millis(time: Duration) -> f64 {
 
 /// Greedy answers. Sequence `i` holds everything up to its last token, `last[i]`, which is the first that
 /// goes through the backend's attention. Who has answered, or has taken as many tokens as the question allows, leaves the batch.
+/// `seen` is called after each step, with its number.
 ///
 /// # Errors
 /// As [`Decoder::step`].
@@ -42,6 +43,7 @@ pub(crate) fn answers<B: KvBackend>(
     questions: &[&Question],
     last: &[u32],
     clock: &mut Clock,
+    mut seen: impl FnMut(&mut B, usize),
 ) -> Result<Vec<String>, ForwardError<B::Error>> {
     let model = decoder.model().clone();
     let tokenizer = model.tokenizer();
@@ -49,12 +51,16 @@ pub(crate) fn answers<B: KvBackend>(
     let mut texts = vec![String::new(); sequences.len()];
     let mut next = last.to_vec();
     let mut left: Vec<usize> = (0..sequences.len()).collect();
-    while !left.is_empty() {
+    for step in 0.. {
+        if left.is_empty() {
+            break;
+        }
         let tokens: Vec<u32> = left.iter().map(|&i| next[i]).collect();
         let mut batch: Vec<&mut B::Sequence> =
             sequences.iter_mut().enumerate().filter(|(i, _)| left.contains(i)).map(|(_, s)| s).collect();
         let out = decoder.step(backend, &mut batch, &tokens)?;
         clock.add(out.timing, tokens.len());
+        seen(backend, step);
         let members = std::mem::take(&mut left);
         for (row, &i) in members.iter().enumerate() {
             let token = argmax(out.of(row, members.len()));

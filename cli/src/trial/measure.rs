@@ -89,7 +89,7 @@ impl<'a> Asked<'a> {
     ) -> Result<Measured, ForwardError<<DenseKv as KvBackend>::Error>> {
         let mut clock = Clock::default();
         let mut questions = forks(kv, &mut prepared.questions)?;
-        let said = answers(decoder, kv, &mut questions, &self.questions, &self.last, &mut clock)?;
+        let said = answers(decoder, kv, &mut questions, &self.questions, &self.last, &mut clock, |_, _| {})?;
         let mut texts = forks(kv, &mut prepared.texts)?;
         let mut agreement = Agreement::default();
         let predicted = &mut self.dense;
@@ -144,15 +144,21 @@ impl<'a> Asked<'a> {
         let before_row = kv.ahead_bytes();
         let mut clock = Clock::default();
         let mut questions = forks_with(kv, &mut prepared.questions, method, apart)?;
-        let said = answers(decoder, kv, &mut questions, &self.questions, &self.last, &mut clock)?;
+        // What the first steps move, when nothing of their sequences is resident, and what has been brought ahead by then.
+        let (mut stats, mut first) = (StepStats::default(), Moved::default());
+        let said =
+            answers(decoder, kv, &mut questions, &self.questions, &self.last, &mut clock, |kv, step| {
+                if step == 0 {
+                    stats = kv.take_stats();
+                    first.add(&stats, kv.ahead_bytes() - before_row);
+                }
+            })?;
         kv.close(questions)?;
-        let mut stats = kv.take_stats();
+        stats += kv.take_stats();
         let mut waited = stats.wait;
 
         let mut texts = forks_with(kv, &mut prepared.texts, method, apart)?;
         let before_texts = kv.ahead_bytes();
-        // What the continuations' first step moves, when nothing of theirs is resident, and what has been brought ahead by then.
-        let (mut first, mut of_texts) = (Moved::default(), Moved::default());
         let mut agreement = Agreement::default();
         let measured = |step: usize| step.is_multiple_of(MASS_EVERY);
         let before = |kv: &mut DaemonKv, step| {
@@ -162,9 +168,8 @@ impl<'a> Asked<'a> {
         forced(decoder, kv, &mut texts, &self.truths, &mut clock, before, |kv, step, logits| {
             let of_step = kv.take_stats();
             stats += of_step;
-            of_texts.add(&of_step);
             if step == 0 {
-                first = Moved { ahead: kv.ahead_bytes() - before_texts, ..of_texts };
+                first.add(&of_step, kv.ahead_bytes() - before_texts);
             }
             if !measured(step) {
                 waited += of_step.wait;
@@ -176,10 +181,13 @@ impl<'a> Asked<'a> {
         kv.measure(false);
         kv.close(texts)?;
         // Closing has come after every request, so that what they brought ahead has been counted.
-        let after_row = kv.ahead_bytes();
-        of_texts.ahead = after_row - before_texts;
-        let mut costs = Costs::of(kv, &stats, after_row - before_row, waited, &clock);
-        costs.bytes_per_token_steady = of_texts.since(&first);
+        let ahead = kv.ahead_bytes() - before_row;
+        let mut all = Moved::default();
+        all.add(&stats, ahead);
+        let costs = Costs {
+            bytes_per_token_steady: all.since(&first),
+            ..Costs::of(kv, &stats, ahead, waited, &clock)
+        };
         Ok(Measured { scores: self.scores(&said), agreement, clock, costs })
     }
 
@@ -196,20 +204,18 @@ impl<'a> Asked<'a> {
 #[derive(Clone, Copy, Debug, Default)]
 struct Moved {
     bytes: u64,
-    ahead: u64,
     tokens: u64,
 }
 
 impl Moved {
-    fn add(&mut self, stats: &StepStats) {
-        self.bytes += stats.bytes_moved + stats.feedback_bytes;
+    fn add(&mut self, stats: &StepStats, ahead: u64) {
+        self.bytes += stats.bytes_moved + stats.feedback_bytes + ahead;
         self.tokens += stats.tokens;
     }
 
     /// Bytes a token since then.
     fn since(&self, before: &Self) -> f64 {
-        let bytes = (self.bytes + self.ahead).saturating_sub(before.bytes + before.ahead);
-        bytes as f64 / (self.tokens - before.tokens).max(1) as f64
+        self.bytes.saturating_sub(before.bytes) as f64 / (self.tokens - before.tokens).max(1) as f64
     }
 }
 
@@ -223,7 +229,7 @@ pub(crate) struct Costs {
     pub(crate) kv_moved_share: f64,
     /// Bytes moved for each token decoded, from each sequence's first step on, when nothing is resident yet.
     pub(crate) bytes_per_token: f64,
-    /// The same over the continuations' steps after their first.
+    /// The same over all steps but the first of questions and continuations.
     pub(crate) bytes_per_token_steady: f64,
     /// Of `bytes_per_token`, keys that full attention rows for the method read beyond the rows attended.
     pub(crate) feedback_bytes_per_token: f64,
