@@ -115,6 +115,36 @@ fn with_a_whole_budget_every_source_of_hints_gives_dense_attention() {
 }
 
 #[test]
+fn keys_are_rebuilt_at_the_rank_of_their_own_method_and_exact_ones_count_as_moved() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 333);
+    let format = Format::Plain(Dtype::F32);
+    let expected = dense(&model, format, &prompt);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let ranks = ["shadowkv:budget=100%,rank=1", "shadowkv:budget=100%,rank=100%"];
+    let mut kv = connect(&daemon, &model, format, &ranks);
+    let (coarse, _) = difference(&mut kv, 0, &prompt, &expected, &model);
+    let (exact, _) = difference(&mut kv, 1, &prompt, &expected, &model);
+    assert!(exact < 2e-3 && coarse > 10.0 * exact, "{coarse} {exact}");
+
+    // Tokens behind the prompt are in no factors: once they have left the window, their keys come too, each time.
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+    let mut sequence = kv.sequence(1).unwrap();
+    decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
+    let mut moved = Vec::new();
+    for _ in 0..20 {
+        kv.take_stats();
+        decoder.step(&mut kv, &mut [&mut sequence], &[1]).unwrap();
+        moved.push(kv.take_stats().bytes_moved);
+    }
+    let shape = kv.shape();
+    let key = (shape.kv_heads * shape.row_bytes() / 2 * (shape.layers - 1)) as u64;
+    // A row leaves the window with each step, and its value comes; its key does where it is none of the prompt's.
+    assert_eq!(moved[10], key, "{moved:?}");
+    assert_eq!(moved[18] - moved[17], key, "{moved:?}");
+}
+
+#[test]
 fn methods_of_different_sources_share_a_step_as_if_each_were_alone() {
     let model = synthetic::tiny(7);
     let prompt = prompt(&model, 333);
