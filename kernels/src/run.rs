@@ -40,7 +40,7 @@ unsafe impl Send for CopyRun {}
 // SAFETY: as for Send; a shared copy run gives nothing that a copy of it does not.
 unsafe impl Sync for CopyRun {}
 
-/// Memory that [`Kernels::attend`](crate::Kernels::attend) keeps between calls: the weights of some hundred rows per query, on the
+/// Memory that [`Kernels::attend`](crate::Kernels::attend) keeps between calls: the weights of some dozen rows per query, on the
 /// scalar path of all; and as many rows, where they have to be dequantised first.
 #[derive(Clone, Debug, Default)]
 pub struct AttendScratch {
@@ -49,12 +49,17 @@ pub struct AttendScratch {
 }
 
 impl AttendScratch {
-    /// Room for `n` values, of whatever content.
+    /// Room for `n` values, of whatever content, from the beginning of a cache line on.
     pub(crate) fn room(&mut self, n: usize) -> &mut [f32] {
-        if self.values.len() < n {
-            self.values.resize(n, 0.0);
+        const LINE: usize = 64;
+        let most = n + LINE / size_of::<f32>();
+        if self.values.len() < most {
+            self.values.resize(most, 0.0);
         }
-        &mut self.values[..n]
+        // Where the address is not known, as in an interpreter, the beginning will do.
+        let skew = self.values.as_ptr().align_offset(LINE);
+        let skew = if skew > most - n { 0 } else { skew };
+        &mut self.values[skew..][..n]
     }
 }
 

@@ -94,43 +94,51 @@ impl Query8 {
     pub(super) const EMPTY: Self =
         Self { codes: [0; BLOCK], upper: [0xff; BLOCK], start: [0; LANES], step: [0.0; LANES] };
 
-    /// The part for a block of a query of `d` channels.
+    /// The part for a block of a query of `d` channels: `query` is the block's own.
+    ///
+    /// Sums go channel by channel of a stripe, and to lanes at the end, so that a compiler has whole registers to work with.
+    #[inline(always)]
     pub(super) fn set(&mut self, query: &[f32], d: usize) {
         *self = Self::EMPTY;
+        let mut channels = [0_f32; BLOCK];
+        channels[..query.len()].copy_from_slice(query);
+        let stripes = &channels.as_chunks::<STRIPE>().0[..query.len().div_ceil(STRIPE)];
+        let mut largest = [0_f32; STRIPE];
+        for stripe in stripes {
+            for (largest, q) in largest.iter_mut().zip(stripe) {
+                // A NaN stays: nothing is larger.
+                *largest = if q.abs() > *largest || q.is_nan() { q.abs() } else { *largest };
+            }
+        }
+        let mut inverse = [0_f64; STRIPE];
+        for (lane, largest) in largest.as_chunks::<4>().0.iter().enumerate() {
+            let finite = largest.iter().all(|size| *size <= f32::MAX);
+            let largest = largest.iter().copied().fold(0.0, f32::max);
+            let step = (largest / CODE_MAX).max(f32::MIN_POSITIVE);
+            self.step[lane] = if finite { step } else { f32::NAN };
+            inverse[4 * lane..][..4].fill(1.0 / f64::from(self.step[lane]));
+        }
         let rounding = f64::from(2.0 * d as f32 + 32.0) * f64::from(f32::EPSILON / 2.0);
-        let (mut largest, mut sums, mut slack) = ([0_f32; LANES], [0_i32; LANES], [0_f64; LANES]);
-        let mut finite = [true; LANES];
-        for (i, four) in query.chunks(4).enumerate() {
-            let lane = i % LANES;
-            for q in four {
-                let size = q.abs();
-                largest[lane] = if size > largest[lane] { size } else { largest[lane] };
-                finite[lane] &= size <= f32::MAX;
+        let (mut sums, mut slack) = ([0_i32; STRIPE], [0_f64; STRIPE]);
+        for (i, stripe) in stripes.iter().enumerate() {
+            let codes = &mut self.codes[i * STRIPE..][..STRIPE];
+            let upper = &mut self.upper[i * STRIPE..][..STRIPE];
+            for j in 0..STRIPE {
+                let steps = f64::from(stripe[j]) * inverse[j];
+                // Nearest, ties to even, as every sum is rounded; the whole number is in the last bits, then.
+                let near = steps.clamp(-127.0, 127.0) + NEAREST;
+                let code = near - NEAREST;
+                codes[j] = near.to_bits() as i8;
+                upper[j] = if stripe[j] >= 0.0 { 0xff } else { 0 };
+                sums[j] += i32::from(codes[j]);
+                slack[j] += (steps - code).abs() + steps.abs() * rounding;
             }
         }
-        let mut inverse = [0_f64; LANES];
-        for lane in 0..LANES {
-            let step = (largest[lane] / CODE_MAX).max(f32::MIN_POSITIVE);
-            self.step[lane] = if finite[lane] { step } else { f32::NAN };
-            inverse[lane] = 1.0 / f64::from(self.step[lane]);
-        }
-        for (i, four) in query.chunks(4).enumerate() {
-            let lane = i % LANES;
-            for (b, q) in four.iter().enumerate() {
-                let steps = f64::from(*q) * inverse[lane];
-                // Nearest, ties to even, as every sum is rounded; `round` would be a call.
-                let code = ((steps + NEAREST) - NEAREST).clamp(-127.0, 127.0);
-                let whole = code as i32;
-                self.codes[4 * i + b] = whole as i8;
-                self.upper[4 * i + b] = if *q >= 0.0 { 0xff } else { 0 };
-                sums[lane] += whole;
-                slack[lane] += (steps - code).abs() + steps.abs() * rounding;
-            }
-        }
-        for lane in 0..LANES {
+        let lanes = sums.as_chunks::<4>().0.iter().zip(slack.as_chunks::<4>().0);
+        for (start, (sums, slack)) in self.start.iter_mut().zip(lanes) {
             // Rounded up, and a little more for the roundings of these sums themselves, which are of 2⁻⁵³.
-            let slack = (f64::from(CODE_MAX) * slack[lane] * (1.0 + 1e-9)) as i32 + 1;
-            self.start[lane] = slack - OFFSET * sums[lane];
+            let slack = (f64::from(CODE_MAX) * slack.iter().sum::<f64>() * (1.0 + 1e-9)) as i32 + 1;
+            *start = slack - OFFSET * sums.iter().sum::<i32>();
         }
     }
 }
@@ -255,7 +263,8 @@ impl Kernels {
             for block in Block::all(d) {
                 let heads = queries.len() / d;
                 for (query, prepared) in queries.chunks_exact(d).zip(&mut prepared) {
-                    prepared.set(&query[block.channel..][..block.channels], d);
+                    let query = &query[block.channel..][..block.channels];
+                    dispatch!(self, prepare_bounds_i8(query, d, prepared));
                 }
                 dispatch!(self, page_bounds_i8(block, &prepared[..heads], blocks, pages, out, out_stride));
             }

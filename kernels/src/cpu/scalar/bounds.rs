@@ -26,6 +26,10 @@ pub(in crate::cpu) fn page_bounds_many(
     }
 }
 
+pub(in crate::cpu) fn prepare_bounds_i8(query: &[f32], d: usize, to: &mut Query8) {
+    to.set(query, d);
+}
+
 pub(in crate::cpu) fn page_bounds_i8(
     block: Block,
     queries: &[Query8],

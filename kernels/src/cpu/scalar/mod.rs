@@ -13,7 +13,7 @@ mod top_k;
 #[cfg(target_arch = "x86_64")]
 pub(super) use attend::merge_weights;
 pub(super) use attend::{attend, attend_layout, merge, scores, scores_layout};
-pub(super) use bounds::{page_bounds_i8, page_bounds_many};
+pub(super) use bounds::{page_bounds_i8, page_bounds_many, prepare_bounds_i8};
 pub(super) use convert::{from_f32, to_f32};
 pub(super) use dequantise::dequantise;
 pub(super) use elementwise::{add, axpy, rms_norm, rope_halves, silu_mul, softmax_add, softmax_in_place};

@@ -1,14 +1,13 @@
 //! Attention over scattered rows: chunk by chunk the scores, the weights, the sum of values.
 //!
 //! A chunk is a fixed number of rows of the sequence, whatever runs they come from, so that nothing depends on where runs begin and
-//! end. It stays in the second-level cache, so that memory is read once; between chunks the softmax goes on as in Milakov &
-//! Gimelshein's online softmax (2018): a new maximum scales down what was summed.
+//! end. Between chunks the softmax goes on as in Milakov & Gimelshein's online softmax (2018): a new maximum scales down what was
+//! summed. Values are summed a chunk later than their keys are scored, so that a chunk's weights, each waiting for the one before, are
+//! found while there are sums of another one to do.
 
-use super::elementwise::multiply;
-use super::reduce::{exp_in_place, max};
-use super::rows::{BLOCK, Blocks, prefetch};
+use super::rows::{Ahead, Chunk, Rows, chunk_rows};
 use super::stored::{Stored, by_dtype};
-use super::values::add_block;
+use super::values::add_chunk;
 use super::{Simd, write4};
 use crate::cpu::scalar::merge_weights;
 use crate::dtype::Dtype;
@@ -17,13 +16,6 @@ use crate::run::{AttendScratch, Run};
 
 /// Rows of a tile of scores: as many as [`Simd::sum4`] sums.
 const TILE: usize = 4;
-/// Bytes of a chunk: half of a small second-level cache.
-const CHUNK_BYTES: usize = 128 << 10;
-
-/// Rows of a chunk, whole blocks.
-pub(super) fn chunk_rows(row_bytes: usize) -> usize {
-    (CHUNK_BYTES / row_bytes).next_multiple_of(BLOCK).clamp(4 * BLOCK, 64 * BLOCK)
-}
 
 /// # Safety
 /// As [`Kernels::scores`](crate::Kernels::scores).
@@ -53,54 +45,57 @@ pub(super) unsafe fn all_scores<S: Simd, E: Stored>(
     out: *mut f32,
     out_stride: usize,
 ) {
-    // Nobody is going to read the values.
-    let shape = RowShape { values: 0, ..shape };
-    let mut blocks = Blocks::new(runs, shape.row_bytes);
+    let mut rows = Rows::new(runs, shape.row_bytes, chunk_rows(shape.row_bytes));
+    let (mut now, mut coming) = (Chunk::EMPTY, Chunk::EMPTY);
+    rows.fill(&mut now);
     let mut t = 0;
-    while !blocks.rows().is_empty() {
-        // SAFETY: passed on to the caller; the block's scores are a part of the whole.
-        unsafe { score_block::<S, E>(s, shape, queries, 1.0, &blocks, out.add(t), out_stride) };
-        t += blocks.rows().len();
-        blocks.advance();
+    while !now.rows().is_empty() {
+        rows.fill(&mut coming);
+        // Nobody is going to read the values.
+        let mut ahead = Ahead::new(&coming, shape.keys * E::BYTES);
+        let lines = TILE * ahead.lines();
+        // SAFETY: passed on to the caller; the chunk's scores are a part of the whole.
+        unsafe { score_chunk::<S, E>(s, shape, queries, 1.0, &now, &mut ahead, lines, out.add(t), out_stride) };
+        t += now.rows().len();
+        std::mem::swap(&mut now, &mut coming);
     }
 }
 
-/// Scores of a block's rows; meanwhile the next block's keys are asked for, and its values, where they lie elsewhere.
+/// Scores of a chunk's rows; meanwhile so many lines are asked for with every four of them.
 ///
 /// # Safety
 /// The rows are readable; `out` has room for a score per row for each query, one query every `out_stride` values.
 #[inline(always)]
-unsafe fn score_block<S: Simd, E: Stored>(
+#[allow(clippy::too_many_arguments)]
+unsafe fn score_chunk<S: Simd, E: Stored>(
     s: S,
     shape: RowShape,
     queries: &[f32],
     scale: f32,
-    blocks: &Blocks,
+    chunk: &Chunk,
+    ahead: &mut Ahead,
+    lines: usize,
     out: *mut f32,
     out_stride: usize,
 ) {
     let d = shape.keys;
-    let (group, n) = (queries.len() / d, blocks.rows().len());
-    let values = if shape.column > 0 { shape.values * E::BYTES } else { 0 };
+    let (group, n) = (queries.len() / d, chunk.rows().len());
+    let lines = lines.div_ceil((d / S::LANES).max(1));
     for first in (0..n).step_by(TILE) {
-        for row in blocks.ahead().iter().skip(first).take(TILE) {
-            prefetch::<true>(*row, d * E::BYTES);
-            if values > 0 {
-                prefetch::<false>(row.wrapping_add(shape.column), values);
-            }
-        }
-        let (rows, count) = (blocks.tile(first), TILE.min(n - first));
+        let (rows, count) = (chunk.tile(first), TILE.min(n - first));
         let mut h = 0;
         while h < group {
             let heads = super::tile(group - h, S::HEADS);
+            // Once is enough for what is to come.
+            let lines = if h == 0 { lines } else { 0 };
             // SAFETY: the rows are readable; queries from h on are [heads][d]; `out` has room for `count` scores of each.
             unsafe {
                 let (queries, out) = (queries.as_ptr().add(h * d), out.add(h * out_stride + first));
                 match heads {
-                    1 => score_tile::<S, E, 1>(s, queries, d, scale, rows, count, out, out_stride),
-                    2 => score_tile::<S, E, 2>(s, queries, d, scale, rows, count, out, out_stride),
-                    3 => score_tile::<S, E, 3>(s, queries, d, scale, rows, count, out, out_stride),
-                    _ => score_tile::<S, E, 4>(s, queries, d, scale, rows, count, out, out_stride),
+                    1 => score_tile::<S, E, 1>(s, queries, d, scale, rows, count, ahead, lines, out, out_stride),
+                    2 => score_tile::<S, E, 2>(s, queries, d, scale, rows, count, ahead, lines, out, out_stride),
+                    3 => score_tile::<S, E, 3>(s, queries, d, scale, rows, count, ahead, lines, out, out_stride),
+                    _ => score_tile::<S, E, 4>(s, queries, d, scale, rows, count, ahead, lines, out, out_stride),
                 }
             }
             h += heads;
@@ -121,6 +116,8 @@ unsafe fn score_tile<S: Simd, E: Stored, const H: usize>(
     scale: f32,
     rows: [*const u8; TILE],
     count: usize,
+    ahead: &mut Ahead,
+    lines: usize,
     out: *mut f32,
     out_stride: usize,
 ) {
@@ -129,6 +126,7 @@ unsafe fn score_tile<S: Simd, E: Stored, const H: usize>(
     // SAFETY: the caller promises the shapes; parts are as long as what is left of d.
     unsafe {
         for j in (0..whole).step_by(S::LANES) {
+            ahead.ask(lines);
             let mut q = [s.splat(0.0); H];
             for h in 0..H {
                 q[h] = s.load_f32(queries.add(h * d + j).cast());
@@ -142,6 +140,7 @@ unsafe fn score_tile<S: Simd, E: Stored, const H: usize>(
         }
         if whole < d {
             let left = d - whole;
+            ahead.ask(lines);
             let mut q = [s.splat(0.0); H];
             for h in 0..H {
                 q[h] = s.load_f32_part(queries.add(h * d + whole).cast(), left);
@@ -197,117 +196,155 @@ pub(super) unsafe fn attend_rows<S: Simd, E: Stored>(
     out: &mut [f32],
     lse: &mut [f32],
 ) {
-    let chunk = chunk_rows(shape.row_bytes);
-    let room = scratch.room(lse.len() * (chunk + 1));
-    let mut attention = Attention::new(shape, scale, chunk, room, out, lse);
-    let [mut keys, mut values, mut coming] = [(); 3].map(|()| Blocks::new(runs, shape.row_bytes));
-    for _ in 0..chunk / BLOCK {
-        coming.advance();
+    let mut attention = Attention::new::<S>(shape, scale, scratch, lse);
+    let mut rows = Rows::new(runs, shape.row_bytes, attention.chunk);
+    let [mut before, mut now, mut coming] = [Chunk::EMPTY; 3];
+    rows.fill(&mut now);
+    // Nothing was worked on meanwhile: the first ones at once.
+    Ahead::new(&now, shape.row_bytes).ask(usize::MAX);
+    let mut turn = 0;
+    while !now.rows().is_empty() || !before.rows().is_empty() {
+        rows.fill(&mut coming);
+        let mut ahead = Ahead::new(&coming, shape.row_bytes);
+        // SAFETY: passed on to the caller; values are those whose keys came last.
+        unsafe {
+            attention.keys::<S, E>(s, queries, &now, &mut ahead, turn);
+            attention.values::<S, E>(s, &before, &mut ahead, 1 - turn);
+        }
+        std::mem::swap(&mut before, &mut now);
+        std::mem::swap(&mut now, &mut coming);
+        turn = 1 - turn;
     }
-    while !keys.rows().is_empty() {
-        // SAFETY: passed on to the caller.
-        unsafe { attention.add::<S, E>(s, queries, &mut keys, &mut values, &mut coming) };
-    }
-    attention.finish(s);
+    attention.finish(s, out);
 }
 
 /// Attention under way: what is kept from chunk to chunk.
 pub(super) struct Attention<'a> {
     shape: RowShape,
     scale: f32,
-    /// Rows of a chunk, whole blocks.
-    chunk: usize,
-    /// `[group][chunk]`.
+    /// Rows of a chunk.
+    pub(super) chunk: usize,
+    /// `[2][group][chunk]`: of two chunks, whose turns are 0 and 1.
     weights: &'a mut [f32],
-    /// `[group]`: the weights so far, added.
+    /// `[2][group][lanes]`: what each chunk's maximum scales down by all that was summed before it.
+    factors: &'a mut [f32],
+    /// `[group][lanes]`: the weights so far, added.
     sums: &'a mut [f32],
-    /// `[group][values]`: the weighted values so far, added.
-    out: &'a mut [f32],
+    /// `[group][values, up to whole registers]`: the weighted values so far, added.
+    added: &'a mut [f32],
     /// `[group]`: until the end, the largest score so far.
     lse: &'a mut [f32],
 }
 
 impl<'a> Attention<'a> {
-    /// Nothing yet; `room` has a place for each query and row of a chunk, and one more for each query.
+    /// Nothing yet.
+    ///
+    /// All that is summed stands in the scratch, at whole cache lines: registers that are stored across two of them, and read again,
+    /// cost a third of the time.
     #[inline(always)]
-    pub(super) fn new(
+    pub(super) fn new<S: Simd>(
         shape: RowShape,
         scale: f32,
-        chunk: usize,
-        room: &'a mut [f32],
-        out: &'a mut [f32],
+        scratch: &'a mut AttendScratch,
         lse: &'a mut [f32],
     ) -> Self {
-        let (weights, sums) = room.split_at_mut(lse.len() * chunk);
+        let (group, chunk) = (lse.len(), chunk_rows(shape.row_bytes));
+        let columns = shape.values.next_multiple_of(S::LANES);
+        let room = scratch.room(group * (2 * chunk + 3 * S::LANES + columns));
+        let (weights, rest) = room.split_at_mut(2 * group * chunk);
+        let (factors, rest) = rest.split_at_mut(2 * group * S::LANES);
+        let (sums, added) = rest.split_at_mut(group * S::LANES);
         lse.fill(f32::NEG_INFINITY);
         sums.fill(0.0);
-        out.fill(0.0);
-        Self { shape, scale, chunk, weights, sums, out, lse }
+        added.fill(0.0);
+        Self { shape, scale, chunk, weights, factors, sums, added, lse }
     }
 
-    /// Adds the next chunk: `keys` and `values` stand at its first row, and then at the next one's; `coming` at the first row of the
-    /// chunk after it, whose keys are asked for while values are summed, so that memory never rests.
+    /// The weights of a chunk's rows, kept as those of its turn; meanwhile half of what is ahead is asked for.
     ///
     /// # Safety
     /// The rows are readable, of the shape and the type.
     #[inline(always)]
-    pub(super) unsafe fn add<S: Simd, E: Stored>(
+    pub(super) unsafe fn keys<S: Simd, E: Stored>(
         &mut self,
         s: S,
         queries: &[f32],
-        keys: &mut Blocks,
-        values: &mut Blocks,
-        coming: &mut Blocks,
+        rows: &Chunk,
+        ahead: &mut Ahead,
+        turn: usize,
     ) {
-        let (group, d, chunk) = (self.lse.len(), self.shape.values, self.chunk);
-        let mut n = 0;
-        while n < chunk && !keys.rows().is_empty() {
-            // SAFETY: passed on to the caller; a chunk is whole blocks, and `weights` has room for a chunk of each query.
-            unsafe {
-                let weights = self.weights.as_mut_ptr().add(n);
-                score_block::<S, E>(s, self.shape, queries, self.scale, keys, weights, chunk);
-            };
-            n += keys.rows().len();
-            keys.advance();
+        let (group, chunk, n) = (self.lse.len(), self.chunk, rows.rows().len());
+        if n == 0 {
+            return;
+        }
+        let weights = &mut self.weights[turn * group * chunk..][..group * chunk];
+        let lines = ahead.lines() * TILE / 2;
+        // SAFETY: passed on to the caller; `weights` has room for a chunk of each query.
+        unsafe {
+            let out = weights.as_mut_ptr();
+            score_chunk::<S, E>(s, self.shape, queries, self.scale, rows, ahead, lines, out, chunk);
         }
         for h in 0..group {
-            let weights = &mut self.weights[h * chunk..][..n];
-            let (top, lse) = (max(s, weights), &mut self.lse[h]);
-            if top > *lse {
-                let factor = (*lse - top).exp();
-                multiply(s, &mut self.out[h * d..][..d], factor);
-                self.sums[h] *= factor;
-                *lse = top;
+            let weights = &mut weights[h * chunk..][..n.next_multiple_of(S::LANES)];
+            weights[n..].fill(f32::NEG_INFINITY);
+            let before = self.lse[h];
+            let mut top = s.splat(before);
+            for scores in weights.chunks_exact(S::LANES) {
+                top = s.max(s.load(scores), top);
             }
-            if *lse == f32::NEG_INFINITY {
-                weights.fill(0.0);
-            } else {
-                self.sums[h] += exp_in_place(s, weights, *lse);
+            let top = s.max_lane(top);
+            // Where there is nothing but -inf, every weight is 0, and so is the factor.
+            let zero = s.splat(if top == f32::NEG_INFINITY { 0.0 } else { top });
+            let factor = s.exp(s.sub(s.splat(before), zero));
+            s.store(factor, &mut self.factors[(turn * group + h) * S::LANES..][..S::LANES]);
+            let sums = &mut self.sums[h * S::LANES..][..S::LANES];
+            let mut sum = s.mul(s.load(sums), factor);
+            for weights in weights.chunks_exact_mut(S::LANES) {
+                let weight = s.exp(s.sub(s.load(weights), zero));
+                s.store(weight, weights);
+                sum = s.add(sum, weight);
             }
-        }
-        let mut t = 0;
-        while t < n {
-            // SAFETY: passed on to the caller; `weights` holds this chunk's, `out` is [group][d].
-            unsafe {
-                let weights = self.weights.as_ptr().add(t);
-                let out = self.out.as_mut_ptr();
-                add_block::<S, E>(s, values, coming.rows(), self.shape, group, weights, chunk, out);
-            };
-            t += values.rows().len();
-            values.advance();
-            coming.advance();
+            s.store(sum, sums);
+            self.lse[h] = top;
         }
     }
 
-    /// Divides by the sum of weights.
+    /// Adds the values of the rows whose weights are those of `turn`; meanwhile the other half of what is ahead is asked for.
+    ///
+    /// # Safety
+    /// As [`Attention::keys`], which came before, with the same rows and turn.
     #[inline(always)]
-    pub(super) fn finish<S: Simd>(self, s: S) {
+    pub(super) unsafe fn values<S: Simd, E: Stored>(&mut self, s: S, rows: &Chunk, ahead: &mut Ahead, turn: usize) {
+        let (group, chunk) = (self.lse.len(), self.chunk);
+        if rows.rows().is_empty() {
+            return;
+        }
+        let weights = &self.weights[turn * group * chunk..][..group * chunk];
+        let factors = &self.factors[turn * group * S::LANES..][..group * S::LANES];
+        // SAFETY: passed on to the caller; `weights` and `factors` are this chunk's, `added` is as wide as it has to be.
+        unsafe {
+            let (weights, factors, added) = (weights.as_ptr(), factors.as_ptr(), self.added.as_mut_ptr());
+            add_chunk::<S, E>(s, rows.rows(), ahead, self.shape, group, weights, chunk, factors, added);
+        }
+    }
+
+    /// Divides by the sum of weights: `out` is `[group][values]`.
+    #[inline(always)]
+    pub(super) fn finish<S: Simd>(self, s: S, out: &mut [f32]) {
         let d = self.shape.values;
-        for (h, lse) in self.lse.iter_mut().enumerate() {
-            if *lse != f32::NEG_INFINITY {
-                multiply(s, &mut self.out[h * d..][..d], 1.0 / self.sums[h]);
-                *lse += self.sums[h].ln();
+        let added = self.added.chunks_exact(d.next_multiple_of(S::LANES));
+        for (h, (lse, added)) in self.lse.iter_mut().zip(added).enumerate() {
+            let out = &mut out[h * d..][..d];
+            if *lse == f32::NEG_INFINITY {
+                out.fill(0.0);
+                continue;
             }
+            let sum = s.sum(s.load(&self.sums[h * S::LANES..][..S::LANES]));
+            let inverse = s.splat(1.0 / sum);
+            for (out, added) in out.chunks_mut(S::LANES).zip(added.chunks_exact(S::LANES)) {
+                s.store(s.mul(s.load(added), inverse), out);
+            }
+            *lse += sum.ln();
         }
     }
 }

@@ -2,11 +2,17 @@
 
 use std::arch::x86_64::*;
 
-use super::write2;
+use super::{Simd, write2};
 use crate::cpu::bounds::{Block, FLOOR, LANES, Query8, STRIPE};
 
 /// Pages at a time: no more, so that memory is read nearly in order, as in [`bounds`](super::bounds).
 const PAGES: usize = 2;
+
+/// The plain code, compiled once more with the path's instructions.
+#[inline(always)]
+pub(super) fn prepare_bounds_i8<S: Simd>(_: S, query: &[f32], d: usize, to: &mut Query8) {
+    to.set(query, d);
+}
 
 /// What an instruction set has to offer here.
 trait Whole: Copy {

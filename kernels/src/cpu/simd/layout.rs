@@ -2,9 +2,9 @@
 //! the second-level cache.
 
 use super::Simd;
-use super::attend::{Attention, all_scores, attend_rows, chunk_rows};
+use super::attend::{Attention, all_scores, attend_rows};
 use super::dequantise::dequantise;
-use super::rows::Blocks;
+use super::rows::{Ahead, Chunk, Rows, chunk_rows};
 use super::stored::{F32, by_dtype};
 use crate::layout::RowLayout;
 use crate::run::{AttendScratch, Run};
@@ -13,51 +13,53 @@ use crate::run::{AttendScratch, Run};
 struct Decoded<'a> {
     layout: RowLayout,
     row_bytes: usize,
-    runs: &'a [Run],
-    /// How many rows of the first run are done.
-    done: usize,
+    rows: Rows<'a>,
+    now: Chunk,
+    coming: Chunk,
 }
 
 impl<'a> Decoded<'a> {
     #[inline(always)]
     fn new(layout: RowLayout, runs: &'a [Run]) -> Self {
-        Self { layout, row_bytes: layout.checked_row_bytes("attend_layout"), runs, done: 0 }
+        let row_bytes = layout.checked_row_bytes("attend_layout");
+        let mut rows = Rows::new(runs, row_bytes, chunk_rows(layout.decoded().row_bytes));
+        let mut coming = Chunk::EMPTY;
+        rows.fill(&mut coming);
+        Self { layout, row_bytes, rows, now: Chunk::EMPTY, coming }
     }
 
-    /// The next rows, at most as many as `to` has room for; of none after the last one.
+    /// The next chunk's rows, as they are read from `to`; of none after the last one.
     ///
     /// # Safety
     /// Each run's rows are readable.
     #[inline(always)]
     unsafe fn next<S: Simd>(&mut self, s: S, to: &mut [f32]) -> Run {
-        let mut n = 0;
-        for to in to.chunks_exact_mut(self.layout.decoded().row_bytes / 4) {
-            while self.runs.first().is_some_and(|run| run.rows == self.done) {
-                (self.runs, self.done) = (&self.runs[1..], 0);
-            }
-            let Some(run) = self.runs.first() else { break };
-            // SAFETY: the caller promises `run.rows` rows, of which this is one.
-            let row = unsafe {
-                std::slice::from_raw_parts(run.rows_ptr.add(self.done * self.row_bytes), self.row_bytes)
-            };
+        std::mem::swap(&mut self.now, &mut self.coming);
+        self.rows.fill(&mut self.coming);
+        for (row, to) in self.now.rows().iter().zip(to.chunks_exact_mut(self.layout.decoded().row_bytes / 4)) {
+            // SAFETY: the caller promises that the runs' rows, of which this is one, are readable.
+            let row = unsafe { std::slice::from_raw_parts(*row, self.row_bytes) };
             self.layout.decode_row(row, to, |format, row, to| dequantise(s, format, row, to));
-            self.done += 1;
-            n += 1;
         }
-        Run::new(to.as_ptr().cast(), n)
+        Run::new(to.as_ptr().cast(), self.now.rows().len())
+    }
+
+    /// The rows after those.
+    #[inline(always)]
+    fn ahead(&self) -> Ahead<'_> {
+        Ahead::new(&self.coming, self.row_bytes)
     }
 }
 
-/// Memory for a chunk of dequantised rows, and how many they are.
+/// Memory for a chunk of dequantised rows.
 #[inline(always)]
-fn chunk_of(layout: RowLayout, rows: &mut Vec<f32>) -> (&mut [f32], usize) {
+fn chunk_of(layout: RowLayout, rows: &mut Vec<f32>) -> &mut [f32] {
     let row_bytes = layout.decoded().row_bytes;
-    let chunk = chunk_rows(row_bytes);
-    let values = chunk * row_bytes / 4;
+    let values = chunk_rows(row_bytes) * row_bytes / 4;
     if rows.len() < values {
         rows.resize(values, 0.0);
     }
-    (&mut rows[..values], chunk)
+    &mut rows[..values]
 }
 
 /// # Safety
@@ -80,10 +82,9 @@ pub(super) unsafe fn attend_layout<S: Simd>(
     }
     let shape = layout.decoded();
     let mut memory = std::mem::take(&mut scratch.rows);
-    let (rows, chunk) = chunk_of(layout, &mut memory);
-    let room = scratch.room(lse.len() * (chunk + 1));
-    let mut attention = Attention::new(shape, scale, chunk, room, out, lse);
-    let mut decoded = Decoded::new(layout, runs);
+    let rows = chunk_of(layout, &mut memory);
+    let mut attention = Attention::new::<S>(shape, scale, scratch, lse);
+    let (mut decoded, mut chunk) = (Decoded::new(layout, runs), Chunk::EMPTY);
     loop {
         // SAFETY: passed on to the caller; the dequantised rows are read before the next ones take their place.
         unsafe {
@@ -91,12 +92,13 @@ pub(super) unsafe fn attend_layout<S: Simd>(
             if run[0].rows == 0 {
                 break;
             }
-            let [mut keys, mut values] = [(); 2].map(|()| Blocks::new(&run, shape.row_bytes));
-            // The next chunk's rows are dequantised before they are attended: nothing to ask for.
-            attention.add::<S, F32>(s, queries, &mut keys, &mut values, &mut Blocks::new(&[], 0));
+            Rows::new(&run, shape.row_bytes, attention.chunk).fill(&mut chunk);
+            let mut ahead = decoded.ahead();
+            attention.keys::<S, F32>(s, queries, &chunk, &mut ahead, 0);
+            attention.values::<S, F32>(s, &chunk, &mut ahead, 0);
         }
     }
-    attention.finish(s);
+    attention.finish(s, out);
     scratch.rows = memory;
 }
 
@@ -117,7 +119,7 @@ pub(super) unsafe fn scores_layout<S: Simd>(
         unsafe { by_dtype!(dtype, all_scores(s, shape, queries, runs, out.as_mut_ptr(), out_stride)) };
         return;
     }
-    let (rows, _) = chunk_of(layout, &mut scratch.rows);
+    let rows = chunk_of(layout, &mut scratch.rows);
     let (mut decoded, mut t) = (Decoded::new(layout, runs), 0);
     loop {
         // SAFETY: passed on to the caller; `out` has room for a score per row, and the dequantised rows are read before the next ones

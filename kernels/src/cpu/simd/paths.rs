@@ -33,6 +33,7 @@ macro_rules! path {
                 bounds::page_bounds_many(
                     dtype: Dtype, queries: &[f32], group: usize, blocks: &[u8], pages: usize, out: &mut [f32], out_stride: usize,
                 );
+                bounds_i8::prepare_bounds_i8(query: &[f32], d: usize, to: &mut Query8);
                 dequantise::dequantise(format: Format, row: &[u8], values: &mut [f32]);
                 score::min_max_update(rows: &[f32], d: usize, minmax: &mut [f32]);
                 score::project(x: &[f32], a: &[f32], out: &mut [f32]);
