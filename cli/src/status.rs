@@ -4,7 +4,9 @@ use std::fmt::Write;
 
 use kvoyant_daemon::admin::{AdminError, fetch_status};
 use kvoyant_daemon::config::Config;
-use kvoyant_daemon::status::{DeviceReport, PoolReport, PoolState, SessionReport, StatusReport};
+use kvoyant_daemon::status::{
+    DeviceReport, MethodReport, PoolReport, PoolState, SessionReport, StatusReport,
+};
 
 use crate::args::StatusArgs;
 
@@ -86,6 +88,9 @@ fn words(report: &StatusReport) -> String {
     );
     for session in &report.sessions {
         let _ = writeln!(out, "{}", line(session));
+        if let Some(kept) = kept(session) {
+            let _ = writeln!(out, "{:>7}  keeps {kept}", "");
+        }
     }
     out
 }
@@ -155,6 +160,21 @@ fn line(session: &SessionReport) -> String {
     )
 }
 
+/// What its methods keep, if they keep anything.
+fn kept(session: &SessionReport) -> Option<String> {
+    let keeps = |method: &MethodReport| {
+        let parts = [(method.digest_bytes, "digests"), (method.memory_bytes, "memory")];
+        let parts: Vec<_> = parts
+            .into_iter()
+            .filter(|(size, _)| *size > 0)
+            .map(|(size, what)| format!("{} of {what}", bytes(size)))
+            .collect();
+        (!parts.is_empty()).then(|| format!("{} for {}", parts.join(" and "), method.method))
+    };
+    let all: Vec<_> = session.methods.iter().filter_map(keeps).collect();
+    (!all.is_empty()).then(|| all.join(", "))
+}
+
 fn counted(n: u64, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
@@ -187,7 +207,14 @@ mod tests {
             page_bytes: 4096,
             kv_bytes: 12_288,
             extents: 1,
-            digest_bytes: 10,
+            digest_bytes: 3080,
+            methods: [("quest+scout", 1024, 0), ("resv", 8, 2048), ("given", 0, 0)]
+                .map(|(method, digest_bytes, memory_bytes)| MethodReport {
+                    method: method.into(),
+                    digest_bytes,
+                    memory_bytes,
+                })
+                .into(),
             slab_bytes: 0,
             speculations: 1,
             rows_selected: 8,
@@ -236,7 +263,7 @@ mod tests {
                 tokens: 100,
                 pages: 3,
                 kv_bytes: 12_288,
-                digest_bytes: 10,
+                digest_bytes: 3080,
                 slab_bytes: 0,
                 bytes_moved: 0,
             },
@@ -254,6 +281,7 @@ mod tests {
             "node 1",
             "limit is 0",
             "2.00 KiB ahead of any request; 3 rows attended",
+            "keeps 1.00 KiB of digests for quest+scout, 8 B of digests and 2.00 KiB of memory for resv\n",
         ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use kvoyant_protocol::wire::{STATS, Stat};
@@ -10,6 +10,33 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
 use crate::tiers::pool::ExtentPool;
+
+/// What a method keeps, or several that share it. Lanes write, anybody reads.
+#[derive(Debug)]
+pub struct KeptBytes {
+    /// Its name; those of methods that share digests, with `+` between them.
+    pub method: String,
+    /// Bytes of digests, their tables and states.
+    pub digest_bytes: AtomicU64,
+    /// Bytes of memories.
+    pub memory_bytes: AtomicU64,
+}
+
+impl KeptBytes {
+    /// Nothing yet, under that name.
+    #[must_use]
+    pub fn new(method: String) -> Self {
+        Self { method, digest_bytes: AtomicU64::new(0), memory_bytes: AtomicU64::new(0) }
+    }
+
+    fn report(&self) -> MethodReport {
+        MethodReport {
+            method: self.method.clone(),
+            digest_bytes: self.digest_bytes.load(Ordering::Relaxed),
+            memory_bytes: self.memory_bytes.load(Ordering::Relaxed),
+        }
+    }
+}
 
 /// One session's counters. Lanes write, anybody reads.
 #[derive(Debug)]
@@ -36,8 +63,10 @@ pub struct SessionStatus {
     pub page_bytes: AtomicU64,
     /// Extents.
     pub extents: AtomicU64,
-    /// Bytes of digests.
+    /// Bytes of all that methods keep.
     pub digest_bytes: AtomicU64,
+    /// The same by method; once a model is registered.
+    pub kept: OnceLock<Vec<KeptBytes>>,
     /// Pages of the slab in use.
     pub slab_pages: AtomicU64,
     /// Counters in the order of [`Stat`].
@@ -61,6 +90,7 @@ impl SessionStatus {
             page_bytes: AtomicU64::new(0),
             extents: AtomicU64::new(0),
             digest_bytes: AtomicU64::new(0),
+            kept: OnceLock::new(),
             slab_pages: AtomicU64::new(0),
             stats: std::array::from_fn(|_| AtomicU64::new(0)),
         }
@@ -83,6 +113,7 @@ impl SessionStatus {
             kv_bytes: get(&self.pages) * get(&self.page_bytes),
             extents: get(&self.extents),
             digest_bytes: get(&self.digest_bytes),
+            methods: self.kept.get().into_iter().flatten().map(KeptBytes::report).collect(),
             slab_bytes: get(&self.slab_pages) * get(&self.page_bytes),
             speculations: stat(Stat::Speculations),
             rows_selected: stat(Stat::RowsSelected),
@@ -305,6 +336,17 @@ pub struct Totals {
     pub bytes_moved: u64,
 }
 
+/// What a method of a session keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MethodReport {
+    /// Its name; those of methods that share digests, with `+` between them.
+    pub method: String,
+    /// Bytes of digests, their tables and states.
+    pub digest_bytes: u64,
+    /// Bytes of memories.
+    pub memory_bytes: u64,
+}
+
 /// One session.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the fields are those of SessionStatus and Stat")]
@@ -321,7 +363,11 @@ pub struct SessionReport {
     pub page_bytes: u64,
     pub kv_bytes: u64,
     pub extents: u64,
+    /// Digests, states and memories.
     pub digest_bytes: u64,
+    /// The same by method, for those that keep anything.
+    #[serde(default)]
+    pub methods: Vec<MethodReport>,
     pub slab_bytes: u64,
     pub speculations: u64,
     pub rows_selected: u64,

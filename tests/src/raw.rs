@@ -7,7 +7,7 @@ use std::time::Instant;
 use kvoyant_protocol::control::{ControlError, ModelSpec, ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::layout::{Layout, Limits};
 use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
-use kvoyant_protocol::packet;
+use kvoyant_protocol::packet::{self, Packet};
 use kvoyant_protocol::ring::Descriptor;
 use kvoyant_protocol::wire::{BatchEntry, Request, SequenceId};
 
@@ -54,6 +54,19 @@ impl Raw {
     /// If the daemon refuses.
     #[must_use]
     pub fn connect_with(path: &Path, spec: ModelSpec, features: u64) -> (Self, Vec<OwnedFd>) {
+        let mut raw = Self::greet(path, features);
+        let registered = raw.register(spec, &[]).expect("an answer");
+        let message = decode::<ToClient>(&registered.bytes).expect("a message");
+        assert!(matches!(message, ToClient::Registered { .. }), "{message:?}");
+        (raw, registered.fds)
+    }
+
+    /// Goes through the handshake.
+    ///
+    /// # Panics
+    /// If the daemon refuses.
+    #[must_use]
+    pub fn greet(path: &Path, features: u64) -> Self {
         let limits = Limits { ring_slots: 8, ..Limits::default() };
         let layout = Layout::new(limits).expect("limits");
         let socket = Self::socket(path);
@@ -67,11 +80,29 @@ impl Raw {
         let d2c = d2c.map_read_only().expect("a map");
         let mut raw = Self { socket, layout, c2d, c2d_file, d2c, tail: 0 };
         assert_eq!(raw.call(&ToDaemon::Mapped).expect("an answer"), ToClient::Sealed);
-        raw.say(&encode(&ToDaemon::Register(spec)));
-        let registered = packet::receive(raw.socket.as_fd()).expect("an answer");
-        let message = decode::<ToClient>(&registered.bytes).expect("a message");
-        assert!(matches!(message, ToClient::Registered { .. }), "{message:?}");
-        (raw, registered.fds)
+        raw
+    }
+
+    /// Registers a model, with its artifacts, and gives what comes back as it is.
+    ///
+    /// # Errors
+    /// If nothing comes.
+    ///
+    /// # Panics
+    /// If there is no memory for an artifact.
+    pub fn register(&mut self, spec: ModelSpec, artifacts: &[Vec<u8>]) -> std::io::Result<Packet> {
+        let lengths = artifacts.iter().map(|bytes| bytes.len() as u64).collect();
+        let spec = ModelSpec { artifacts: lengths, ..spec };
+        let file = |bytes: &Vec<u8>| {
+            let file = Memfd::create("artifact", bytes.len()).expect("a memfd");
+            file.map(false).expect("a map").write(0, bytes).expect("an artifact");
+            file.seal(Seals::fixed_size()).expect("a seal");
+            file
+        };
+        let files: Vec<_> = artifacts.iter().map(file).collect();
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        packet::send(self.socket.as_fd(), &encode(&ToDaemon::Register(spec)), &fds)?;
+        packet::receive(self.socket.as_fd())
     }
 
     /// Sends bytes as they are.

@@ -5,21 +5,11 @@ use kvoyant_client::{
     Client, Dtype, Error, Format, Hint, Member, Model, ModelSpec, Options, Ready, RowLayout, Sequence, Status,
 };
 use kvoyant_protocol::wire::Stat;
+use kvoyant_tests::noisy::{QUERY, append_noise, ask, noise, noisy, of_token, tokens_of};
 use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 const GROUP: usize = fake::QUERY_HEADS / fake::KV_HEADS;
-const QUERY: usize = fake::QUERY_HEADS * fake::HEAD_DIM;
-
-/// Numbers in `[-1, 1)` that depend on where they belong.
-fn noise(count: usize, seed: usize) -> Vec<f32> {
-    let mut state = seed as u64 ^ 0x9e37_79b9_7f4a_7c15;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..count).map(|_| next()).collect()
-}
 
 fn connect(daemon: &Daemon, spec: ModelSpec) -> Result<Model, Error> {
     Client::connect(&daemon.socket(), Options::default()).unwrap().register(spec, &[])
@@ -28,45 +18,6 @@ fn connect(daemon: &Daemon, spec: ModelSpec) -> Result<Model, Error> {
 fn refusal(daemon: &Daemon, spec: ModelSpec, artifacts: &[Vec<u8>]) -> String {
     let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
     client.register(spec, artifacts).unwrap_err().to_string()
-}
-
-/// A sequence whose keys and values are noise: `[token][KV head · d]` of each layer.
-fn noisy(model: &Model, tokens: usize) -> Sequence {
-    let sequence = model.open(0, tokens).unwrap();
-    append_noise(model, &sequence, tokens);
-    sequence
-}
-
-fn append_noise(model: &Model, sequence: &Sequence, tokens: usize) {
-    let first = sequence.tokens();
-    model.reserve(&[(sequence, tokens)]).unwrap();
-    let layout = model.layout();
-    let heads = model.spec().kv_heads as usize;
-    for layer in 0..fake::LAYERS {
-        for token in first..tokens {
-            let (keys, values) = of_token(layout, heads, layer, token);
-            sequence.write(layer, token, &keys, &values).unwrap();
-        }
-    }
-    model.append(&[(sequence, tokens - first)]).unwrap();
-}
-
-/// Key and value of a token, all heads.
-fn of_token(layout: RowLayout, heads: usize, layer: usize, token: usize) -> (Vec<f32>, Vec<f32>) {
-    let keys = noise(heads * layout.key_values(), 1 + 2 * (layer * 10_000 + token));
-    match layout {
-        RowLayout::KeyValue { d, .. } => (keys, noise(heads * d, 2 * (layer * 10_000 + token))),
-        RowLayout::Latent { .. } => (keys, Vec::new()),
-    }
-}
-
-fn ask(model: &Model, sequence: &Sequence, layer: usize, hint: Hint<'_>) -> Result<Ready, Error> {
-    let member = Member { sequence, position: sequence.tokens(), hint };
-    model.speculate(layer, &[member])?.wait(PATIENCE)
-}
-
-fn tokens_of(ready: &Ready, head: usize) -> Vec<usize> {
-    ready.tokens(0, head).flat_map(|run| run.token..run.token + run.rows).collect()
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
@@ -432,51 +383,6 @@ fn the_daemon_selects_what_its_methods_select_in_plain_memory_marks_forks_and_tr
         extend(&fork, &mut of_fork, 333);
         check(&fork, &mut of_fork, "forked and grown");
     }
-}
-
-#[test]
-fn a_memory_follows_forks_and_truncations() {
-    let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
-    for method in ["resv", "freekv:tau=2", "shadowkv:rank=8", "quest"] {
-        let model = fake::connect(&daemon, &[method, "window"]);
-        let query = noise(QUERY, 9);
-        let selected = |sequence: &Sequence| {
-            let ready = ask(&model, sequence, 1, Hint::Query(&query)).unwrap();
-            (0..fake::KV_HEADS).map(|head| tokens_of(&ready, head)).collect::<Vec<_>>()
-        };
-        let fresh = noisy(&model, 300);
-        let wanted = selected(&fresh);
-        let sequence = noisy(&model, 450);
-        let fork = sequence.fork(None).unwrap();
-        sequence.truncate(170).unwrap();
-        append_noise(&model, &sequence, 300);
-        let forked = selected(&fork);
-        fork.truncate(300).unwrap();
-        if method != "resv" {
-            // Clusters depend on the order of what came before; everything else on the rows that are there.
-            assert_eq!(selected(&sequence), wanted, "{method}");
-            assert_eq!(selected(&fork), wanted, "{method}");
-        }
-        let window = fork.fork(Some(1)).unwrap();
-        assert_eq!(selected(&window), [[0; 0]; 2]);
-        assert!(!forked[0].is_empty(), "{method}");
-    }
-}
-
-#[test]
-fn what_methods_keep_is_shown_and_given_back() {
-    let daemon = Daemon::start(DAEMON, &[]);
-    let model = fake::connect(&daemon, &["resv", "full"]);
-    let digests = || daemon.status().totals.digest_bytes;
-    let plain = model.open(1, 300).unwrap();
-    fake::fill(&model, &plain, 1, 300).unwrap();
-    drop(fake::ask(&model, &plain, 1));
-    assert_eq!(digests(), 0);
-    let kept = noisy(&model, 300);
-    drop(ask(&model, &kept, 1, Hint::Query(&noise(QUERY, 1))).unwrap());
-    wait_until("a memory in the status", || digests() > 0);
-    kept.close().unwrap();
-    wait_until("a memory that is given back", || digests() == 0);
 }
 
 #[test]

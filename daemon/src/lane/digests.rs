@@ -27,6 +27,13 @@ pub struct DigestPool {
     pub blocks: Blocks,
 }
 
+impl DigestPool {
+    /// Which kind.
+    pub(crate) fn key(&self) -> DigestKey {
+        self.key
+    }
+}
+
 /// No block yet.
 const NO_BLOCK: u32 = u32::MAX;
 
@@ -63,10 +70,15 @@ impl DigestSet {
         self.method
     }
 
-    /// Bytes of everything but the blocks.
-    pub(crate) fn bytes(&self) -> usize {
-        let parts = [Some(self.table), Some(self.state), self.memory, self.dead];
+    /// Bytes of everything but the blocks and the memories.
+    pub(crate) fn table_bytes(&self) -> usize {
+        let parts = [Some(self.table), Some(self.state), self.dead];
         parts.into_iter().flatten().map(|region| region.len).sum()
+    }
+
+    /// Bytes of the memories.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.memory.map_or(0, |memory| memory.len)
     }
 
     fn memory_of(&self, head: usize, heads: usize) -> Option<Region> {

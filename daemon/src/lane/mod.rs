@@ -8,6 +8,7 @@ pub mod background;
 pub mod digests;
 pub mod error;
 pub mod graph;
+pub mod kept;
 pub mod mailbox;
 pub mod model;
 mod place;
@@ -15,6 +16,8 @@ mod room;
 pub mod select;
 pub mod sequences;
 pub mod session;
+#[cfg(test)]
+mod tests;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

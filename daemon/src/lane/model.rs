@@ -18,8 +18,9 @@ use kvoyant_protocol::wire::SequenceId;
 use crate::device::rows::RowScratch;
 use crate::device::{Device, SessionMemory, Slab, SlabRequest};
 use crate::lane::background::Flying;
-use crate::lane::digests::{DigestPool, DigestSet};
+use crate::lane::digests::DigestPool;
 use crate::lane::graph::GraphState;
+use crate::lane::kept::Keepers;
 use crate::lane::sequences::SequenceSlot;
 use crate::tiers::arena::{PageGeometry, SessionArena};
 use crate::tiers::heap::{Heap, Region};
@@ -118,6 +119,8 @@ pub struct ModelState {
     pub directory: Region,
     /// Digest blocks, one pool for each kind of digest.
     pub pools: Vec<DigestPool>,
+    /// Under which names they are shown.
+    pub(crate) keepers: Keepers,
     /// Places for sequences.
     pub sequences: Vec<SequenceSlot>,
     /// Which of them are taken.
@@ -225,6 +228,7 @@ impl ModelState {
             spec,
             shape,
             layout,
+            keepers: Keepers::of(&methods),
             methods,
             arena: SessionArena::new(extents, geometry),
             tables: Heap::new("kvoyant-tables", budget, HEAP_FILE_BYTES),
@@ -260,14 +264,6 @@ impl ModelState {
     pub fn rows_per_extent(&self) -> u32 {
         let geometry = self.arena.geometry();
         (geometry.pages_per_extent() * geometry.page_rows) as u32
-    }
-
-    /// Bytes of all that methods keep: digest blocks, their tables, states and memories.
-    #[must_use]
-    pub fn digest_bytes(&self) -> usize {
-        let blocks: usize = self.pools.iter().map(|pool| pool.blocks.used_bytes()).sum();
-        let open = self.open_handles().filter_map(|id| self.sequence(id).ok());
-        blocks + open.flat_map(|sequence| &sequence.digests).map(DigestSet::bytes).sum::<usize>()
     }
 
     /// Memory that the client has not got yet, in messages of as many descriptors as fit.

@@ -550,7 +550,7 @@ impl LaneSession {
         set(&self.status.pages, model.arena.used_pages());
         set(&self.status.page_bytes, model.arena.geometry().page_bytes());
         set(&self.status.extents, model.arena.extents());
-        set(&self.status.digest_bytes, model.digest_bytes());
+        model.show_kept(&self.status);
         set(&self.status.slab_pages, model.slab.as_ref().map_or(0, |slab| slab.pages.used()));
         let tokens =
             model.open_handles().filter_map(|id| model.sequence(id).ok()).map(Sequence::tokens).sum();

@@ -1,14 +1,14 @@
-//! What a head that chooses remembers: its choice, and the query that will judge it.
+//! What a head that chooses remembers: its choice, and the queries that will judge it.
 //!
 //! | bytes | what |
 //! |---|---|
 //! | 0..4 | tokens when it chose |
 //! | 4..8 | tokens at the last selection |
 //! | 8..12 | selections since the last look for drift |
-//! | 12..16 | tokens when the waiting query came; 0: none waits |
+//! | 12..16 | tokens when the last of the waiting queries came; 0: they are not complete |
 //! | 16..20 | rows chosen |
 //! | 20..24 | whether the choice lasts |
-//! | 32.. | `[g][d]` f32: the waiting query |
+//! | 32.. | `[looks][g][d]` f32: the waiting queries, oldest first |
 //! | … | the rows, by falling weight (u32) |
 
 use kvoyant_kernels::{Dtype, Kernels};
@@ -28,20 +28,24 @@ fn query_values(shape: &Shape) -> usize {
     shape.group() * shape.head_dim
 }
 
-/// Bytes for a choice of that many rows.
-pub(super) fn bytes(shape: &Shape, rows: usize) -> usize {
-    HEADER + 4 * (query_values(shape) + rows)
+/// Bytes for so many queries, and a choice of that many rows.
+pub(super) fn bytes(shape: &Shape, looks: usize, rows: usize) -> usize {
+    HEADER + 4 * (looks * query_values(shape) + rows)
 }
 
 /// One head's memory.
 pub(super) struct Memory<'a> {
     bytes: &'a mut [u8],
+    /// Of one query.
     values: usize,
+    /// Of all that may wait.
+    waiting: usize,
 }
 
 impl<'a> Memory<'a> {
-    pub(super) fn new(bytes: &'a mut [u8], shape: &Shape) -> Self {
-        Self { bytes, values: query_values(shape) }
+    pub(super) fn new(bytes: &'a mut [u8], shape: &Shape, looks: usize) -> Self {
+        let values = query_values(shape);
+        Self { bytes, values, waiting: looks * values }
     }
 
     fn word(&self, at: usize) -> usize {
@@ -78,28 +82,33 @@ impl<'a> Memory<'a> {
         self.word(STEPS)
     }
 
-    /// Tokens when the waiting query came; 0 where none waits.
+    /// Tokens when the last of the waiting queries came; 0 while they are not complete.
     pub(super) fn query_tokens(&self) -> usize {
         self.word(QUERY)
     }
 
-    pub(super) fn put_query(&mut self, tokens: usize, queries: &[f32]) {
-        self.set(STEPS, 0);
-        self.set(QUERY, tokens);
-        let place = &mut self.bytes[HEADER..][..4 * self.values];
+    /// Keeps the query of a step as the one with this number.
+    pub(super) fn put_query(&mut self, number: usize, queries: &[f32]) {
+        let place = &mut self.bytes[HEADER + 4 * number * self.values..][..4 * self.values];
         Kernels::best().from_f32(Dtype::F32, queries, place);
     }
 
-    /// Takes the waiting query out.
-    pub(super) fn take_query(&mut self, out: &mut Vec<f32>) {
+    /// The last query has come, with so many tokens: they wait.
+    pub(super) fn wait(&mut self, tokens: usize) {
+        self.set(STEPS, 0);
+        self.set(QUERY, tokens);
+    }
+
+    /// Takes the waiting queries out, oldest first.
+    pub(super) fn take_queries(&mut self, out: &mut Vec<f32>) {
         self.set(QUERY, 0);
-        out.resize(self.values, 0.0);
-        Kernels::best().to_f32(Dtype::F32, &self.bytes[HEADER..][..4 * self.values], out);
+        out.resize(self.waiting, 0.0);
+        Kernels::best().to_f32(Dtype::F32, &self.bytes[HEADER..][..4 * self.waiting], out);
     }
 
     /// The rows chosen, by falling weight.
     pub(super) fn ids(&self) -> impl Iterator<Item = u32> + '_ {
-        let ids = &self.bytes[HEADER + 4 * self.values..];
+        let ids = &self.bytes[HEADER + 4 * self.waiting..];
         ids.as_chunks().0.iter().take(self.word(COUNT)).map(|bytes| u32::from_le_bytes(*bytes))
     }
 
@@ -108,7 +117,7 @@ impl<'a> Memory<'a> {
         self.set(CHOSEN, tokens);
         self.set(QUERY, 0);
         self.set(STEPS, 0);
-        let places = self.bytes[HEADER + 4 * self.values..].as_chunks_mut::<4>().0;
+        let places = self.bytes[HEADER + 4 * self.waiting..].as_chunks_mut::<4>().0;
         let mut count = 0;
         for (place, id) in places.iter_mut().zip(ids) {
             *place = id.to_le_bytes();
@@ -117,7 +126,7 @@ impl<'a> Memory<'a> {
         self.set(COUNT, count);
     }
 
-    /// Forgets a choice, or a query, that was made over more tokens than are left.
+    /// Forgets a choice, or queries, that were made over more tokens than are left.
     pub(super) fn truncate(&mut self, tokens: usize) {
         if self.chosen_tokens() > tokens {
             self.bytes[..HEADER].fill(0);

@@ -3,8 +3,9 @@
 //! *Roles.* Calibration ([`profile`]) finds heads that keep their choice (anchors), heads that choose alike (a pivot and its
 //! satellites), and the rest (volatile). *Choice.* At the end of the prompt each head but the satellites takes its best rows by exact scores:
 //! softmax per query, averaged over five neighbours, the largest over the group's queries. A satellite takes the best of its
-//! pivot's. *Drift.* Every few steps pivots and volatile heads keep their query; off the critical path ([`Method::prefetch`]) it is seen
-//! how much of their choice is still among the best, and if that is too little the new one serves from the next step on.
+//! pivot's. *Drift.* Pivots and volatile heads keep their queries of the last steps; every few steps, off the critical path
+//! ([`Method::prefetch`]), it is seen how much of their choice is still among the best by each, and if that is too little by most of
+//! them, which passes over a short excursion, the best by the last one serve from the next step on.
 //!
 //! A layer's budget is shared by role: most for pivots and volatile heads. Rows that leave the window after a choice are kept as well, as in
 //! the paper, here in place of the choice's last ones and up to half of the budget.
@@ -155,7 +156,17 @@ impl Hetero {
         keep(memory, candidates.start, tokens, group, ids);
     }
 
-    /// Where a query waits: sees whether the choice has drifted from it, and makes it anew if so. Gives whether it did.
+    /// Queries that a look takes.
+    fn looks(&self) -> usize {
+        self.options.looks.min(self.options.every)
+    }
+
+    fn memory<'a>(&self, bytes: &'a mut [u8]) -> Memory<'a> {
+        Memory::new(bytes, &self.shape, self.looks())
+    }
+
+    /// Where queries wait: sees whether the choice has drifted from most of them, and makes it anew by the last if so. Gives
+    /// whether it did.
     fn refresh(
         &self,
         layer: usize,
@@ -172,19 +183,44 @@ impl Hetero {
             scratch;
         self.share(layer, tokens, counts);
         let chooser = self.chooser(layer, head, counts, source);
-        memory.take_query(queries);
+        memory.take_queries(queries);
         let candidates = self.shape.candidates(tokens);
-        self.best(&chooser, &candidates, queries, (scores, pooled, group), (top, ids));
         kept.clear();
         kept.extend(memory.ids());
         kept.sort_unstable();
         let recent = self.recent(memory, &candidates, chooser.own);
-        let still = ids.iter().filter(|id| {
-            let token = candidates.start + **id as usize;
-            recent.contains(&token) || kept.binary_search(&(token as u32)).is_ok()
-        });
-        let least = ids.len().min(kept.len() + recent.len());
-        if still.count() as f32 >= self.options.drift * least as f32 {
+        let gone = |ids: &[u32]| {
+            let still = ids.iter().filter(|id| {
+                let token = candidates.start + **id as usize;
+                recent.contains(&token) || kept.binary_search(&(token as u32)).is_ok()
+            });
+            let least = ids.len().min(kept.len() + recent.len());
+            (still.count() as f32) < self.options.drift * least as f32
+        };
+        // Of an even number half are enough: the lower median.
+        let (looks, enough) = (self.looks(), self.looks().div_ceil(2));
+        let (mut drifted, mut stayed) = (0, 0);
+        let mut best = |queries: &[f32], ids: &mut Vec<u32>| {
+            let buffers = (&mut *scores, &mut *pooled, &mut *group);
+            self.best(&chooser, &candidates, queries, buffers, (&mut *top, ids));
+        };
+        let (before, last) = queries.split_at(queries.len() - queries.len() / looks);
+        for queries in before.chunks_exact(last.len()) {
+            if drifted == enough {
+                break;
+            }
+            best(queries, ids);
+            if gone(ids) {
+                drifted += 1
+            } else {
+                stayed += 1
+            }
+            if stayed + enough > looks {
+                return false;
+            }
+        }
+        best(last, ids);
+        if drifted + usize::from(gone(ids)) < enough {
             return false;
         }
         keep(memory, candidates.start, tokens, group, ids);
@@ -272,16 +308,25 @@ impl Method for Hetero {
             if place != head {
                 continue;
             }
-            let mut memory = Memory::new(store.memory_mut(place), &self.shape);
+            let mut memory = self.memory(store.memory_mut(place));
             let decode = context.queries == 1;
             // A choice lasts while the sequence grows, step by step.
             let grows = (memory.chosen_tokens()..=memory.last_tokens() + self.shape.window).contains(&tokens);
             if decode && memory.is_lasting() && grows {
                 self.refresh(layer, chooser, context.rows, &mut memory, scratch);
-                let watches = self.layers[layer][chooser].role != Role::Anchor;
-                if watches && memory.count_step() == self.options.every {
-                    let queries = context.group_queries(&self.shape, chooser, &mut scratch.block);
-                    memory.put_query(tokens, queries);
+                let (every, looks) = (self.options.every, self.looks());
+                if self.layers[layer][chooser].role != Role::Anchor {
+                    let step = memory.count_step();
+                    // The last steps before a look.
+                    if let Some(number) =
+                        (step + looks).checked_sub(every + 1).filter(|number| *number < looks)
+                    {
+                        let queries = context.group_queries(&self.shape, chooser, &mut scratch.block);
+                        memory.put_query(number, queries);
+                        if step == every {
+                            memory.wait(tokens);
+                        }
+                    }
                 }
             } else {
                 // The prompt's end, or a block of it: a block's choice serves that block alone.
@@ -298,7 +343,7 @@ impl Method for Hetero {
         self.share(layer, tokens, &mut scratch.counts);
         for head in context.heads.clone() {
             let place = self.place(layer, head, &context.heads);
-            let memory = Memory::new(store.memory_mut(place), &self.shape);
+            let memory = self.memory(store.memory_mut(place));
             self.push(&memory, &candidates, scratch.counts[head], &mut scratch.ids, out);
             out.finish_head();
         }
@@ -318,7 +363,7 @@ impl Method for Hetero {
         renewed.clear();
         for head in context.heads.clone() {
             if self.place(layer, head, &context.heads) == head {
-                let mut memory = Memory::new(store.memory_mut(head), &self.shape);
+                let mut memory = self.memory(store.memory_mut(head));
                 let chooser = self.layers[layer][head].pivot;
                 if self.refresh(layer, chooser, context.rows, &mut memory, scratch) {
                     renewed.push(head as u32);
@@ -329,7 +374,7 @@ impl Method for Hetero {
         for head in context.heads.clone() {
             let place = self.place(layer, head, &context.heads);
             if renewed.contains(&(place as u32)) {
-                let memory = Memory::new(store.memory_mut(place), &self.shape);
+                let memory = self.memory(store.memory_mut(place));
                 self.push(&memory, &candidates, scratch.counts[head], &mut scratch.ids, out);
             }
             out.finish_head();
@@ -342,11 +387,11 @@ impl Method for Hetero {
         // No head gets more than its layer has, nor than there is.
         let rows =
             self.options.budget.rows_of(max_tokens).saturating_mul(self.shape.kv_heads).min(max_tokens);
-        memory::bytes(&self.shape, rows)
+        memory::bytes(&self.shape, self.looks(), rows)
     }
 
     fn on_truncate(&self, tokens: usize, memory: &mut [u8]) -> Truncated {
-        Memory::new(memory, &self.shape).truncate(tokens);
+        self.memory(memory).truncate(tokens);
         Truncated::Kept
     }
 }

@@ -12,6 +12,9 @@ use crate::spec::Spec;
 use super::roles::Weights;
 use super::{Hetero, NAME};
 
+/// Each head keeps so many queries.
+const LOOKS_MAX: usize = 64;
+
 /// Where roles come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Roles {
@@ -37,6 +40,8 @@ pub struct HeteroSpec {
     pub weights: Weights,
     /// Steps from one look for drift to the next; 0: none.
     pub every: usize,
+    /// Queries that a look takes, those of the last steps: by most of them it is decided.
+    pub looks: usize,
     /// A choice is made anew when less than this share of it is still among the best.
     pub drift: f32,
     /// Which query chooses.
@@ -52,6 +57,7 @@ impl Default for HeteroSpec {
             roles: Roles::default(),
             weights: Weights::default(),
             every: 5,
+            looks: 5,
             drift: 0.5,
             hint: HintSource::Ahead,
             hint_norm: HintNorm::default(),
@@ -75,13 +81,18 @@ impl HeteroSpec {
             every: options
                 .take_value("every", "give steps as a whole number, 0 for never", |_| true)?
                 .unwrap_or(default.every),
+            looks: options
+                .take_value("looks", "give queries as a whole number from 1 to 64", |looks| {
+                    (1..=LOOKS_MAX).contains(looks)
+                })?
+                .unwrap_or(default.looks),
             drift: options
                 .take_value("drift", "give a share from 0 to 1", |share| (0.0..=1.0).contains(share))?
                 .unwrap_or(default.drift),
             hint: options.take_word("hint", HintSource::QUERIES)?.unwrap_or(default.hint),
             hint_norm: options.take_word("hint_norm", HintNorm::WORDS)?.unwrap_or_default(),
         };
-        options.finish(&["budget", "roles", "weights", "every", "drift", "hint", "hint_norm"])?;
+        options.finish(&["budget", "roles", "weights", "every", "looks", "drift", "hint", "hint_norm"])?;
         Ok(spec)
     }
 }
@@ -97,6 +108,7 @@ impl Spec for HeteroSpec {
         writer.word_unless("roles", Roles::WORDS, self.roles, default.roles);
         writer.option_unless("weights", &self.weights, &default.weights);
         writer.option_unless("every", &self.every, &default.every);
+        writer.option_unless("looks", &self.looks, &default.looks);
         writer.option_unless("drift", &self.drift, &default.drift);
         writer.word_unless("hint", HintSource::QUERIES, self.hint, default.hint);
         writer.word_unless("hint_norm", HintNorm::WORDS, self.hint_norm, default.hint_norm);

@@ -183,6 +183,44 @@ fn a_drift_is_recalled_at_the_first_look_and_used_from_the_next_step_on_by_all_b
     }
 }
 
+#[test]
+fn an_excursion_of_fewer_than_half_of_the_looks_recalls_nothing_and_one_of_half_does() {
+    let shape = six();
+    let (first, second) = (looking_at(&shape, 0), looking_at(&shape, 1));
+    // Which of the five steps after the choice look elsewhere, and whether a recall follows, by how many looks.
+    for (away, looks, recalled) in [
+        (&[4, 5][..], 5, false),
+        (&[1, 3][..], 5, false),
+        (&[1, 2, 5][..], 5, true),
+        (&[1, 2, 3, 4][..], 5, true),
+        (&[5][..], 1, true),
+        (&[1, 2, 3, 4][..], 1, false),
+        (&[4][..], 2, true),
+        (&[1, 2, 3][..], 2, false),
+        // Of more steps than there are, all look.
+        (&[1, 2][..], 9, false),
+        (&[3, 4, 5][..], 9, true),
+    ] {
+        let method = hetero(&format!("budget=16,every=5,looks={looks},weights=equal"), &shape);
+        let mut store = Store::new(&method, &shape, 0, 256);
+        store.append(&method, &two_topics(&shape, 200), 64);
+        let mut scratch = Scratch::new();
+        store.select(&method, &first, &mut scratch);
+        for step in 1..=5 {
+            assert!(store.prefetch(&method, &mut scratch).is_none());
+            store.select(&method, if away.contains(&step) { &second } else { &first }, &mut scratch);
+        }
+        let ahead = store.prefetch(&method, &mut scratch).filter(|ahead| ahead.total_rows() > 0);
+        assert_eq!(ahead.is_some(), recalled, "{away:?} with {looks} looks");
+        let Some(ahead) = ahead else { continue };
+        // By the last query, whatever the others were.
+        let elsewhere = away.contains(&5);
+        let old = shape.candidates(200).end - 16;
+        let rows: Vec<_> = ahead.tokens(0).filter(|token| (*token as usize) < old).collect();
+        assert!(!rows.is_empty() && rows.iter().all(|token| (*token >= 100) == elsewhere), "{rows:?}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
@@ -288,10 +326,9 @@ fn roles_that_do_not_fit_together_are_refused_and_options_read_back() {
     refused("pivot", [0.0, 1.0, 3.0, 3.0, 4.0, 0.0], "satellite");
     refused("pivot", [0.0, 1.0, 2.0, 3.0, 4.0, 0.0], "pivot");
     refused("stability", [0.0, 1.0, 2.0, 3.0, 4.0, 0.0], "stability");
-    let text =
-        "hetero:budget=6%,roles=none,weights=1/0.5/2/4,every=9,drift=0.25,hint=current,hint_norm=previous";
+    let text = "hetero:budget=6%,roles=none,weights=1/0.5/2/4,every=9,looks=3,drift=0.25,hint=current,hint_norm=previous";
     assert_eq!(text.parse::<MethodSpec>().unwrap().to_string(), text);
-    for wrong in ["weights=1/2", "weights=1/2/0/4", "drift=2", "roles=some"] {
+    for wrong in ["weights=1/2", "weights=1/2/0/4", "drift=2", "looks=0", "roles=some"] {
         assert!(format!("hetero:{wrong}").parse::<MethodSpec>().is_err(), "{wrong}");
     }
     let spec = HeteroSpec { budget: Budget::rows(5).unwrap(), ..HeteroSpec::default() };

@@ -17,7 +17,9 @@ fn every_method() -> Vec<MethodSpec> {
         "hetero" => "roles=none,budget=24",
         "freekv" => "page=4,budget=24",
         "shadowkv" | "dynsplit" | "quest" | "scout" | "random" | "oracle" => "budget=24",
-        "mix" => "0=(quest:budget=24),rest=(quest:budget=12)",
+        "mix" => {
+            "0/0=(quest:budget=24),0/1=(attention-predictor:weights=average,budget=24),rest=(quest:budget=12)"
+        }
         _ => "",
     };
     names().map(|name| format!("{name}:{}", options(name)).parse().unwrap()).collect()
@@ -35,6 +37,21 @@ fn odd_keys(kind: usize, tokens: usize, rng: &mut Rng) -> Vec<f32> {
         _ => keys.iter_mut().step_by(16).for_each(|value| *value = 1e4),
     }
     keys
+}
+
+/// Attention rows over so many blocks, whose largest weight is anywhere.
+fn weights(rows: usize, blocks: usize, rng: &mut Rng) -> Vec<Vec<f32>> {
+    let weight = |rng: &mut Rng| (rng.next() >> 40) as f32 / (1 << 24) as f32;
+    (0..rows).map(|_| (0..blocks).map(|_| weight(rng)).collect()).collect()
+}
+
+/// Gives a method that learns from attention the first `most` blocks of these rows.
+fn feed(method: &dyn Method, store: &mut Store, rows: &[Vec<f32>], most: usize) {
+    for row in rows {
+        for kv_head in 0..2 {
+            store.feedback(method, kv_head, &row[..row.len().min(most)], true);
+        }
+    }
 }
 
 proptest! {
@@ -86,12 +103,23 @@ proptest! {
                 let context = SelectContext { ids: &ids, ..SelectContext::new(&shape, 0, tokens, &hint) };
                 store.select_with(&*method, &context, &mut scratch)
             };
+            // Of attention before the cut, what is known of blocks that were not wholly cut off stays.
+            let block = method.needs().feedback.map(|feedback| feedback.block);
+            let (before, after) = block.map_or((vec![], vec![]), |block| {
+                let mut rows = |count| weights(count, tokens.div_ceil(block), &mut rng);
+                (rows(5), rows(2))
+            });
             let mut cut_and_grown = Store::new(&*method, &shape, 0, 16);
             cut_and_grown.append(&*method, &keys, 37);
+            feed(&*method, &mut cut_and_grown, &before, usize::MAX);
             cut_and_grown.truncate(&*method, cut);
             cut_and_grown.append(&*method, &keys[cut * 16..], 5);
             let mut whole = Store::new(&*method, &shape, 0, 16);
             whole.append(&*method, &keys, 64);
+            feed(&*method, &mut whole, &before, block.map_or(0, |block| cut / block));
+            prop_assert_eq!(pick(&mut cut_and_grown), pick(&mut whole), "{} before it learns on", &spec);
+            feed(&*method, &mut cut_and_grown, &after, usize::MAX);
+            feed(&*method, &mut whole, &after, usize::MAX);
             prop_assert_eq!(pick(&mut cut_and_grown), pick(&mut whole), "{}", &spec);
         }
     }

@@ -1,0 +1,167 @@
+//! What a session can make its lane keep has bounds that only the lane itself can see.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use kvoyant_methods::Artifacts;
+use kvoyant_protocol::EXTENT_BYTES;
+use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToDaemon};
+use kvoyant_protocol::layout::{Layout, Limits};
+use kvoyant_protocol::memory::Memfd;
+use kvoyant_protocol::wire::{BatchEntry, SequenceId};
+
+use crate::device::host::{HostDevice, Shape as Link};
+use crate::device::{Importer, SlabRequest};
+use crate::lane::background::Background;
+use crate::lane::model::{HEAP_FILE_BYTES, ModelState};
+use crate::lane::select::{Answer, Turn};
+use crate::tiers::arena::ArenaBudget;
+use crate::tiers::pool::{ExtentPool, PoolSettings};
+
+const LAYERS: usize = 3;
+const QUERY_HEADS: usize = 4;
+const HEAD_DIM: usize = 32;
+
+/// A model of small heads whose first layer is dense, with a slab.
+struct Served {
+    pool: ExtentPool,
+    model: ModelState,
+}
+
+impl Served {
+    fn new(methods: &[&str]) -> Self {
+        let budget = Arc::new(ArenaBudget::new(4 * EXTENT_BYTES as u64));
+        let pool = ExtentPool::start(budget, PoolSettings::unpinned()).unwrap();
+        let device = HostDevice::new(Mode::Slab, 1, Link::default()).unwrap();
+        let spec = ModelSpec {
+            name: "small".into(),
+            fingerprint: "0".repeat(32),
+            layers: LAYERS as u32,
+            query_heads: QUERY_HEADS as u32,
+            kv_heads: 2,
+            head_dim: HEAD_DIM as u32,
+            latent_values: 0,
+            dtype: kvoyant_kernels::Dtype::F32.code(),
+            page_rows: 0,
+            sinks: 4,
+            window: 16,
+            dense_layers: 1,
+            sliding_layers: Vec::new(),
+            methods: methods.iter().map(ToString::to_string).collect(),
+            slab_bytes: 0,
+            graph: None,
+            artifacts: Vec::new(),
+        };
+        let slab = SlabRequest {
+            session: 1,
+            bytes: 8 << 20,
+            records: 0,
+            layout: Layout::new(Limits::default()).unwrap(),
+            d2c: Arc::new(Memfd::create("lane-test", 4096).unwrap().map(true).unwrap()),
+            features: 0,
+            importer: Arc::new(Importer { process: None, closed: AtomicBool::new(false) }),
+        };
+        let model = ModelState::new(spec, &Artifacts::none(), 8, pool.supply(1), &device, slab, 1.0).unwrap();
+        Self { pool, model }
+    }
+
+    /// As a lane and its control plane do it together.
+    fn open(&mut self, method: u16, tokens: u32) -> Result<SequenceId, Failure> {
+        let extents = self.model.missing_extents(&ToDaemon::Open { method, tokens });
+        if extents > 0 {
+            self.model.arena.add(self.pool.request(1, extents).unwrap().blocking_recv().unwrap().unwrap());
+        }
+        self.model.open(method, tokens)
+    }
+
+    /// A sequence of rows of zeros.
+    fn filled(&mut self, tokens: u32) -> SequenceId {
+        let id = self.open(0, tokens).unwrap();
+        for layer in 0..LAYERS {
+            self.model.sequence_mut(id).unwrap().lens[layer] = tokens;
+            self.model.build_layer(id, layer).unwrap();
+        }
+        id
+    }
+
+    fn speculate(&mut self, id: SequenceId, layer: usize, ticket: u64) {
+        let entry = BatchEntry { sequence: id, position: 200, value: 0 };
+        let (mut answer, mut background) = (Answer::default(), Background::default());
+        self.model.buffers.hint = vec![1.0; QUERY_HEADS * HEAD_DIM];
+        let turn = Turn { ticket, released_through: 0 };
+        self.model.speculate(layer, &entry, 1, turn, &mut answer, &mut background).unwrap();
+    }
+}
+
+#[test]
+fn a_layer_waits_once_for_its_next_step_however_often_it_is_asked_for() {
+    let mut served = Served::new(&["freekv:budget=20%,tau=-1"]);
+    let (held, other) = (served.filled(200), served.filled(200));
+    let mut ticket = 0;
+    for _ in 0..100 {
+        for layer in 1..LAYERS {
+            for id in [other, held] {
+                ticket += 1;
+                served.speculate(id, layer, ticket);
+            }
+        }
+    }
+    assert_eq!(served.model.planned.len(), 2 * (LAYERS - 1), "after {ticket} requests");
+    let mut background = Background::default();
+    background.clear(1, served.model.rows_per_extent());
+    assert!(!served.model.prefetch_next(ticket - 4, &mut background), "every last answer is being read");
+    assert_eq!(served.model.planned.len(), 2 * (LAYERS - 1), "and who waits goes on waiting");
+    // The first layer's answers have been let go of: one of each sequence is prepared, and no more.
+    assert!(served.model.prefetch_next(ticket - 2, &mut background));
+    assert!(served.model.prefetch_next(ticket - 2, &mut background));
+    assert!(!served.model.prefetch_next(ticket - 2, &mut background));
+    assert_eq!(served.model.planned.len(), LAYERS - 1);
+    served.model.close(other).unwrap();
+    assert!(served.model.planned.iter().all(|(id, _)| *id == held), "{:?}", served.model.planned);
+    served.model.close(held).unwrap();
+    assert!(served.model.planned.is_empty());
+}
+
+#[test]
+fn partial_attentions_are_begun_only_where_their_table_has_room() {
+    let served = Served::new(&["scout:query=true"]);
+    let of_one = 4 * (1 + QUERY_HEADS * (1 + HEAD_DIM));
+    let mut answer = Answer::default();
+    let most = 10 * of_one + of_one / 2;
+    let begun = (0..1000).filter(|_| served.model.begin_partial(&mut answer, most)).count();
+    assert_eq!((begun, answer.partials.len() * 4), (10, 10 * of_one));
+    // What lies before them in the table takes their room.
+    let mut answer = Answer { runs: vec![bytemuck::Zeroable::zeroed(); 100], ..Answer::default() };
+    let entries = size_of_val(answer.runs.as_slice());
+    assert!(!served.model.begin_partial(&mut answer, entries + of_one - 1));
+    assert!(answer.partials.is_empty() && answer.partials.capacity() == 0);
+    assert!(served.model.begin_partial(&mut answer, entries + of_one));
+}
+
+#[test]
+fn room_for_tables_is_asked_for_by_what_a_sequences_own_method_keeps_and_before_anything_is_taken() {
+    let mut served = Served::new(&["window", "resv"]);
+    let tokens = 80_000;
+    let budget = Arc::clone(served.pool.budget());
+    // What is left is enough for page tables, and for no memory of that many tokens.
+    let pages = (tokens as usize).div_ceil(served.model.shape.page_rows);
+    let [plain, wanted] = [0, 1].map(|method| served.model.tables_of([method], pages));
+    let (left, apart) = (32 << 20, 2 * HEAP_FILE_BYTES as u64);
+    budget.take_tables(budget.free_table_bytes() - left).unwrap();
+    assert!(plain < apart / 4 && wanted > left - apart, "{plain} and {wanted}");
+    for _ in 0..3 {
+        let refused = served.open(1, tokens);
+        assert!(matches!(refused, Err(Failure::TablesFull { .. })), "{refused:?}");
+    }
+    assert_eq!(served.model.open_sequences(), 0);
+    let plain = served.open(0, tokens).unwrap();
+    // Grown to that, a sequence with a memory keeps what it has.
+    let kept = served.open(1, 100).unwrap();
+    let grown = served.model.reserve(&[(kept, tokens)]);
+    assert!(matches!(grown, Err(Failure::TablesFull { .. })), "{grown:?}");
+    assert_eq!(served.model.sequence(kept).unwrap().room, 128);
+    let fork = served.model.fork(plain, Some(1));
+    assert!(matches!(fork, Err(Failure::TablesFull { .. })), "{fork:?}");
+    served.model.close(plain).unwrap();
+    served.model.reserve(&[(kept, 200)]).unwrap();
+}
