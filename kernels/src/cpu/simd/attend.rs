@@ -55,7 +55,9 @@ pub(super) unsafe fn all_scores<S: Simd, E: Stored>(
         let mut ahead = Ahead::new(&coming, shape.keys * E::BYTES);
         let lines = TILE * ahead.lines();
         // SAFETY: passed on to the caller; the chunk's scores are a part of the whole.
-        unsafe { score_chunk::<S, E>(s, shape, queries, 1.0, &now, &mut ahead, lines, out.add(t), out_stride) };
+        unsafe {
+            score_chunk::<S, E>(s, shape, queries, 1.0, &now, &mut ahead, lines, out.add(t), out_stride)
+        };
         t += now.rows().len();
         std::mem::swap(&mut now, &mut coming);
     }
@@ -92,10 +94,18 @@ unsafe fn score_chunk<S: Simd, E: Stored>(
             unsafe {
                 let (queries, out) = (queries.as_ptr().add(h * d), out.add(h * out_stride + first));
                 match heads {
-                    1 => score_tile::<S, E, 1>(s, queries, d, scale, rows, count, ahead, lines, out, out_stride),
-                    2 => score_tile::<S, E, 2>(s, queries, d, scale, rows, count, ahead, lines, out, out_stride),
-                    3 => score_tile::<S, E, 3>(s, queries, d, scale, rows, count, ahead, lines, out, out_stride),
-                    _ => score_tile::<S, E, 4>(s, queries, d, scale, rows, count, ahead, lines, out, out_stride),
+                    1 => score_tile::<S, E, 1>(
+                        s, queries, d, scale, rows, count, ahead, lines, out, out_stride,
+                    ),
+                    2 => score_tile::<S, E, 2>(
+                        s, queries, d, scale, rows, count, ahead, lines, out, out_stride,
+                    ),
+                    3 => score_tile::<S, E, 3>(
+                        s, queries, d, scale, rows, count, ahead, lines, out, out_stride,
+                    ),
+                    _ => score_tile::<S, E, 4>(
+                        s, queries, d, scale, rows, count, ahead, lines, out, out_stride,
+                    ),
                 }
             }
             h += heads;
@@ -314,7 +324,13 @@ impl<'a> Attention<'a> {
     /// # Safety
     /// As [`Attention::keys`], which came before, with the same rows and turn.
     #[inline(always)]
-    pub(super) unsafe fn values<S: Simd, E: Stored>(&mut self, s: S, rows: &Chunk, ahead: &mut Ahead, turn: usize) {
+    pub(super) unsafe fn values<S: Simd, E: Stored>(
+        &mut self,
+        s: S,
+        rows: &Chunk,
+        ahead: &mut Ahead,
+        turn: usize,
+    ) {
         let (group, chunk) = (self.lse.len(), self.chunk);
         if rows.rows().is_empty() {
             return;

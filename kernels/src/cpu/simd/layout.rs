@@ -36,7 +36,8 @@ impl<'a> Decoded<'a> {
     unsafe fn next<S: Simd>(&mut self, s: S, to: &mut [f32]) -> Run {
         std::mem::swap(&mut self.now, &mut self.coming);
         self.rows.fill(&mut self.coming);
-        for (row, to) in self.now.rows().iter().zip(to.chunks_exact_mut(self.layout.decoded().row_bytes / 4)) {
+        for (row, to) in self.now.rows().iter().zip(to.chunks_exact_mut(self.layout.decoded().row_bytes / 4))
+        {
             // SAFETY: the caller promises that the runs' rows, of which this is one, are readable.
             let row = unsafe { std::slice::from_raw_parts(*row, self.row_bytes) };
             self.layout.decode_row(row, to, |format, row, to| dequantise(s, format, row, to));

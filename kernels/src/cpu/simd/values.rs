@@ -28,7 +28,8 @@ pub(super) unsafe fn add_chunk<S: Simd, E: Stored>(
 ) {
     let d = shape.values;
     // A wide tile, a narrow one and the last columns each go through all rows once, and ask for their share.
-    let tiles = d / (WIDE * S::LANES) + d % (WIDE * S::LANES) / S::LANES + usize::from(!d.is_multiple_of(S::LANES));
+    let tiles =
+        d / (WIDE * S::LANES) + d % (WIDE * S::LANES) / S::LANES + usize::from(!d.is_multiple_of(S::LANES));
     let lines = ahead.lines().div_ceil(2 * tiles.max(1));
     let mut values = Values { rows, lines, d, stride, column: shape.column };
     let mut h = 0;
@@ -80,7 +81,12 @@ struct Sums {
 /// The rows are readable; `weights` is `[H][rows]`, `values.stride` apart; `factors` is `[H][lanes]`; `added` is `[H][d, up to whole
 /// registers]`.
 #[inline(always)]
-unsafe fn value_row<S: Simd, E: Stored, const H: usize>(s: S, values: &Values, ahead: &mut Ahead, sums: Sums) {
+unsafe fn value_row<S: Simd, E: Stored, const H: usize>(
+    s: S,
+    values: &Values,
+    ahead: &mut Ahead,
+    sums: Sums,
+) {
     let d = values.d;
     let mut j = 0;
     // SAFETY: each tile takes no more columns than are left.
