@@ -211,9 +211,9 @@ impl Hetero {
             }
             best(queries, ids);
             if gone(ids) {
-                drifted += 1
+                drifted += 1;
             } else {
-                stayed += 1
+                stayed += 1;
             }
             if stayed + enough > looks {
                 return false;

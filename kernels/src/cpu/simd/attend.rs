@@ -56,7 +56,7 @@ pub(super) unsafe fn all_scores<S: Simd, E: Stored>(
         let lines = TILE * ahead.lines();
         // SAFETY: passed on to the caller; the chunk's scores are a part of the whole.
         unsafe {
-            score_chunk::<S, E>(s, shape, queries, 1.0, &now, &mut ahead, lines, out.add(t), out_stride)
+            score_chunk::<S, E>(s, shape, queries, 1.0, &now, &mut ahead, lines, out.add(t), out_stride);
         };
         t += now.rows().len();
         std::mem::swap(&mut now, &mut coming);
