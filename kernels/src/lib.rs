@@ -15,6 +15,7 @@
 //! row-major. Each SIMD kernel has a scalar twin that says what it computes; the twins differ by rounding only, and where a method
 //! promises exactness (conversions, counts, [`Kernels::top_k`], copies) not at all. Within one path every result is deterministic.
 
+mod codes;
 mod cpu;
 pub mod cuda;
 mod dtype;
@@ -24,7 +25,8 @@ mod random;
 mod rest;
 mod run;
 
-pub use cpu::{ENV, Kernels, Path, PathError};
+pub use codes::{CodeBits, CodeLayout, NoCodes};
+pub use cpu::{CodeSums, ENV, Kernels, Path, PathError};
 pub use dtype::{Dtype, UnknownDtype};
 pub use layout::{RowLayout, UnknownLayout};
 pub use random::SplitMix64;

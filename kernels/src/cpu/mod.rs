@@ -2,6 +2,7 @@
 
 mod attend;
 mod bounds;
+mod codes;
 mod convert;
 mod copy;
 mod elementwise;
@@ -17,6 +18,8 @@ mod top_k;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
+
+pub use codes::CodeSums;
 
 /// The environment variable that forces a path: `scalar`, `avx2` or `avx512`.
 pub const ENV: &str = "KVOYANT_KERNELS";

@@ -1,0 +1,102 @@
+//! Attention over digests in codes ([`CodeLayout`]): scores with their margins, weights, and what the rows left out add up to.
+
+use super::score::{check_out, columns};
+use super::{Kernels, scalar};
+use crate::codes::CodeLayout;
+
+/// Sums over rows that are not attended, for one query; weights are relative to what the caller's are.
+///
+/// Not rounded to any side: [`CodeSums::rest`](crate::RestSums::of_codes) is.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct CodeSums {
+    /// `Σ w`.
+    pub weight: f64,
+    /// `Σ w·e^m`; `+∞` where a margin is not known.
+    pub upper: f64,
+    /// `Σ w·e^−m`.
+    pub lower: f64,
+    /// `Σ w·(e^m − 1)·‖v̄‖`.
+    pub scatter: f64,
+    /// `Σ w·e^m·‖v − v̄‖`.
+    pub spread: f64,
+}
+
+impl Kernels {
+    /// Scores of all rows of pages from their digests, and how far each may be off.
+    ///
+    /// `queries` is `[group][d]`, `blocks` is `[pages]` blocks of `layout`. `out[h·out_stride + t]` is `scale·q_h·k̂_t`, and
+    /// `margins[h·margin_stride + g]` at least `scale·|q_h·k_t − q_h·k̂_t|` for every row t of group g, with all that this very
+    /// computation may have lost; `+∞` where nothing is known. A score that is no number becomes −3e38. The same on every path, to the
+    /// last bit.
+    ///
+    /// A query is turned into whole numbers of 15 bits for each group (`q_j·step_j`, of the largest), so that sums are exact.
+    ///
+    /// # Panics
+    /// When `group` is 0 or does not divide `queries`, or a slice is too short.
+    #[allow(clippy::too_many_arguments)]
+    pub fn code_scores(
+        self,
+        layout: &CodeLayout,
+        queries: &[f32],
+        group: usize,
+        scale: f32,
+        blocks: &[u8],
+        out: &mut [f32],
+        out_stride: usize,
+        margins: &mut [f32],
+        margin_stride: usize,
+    ) {
+        let d = columns("code_scores", queries, group);
+        assert_eq!(d, layout.head_dim(), "code_scores: values of a query");
+        let pages = check_blocks("code_scores", layout, blocks);
+        check_out("code_scores", group, pages * layout.rows(), out, out_stride);
+        check_out("code_scores", group, pages * layout.groups(), margins, margin_stride);
+        let _ = self;
+        scalar::code_scores(layout, queries, group, scale, blocks, out, out_stride, margins, margin_stride);
+    }
+
+    /// `scores_t ← e^(scores_t − max)`, and their sum. `max` is finite and at least every score; scores are finite.
+    #[must_use]
+    pub fn exp_in_place(self, scores: &mut [f32], max: f32) -> f32 {
+        scalar::exp_in_place(scores, max)
+    }
+
+    /// Ids of the values strictly above `threshold`, ascending, in the place of what `ids` held. NaNs are not above.
+    pub fn indices_above(self, values: &[f32], threshold: f32, ids: &mut Vec<u32>) {
+        scalar::indices_above(values, threshold, ids);
+    }
+
+    /// Adds up what the rows of pages with weights other than 0 amount to: `sums` is `[group]`, and `means` `[group][value_dim]` gets
+    /// `Σ w·v̄` added. `weights` and `margins` are as [`Kernels::code_scores`] and [`Kernels::exp_in_place`] left them, but for rows whose
+    /// weights were set to 0 since.
+    ///
+    /// # Panics
+    /// When `group` is 0, or a slice is too short.
+    #[allow(clippy::too_many_arguments)]
+    pub fn code_rest(
+        self,
+        layout: &CodeLayout,
+        blocks: &[u8],
+        group: usize,
+        weights: &[f32],
+        stride: usize,
+        margins: &[f32],
+        margin_stride: usize,
+        sums: &mut [CodeSums],
+        means: &mut [f32],
+    ) {
+        let pages = check_blocks("code_rest", layout, blocks);
+        assert!(group > 0 && sums.len() == group, "code_rest: sums of {group} queries");
+        assert_eq!(means.len(), group * layout.value_dim(), "code_rest: means are [{group}][values]");
+        check_out("code_rest", group, pages * layout.rows(), weights, stride);
+        check_out("code_rest", group, pages * layout.groups(), margins, margin_stride);
+        scalar::code_rest(layout, blocks, group, weights, stride, margins, margin_stride, sums, means);
+    }
+}
+
+/// How many blocks there are.
+fn check_blocks(what: &str, layout: &CodeLayout, blocks: &[u8]) -> usize {
+    let bytes = layout.bytes();
+    assert!(blocks.len().is_multiple_of(bytes), "{what}: {} bytes of blocks of {bytes}", blocks.len());
+    blocks.len() / bytes
+}
