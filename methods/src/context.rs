@@ -19,6 +19,10 @@ pub struct SelectContext<'a> {
     /// The query of the layer after RoPE, `[queries][Hq][d]`, f32, not scaled by `1/√d`; empty where the method needs
     /// none. Every value is finite.
     pub hint: &'a [f32],
+    /// What each query head gives to rows that are attended in any case, as the log-sum-exp of their scaled scores, `[queries][Hq]`: those of
+    /// sinks and window before a selection, of all that has been attended before the rest of one. Empty where it is not known. None is
+    /// NaN or `+∞`.
+    pub floors: &'a [f32],
     /// What the engine chose, where the method wants that: for every KV head a count, then so many tokens, each below
     /// `tokens`.
     pub ids: &'a [u32],
@@ -40,6 +44,7 @@ impl<'a> SelectContext<'a> {
             tokens,
             queries: 1,
             hint,
+            floors: &[],
             ids: &[],
             sequence_seed: 0,
             step: tokens as u64,
@@ -70,6 +75,14 @@ impl<'a> SelectContext<'a> {
         buffer.clear();
         (0..self.queries).for_each(|token| buffer.extend_from_slice(of_token(token)));
         buffer
+    }
+
+    /// The floor of one of the queries of a KV head ([`Self::group_queries`]), if it is known.
+    #[must_use]
+    pub fn floor(&self, shape: &Shape, kv_head: usize, query: usize) -> Option<f32> {
+        let g = shape.group();
+        let (token, head) = (query / g, kv_head * g + query % g);
+        self.floors.get(token * shape.query_heads + head).copied()
     }
 
     /// The tokens that the engine chose for one KV head, in its order.
@@ -115,6 +128,16 @@ mod tests {
         let mut buffer = Vec::new();
         assert_eq!(firsts(block.group_queries(&small(), 0, &mut buffer)), [0.0, 1.0, 4.0, 5.0, 8.0, 9.0]);
         assert_eq!(block.group(&small()), 6);
+    }
+
+    #[test]
+    fn floors_are_those_of_a_heads_queries_token_by_token() {
+        let floors: Vec<f32> = (0..8_u8).map(f32::from).collect();
+        let context =
+            SelectContext { queries: 2, floors: &floors, ..SelectContext::new(&small(), 0, 9, &[]) };
+        let of = |head| (0..4).map(|query| context.floor(&small(), head, query).unwrap()).collect::<Vec<_>>();
+        assert_eq!((of(0), of(1)), (vec![0.0, 1.0, 4.0, 5.0], vec![2.0, 3.0, 6.0, 7.0]));
+        assert_eq!(SelectContext::new(&small(), 0, 9, &[]).floor(&small(), 0, 0), None);
     }
 
     #[test]

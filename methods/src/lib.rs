@@ -23,6 +23,7 @@
 //! | `mix` | [`mix`] | its parts' | methods per layer and KV head |
 //! | `attention-predictor` | [`attention_predictor`] | the last attention rows of blocks | AttentionPredictor, NeurIPS'25 |
 //! | `dynsplit` | [`dynsplit`] | per-channel bounds of blocks of any length | after DynSplit-KV, arXiv 2602.03184 |
+//! | `kvoyant` | [`kvoyant`] | keys in codes, means of values, and bounds of both | ours, the default |
 //! | `hetero` | [`hetero`] | none | HeteroCache, ACL'26 |
 //!
 //! Notation throughout: `n` tokens of the sequence with the current one, `S` sinks, `W` recent window, `P`
@@ -47,6 +48,7 @@ pub mod given;
 pub mod hata;
 pub mod hetero;
 pub mod infinigen;
+pub mod kvoyant;
 pub mod louver;
 pub mod method;
 pub mod mix;

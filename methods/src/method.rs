@@ -86,7 +86,8 @@ pub trait Method: Send + Sync + Debug {
         false
     }
 
-    /// Takes in new rows of *one* page. `memory` is the head's, and long enough for them.
+    /// Takes in new rows of *one* page; where [`Needs::whole_pages`] is set, all of them, once the page is full. `memory` is the head's, and
+    /// long enough for them.
     ///
     /// After a truncation inside a page the page's remaining rows come again, from `first_row` 0 (see
     /// [`Self::on_truncate`]).
@@ -106,7 +107,8 @@ pub trait Method: Send + Sync + Debug {
 
     /// Where [`Needs::rest`] is set: estimates what the rows that are *not* attended would have added to a decode step's answer, by
     /// the true query in `context`. `attended` names the candidates that were, of every KV head of the request; sinks, window
-    /// and what comes after the window are attended always. `out` is cleared first.
+    /// and what comes after the window are attended always. `out` is cleared first; it may name rows that are to be attended now
+    /// ([`Rest::exact`]).
     fn rest(
         &self,
         context: &SelectContext<'_>,
@@ -130,6 +132,12 @@ pub trait Method: Send + Sync + Debug {
     ) {
         self.select(context, store, scratch, out);
         self.rest(context, out, store, scratch, rest);
+    }
+
+    /// Takes note of a step's selection for a layer, of all its heads; comes once after [`Self::select`] or [`Self::select_with_rest`], which
+    /// may have been asked for one head after the other. What it keeps is for the steps to come.
+    fn steer(&self, context: &SelectContext<'_>, selected: &Selection, store: &mut dyn Store) {
+        let _ = (context, selected, store);
     }
 
     /// Where [`Needs::prefetch`] is set: chooses for the layer's *next* step, after an answer, off the critical path.

@@ -80,6 +80,10 @@ pub struct Needs {
     pub drops_rows: bool,
     /// Values beside the keys in [`crate::Append`].
     pub values: bool,
+    /// Pages come to [`crate::Method::on_append`] when they are full, whole.
+    pub whole_pages: bool,
+    /// What the query gives to rows that are attended in any case ([`crate::SelectContext::floors`]).
+    pub floors: bool,
     /// [`crate::Method::rest`] by the true query of each decode step, with or after the selection.
     pub rest: bool,
     /// All rows of a selected layer that are resident are attended, not only those selected.

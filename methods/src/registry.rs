@@ -8,8 +8,8 @@ use crate::options::Options;
 use crate::shape::Shape;
 use crate::spec::{MethodSpec, Spec};
 use crate::{
-    attention_predictor, clo, dynsplit, freekv, full, given, hata, hetero, infinigen, louver, mix, oracle,
-    quest, random, resv, scout, shadowkv, window,
+    attention_predictor, clo, dynsplit, freekv, full, given, hata, hetero, infinigen, kvoyant, louver, mix,
+    oracle, quest, random, resv, scout, shadowkv, window,
 };
 
 /// A method that a user can name.
@@ -25,6 +25,7 @@ pub struct Entry {
 
 /// Every method. To add one is to write its module and name it here.
 pub const METHODS: &[&Entry] = &[
+    &kvoyant::ENTRY,
     &full::ENTRY,
     &quest::ENTRY,
     &infinigen::ENTRY,

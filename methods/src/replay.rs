@@ -219,8 +219,16 @@ impl Replay {
     fn digest(&mut self, method: &dyn Method, kv_head: usize, from: usize, to: usize, chunk: usize) {
         let Shape { head_dim: d, page_rows, .. } = self.shape;
         let mut scratch = Scratch::new();
-        let wants_values = method.needs().values;
+        let needs = method.needs();
+        let wants_values = needs.values;
         let mut token = from;
+        // Whole pages only, from the first row of the one that was not full.
+        let (to, chunk) = if needs.whole_pages {
+            token = from / page_rows * page_rows;
+            (to / page_rows * page_rows, usize::MAX)
+        } else {
+            (to, chunk)
+        };
         while token < to {
             let first_row = token % page_rows;
             let count = chunk.min(to - token).min(page_rows - first_row);
@@ -299,7 +307,11 @@ impl Replay {
         out.finish_head();
         let Self { pages, states, memories, keys, sequence, .. } = self;
         let context = SelectContext { rows: keys, ..context.clone() };
-        method.select(&context, &mut View { pages, states, memories, sequence }, scratch, &mut out);
+        let mut view = View { pages, states, memories, sequence };
+        method.select(&context, &mut view, scratch, &mut out);
+        if context.heads == (0..self.shape.kv_heads) {
+            method.steer(&context, &out, &mut view);
+        }
         for (at, head) in context.heads.clone().enumerate() {
             method.on_selected(out.head(at), &mut self.memories[head]);
         }
@@ -317,6 +329,24 @@ impl Replay {
         };
         let view = &mut View { pages, states, memories, sequence };
         method.prefetch(&context, view, scratch, &mut out).then_some(out)
+    }
+
+    /// As [`Self::select_with`], with the method's estimate of what it left out.
+    pub fn select_with_rest(
+        &mut self,
+        method: &dyn Method,
+        context: &SelectContext<'_>,
+        scratch: &mut Scratch,
+    ) -> (Selection, Rest) {
+        let (mut out, mut rest) = (Selection::new(), Rest::new());
+        let Self { pages, states, memories, keys, sequence, .. } = self;
+        let context = SelectContext { rows: keys, ..context.clone() };
+        let mut view = View { pages, states, memories, sequence };
+        method.select_with_rest(&context, &mut view, scratch, &mut out, &mut rest);
+        if context.heads == (0..self.shape.kv_heads) {
+            method.steer(&context, &out, &mut view);
+        }
+        (out, rest)
     }
 
     /// The method's estimate of all that is not in `attended`, for the query in `context`.

@@ -3,6 +3,8 @@
 use kvoyant_kernels::Kernels;
 pub use kvoyant_kernels::{Certificate, RestSums};
 
+use crate::selection::Selection;
+
 /// Per query head of one decode step, what the rows left out would have added: a mean value and its weight, to be merged like any
 /// other partial attention, and [sums](RestSums) that bound how far off the merged answer is.
 ///
@@ -13,6 +15,7 @@ pub struct Rest {
     /// `[heads][dv]`
     means: Vec<f32>,
     sums: Vec<RestSums>,
+    exact: Selection,
 }
 
 impl Rest {
@@ -27,6 +30,7 @@ impl Rest {
         self.value_dim = value_dim;
         self.means.clear();
         self.sums.clear();
+        self.exact.clear();
     }
 
     /// Adds the next query head: gives its mean, zeros, to be filled.
@@ -56,6 +60,18 @@ impl Rest {
         &self.means
     }
 
+    /// Rows that are in no sum: they are to be attended exactly now, beside what is attended already. Of every KV head of the request, or
+    /// of none.
+    #[must_use]
+    pub fn exact(&self) -> &Selection {
+        &self.exact
+    }
+
+    /// The same, to be filled.
+    pub fn exact_mut(&mut self) -> &mut Selection {
+        &mut self.exact
+    }
+
     /// What bounds are made of, for each query head.
     #[must_use]
     pub fn sums(&self) -> &[RestSums] {
@@ -76,7 +92,7 @@ impl Rest {
         for (head, ((out, lse), sums)) in heads {
             let attended = *lse;
             kernels.merge(out, std::slice::from_mut(lse), self.mean(head), &[sums.lse()]);
-            certificates.push(sums.certify(attended, self.mean(head), out));
+            certificates.push(sums.certify(attended, out));
         }
     }
 }

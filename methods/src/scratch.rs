@@ -17,6 +17,14 @@ pub struct Scratch {
     pub(crate) matrix: Vec<f32>,
     /// Scores of the query heads of one group, `[g][tokens or pages]`.
     pub(crate) scores: Vec<f32>,
+    /// How far scores may be off, `[g][groups of rows]`.
+    pub(crate) margins: Vec<f32>,
+    /// The largest score of each query.
+    pub(crate) maxima: Vec<f32>,
+    /// Weighted sums of values, `[g][dv]`.
+    pub(crate) means: Vec<f32>,
+    /// What rows may weigh at most and at least, by their share of the attention.
+    pub(crate) bins: Vec<(f64, f64)>,
     /// Scores of the groups of all KV heads, `[Hkv][candidates]`.
     pub(crate) group: Vec<f32>,
     /// Scores of one KV head's pages.

@@ -6,7 +6,7 @@ use crate::codes::CodeLayout;
 
 /// Sums over rows that are not attended, for one query; weights are relative to what the caller's are.
 ///
-/// Not rounded to any side: [`CodeSums::rest`](crate::RestSums::of_codes) is.
+/// Not rounded to any side: [`RestSums::of_codes`](crate::RestSums::of_codes) is.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct CodeSums {
     /// `Σ w`.
@@ -55,7 +55,8 @@ impl Kernels {
         scalar::code_scores(layout, queries, group, scale, blocks, out, out_stride, margins, margin_stride);
     }
 
-    /// `scores_t ← e^(scores_t − max)`, and their sum. `max` is finite and at least every score; scores are finite.
+    /// `scores_t ← e^(scores_t − max)`, and their sum. Scores and `max` are finite; where their difference is above 88, what comes out is
+    /// `e^88` or more.
     #[must_use]
     pub fn exp_in_place(self, scores: &mut [f32], max: f32) -> f32 {
         scalar::exp_in_place(scores, max)

@@ -207,6 +207,8 @@ fn common_needs(mix: &MixSpec, parts: &[Box<dyn Method>]) -> Result<Needs, Metho
                 "they attend missing rows in different ways"
             } else if reports && needs.feedback != other.feedback {
                 "they want different attention rows"
+            } else if needs.digest && other.digest && needs.whole_pages != other.whole_pages {
+                "one digests whole pages, the other rows as they come"
             } else if needs.drops_rows && other.drops_rows {
                 "both drop rows for good"
             } else {
@@ -225,12 +227,16 @@ fn common_needs(mix: &MixSpec, parts: &[Box<dyn Method>]) -> Result<Needs, Metho
         common.drops_rows |= needs.drops_rows;
         common.rows |= needs.rows;
         common.values |= needs.values;
+        common.whole_pages |= needs.whole_pages;
+        common.floors |= needs.floors;
+        common.attend_resident |= needs.attend_resident;
         common.feedback = common.feedback.or(needs.feedback);
         common.marks |= needs.marks;
         common.prefetch |= needs.prefetch;
     }
     // A memory's owner is written by the first append, which comes to those with digests.
     common.digest |= common.memory;
+    common.rest = false;
     Ok(common)
 }
 
@@ -308,6 +314,21 @@ impl Method for Mix {
             part.select(context, store, scratch, out);
             true
         });
+    }
+
+    fn steer(&self, context: &SelectContext<'_>, selected: &Selection, store: &mut dyn Store) {
+        let mut of_part = Selection::new();
+        for (part, heads) in self.runs(context.layer, context.heads.clone()) {
+            of_part.clear();
+            for head in heads.clone() {
+                for range in selected.head(head - context.heads.start) {
+                    of_part.push(range.first as usize, range.end() as usize);
+                }
+                of_part.finish_head();
+            }
+            let context = SelectContext { heads, ..context.clone() };
+            part.steer(&context, &of_part, &mut PartStore { mix: self, part, inner: &mut *store });
+        }
     }
 
     fn prefetch(

@@ -16,7 +16,7 @@ fn every_method() -> Vec<MethodSpec> {
         "attention-predictor" => "weights=average,budget=24",
         "hetero" => "roles=none,budget=24",
         "freekv" => "page=4,budget=24",
-        "shadowkv" | "dynsplit" | "quest" | "scout" | "random" | "oracle" => "budget=24",
+        "shadowkv" | "dynsplit" | "quest" | "scout" | "random" | "oracle" | "kvoyant" => "budget=24",
         "mix" => {
             "0/0=(quest:budget=24),0/1=(attention-predictor:weights=average,budget=24),rest=(quest:budget=12)"
         }

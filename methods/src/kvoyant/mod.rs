@@ -1,0 +1,335 @@
+//! `kvoyant`, the default: choose rows, attend to all that is there, estimate what is left, and bound what the answer misses.
+//!
+//! *Digest* ([`kvoyant_kernels::CodeLayout`]): when a page is full, its keys in codes of 4 or 6 bits, the means of its values, and how
+//! far both are off. No row of a page that is not full has one: such rows are selected always, and there are none where the window is at
+//! least as long as a page.
+//!
+//! *Weights.* A query gives every row an estimated score `s` and a margin `m` that bounds its error; its weight is `e^s`, and its share
+//! of the attention `e^s / (Σ e^s + F)`, where F is what the query gives to sinks and window, if that is known ([`SelectContext::floors`]).
+//!
+//! *Selection* ([`choose`]). The rows with the largest mean share in their group of query heads: as many as a budget says, in the mean of
+//! all layers, heads and steps ([`steer`]), or as many as it takes until no query head can miss more than it may.
+//!
+//! *Rest.* What is not attended is estimated by its weights and mean values, and merged like any partial attention; the sums that come with
+//! it certify the answer ([`crate::RestSums`]). Where the selection was made ahead, by a predicted query, the true one names rows that it
+//! missed: they are attended exactly, too.
+
+pub mod spec;
+
+mod choose;
+mod steer;
+#[cfg(test)]
+mod tests;
+mod weigh;
+
+use kvoyant_kernels::{CodeLayout, CodeSums, Kernels};
+
+pub use spec::{Amount, Certify, KvoyantSpec, MissedMass, Scope};
+
+use crate::context::SelectContext;
+use crate::error::MethodError;
+use crate::method::{Append, DigestKey, Method};
+use crate::needs::{HintSource, Needs};
+use crate::registry::Entry;
+use crate::rest::{Rest, RestSums};
+use crate::scratch::Scratch;
+use crate::selection::Selection;
+use crate::shape::Shape;
+use crate::spec::MethodSpec;
+use crate::store::Store;
+use choose::Wanted;
+use steer::Steering;
+
+/// The method's name.
+pub const NAME: &str = "kvoyant";
+
+pub(crate) const ENTRY: Entry = Entry {
+    name: NAME,
+    about: "rows by codes of their keys, the rest estimated, answers certified",
+    parse: |options| Ok(Box::new(KvoyantSpec::from_options(options)?)),
+};
+
+/// Bytes of a head's memory: the share of the last row that the budget alone let in, as f32.
+const CUT_BYTES: usize = 4;
+
+/// Selects, estimates and certifies.
+#[derive(Debug)]
+pub struct Kvoyant {
+    shape: Shape,
+    options: KvoyantSpec,
+    spec: MethodSpec,
+    layout: CodeLayout,
+    kernels: Kernels,
+}
+
+impl Kvoyant {
+    /// For a model of that shape.
+    ///
+    /// # Errors
+    /// There are no codes for its pages in groups of that many rows.
+    pub fn new(options: KvoyantSpec, shape: &Shape) -> Result<Self, MethodError> {
+        let group = options.group.unwrap_or(shape.page_rows);
+        let layout = CodeLayout::new(shape.head_dim, shape.value_dim, shape.page_rows, options.bits, group)
+            .map_err(|error| MethodError::Unsuitable { method: NAME, reason: error.to_string() })?;
+        Ok(Self { shape: *shape, options, spec: MethodSpec::new(options), layout, kernels: Kernels::best() })
+    }
+
+    /// How many rows a head gets, for a request of one token.
+    fn wanted(&self, context: &SelectContext<'_>, steering: &Steering) -> Wanted {
+        let budget = self.options.rows_of(context.tokens);
+        match (self.options.amount, self.options.scope) {
+            (Amount::MissedMass(missed), _) => Wanted::Missed(missed.get()),
+            (Amount::Budget(all), _)
+                if spec::is_everything(all, context.tokens, self.shape.candidates(context.tokens).len()) =>
+            {
+                Wanted::Everything
+            }
+            (Amount::Budget(_), Scope::Threshold) if context.queries == 1 => match steering.share(context) {
+                Some(share) => Wanted::Above { share, least: spec::part_of(budget, self.options.floor) },
+                None => Wanted::Best(budget),
+            },
+            (Amount::Budget(_), _) => Wanted::Best(budget),
+        }
+    }
+
+    /// Estimates what is left of a head's weights, of which those of attended rows are 0.
+    fn rest_of(&self, context: &SelectContext<'_>, head: usize, left: usize, at: Scan<'_>, out: &mut Rest) {
+        let Scan { store, scratch, seen } = at;
+        let (g, dv) = (self.shape.group(), self.shape.value_dim);
+        let Scratch { scores, margins, maxima, means, .. } = scratch;
+        means.clear();
+        means.resize(g * dv, 0.0);
+        let mut sums = vec![CodeSums::default(); g];
+        let (rows, groups) = (self.layout.rows(), self.layout.groups());
+        let mut page = 0;
+        while page < seen.pages.len() {
+            let most = seen.pages.len() - page;
+            let blocks = store.stretch(head, seen.pages.start + page, most);
+            let count = (blocks.len() / self.layout.bytes()).clamp(1, most);
+            self.kernels.code_rest(
+                &self.layout,
+                &blocks[..count * self.layout.bytes()],
+                g,
+                &scores[page * rows..],
+                seen.stride(rows),
+                &margins[page * groups..],
+                seen.stride(groups),
+                &mut sums,
+                means,
+            );
+            page += count;
+        }
+        let certified = self.options.certifies(context.step);
+        for (h, sums) in sums.iter().enumerate() {
+            let (mean, into) = out.push();
+            *into = RestSums::of_codes(sums, maxima[h], left);
+            if into.weight > 0.0 {
+                let scale = 1.0 / into.weight;
+                mean.iter_mut().zip(&means[h * dv..]).for_each(|(mean, sum)| *mean = sum * scale);
+            }
+            if !self.options.tail {
+                (into.weight, into.scatter) = (0.0, f32::INFINITY);
+            }
+            if !certified {
+                *into = into.uncertified();
+            }
+        }
+    }
+
+    fn choose_all(
+        &self,
+        context: &SelectContext<'_>,
+        store: &mut dyn Store,
+        scratch: &mut Scratch,
+        out: &mut Selection,
+        mut rest: Option<&mut Rest>,
+    ) {
+        out.clear();
+        let steering = Steering::read(store.sequence());
+        let candidates = self.shape.candidates(context.tokens);
+        let wanted = self.wanted(context, &steering);
+        for head in context.heads.clone() {
+            let seen = self.seen(context);
+            if candidates.is_empty() || matches!(wanted, Wanted::Everything) {
+                out.push(candidates.start, candidates.end);
+                out.finish_head();
+                if let Some(rest) = rest.as_deref_mut() {
+                    (0..self.shape.group()).for_each(|_| drop(rest.push()));
+                }
+                continue;
+            }
+            self.weigh(context, &*store, head, &seen, scratch);
+            let cut = self.choose(context, head, &wanted, &seen, scratch);
+            store.memory_mut(head).iter_mut().zip(cut.to_le_bytes()).for_each(|(to, from)| *to = from);
+            for id in &scratch.ids {
+                let token = seen.first_token(self.layout.rows()) + *id as usize;
+                out.push(token, token + 1);
+            }
+            out.push(seen.sealed_end, candidates.end);
+            out.finish_head();
+            if let Some(rest) = rest.as_deref_mut() {
+                self.forget(&seen, scratch);
+                let left = seen.rows.len() - scratch.ids.len();
+                self.rest_of(context, head, left, Scan { store: &*store, scratch, seen }, rest);
+            }
+        }
+    }
+}
+
+/// What is looked at for one head.
+struct Scan<'a> {
+    store: &'a dyn Store,
+    scratch: &'a mut Scratch,
+    seen: weigh::Seen,
+}
+
+impl Method for Kvoyant {
+    fn spec(&self) -> &MethodSpec {
+        &self.spec
+    }
+
+    fn needs(&self) -> Needs {
+        Needs {
+            hint: self.options.hint,
+            digest: true,
+            memory: true,
+            values: true,
+            whole_pages: true,
+            floors: true,
+            rest: self.options.tail || self.options.certificate != Certify::Off,
+            attend_resident: self.options.resident,
+            ..Needs::default()
+        }
+    }
+
+    fn digest_key(&self) -> Option<DigestKey> {
+        let levels = u64::from(self.options.bits.levels());
+        let (group, bytes) = (self.layout.group() as u64, self.layout.bytes() as u64);
+        Some(DigestKey { method: NAME, parameters: [levels, group, bytes, self.shape.value_dim as u64] })
+    }
+
+    fn digest_bytes(&self) -> usize {
+        self.layout.bytes()
+    }
+
+    fn memory_bytes(&self, _max_tokens: usize) -> usize {
+        CUT_BYTES
+    }
+
+    fn sequence_bytes(&self) -> usize {
+        steer::BYTES
+    }
+
+    fn on_append(&self, append: &Append<'_>, digest: &mut [u8], _memory: &mut [u8], _scratch: &mut Scratch) {
+        let whole = append.first_row == 0 && append.keys.len() == self.shape.page_rows * self.shape.head_dim;
+        debug_assert!(whole, "pages come whole");
+        if whole {
+            self.layout.encode(append.keys, append.values, digest);
+        }
+    }
+
+    fn select(
+        &self,
+        context: &SelectContext<'_>,
+        store: &mut dyn Store,
+        scratch: &mut Scratch,
+        out: &mut Selection,
+    ) {
+        if self.options.scope == Scope::Layer && matches!(self.options.amount, Amount::Budget(_)) {
+            self.choose_together(context, store, scratch, out);
+        } else {
+            self.choose_all(context, store, scratch, out, None);
+        }
+    }
+
+    fn select_with_rest(
+        &self,
+        context: &SelectContext<'_>,
+        store: &mut dyn Store,
+        scratch: &mut Scratch,
+        out: &mut Selection,
+        rest: &mut Rest,
+    ) {
+        if self.options.scope == Scope::Layer && matches!(self.options.amount, Amount::Budget(_)) {
+            self.select(context, store, scratch, out);
+            return self.rest(context, out, store, scratch, rest);
+        }
+        rest.clear(self.shape.value_dim);
+        self.choose_all(context, store, scratch, out, Some(rest));
+        context.heads.clone().for_each(|_| rest.exact_mut().finish_head());
+    }
+
+    fn rest(
+        &self,
+        context: &SelectContext<'_>,
+        attended: &Selection,
+        store: &mut dyn Store,
+        scratch: &mut Scratch,
+        out: &mut Rest,
+    ) {
+        out.clear(self.shape.value_dim);
+        let steering = Steering::read(store.sequence());
+        for (at, head) in context.heads.clone().enumerate() {
+            let seen = self.seen(context);
+            self.weigh(context, &*store, head, &seen, scratch);
+            let mut left = seen.rows.len();
+            let first = seen.first_token(self.layout.rows());
+            for range in attended.head(at) {
+                let (from, to) = (range.first as usize, range.end() as usize);
+                let from = from.max(first + seen.rows.start) - first;
+                let to = to.min(first + seen.rows.end).max(first + from) - first;
+                left -= to - from;
+                self.forget_rows(&seen, from..to, scratch);
+            }
+            // Rows without a digest that are not attended cannot be estimated, only attended now.
+            let mut exact =
+                attended_gap(attended, at, seen.sealed_end..self.shape.candidates(context.tokens).end);
+            if self.options.hint != HintSource::Current {
+                self.correct(context, head, &steering, &seen, scratch);
+                left -= scratch.ids.len();
+                self.forget(&seen, scratch);
+                for id in &scratch.ids {
+                    let token = first + *id as usize;
+                    out.exact_mut().push(token, token + 1);
+                }
+            }
+            exact.drain(..).for_each(|(from, to)| out.exact_mut().push(from, to));
+            out.exact_mut().finish_head();
+            self.rest_of(context, head, left, Scan { store: &*store, scratch, seen }, out);
+        }
+    }
+
+    fn steer(&self, context: &SelectContext<'_>, selected: &Selection, store: &mut dyn Store) {
+        let steers =
+            self.options.scope == Scope::Threshold && matches!(self.options.amount, Amount::Budget(_));
+        if !steers || context.queries != 1 || self.shape.candidates(context.tokens).is_empty() {
+            return;
+        }
+        let cuts: Vec<f32> = context
+            .heads
+            .clone()
+            .filter_map(|head| store.memory(head).first_chunk().map(|bytes| f32::from_le_bytes(*bytes)))
+            .collect();
+        let budget = self.options.rows_of(context.tokens);
+        let bytes = store.sequence();
+        let mut steering = Steering::read(bytes);
+        steering.note(context, selected.total_rows(), budget * context.heads.len(), &cuts);
+        steering.write(bytes);
+    }
+}
+
+/// The parts of a range that a head's attended rows leave out.
+fn attended_gap(attended: &Selection, head: usize, range: std::ops::Range<usize>) -> Vec<(usize, usize)> {
+    let (mut gaps, mut from) = (Vec::new(), range.start);
+    for part in attended.head(head) {
+        let (first, end) = (part.first as usize, part.end() as usize);
+        if first > from && from < range.end {
+            gaps.push((from, first.min(range.end)));
+        }
+        from = from.max(end);
+    }
+    if from < range.end {
+        gaps.push((from, range.end));
+    }
+    gaps
+}
