@@ -8,6 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::Simd;
+use super::stream::{LINE, Stream};
 use crate::cpu::scalar;
 
 /// Queries whose sums are taken in one pass: counts of a byte's bits, times 8, stay within a byte.
@@ -60,8 +61,9 @@ unsafe fn load4<C: Codes>(c: C, at: *const u8) -> [C::R; 4] {
 #[inline(always)]
 fn hamming<C: Codes>(c: C, queries: &[Code], codes: &[u8], out: &mut [u32], out_stride: usize) {
     let (rows, tile) = (codes.len() / CODE, 4 * C::HELD);
-    let whole = rows - rows % tile;
+    let (whole, stream) = (rows - rows % tile, Stream::new(codes));
     for t in (0..whole).step_by(tile) {
+        stream.ask(codes[t * CODE..].as_ptr(), tile * CODE / LINE);
         // SAFETY: `codes` has a tile's codes from t on, and `out` room for as many distances for each query.
         unsafe {
             let codes = load4(c, codes.as_ptr().add(t * CODE));
@@ -85,13 +87,14 @@ fn hamming<C: Codes>(c: C, queries: &[Code], codes: &[u8], out: &mut [u32], out_
 #[inline(always)]
 fn hamming_sum<C: Codes>(c: C, queries: &[Code], codes: &[u8], out: &mut [u32]) {
     let rows = out.len();
-    let whole = rows - rows % (4 * C::HELD);
+    let (whole, stream) = (rows - rows % (4 * C::HELD), Stream::new(codes));
     if queries.len() <= MOST {
-        sums_of(c, queries, &codes[..whole * CODE], &mut out[..whole], false);
+        sums_of(c, queries, &codes[..whole * CODE], stream, &mut out[..whole], false);
     } else {
         for (codes, out) in codes[..whole * CODE].chunks(BLOCK * CODE).zip(out[..whole].chunks_mut(BLOCK)) {
             for (part, queries) in queries.chunks(MOST - 1).enumerate() {
-                sums_of(c, queries, codes, out, part > 0);
+                let stream = if part == 0 { stream } else { Stream::NOTHING };
+                sums_of(c, queries, codes, stream, out, part > 0);
             }
         }
     }
@@ -103,16 +106,16 @@ fn hamming_sum<C: Codes>(c: C, queries: &[Code], codes: &[u8], out: &mut [u32]) 
 
 /// Sums over at most [`MOST`] queries for whole tiles of codes, added to what is there or put in its place.
 #[inline(always)]
-fn sums_of<C: Codes>(c: C, queries: &[Code], codes: &[u8], out: &mut [u32], add: bool) {
+fn sums_of<C: Codes>(c: C, queries: &[Code], codes: &[u8], stream: Stream, out: &mut [u32], add: bool) {
     match queries.len() {
-        1 => sums::<C, 0, 0, 1>(c, queries, codes, out, add),
-        2 => sums::<C, 0, 0, 2>(c, queries, codes, out, add),
-        3 => sums::<C, 0, 1, 1>(c, queries, codes, out, add),
-        4 => sums::<C, 0, 1, 2>(c, queries, codes, out, add),
-        5 => sums::<C, 0, 1, 3>(c, queries, codes, out, add),
-        6 => sums::<C, 0, 2, 2>(c, queries, codes, out, add),
-        7 => sums::<C, 1, 1, 1>(c, queries, codes, out, add),
-        _ => sums::<C, 1, 1, 2>(c, queries, codes, out, add),
+        1 => sums::<C, 0, 0, 1>(c, queries, codes, stream, out, add),
+        2 => sums::<C, 0, 0, 2>(c, queries, codes, stream, out, add),
+        3 => sums::<C, 0, 1, 1>(c, queries, codes, stream, out, add),
+        4 => sums::<C, 0, 1, 2>(c, queries, codes, stream, out, add),
+        5 => sums::<C, 0, 1, 3>(c, queries, codes, stream, out, add),
+        6 => sums::<C, 0, 2, 2>(c, queries, codes, stream, out, add),
+        7 => sums::<C, 1, 1, 1>(c, queries, codes, stream, out, add),
+        _ => sums::<C, 1, 1, 2>(c, queries, codes, stream, out, add),
     }
 }
 
@@ -147,6 +150,7 @@ fn sums<C: Codes, const FOURS: usize, const TWOS: usize, const ONES: usize>(
     c: C,
     queries: &[Code],
     codes: &[u8],
+    stream: Stream,
     out: &mut [u32],
     add: bool,
 ) {
@@ -164,6 +168,7 @@ fn sums<C: Codes, const FOURS: usize, const TWOS: usize, const ONES: usize>(
     }
     let tile = 4 * C::HELD;
     for t in (0..out.len()).step_by(tile) {
+        stream.ask(codes[t * CODE..].as_ptr(), tile * CODE / LINE);
         // SAFETY: `codes` and `out` hold whole tiles, so one from t on.
         unsafe {
             let mut counts = load4(c, codes.as_ptr().add(t * CODE));

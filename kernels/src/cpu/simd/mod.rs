@@ -20,8 +20,10 @@ mod reduce;
 mod rows;
 mod score;
 mod stored;
+mod stream;
 mod top_k;
 mod values;
+mod whole;
 
 pub(super) use paths::{avx2 as avx2_path, avx512 as avx512_path};
 
