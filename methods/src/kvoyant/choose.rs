@@ -127,6 +127,10 @@ impl Kvoyant {
             let weights = &scores[h * stride..][..stride];
             for (g, (weights, shares)) in weights.chunks(group).zip(shares.chunks(group)).enumerate() {
                 let margin = f64::from(margins[h * margin_stride + g]);
+                if margin.is_infinite() {
+                    // These rows are selected, and nobody knows what they weigh.
+                    continue;
+                }
                 let (up, down) = (margin.exp(), (-margin).exp());
                 for (weight, share) in weights.iter().zip(shares) {
                     let bin = ((share.to_bits() >> BIN_SHIFT) as usize).min(BINS - 1);
@@ -138,7 +142,7 @@ impl Kvoyant {
             let mut attended = f64::from(floor - maxima[h]).exp();
             let largest = floor.max(maxima[h]);
             let odds = odds * (-RestSums::rounding(largest.abs() + (seen.rows.len() as f32).ln())).exp();
-            attended += bins.iter().filter(|bin| bin.1.is_finite()).map(|bin| bin.1).sum::<f64>();
+            attended += bins.iter().map(|bin| bin.1).sum::<f64>();
             // What exp rounds to nothing counts all the same.
             let mut left = seen.rows.len() as f64 * f64::from(RestSums::LEAST_WEIGHT);
             let mut first = 0;

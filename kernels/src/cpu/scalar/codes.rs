@@ -9,8 +9,8 @@ const LANES: usize = 16;
 const WEIGHT_MAX: f32 = 16256.0;
 /// In the place of a score that is no number.
 pub(in crate::cpu) const LOWEST: f32 = -3e38;
-/// A margin beyond which nothing is known.
-const MARGIN_MAX: f32 = 60.0;
+/// A margin beyond which nothing is known: sums of weights up to its exponential, times that once more, stay within f32.
+const MARGIN_MAX: f32 = 36.0;
 
 /// `Σ_j term(j)`: lanes that are 8 apart first, then 4, 2 and 1. `n` is a multiple of [`LANES`].
 fn sum_lanes(n: usize, term: impl Fn(usize) -> f32) -> f32 {
