@@ -43,5 +43,5 @@ pub use kvoyant_protocol::graph::GraphSpec;
 pub use kvoyant_protocol::layout::Limits;
 pub use kvoyant_protocol::wire::{Completion, SCORES_MAX, SequenceId, Stat, Status};
 pub use model::{Hint, Member, Model};
-pub use ready::{Answer, Partial, Pending, Ready, RowRun};
+pub use ready::{Answer, Partial, Pending, Ready, RestOf, RowRun};
 pub use sequence::Sequence;

@@ -10,7 +10,7 @@ use crate::connection::Control;
 use crate::error::Error;
 use crate::memory::{Geometry, Memory};
 use crate::ready::Pending;
-use crate::rings::Rings;
+use crate::rings::{Ask, Rings};
 use crate::sequence::Sequence;
 
 #[derive(Debug)]
@@ -49,16 +49,34 @@ pub enum Hint<'a> {
     None,
     /// Queries of the layer after RoPE, `[queries][query heads][head dim]`; all of them finite.
     Query(&'a [f32]),
+    /// The same, and what each of them gives to rows that are attended anyway: `floors` is `[queries][query heads]`, the log-sum-exps of their
+    /// scaled scores. Either all members of a request have floors or none has.
+    Beside {
+        /// As [`Hint::Query`].
+        query: &'a [f32],
+        /// Log-sum-exps; none is NaN or `+∞`.
+        floors: &'a [f32],
+    },
     /// Tokens that the caller chose: for each KV head how many, then so many.
     Ids(&'a [u32]),
 }
 
 impl<'a> Hint<'a> {
-    fn bytes(self) -> &'a [u8] {
+    fn bytes(self) -> [&'a [u8]; 2] {
         match self {
-            Self::None => &[],
-            Self::Query(values) => bytemuck::cast_slice(values),
-            Self::Ids(words) => bytemuck::cast_slice(words),
+            Self::None => [&[], &[]],
+            Self::Query(values) => [bytemuck::cast_slice(values), &[]],
+            Self::Beside { query, floors } => [bytemuck::cast_slice(query), bytemuck::cast_slice(floors)],
+            Self::Ids(words) => [bytemuck::cast_slice(words), &[]],
+        }
+    }
+
+    /// Values of its queries, if it has any, and of their floors.
+    fn values(self) -> Option<(usize, usize)> {
+        match self {
+            Self::Query(values) => Some((values.len(), 0)),
+            Self::Beside { query, floors } => Some((query.len(), floors.len())),
+            Self::None | Self::Ids(_) => None,
         }
     }
 }
@@ -258,13 +276,31 @@ impl Model {
         members: &[Member<'_>],
         queries: usize,
     ) -> Result<Pending, Error> {
-        let wanted = queries * self.inner.geometry.query_heads * self.inner.geometry.head_dim;
-        let sizes = members.iter().filter_map(|member| match member.hint {
-            Hint::Query(values) => Some(values.len()),
-            Hint::None | Hint::Ids(_) => None,
-        });
-        if let Some(found) = sizes.into_iter().find(|found| *found != wanted) {
-            return Err(Error::Size { what: "a hint (values)", found, wanted });
+        self.ask(layer, members, queries, false)
+    }
+
+    /// Asks for an estimate of the rows that a layer's last answer left out, by its true query: for sequences whose method selects by a query
+    /// that is known ahead, and estimates. The answer has no rows to attend to, but may have a [partial attention](crate::Answer::partial)
+    /// to be merged first, of rows that the daemon's CPU has just attended.
+    ///
+    /// # Errors
+    /// As for [`Self::speculate`].
+    pub fn rest(&self, layer: usize, members: &[Member<'_>]) -> Result<Pending, Error> {
+        self.ask(layer, members, 1, true)
+    }
+
+    fn ask(&self, layer: usize, members: &[Member<'_>], queries: usize, rest: bool) -> Result<Pending, Error> {
+        let heads = queries * self.inner.geometry.query_heads;
+        let wanted = heads * self.inner.geometry.head_dim;
+        let floors = members.iter().any(|member| matches!(member.hint, Hint::Beside { .. }));
+        for (values, beside) in members.iter().filter_map(|member| member.hint.values()) {
+            if values != wanted {
+                return Err(Error::Size { what: "a hint (values)", found: values, wanted });
+            }
+            let wanted = if floors { heads } else { 0 };
+            if beside != wanted {
+                return Err(Error::Size { what: "floors of a hint", found: beside, wanted });
+            }
         }
         let queries = match narrow("query tokens", queries)? {
             queries @ 1..=QUERIES_MAX => queries,
@@ -279,7 +315,8 @@ impl Model {
             (entry, member.hint.bytes())
         });
         let layer = self.layer(layer)?;
-        let ticket = self.inner.rings.speculate(&self.inner.control, layer, entries, queries)?;
+        let ask = Ask { layer, queries, floors, rest };
+        let ticket = self.inner.rings.speculate(&self.inner.control, ask, entries)?;
         Ok(Pending::new(Arc::clone(&self.inner), ticket))
     }
 

@@ -4,13 +4,15 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvoyant_kernels::Run;
-use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, PartialLayout, Status};
+use kvoyant_kernels::{RestSums, Run};
+use kvoyant_protocol::wire::{
+    BlockRun, Completion, HeadEntry, PartialLayout, RestEntry, RestLayout, Status,
+};
 
 use crate::cuda::StreamPending;
 use crate::error::Error;
 use crate::model::Inner;
-use crate::rings::Table;
+use crate::rings::{Behind, Table};
 
 /// A speculation under way. Dropping it gives it up.
 #[derive(Debug)]
@@ -85,6 +87,36 @@ pub struct Answer {
     runs: Vec<BlockRun>,
     partial_layout: PartialLayout,
     partials: Vec<u32>,
+    rest_layout: RestLayout,
+    rests: Vec<u32>,
+}
+
+/// What an answer's method knows of the rows that it left out for one member of a batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RestOf<'a> {
+    entries: &'a [RestEntry],
+    means: &'a [f32],
+}
+
+impl<'a> RestOf<'a> {
+    /// Of each query head: what bounds are made of, and with what weight its mean is to be merged.
+    pub fn sums(&self) -> impl Iterator<Item = RestSums> + 'a {
+        self.entries.iter().map(|entry| RestSums {
+            max: entry.max,
+            weight: entry.weight,
+            upper: entry.upper,
+            lower: entry.lower,
+            scatter: entry.scatter,
+            spread: entry.spread,
+            rows: entry.rows,
+        })
+    }
+
+    /// Estimated mean values, `[query heads][values of a row]`.
+    #[must_use]
+    pub fn means(&self) -> &'a [f32] {
+        self.means
+    }
 }
 
 /// What the daemon's CPU has attended for one member of a batch: the softmax over those rows alone. To be merged with the
@@ -108,14 +140,17 @@ impl Answer {
         let kv_heads = inner.geometry.kv_heads;
         let partial_layout =
             PartialLayout { query_heads: inner.geometry.query_heads, values: inner.geometry.values() };
-        let Table { heads, runs, partials } = inner.rings.table(&completion, kv_heads, partial_layout)?;
+        let rest_layout =
+            RestLayout { query_heads: partial_layout.query_heads, values: partial_layout.values };
+        let behind = Behind { partial: partial_layout, rest: rest_layout };
+        let Table { heads, runs, partials, rests } = inner.rings.table(&completion, kv_heads, behind)?;
         for run in &runs {
             inner
                 .memory
                 .address(run.row, run.rows(), run.in_slab())
                 .map_err(|error| Error::Broken(format!("a run of an answer lies nowhere: {error}")))?;
         }
-        Ok(Self { completion, kv_heads, heads, runs, partial_layout, partials })
+        Ok(Self { completion, kv_heads, heads, runs, partial_layout, partials, rest_layout, rests })
     }
 
     /// What the daemon said of it: rows, hits, bytes, times.
@@ -158,6 +193,14 @@ impl Answer {
         let (rows, rest) = words.split_first().filter(|(rows, _)| **rows > 0)?;
         let (lse, out) = rest.split_at(self.partial_layout.query_heads);
         Some(Partial { out: bytemuck::cast_slice(out), lse: bytemuck::cast_slice(lse), rows: *rows })
+    }
+
+    /// What the daemon knows of the rows that were left out for a member, if its method estimates them.
+    #[must_use]
+    pub fn rest(&self, member: usize) -> Option<RestOf<'_>> {
+        let words = self.rests.chunks_exact(self.rest_layout.words()).nth(member)?;
+        let (entries, means) = words.split_at(self.rest_layout.query_heads * size_of::<RestEntry>() / 4);
+        Some(RestOf { entries: bytemuck::cast_slice(entries), means: bytemuck::cast_slice(means) })
     }
 
     /// Which tokens they are, in rising order.

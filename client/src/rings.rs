@@ -9,7 +9,7 @@ use kvoyant_protocol::layout::{Layout, c2d, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
 use kvoyant_protocol::wire::{
-    Append, BatchEntry, BlockRun, Completion, HeadEntry, Operation, PartialLayout, Request, STATS, Speculate,
+    Append, BatchEntry, BlockRun, Completion, HeadEntry, Operation, PartialLayout, Request, RestLayout, STATS, Speculate,
     Stat,
 };
 
@@ -130,6 +130,30 @@ pub(crate) struct Table {
     pub(crate) runs: Vec<BlockRun>,
     /// Words of the partial attentions, if there are any.
     pub(crate) partials: Vec<u32>,
+    /// Words of the estimates of rows left out, if there are any.
+    pub(crate) rests: Vec<u32>,
+}
+
+/// What lies behind the runs of a block table, where it is there.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Behind {
+    /// Each member's partial attention.
+    pub(crate) partial: PartialLayout,
+    /// Each member's estimate of what was left out.
+    pub(crate) rest: RestLayout,
+}
+
+/// What a speculation is besides its members.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ask {
+    /// The layer.
+    pub(crate) layer: u16,
+    /// Query tokens of each member.
+    pub(crate) queries: u32,
+    /// Whether floors follow each member's queries.
+    pub(crate) floors: bool,
+    /// Whether only the rest of the last answer is asked for.
+    pub(crate) rest: bool,
 }
 
 /// See the module.
@@ -269,9 +293,8 @@ impl Rings {
     pub(crate) fn speculate<'h>(
         &self,
         control: &Control,
-        layer: u16,
-        members: impl ExactSizeIterator<Item = (BatchEntry, &'h [u8])>,
-        queries: u32,
+        ask: Ask,
+        members: impl ExactSizeIterator<Item = (BatchEntry, [&'h [u8]; 2])>,
     ) -> Result<u64, Error> {
         self.check_batch(members.len())?;
         let mut submit = self.ticket_room(control)?;
@@ -279,17 +302,20 @@ impl Rings {
         let batch = members.len() as u32;
         let (at, hints) = (self.layout.batch(index), self.layout.hints(index));
         let mut offset = 0;
-        for (member, (mut entry, bytes)) in members.enumerate() {
-            self.check_hints(offset + bytes.len())?;
-            self.c2d.write(hints + offset, bytes)?;
+        for (member, (mut entry, parts)) in members.enumerate() {
             entry.value = offset as u32;
             self.c2d.write_pod(at + member * size_of::<BatchEntry>(), &entry)?;
-            offset += bytes.len();
+            for bytes in parts {
+                self.check_hints(offset + bytes.len())?;
+                self.c2d.write(hints + offset, bytes)?;
+                offset += bytes.len();
+            }
         }
         let ticket = submit.last_ticket + 1;
         let hint_bytes = offset as u32;
+        let Ask { layer, queries, floors, rest } = ask;
         let speculate =
-            Speculate { layer, batch, ticket, hint_bytes, queries, deadline_ns: 0, doorbell: false };
+            Speculate { layer, batch, ticket, hint_bytes, queries, deadline_ns: 0, doorbell: false, floors, rest };
         submit.last_ticket = ticket;
         self.push(&mut submit, Operation::Speculate(speculate));
         Ok(ticket)
@@ -317,7 +343,7 @@ impl Rings {
         let ticket = submit.last_ticket + 1;
         let hint_bytes = hint_bytes as u32;
         let speculate =
-            Speculate { layer, batch, ticket, hint_bytes, queries: 1, deadline_ns: 0, doorbell: true };
+            Speculate { layer, batch, ticket, hint_bytes, queries: 1, deadline_ns: 0, doorbell: true, floors: false, rest: false };
         submit.last_ticket = ticket;
         self.push(&mut submit, Operation::Speculate(speculate));
         let (hints, doorbell) = (self.layout.hints(index), self.layout.doorbell(index));
@@ -488,16 +514,18 @@ impl Rings {
         &self,
         completion: &Completion,
         kv_heads: usize,
-        partial: PartialLayout,
+        Behind { partial, rest }: Behind,
     ) -> Result<Table, Error> {
         let count = completion.batch as usize * kv_heads;
         let bytes = completion.table_bytes as usize;
         let head_bytes = count * size_of::<HeadEntry>();
         let partial_words = if completion.partials { completion.batch as usize * partial.words() } else { 0 };
+        let rest_words = if completion.rest { completion.batch as usize * rest.words() } else { 0 };
         let run_bytes = bytes
             .checked_sub(head_bytes)
-            .and_then(|rest| rest.checked_sub(partial_words * 4))
-            .filter(|rest| rest.is_multiple_of(size_of::<BlockRun>()));
+            .and_then(|left| left.checked_sub(partial_words * 4))
+            .and_then(|left| left.checked_sub(rest_words * 4))
+            .filter(|left| left.is_multiple_of(size_of::<BlockRun>()));
         let Some(run_bytes) = run_bytes else {
             return Err(Error::Broken(format!("a block table of {bytes} bytes for {count} heads")));
         };
@@ -507,14 +535,17 @@ impl Rings {
         self.d2c.read(at, bytemuck::cast_slice_mut(&mut heads))?;
         let mut partials = vec![0; partial_words];
         self.d2c.read(at + head_bytes, bytemuck::cast_slice_mut(&mut runs))?;
-        self.d2c.read(at + head_bytes + run_bytes, bytemuck::cast_slice_mut(&mut partials))?;
+        let behind = at + head_bytes + run_bytes;
+        self.d2c.read(behind, bytemuck::cast_slice_mut(&mut partials))?;
+        let mut rests = vec![0; rest_words];
+        self.d2c.read(behind + partial_words * 4, bytemuck::cast_slice_mut(&mut rests))?;
         let inside = |head: &HeadEntry| {
             head.first_run.checked_add(head.runs).is_some_and(|end| end as usize <= runs.len())
         };
         if !heads.iter().all(inside) {
             return Err(Error::Broken("a head's runs lie outside their block table".into()));
         }
-        Ok(Table { heads, runs, partials })
+        Ok(Table { heads, runs, partials, rests })
     }
 }
 
@@ -533,6 +564,7 @@ mod tests {
         let (c2d, d2c) = (memory(layout.c2d_bytes), memory(layout.d2c_bytes));
         let rings = Rings::new(layout, c2d, Arc::clone(&d2c), 0, (Duration::ZERO, Duration::ZERO));
         let partial = PartialLayout { query_heads: 2, values: 3 };
+        let behind = Behind { partial, rest: RestLayout { query_heads: 2, values: 3 } };
         // Two members of one KV head each, a run, and the words 1, 2, … behind it.
         let (heads, run) = (2 * size_of::<HeadEntry>(), size_of::<BlockRun>());
         let words: Vec<u32> = (1..=2 * partial.words() as u32).collect();
@@ -541,7 +573,7 @@ mod tests {
         let ready = Completion::parse(ready[..].try_into().unwrap(), &layout.limits, 0).unwrap();
         let table = |bytes: usize, partials| {
             let completion = Completion { batch: 2, ticket: 1, table_bytes: bytes as u32, partials, ..ready };
-            rings.table(&completion, 1, partial)
+            rings.table(&completion, 1, behind)
         };
         let whole = heads + run + 2 * partial.bytes();
         assert_eq!(table(whole, true).unwrap().partials, words);

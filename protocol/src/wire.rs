@@ -11,7 +11,9 @@ use crate::ring::Descriptor;
 
 pub mod answer;
 
-pub use answer::{BlockRun, Completion, CompletionError, HeadEntry, PartialLayout, STATS, Stat, Status};
+pub use answer::{
+    BlockRun, Completion, CompletionError, HeadEntry, PartialLayout, RestEntry, RestLayout, STATS, Stat, Status,
+};
 
 /// All layers of the model at once, in [`Append`].
 pub const ALL_LAYERS: u16 = u16::MAX;
@@ -101,6 +103,12 @@ const FLAG_DOORBELL: u8 = 1;
 /// Feedback is of full attention.
 const FLAG_FULL: u8 = 1 << 1;
 
+/// Behind each member's queries lie floors.
+const FLAG_FLOORS: u8 = 1 << 2;
+
+/// Asks for the rest of the last answer.
+const FLAG_REST: u8 = 1 << 3;
+
 /// Asks for the rows of one layer for a whole batch: *query push*.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Speculate {
@@ -119,6 +127,11 @@ pub struct Speculate {
     pub deadline_ns: u64,
     /// Whether the hints are only there once the slot's doorbell rings.
     pub doorbell: bool,
+    /// Whether each member's queries are followed by what they give to rows that are attended anyway: `[queries][query heads]` f32, the
+    /// log-sum-exps of the scaled scores.
+    pub floors: bool,
+    /// Asks for no rows, but for an estimate of those that the layer's last answer left out, by the layer's true query: see [`RestLayout`].
+    pub rest: bool,
 }
 
 /// Says that rows have been written to their pages.
@@ -222,7 +235,7 @@ impl Request {
     pub fn parse(descriptor: &Descriptor, limits: &Limits) -> Result<Self, RequestError> {
         let raw: RawRequest = bytemuck::pod_read_unaligned(descriptor);
         let known = match raw.operation {
-            SPECULATE => FLAG_DOORBELL,
+            SPECULATE => FLAG_DOORBELL | FLAG_FLOORS | FLAG_REST,
             FEEDBACK => FLAG_FULL,
             _ => 0,
         };
@@ -248,6 +261,8 @@ impl Request {
                 queries: raw.queries.max(1),
                 deadline_ns: raw.deadline_ns,
                 doorbell: raw.flags & FLAG_DOORBELL != 0,
+                floors: raw.flags & FLAG_FLOORS != 0,
+                rest: raw.flags & FLAG_REST != 0,
             }),
             APPEND => Operation::Append(Append {
                 layer: (raw.layer != ALL_LAYERS).then_some(raw.layer),
@@ -276,7 +291,8 @@ impl Request {
         match self.operation {
             Operation::Speculate(s) => {
                 raw.operation = SPECULATE;
-                raw.flags = if s.doorbell { FLAG_DOORBELL } else { 0 };
+                let flags = [(s.doorbell, FLAG_DOORBELL), (s.floors, FLAG_FLOORS), (s.rest, FLAG_REST)];
+                raw.flags = flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum();
                 raw.layer = s.layer;
                 raw.batch = s.batch;
                 raw.ticket = s.ticket;
@@ -326,11 +342,11 @@ mod tests {
         #[test]
         fn a_request_parses_to_what_was_encoded(
             layer in 0u16..1000, batch in 1u32..=8, ticket: u64, through: u64, bytes in 0u32..=4096,
-            deadline: u64, doorbell: bool, queries in 1u32..=QUERIES_MAX, kind in 0..6,
+            deadline: u64, doorbell: bool, floors: bool, rest: bool, queries in 1u32..=QUERIES_MAX, kind in 0..6,
         ) {
             let operation = match kind {
                 0 => Operation::Speculate(Speculate {
-                    layer, batch, ticket, hint_bytes: bytes, queries, deadline_ns: deadline, doorbell,
+                    layer, batch, ticket, hint_bytes: bytes, queries, deadline_ns: deadline, doorbell, floors, rest,
                 }),
                 1 => Operation::Append(Append { layer: (layer % 2 == 0).then_some(layer), batch }),
                 2 => Operation::Observe(Observe { layer, payload_bytes: bytes }),

@@ -50,7 +50,7 @@ fn a_client_that_lies_is_disconnected_with_the_reason_and_its_neighbour_sees_not
             hint_bytes: 0,
             queries: 1,
             deadline_ns: 0,
-            doorbell: false,
+            doorbell: false, floors: false, rest: false,
         }),
     };
     type Attack<'a> = (&'a str, &'a str, Box<dyn Fn(&mut Raw, SequenceId) + 'a>);
@@ -273,6 +273,8 @@ fn a_request_with_a_doorbell_waits_for_it() {
             queries: 1,
             deadline_ns: 0,
             doorbell,
+            floors: false,
+            rest: false,
         }),
     };
     let entry = BatchEntry { sequence: id, position: 0, value: 0 };

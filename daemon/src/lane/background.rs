@@ -106,7 +106,7 @@ impl ModelState {
             && sequence.residency[layer].background.is_none()
             && sequence.graph.is_none()
             && self.digested(id, layer, candidates.end) == Digested::Yes;
-        if !ready || !self.choose_rows(id, layer, tokens, 1, true) {
+        if !ready || !self.choose_ahead(id, layer, tokens) {
             return true;
         }
         let Ok(sequence) = self.sequence_mut(id) else { return true };
@@ -174,7 +174,7 @@ impl ModelState {
     }
 
     /// How partial attentions lie in an answer.
-    fn partial_layout(&self) -> PartialLayout {
+    pub(super) fn partial_layout(&self) -> PartialLayout {
         PartialLayout { query_heads: self.shape.query_heads, values: self.layout.value_values() }
     }
 

@@ -166,6 +166,12 @@ impl ModelState {
     pub(crate) fn digested(&self, id: SequenceId, layer: usize, tokens: usize) -> Digested {
         let Ok(sequence) = self.sequence(id) else { return Digested::Behind };
         let Some(key) = self.methods[sequence.method].digest_key() else { return Digested::Yes };
+        // Of a page that is not full there may be no digest, and the method knows.
+        let tokens = if self.methods[sequence.method].needs().whole_pages {
+            tokens.min(sequence.lens[layer] as usize / self.shape.page_rows * self.shape.page_rows)
+        } else {
+            tokens
+        };
         match sequence.digests.iter().find(|set| set.serves(key, sequence.method)) {
             Some(set) if !set.ready[layer] => Digested::NotObserved,
             Some(set) if set.built[layer] as usize >= tokens => Digested::Yes,
@@ -364,15 +370,19 @@ impl ModelState {
         }
         let Ok(sequence) = self.sequence(id) else { return Ok(()) };
         let set = &sequence.digests[index];
-        let (from, to) = (set.built[layer] as usize, sequence.lens[layer] as usize);
+        let needs = self.methods[set.method].needs();
+        let rows = self.shape.page_rows;
+        let (from, mut to) = (set.built[layer] as usize, sequence.lens[layer] as usize);
+        if needs.whole_pages {
+            to = to / rows * rows;
+        }
         if !set.ready[layer] || from >= to {
             return Ok(());
         }
         let (key, table, state, method) = (set.key, set.table, set.state, set.method);
         let (pages, capacity, set) = (sequence.table, sequence.capacity, set.clone());
-        let (rows, heads, total) = (self.shape.page_rows, self.shape.kv_heads, self.total_heads());
-        let marked = self.methods[method].needs().marks;
-        let marks = sequence.marks.filter(|_| marked);
+        let (heads, total) = (self.shape.kv_heads, self.total_heads());
+        let marks = sequence.marks.filter(|_| needs.marks);
         let Some(pool) = self.pools.iter_mut().find(|pool| pool.key == key) else { return Ok(()) };
         let method: &dyn Method = &*self.methods[method];
         let state_bytes = method.head_state_bytes();
@@ -393,6 +403,11 @@ impl ModelState {
                 }
                 let locator = id * rows as u32 + first_row as u32;
                 read_keys(&self.arena, self.layout, locator, count, &mut buffers.rows, &mut buffers.keys)?;
+                buffers.values.clear();
+                if needs.values {
+                    let (rows, values) = (&mut buffers.rows, &mut buffers.values);
+                    read_values(&self.arena, self.layout, locator, count, rows, values)?;
+                }
                 let block = match self.meta.word(table, word) {
                     NO_BLOCK => pool.blocks.take(&mut self.meta)?,
                     block => pool.blocks.make_private(&mut self.meta, block)?,
@@ -407,7 +422,7 @@ impl ModelState {
                     kv_head,
                     state: &buffers.state,
                     keys: &buffers.keys,
-                    values: &[],
+                    values: &buffers.values,
                     first_token: token,
                     first_row,
                     marks: &buffers.marks,
@@ -534,6 +549,25 @@ pub(crate) enum Digested {
     Behind,
     /// The prompt's statistics are missing.
     NotObserved,
+}
+
+/// Reads the values of `count` consecutive rows out of a page, as f32 `[count][values of a row]`.
+fn read_values(
+    arena: &crate::tiers::arena::SessionArena,
+    layout: RowLayout,
+    locator: u32,
+    count: usize,
+    rows: &mut Vec<u8>,
+    values: &mut Vec<f32>,
+) -> Result<(), MemoryError> {
+    let geometry = arena.geometry();
+    let (extent, offset) = geometry.locate(locator);
+    values.resize(count * layout.value_values(), 0.0);
+    rows.clear();
+    rows.resize(count * geometry.row_bytes, 0);
+    arena.memory(extent).read(offset, rows)?;
+    layout.decode_values(rows, values);
+    Ok(())
 }
 
 /// Reads the keys of `count` consecutive rows out of a page, as f32 `[count][head dim]`.

@@ -12,6 +12,7 @@ pub mod kept;
 pub mod mailbox;
 pub mod model;
 mod place;
+mod rest;
 mod room;
 pub mod select;
 pub mod sequences;

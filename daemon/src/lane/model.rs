@@ -7,7 +7,7 @@ use std::sync::Arc;
 use kvoyant_kernels::quantise::Format;
 use kvoyant_kernels::{Dtype, RowLayout};
 use kvoyant_methods::{
-    Artifacts, Fingerprint, Method, MethodSpec, RowPart, Scratch, Selection, Shape, TokenRange,
+    Artifacts, Fingerprint, Method, MethodSpec, Rest, RowPart, Scratch, Selection, Shape, TokenRange,
 };
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Failure, MemoryKind, Mode, ModelSpec, ToClient};
@@ -85,11 +85,14 @@ pub struct Buffers {
     pub(crate) selection: Selection,
     pub(crate) scratch: Scratch,
     pub(crate) hint: Vec<f32>,
+    pub(crate) floors: Vec<f32>,
+    pub(crate) rest: Rest,
     pub(crate) ids: Vec<u32>,
     pub(crate) digest: Vec<u8>,
     pub(crate) marks: Vec<u8>,
     pub(crate) rows: Vec<u8>,
     pub(crate) keys: Vec<f32>,
+    pub(crate) values: Vec<f32>,
     pub(crate) state: Vec<u8>,
     pub(crate) placed: Vec<Placed>,
     pub(crate) place: PlaceScratch,
@@ -135,6 +138,8 @@ pub struct ModelState {
     pub keep: f64,
     /// Whether answers may have partial attentions of the CPU.
     pub attends: bool,
+    /// Whether answers may estimate the rows that they leave out.
+    pub estimating: bool,
     /// Layers of sequences that wait to be prepared for their next step, once their answer is not read any more.
     pub(crate) planned: VecDeque<(SequenceId, usize)>,
     /// Background transfers under way.
@@ -217,6 +222,7 @@ impl ModelState {
                 Some(SlabState { slab, pages: SlabPages::new(pages, shape.page_rows), limbo: Vec::new() })
             }
         };
+        let estimating = methods.iter().any(|method| method.needs().rest);
         let attends = slab.is_some() && methods.iter().any(|method| method.needs().cpu_attention.is_some());
         let budget = Arc::clone(extents.budget());
         let graph = graph.map(GraphState::new).transpose()?;
@@ -242,6 +248,7 @@ impl ModelState {
             memory,
             keep,
             attends,
+            estimating,
             planned: VecDeque::new(),
             flying: Vec::new(),
             buffers: Buffers::default(),

@@ -100,11 +100,23 @@ impl ModelState {
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
         let geometry = self.arena.geometry();
         let (rows, row_bytes) = (geometry.page_rows as u32, geometry.row_bytes);
-        let part = moved_part(self.methods[sequence.method].needs().part, row_bytes);
+        let needs = self.methods[sequence.method].needs();
+        let part = moved_part(needs.part, row_bytes);
         let base = (layer * self.shape.kv_heads + kv_head) * sequence.capacity;
         let first_run = answer.runs.len();
-        let mut total = 0;
+        let (mut total, mut named) = (0, 0);
+        // Rows that are there are attended at no cost: they stand between those that were selected.
+        let mut there = set.entries().filter(|_| needs.attend_resident).peekable();
+        let mut name_others = |answer: &mut Answer, before: u32| {
+            while let Some(entry) = there.next_if(|entry| entry.token <= before) {
+                if entry.token < before {
+                    answer.push_row(first_run, entry.slot, entry.token, 1, true);
+                    named += 1;
+                }
+            }
+        };
         for row in &placed {
+            name_others(answer, row.token);
             let page = self.tables.word(sequence.table, base + (row.token / rows) as usize);
             if page == NO_PAGE {
                 continue;
@@ -132,11 +144,12 @@ impl ModelState {
             }
             total += 1;
         }
+        name_others(answer, u32::MAX);
         answer.rows = answer.rows.saturating_add(total);
         answer.heads.push(HeadEntry {
             first_run: first_run as u32,
             runs: (answer.runs.len() - first_run) as u32,
-            rows: total,
+            rows: total + named,
             resident: set.resident() as u32,
         });
         self.buffers.placed = placed;

@@ -5,9 +5,9 @@
 //! into the transfer plan.
 
 use kvoyant_kernels::CopyRun;
-use kvoyant_methods::{NoRows, NoStore, SelectContext, Store};
+use kvoyant_methods::{NoRows, NoStore, SelectContext, Selection, Store};
 use kvoyant_protocol::control::NO_PAGE;
-use kvoyant_protocol::wire::{BatchEntry, BlockRun, HeadEntry, SequenceId, Status};
+use kvoyant_protocol::wire::{BatchEntry, BlockRun, HeadEntry, SequenceId, Stat, Status};
 
 use crate::device::rows::{LayerPages, PageRows};
 use crate::lane::background::Background;
@@ -37,6 +37,14 @@ pub struct Answer {
     pub partials: Vec<u32>,
     /// Rows in them.
     pub cpu_rows: u32,
+    /// Estimates of rows left out as they lie in the table, one for each member so far; only where a method estimates.
+    pub rests: Vec<u32>,
+    /// Whether any of them says something.
+    pub has_rest: bool,
+    /// Rows in them, for each query head.
+    pub estimated_rows: u64,
+    /// Counters of what certified query heads may have missed.
+    pub missed: Vec<Stat>,
     /// Background transfers that bring rows which the answer names.
     pub after: Vec<u64>,
     /// Rows of an extent: runs in extents end there, since extents are mapped apart.
@@ -50,16 +58,21 @@ impl Answer {
         self.runs.clear();
         self.copies.clear();
         self.partials.clear();
+        self.rests.clear();
+        self.missed.clear();
         self.after.clear();
         (self.rows, self.hits, self.in_place, self.resident, self.bytes) = (0, 0, 0, 0, 0);
-        self.cpu_rows = 0;
+        (self.cpu_rows, self.has_rest, self.estimated_rows) = (0, false, 0);
     }
 
     /// Bytes of the block table.
     #[must_use]
     pub fn table_bytes(&self) -> usize {
         let partials = if self.cpu_rows > 0 { std::mem::size_of_val(self.partials.as_slice()) } else { 0 };
-        std::mem::size_of_val(self.heads.as_slice()) + std::mem::size_of_val(self.runs.as_slice()) + partials
+        let rests = if self.has_rest { std::mem::size_of_val(self.rests.as_slice()) } else { 0 };
+        let entries =
+            std::mem::size_of_val(self.heads.as_slice()) + std::mem::size_of_val(self.runs.as_slice());
+        entries + partials + rests
     }
 
     pub(super) fn push_row(&mut self, first_run: usize, row: u32, token: u32, rows: u32, in_slab: bool) {
@@ -100,6 +113,19 @@ pub struct Turn {
     pub released_through: u64,
 }
 
+/// What a method is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// Rows for the next step, without a hint.
+    Ahead,
+    /// Rows.
+    Rows,
+    /// Rows, and the rest.
+    Whole,
+    /// The rest of the selection in the buffers.
+    Rest,
+}
+
 impl ModelState {
     /// Answers for one member, whose hint is in the buffers.
     pub fn speculate(
@@ -126,26 +152,48 @@ impl ModelState {
             Digested::NotObserved => return Err(Status::NotObserved),
             Digested::Behind => return Err(Status::NotAppended),
         }
-        self.choose_rows(id, layer, tokens, queries, false);
+        self.buffers.rest.clear(0);
+        let purpose = if queries == 1 && self.estimates_at_once(id) { Purpose::Whole } else { Purpose::Rows };
+        self.ask_method(id, layer, (tokens, queries), purpose);
         self.note_selected(id, layer);
+        if purpose == Purpose::Whole {
+            self.put_rest(answer);
+        }
         if self.slab.is_none() {
-            return self.point(id, layer, answer);
+            self.point(id, layer, answer)?;
+            self.keep_named(id, layer, answer);
+            return Ok(());
         }
         self.place(id, layer, (tokens, queries), turn, answer, background)?;
+        self.keep_named(id, layer, answer);
         self.plan_prefetch(id, layer, tokens, turn.ticket);
         Ok(())
     }
 
-    /// Has the sequence's method choose rows, by the hint in the buffers or ahead of any; true where it did.
-    pub(super) fn choose_rows(
+    /// Has the sequence's method choose rows ahead of any hint; true where it did.
+    pub(super) fn choose_ahead(&mut self, id: SequenceId, layer: usize, tokens: usize) -> bool {
+        self.ask_method(id, layer, (tokens, 1), Purpose::Ahead)
+    }
+
+    /// Has the sequence's method estimate, by the hint in the buffers, what is not in `named`.
+    pub(super) fn estimate(&mut self, id: SequenceId, layer: usize, tokens: usize, named: &Selection) {
+        self.buffers.rest.clear(0);
+        self.buffers.selection.clone_from(named);
+        self.ask_method(id, layer, (tokens, 1), Purpose::Rest);
+    }
+
+    /// Has the sequence's method do its part, by the hint in the buffers or ahead of any; true where rows were chosen.
+    fn ask_method(
         &mut self,
         id: SequenceId,
         layer: usize,
-        tokens: usize,
-        queries: usize,
-        ahead: bool,
+        (tokens, queries): (usize, usize),
+        purpose: Purpose,
     ) -> bool {
+        let ahead = purpose == Purpose::Ahead;
         let mut selection = std::mem::take(&mut self.buffers.selection);
+        let mut rest = std::mem::take(&mut self.buffers.rest);
+        let floors = std::mem::take(&mut self.buffers.floors);
         let mut scratch = std::mem::take(&mut self.buffers.scratch);
         let hint = std::mem::take(&mut self.buffers.hint);
         let ids = std::mem::take(&mut self.buffers.ids);
@@ -167,6 +215,7 @@ impl ModelState {
                 tokens,
                 queries,
                 hint: if ahead { &[] } else { &hint },
+                floors: if ahead { &[] } else { &floors },
                 ids: if ahead { &[] } else { &ids },
                 sequence_seed: sequence.seed,
                 step: tokens as u64,
@@ -178,15 +227,22 @@ impl ModelState {
                 Some(view) => view,
                 None => &mut NoStore,
             };
-            if ahead {
-                chosen = method.prefetch(&context, store, &mut scratch, &mut selection);
-            } else {
-                method.select(&context, store, &mut scratch, &mut selection);
+            match purpose {
+                Purpose::Ahead => chosen = method.prefetch(&context, store, &mut scratch, &mut selection),
+                Purpose::Rest => method.rest(&context, &selection, store, &mut scratch, &mut rest),
+                Purpose::Rows => method.select(&context, store, &mut scratch, &mut selection),
+                Purpose::Whole => {
+                    method.select_with_rest(&context, store, &mut scratch, &mut selection, &mut rest);
+                }
+            }
+            if matches!(purpose, Purpose::Rows | Purpose::Whole) {
+                method.steer(&context, &selection, store);
                 chosen = true;
             }
             self.buffers.pages = rows.into_scratch();
         }
         (self.buffers.selection, self.buffers.scratch) = (selection, scratch);
+        (self.buffers.rest, self.buffers.floors) = (rest, floors);
         (self.buffers.hint, self.buffers.ids) = (hint, ids);
         chosen
     }

@@ -4,6 +4,7 @@
 //! rows straight into their pages. A fork shares all pages; before one of the two writes to a shared page,
 //! `reserve` gives it a copy. All calls here come over the control socket, not on the hot path.
 
+use kvoyant_methods::Selection;
 use kvoyant_protocol::control::{Failure, NO_PAGE, TableRef, ToDaemon};
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
@@ -30,6 +31,8 @@ pub struct LayerSlots {
     pub heads: Vec<SlotSet>,
     /// Ticket of the last answer that named its rows.
     pub last_ticket: u64,
+    /// The rows that it named, where the layer's rest may be asked for.
+    pub named: Selection,
     /// The background transfer that brings rows here.
     pub background: Option<u64>,
     /// The answer after which the next step is to be prepared, and its tokens.

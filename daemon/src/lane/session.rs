@@ -325,7 +325,7 @@ impl LaneSession {
         self.answer.clear();
         self.answer.rows_per_extent = model.rows_per_extent();
         self.background.clear(self.backgrounds + 1, model.rows_per_extent());
-        let attends = model.attends;
+        let (attends, estimates) = (model.attends || request.rest, model.estimating);
         let mut work = 0_usize;
         let mut status = Status::Ready;
         let area = HintArea {
@@ -333,10 +333,12 @@ impl LaneSession {
             at: self.layout.hints(index),
             bytes: request.hint_bytes as usize,
             queries: request.queries as usize,
+            floors: request.floors,
+            rest: request.rest,
         };
         for entry in &self.batch {
             let tokens = entry.position as usize + 1;
-            let by_query = model.selects_by_query(entry.sequence);
+            let by_query = request.rest || model.selects_by_query(entry.sequence);
             work = work.saturating_add(charge(&model.shape, tokens, area.queries, by_query)?);
             if work > WORK_MAX {
                 return Err(SessionError::Work { products: work });
@@ -347,7 +349,12 @@ impl LaneSession {
                 status = Status::TableFull;
                 break;
             }
+            if estimates && !model.begin_rest(&mut self.answer, most) {
+                status = Status::TableFull;
+                break;
+            }
             let answered = match area.read(entry, layer, model)? {
+                Ok(()) if request.rest => model.rest_of_last(layer, entry, &mut self.answer),
                 Ok(()) => {
                     let (answer, background) = (&mut self.answer, &mut self.background);
                     model.speculate(layer, entry, area.queries, turn, answer, background)
@@ -381,6 +388,7 @@ impl LaneSession {
             transfer_ns: 0,
             table_bytes,
             partials: status == Status::Ready && self.answer.cpu_rows > 0,
+            rest: status == Status::Ready && self.answer.has_rest,
             boot_id: self.boot_id,
         };
         // Rows that were given slots must be copied there even if this answer failed: the slots count as resident.
@@ -392,11 +400,24 @@ impl LaneSession {
         let after = std::mem::take(&mut self.answer.after);
         self.flights.push_back(Flight { completion, planned, waiting, after });
         self.count(Stat::CpuRows, u64::from(self.answer.cpu_rows));
+        self.count_rest();
         if waiting {
             self.transfer(ticket, publish.map(Publication::Answer), tools);
         }
         self.bring_ahead(tools);
         self.post_ready()
+    }
+
+    /// Counts what the answer estimates, and what it may have missed.
+    fn count_rest(&mut self) {
+        if !self.answer.has_rest {
+            return;
+        }
+        self.count(Stat::EstimatedRows, self.answer.estimated_rows);
+        let missed = std::mem::take(&mut self.answer.missed);
+        self.count(Stat::CertifiedHeads, missed.len() as u64);
+        missed.iter().for_each(|stat| self.count(*stat, 1));
+        self.answer.missed = missed;
     }
 
     /// Brings what was planned to be there ahead of any request.
@@ -462,6 +483,10 @@ impl LaneSession {
         if self.answer.cpu_rows > 0 {
             let partials = bytemuck::cast_slice(&self.answer.partials);
             self.d2c.write(at + heads.len() + runs.len(), partials)?;
+        }
+        if self.answer.has_rest {
+            let rests: &[u8] = bytemuck::cast_slice(&self.answer.rests);
+            self.d2c.write(at + self.answer.table_bytes() - rests.len(), rests)?;
         }
         Ok(self.answer.table_bytes() as u32)
     }

@@ -87,6 +87,9 @@ const _: () = assert!(size_of::<RawCompletion>() == DESCRIPTOR_BYTES);
 /// Behind the runs lie partial attentions of the daemon's CPU, see [`PartialLayout`].
 const FLAG_PARTIALS: u8 = 1;
 
+/// Behind them lies what is known of the rows left out, see [`RestLayout`].
+const FLAG_REST: u8 = 1 << 1;
+
 /// The answer to a speculation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Completion {
@@ -119,6 +122,8 @@ pub struct Completion {
     pub table_bytes: u32,
     /// Whether partial attentions lie behind its runs ([`PartialLayout`]).
     pub partials: bool,
+    /// Whether estimates of the rows left out lie behind them ([`RestLayout`]).
+    pub rest: bool,
     /// Low 64 bits of the daemon's boot id.
     pub boot_id: u64,
 }
@@ -167,7 +172,7 @@ impl Completion {
         let ticket = raw.ticket;
         let status = Status::from_code(raw.status)
             .ok_or(CompletionError::UnknownStatus { code: raw.status, ticket })?;
-        if raw.flags & !FLAG_PARTIALS != 0 {
+        if raw.flags & !(FLAG_PARTIALS | FLAG_REST) != 0 {
             return Err(CompletionError::UnknownFlags { flags: raw.flags, ticket });
         }
         if raw.table_bytes > limits.table_bytes {
@@ -192,6 +197,7 @@ impl Completion {
             transfer_ns: raw.transfer_ns,
             table_bytes: raw.table_bytes,
             partials: raw.flags & FLAG_PARTIALS != 0,
+            rest: raw.flags & FLAG_REST != 0,
             boot_id: raw.boot_id,
         })
     }
@@ -201,7 +207,7 @@ impl Completion {
     pub fn encode(&self) -> Descriptor {
         bytemuck::cast(RawCompletion {
             status: self.status as u8,
-            flags: if self.partials { FLAG_PARTIALS } else { 0 },
+            flags: u8::from(self.partials) * FLAG_PARTIALS | u8::from(self.rest) * FLAG_REST,
             layer: self.layer,
             batch: self.batch,
             ticket: self.ticket,
@@ -303,6 +309,50 @@ impl PartialLayout {
     }
 }
 
+/// What one query head left out, relative to `e^max`: sums of estimated weights, and bounds of them.
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct RestEntry {
+    /// What weights are relative to; `−∞` where nothing was left out.
+    pub max: f32,
+    /// Sum of the estimated weights: that of the mean that comes with it.
+    pub weight: f32,
+    /// At least the sum of the true weights; `+∞` where it is not known.
+    pub upper: f32,
+    /// At most that sum.
+    pub lower: f32,
+    /// At least the sum of what weights may have changed, times the norms of their means.
+    pub scatter: f32,
+    /// At least the sum of true weights times the distances of values from their means.
+    pub spread: f32,
+    /// Rows left out.
+    pub rows: u32,
+}
+
+/// Where estimates of the rows left out lie: behind the partial attentions, one for each member. For each query head a [`RestEntry`],
+/// then `[query heads][values]` f32: the estimated mean value of what it left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestLayout {
+    /// Query heads.
+    pub query_heads: usize,
+    /// Values of a row's value part.
+    pub values: usize,
+}
+
+impl RestLayout {
+    /// Words of 32 bits of one member's.
+    #[must_use]
+    pub fn words(self) -> usize {
+        self.query_heads * (size_of::<RestEntry>() / 4 + self.values)
+    }
+
+    /// Bytes of one member's.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        self.words() * 4
+    }
+}
+
 /// Counters of a session, in the order in which they lie in the daemon → client memfd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(usize)]
@@ -337,10 +387,24 @@ pub enum Stat {
     PrefetchedRows,
     /// Bytes copied for them.
     PrefetchBytes,
+    /// Rows that answers left out and estimated, all query heads together.
+    EstimatedRows,
+    /// Query heads of which an answer says how much they may have missed.
+    CertifiedHeads,
+    /// Of these, by the attention that they may have missed at most, as the lane can tell: up to 0.1 %.
+    MissedTo0001,
+    /// Up to 1 %.
+    MissedTo001,
+    /// Up to 5 %.
+    MissedTo005,
+    /// Up to 20 %.
+    MissedTo02,
+    /// More.
+    MissedMore,
 }
 
 /// How many counters there are.
-pub const STATS: usize = Stat::PrefetchBytes as usize + 1;
+pub const STATS: usize = Stat::MissedMore as usize + 1;
 
 #[cfg(test)]
 mod tests {
@@ -367,6 +431,7 @@ mod tests {
             transfer_ns: 3,
             table_bytes: 128,
             partials: true,
+            rest: true,
             boot_id: 77,
         };
         let limits = limits();
@@ -377,8 +442,8 @@ mod tests {
         assert!(Completion::parse(&huge.encode(), &limits, 77).is_err());
         assert_eq!(completion.timeline() >> 8, 9);
         let mut later = completion.encode();
-        later[1] = 2;
+        later[1] = 4;
         let error = Completion::parse(&later, &limits, 77).unwrap_err();
-        assert_eq!(error, CompletionError::UnknownFlags { flags: 2, ticket: 9 });
+        assert_eq!(error, CompletionError::UnknownFlags { flags: 4, ticket: 9 });
     }
 }

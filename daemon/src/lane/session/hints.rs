@@ -19,6 +19,10 @@ pub(super) struct HintArea<'a> {
     pub(super) bytes: usize,
     /// Query tokens of each member.
     pub(super) queries: usize,
+    /// Whether floors follow a member's queries.
+    pub(super) floors: bool,
+    /// Whether the rest of an answer is asked for: by the true query, whatever the method selects by.
+    pub(super) rest: bool,
 }
 
 impl HintArea<'_> {
@@ -32,8 +36,12 @@ impl HintArea<'_> {
     ) -> Result<Result<(), Status>, SessionError> {
         model.buffers.hint.clear();
         model.buffers.ids.clear();
+        model.buffers.floors.clear();
         let Ok(sequence) = model.sequence(entry.sequence) else { return Ok(Ok(())) };
         let rows = sequence.lens.get(layer).copied().unwrap_or(0);
+        if self.rest {
+            return self.queries(entry, model);
+        }
         match model.methods[sequence.method].needs().hint {
             HintSource::None => Ok(Ok(())),
             HintSource::Ids => self.ids(entry, rows.min(entry.position.saturating_add(1)), model),
@@ -47,11 +55,17 @@ impl HintArea<'_> {
         model: &mut ModelState,
     ) -> Result<Result<(), Status>, SessionError> {
         let values = self.queries * model.shape.query_heads * model.shape.head_dim;
-        let offset = self.offset(entry, values * 4)?;
-        let hint = &mut model.buffers.hint;
+        let beside = if self.floors { self.queries * model.shape.query_heads } else { 0 };
+        let offset = self.offset(entry, (values + beside) * 4)?;
+        let (hint, floors) = (&mut model.buffers.hint, &mut model.buffers.floors);
         hint.resize(values, 0.0);
+        floors.resize(beside, 0.0);
         self.memory.read(self.at + offset, bytemuck::cast_slice_mut(hint))?;
-        Ok(if hint.iter().all(|value| value.is_finite()) { Ok(()) } else { Err(Status::BadHint) })
+        self.memory.read(self.at + offset + values * 4, bytemuck::cast_slice_mut(floors))?;
+        let finite = hint.iter().all(|value| value.is_finite());
+        // Nothing may be attended in any case, but not more than everything.
+        let floors = floors.iter().all(|floor| *floor < f32::INFINITY);
+        Ok(if finite && floors { Ok(()) } else { Err(Status::BadHint) })
     }
 
     /// For each KV head a count, then so many tokens, all of them below `rows`.

@@ -1,0 +1,181 @@
+//! Rows that answers leave out: estimated by the sequence's method, with the sums that certify what its client makes of both.
+//!
+//! Where a method selects by a layer's true query, the estimate comes with the selection. Where it selects ahead, the client asks again
+//! once it has the true query: for the rest of the layer's last answer, of which the lane has kept which rows it named.
+
+use kvoyant_methods::{HintSource, RestSums};
+use kvoyant_protocol::wire::{BatchEntry, HeadEntry, RestEntry, RestLayout, SequenceId, Stat, Status};
+
+use crate::device::rows::{LayerPages, PageRows};
+use crate::lane::digests::Digested;
+use crate::lane::model::ModelState;
+use crate::lane::select::Answer;
+
+/// Bounds of the counters of certified heads, by what they may have missed at most.
+const MISSED: [(f64, Stat); 4] = [
+    (0.001, Stat::MissedTo0001),
+    (0.01, Stat::MissedTo001),
+    (0.05, Stat::MissedTo005),
+    (0.2, Stat::MissedTo02),
+];
+
+impl ModelState {
+    /// How estimates lie in an answer.
+    fn rest_layout(&self) -> RestLayout {
+        RestLayout { query_heads: self.shape.query_heads, values: self.layout.value_values() }
+    }
+
+    /// Whether the sequence's method estimates what it leaves out, by the true query.
+    pub(super) fn estimates(&self, id: SequenceId) -> bool {
+        self.sequence(id).is_ok_and(|sequence| self.methods[sequence.method].needs().rest)
+    }
+
+    /// Whether the estimate comes with the selection.
+    pub(super) fn estimates_at_once(&self, id: SequenceId) -> bool {
+        let at_once = |needs: kvoyant_methods::Needs| needs.rest && needs.hint == HintSource::Current;
+        self.sequence(id).is_ok_and(|sequence| at_once(self.methods[sequence.method].needs()))
+    }
+
+    /// Gives an answer the empty estimate of one more member; false where a table of at most so many bytes would not hold it.
+    pub fn begin_rest(&self, answer: &mut Answer, most: usize) -> bool {
+        let layout = self.rest_layout();
+        let nothing = entry_of(&RestSums::NOTHING);
+        let entries = size_of_val(answer.heads.as_slice()) + size_of_val(answer.runs.as_slice());
+        let words = answer.partials.len() + answer.rests.len() + layout.words();
+        if entries + words * size_of::<u32>() > most {
+            return false;
+        }
+        for _ in 0..layout.query_heads {
+            answer.rests.extend_from_slice(bytemuck::cast_slice(&[nothing]));
+        }
+        answer.rests.resize(answer.rests.len() + layout.query_heads * layout.values, 0);
+        true
+    }
+
+    /// Puts the estimate in the buffers in the place of the last member's.
+    pub(super) fn put_rest(&mut self, answer: &mut Answer) {
+        let layout = self.rest_layout();
+        let rest = &self.buffers.rest;
+        if rest.heads() != layout.query_heads || answer.rests.len() < layout.words() {
+            return;
+        }
+        let at = answer.rests.len() - layout.words();
+        let (entries, means) =
+            answer.rests[at..].split_at_mut(layout.query_heads * size_of::<RestEntry>() / 4);
+        for (words, sums) in entries.chunks_exact_mut(size_of::<RestEntry>() / 4).zip(rest.sums()) {
+            words.copy_from_slice(bytemuck::cast_slice(&[entry_of(sums)]));
+            answer.estimated_rows += u64::from(sums.rows);
+        }
+        means.copy_from_slice(bytemuck::cast_slice(rest.means()));
+        answer.has_rest = true;
+        self.count_missed(answer);
+    }
+
+    /// Counts what query heads may have missed, as far as the lane can tell: it knows what the query gives to rows that are attended in
+    /// any case, where the client said so, and nothing of what it gave to those that were selected.
+    fn count_missed(&self, answer: &mut Answer) {
+        let certified = |sums: &&RestSums| sums.rows == 0 || sums.is_certified();
+        for (sums, floor) in self.buffers.rest.sums().iter().zip(&self.buffers.floors) {
+            if !certified(&sums) {
+                continue;
+            }
+            let attended = (f64::from(*floor) - f64::from(sums.max)).exp();
+            let missed = if sums.rows == 0 { 0.0 } else { 1.0 / (1.0 + attended / f64::from(sums.upper)) };
+            let stat = MISSED.iter().find(|(bound, _)| missed <= *bound).map_or(Stat::MissedMore, |(_, stat)| *stat);
+            answer.missed.push(stat);
+        }
+    }
+
+    /// Remembers which rows the layer's last answer named.
+    pub(super) fn keep_named(&mut self, id: SequenceId, layer: usize, answer: &Answer) {
+        if !self.estimates(id) || self.estimates_at_once(id) {
+            return;
+        }
+        let heads = self.shape.kv_heads;
+        let Ok(sequence) = self.sequence_mut(id) else { return };
+        let named = &mut sequence.residency[layer].named;
+        named.clear();
+        let Some(first) = answer.heads.len().checked_sub(heads) else { return };
+        for head in &answer.heads[first..] {
+            for run in &answer.runs[head.first_run as usize..][..head.runs as usize] {
+                named.push(run.token as usize, (run.token + run.rows()) as usize);
+            }
+            named.finish_head();
+        }
+    }
+
+    /// The rest of a layer's last answer for one member, by the true query in the buffers. Rows that the method wants attended now are
+    /// attended where they lie.
+    pub fn rest_of_last(&mut self, layer: usize, entry: &BatchEntry, answer: &mut Answer) -> Result<(), Status> {
+        let id = entry.sequence;
+        let tokens = entry.position as usize + 1;
+        let candidates = self.shape.candidates(tokens);
+        let heads = self.shape.kv_heads;
+        let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
+        let nothing = HeadEntry { first_run: answer.runs.len() as u32, runs: 0, rows: 0, resident: 0 };
+        answer.heads.extend(std::iter::repeat_n(nothing, heads));
+        if candidates.is_empty() || !self.methods[sequence.method].needs().rest {
+            return Ok(());
+        }
+        if candidates.end > sequence.lens[layer] as usize {
+            return Err(Status::NotAppended);
+        }
+        if self.digested(id, layer, candidates.end) != Digested::Yes {
+            return Err(Status::NotAppended);
+        }
+        let mut named = std::mem::take(&mut self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer].named);
+        if named.heads() != heads {
+            // Nothing was answered for this layer yet.
+            named.clear();
+            (0..heads).for_each(|_| named.finish_head());
+        }
+        self.estimate(id, layer, tokens, &named);
+        if let Ok(sequence) = self.sequence_mut(id) {
+            sequence.residency[layer].named = named;
+        }
+        self.put_rest(answer);
+        self.attend_exact(id, layer, answer)
+    }
+
+    /// Attends the rows that the estimate in the buffers leaves to be attended, by the hint there.
+    fn attend_exact(&mut self, id: SequenceId, layer: usize, answer: &mut Answer) -> Result<(), Status> {
+        if self.buffers.rest.exact().total_rows() == 0 {
+            return Ok(());
+        }
+        let layout = self.partial_layout();
+        let (group, d, values) = (self.shape.group(), self.shape.head_dim, layout.values);
+        let Some(at) = answer.partials.len().checked_sub(layout.words()) else { return Err(Status::Failed) };
+        let mut partial = std::mem::take(&mut self.buffers.partial);
+        let memory = std::mem::take(&mut self.buffers.pages);
+        let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
+        let pages = LayerPages {
+            table: sequence.table,
+            capacity: sequence.capacity,
+            first_head: layer * self.shape.kv_heads,
+            rows: sequence.lens[layer] as usize,
+        };
+        let rows = PageRows::new(&self.arena, &self.tables, self.layout, pages, memory);
+        let mut attended = 0;
+        for kv_head in 0..self.shape.kv_heads {
+            partial.resize(group * (values + 1), 0.0);
+            let (out, lse) = partial.split_at_mut(group * values);
+            let queries = &self.buffers.hint[kv_head * group * d..][..group * d];
+            let exact = self.buffers.rest.exact().head(kv_head);
+            attended += rows.attend(kv_head, exact, queries, 1.0 / (d as f32).sqrt(), out, lse) as u32;
+            let (all_lse, all_out) = answer.partials[at + 1..].split_at_mut(layout.query_heads);
+            all_lse[kv_head * group..][..group].copy_from_slice(bytemuck::cast_slice(lse));
+            all_out[kv_head * group * values..][..group * values].copy_from_slice(bytemuck::cast_slice(out));
+        }
+        answer.partials[at] = attended;
+        answer.cpu_rows = answer.cpu_rows.saturating_add(attended);
+        answer.rows = answer.rows.saturating_add(attended);
+        self.buffers.pages = rows.into_scratch();
+        self.buffers.partial = partial;
+        Ok(())
+    }
+}
+
+fn entry_of(sums: &RestSums) -> RestEntry {
+    let RestSums { max, weight, upper, lower, scatter, spread, rows } = *sums;
+    RestEntry { max, weight, upper, lower, scatter, spread, rows }
+}
