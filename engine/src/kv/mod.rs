@@ -10,7 +10,9 @@ use std::ops::Range;
 
 use kvoyant_kernels::RowLayout;
 
-pub use daemon::{DaemonError, DaemonKv, DaemonOptions, DaemonSequence, IdsRequest, Measured, StepStats};
+pub use daemon::{
+    Certified, DaemonError, DaemonKv, DaemonOptions, DaemonSequence, IdsRequest, Measured, StepStats,
+};
 pub use dense::{DenseKv, DenseSequence};
 pub use kvoyant_kernels::Dtype;
 pub use kvoyant_kernels::quantise::Format;

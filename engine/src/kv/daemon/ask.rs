@@ -7,7 +7,7 @@ use kvoyant_client::cuda::{StreamMember, StreamPending};
 use kvoyant_client::{Hint, Member, Pending};
 use kvoyant_methods::HintSource;
 
-use super::attention::{Pass, scores_of};
+use super::attention::{Pass, Rows, scores_of};
 use super::{DaemonError, DaemonKv, DaemonSequence};
 
 /// One request for rows that the engine names itself.
@@ -67,6 +67,17 @@ pub(super) struct Asked {
     /// Indices into the step's batch, rising.
     pub(super) members: Vec<usize>,
     pub(super) answer: Waiting,
+    /// Attention over the rows that are attended in any case, where it had to be known before asking.
+    pub(super) local: Option<Partial>,
+}
+
+/// Attention of members over a part of their rows.
+#[derive(Debug)]
+pub(super) struct Partial {
+    /// `[members][Hq][d]`.
+    pub(super) out: Vec<f32>,
+    /// `[members][Hq]`.
+    pub(super) lse: Vec<f32>,
 }
 
 /// Who waits for an answer.
@@ -115,19 +126,55 @@ impl DaemonKv {
         // A stream brings queries that the step has just computed; everything else goes as it is.
         let (streamed, told): (Vec<usize>, Vec<usize>) =
             members.into_iter().partition(|i| self.device.is_some() && by_query(i));
+        let (floored, plain): (Vec<usize>, Vec<usize>) =
+            told.into_iter().partition(|i| self.needs_of(batch[*i]).floors && by_query(i));
         if !streamed.is_empty() {
             let pending = self.ask_on_stream(layer, &streamed, batch, positions, queries)?;
-            self.pending[layer].push(Asked { members: streamed, answer: Waiting::Stream(pending) });
+            self.pending[layer].push(Asked {
+                members: streamed,
+                answer: Waiting::Stream(pending),
+                local: None,
+            });
         }
-        if !told.is_empty() {
-            let pending = self.ask_from_here(layer, &told, batch, positions, queries)?;
+        for (told, floored) in [(floored, true), (plain, false)] {
+            if told.is_empty() {
+                continue;
+            }
+            let local = floored.then(|| self.attend_anyway(moment, layer, &told, batch, positions, queries));
+            let floors = local.as_ref().map_or(&[][..], |local| &local.lse);
+            let pending = self.ask_from_here(layer, &told, batch, positions, (queries, floors))?;
             let answer = match &self.device {
                 Some(_) => Waiting::Stream(pending.on_stream()?),
                 None => Waiting::Host(pending),
             };
-            self.pending[layer].push(Asked { members: told, answer });
+            // What a predicted query gives is no part of the answer.
+            let local = local.filter(|_| moment == Moment::Current);
+            self.pending[layer].push(Asked { members: told, answer, local });
         }
         Ok(())
+    }
+
+    /// Attention of the asked members over sinks and window, by the queries of the moment. Ahead of the layer its own row is not there yet.
+    fn attend_anyway(
+        &self,
+        moment: Moment,
+        layer: usize,
+        asked: &[usize],
+        batch: &[&DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+    ) -> Partial {
+        let width = self.shape.query_heads * self.shape.head_dim;
+        let part: Vec<&DaemonSequence> = asked.iter().map(|i| batch[*i]).collect();
+        let at: Vec<usize> = asked.iter().map(|i| positions[*i]).collect();
+        let own: Vec<f32> =
+            asked.iter().flat_map(|i| &queries[i * width..(i + 1) * width]).copied().collect();
+        let mut local =
+            Partial { out: vec![0.0; own.len()], lse: vec![0.0; asked.len() * self.shape.query_heads] };
+        let pass = self.pass(layer, true);
+        let rows = if moment == Moment::Current { Rows::Local } else { Rows::LocalBefore };
+        pass.attend_part(rows, None, &part, &at, &own, (&mut local.out, &mut local.lse));
+        local
     }
 
     fn ask_on_stream(
@@ -159,18 +206,24 @@ impl DaemonKv {
         asked: &[usize],
         batch: &[&DaemonSequence],
         positions: &[usize],
-        queries: &[f32],
+        (queries, floors): (&[f32], &[f32]),
     ) -> Result<Pending, DaemonError> {
-        let width = self.shape.query_heads * self.shape.head_dim;
+        let heads = self.shape.query_heads;
+        let width = heads * self.shape.head_dim;
         let given = self.given(layer, asked, batch, positions, queries)?;
         // A sequence without a past has nothing to choose from either.
         let nothing = vec![0.0; width];
         let members: Vec<_> = asked
             .iter()
             .zip(&given)
-            .map(|(&i, ids)| {
+            .enumerate()
+            .map(|(at, (&i, ids))| {
                 let hint = match self.needs_of(batch[i]).hint {
                     HintSource::None => Hint::None,
+                    HintSource::Ahead | HintSource::Current if !floors.is_empty() => Hint::Beside {
+                        query: &queries[i * width..(i + 1) * width],
+                        floors: &floors[at * heads..(at + 1) * heads],
+                    },
                     HintSource::Ahead | HintSource::Current => {
                         Hint::Query(&queries[i * width..(i + 1) * width])
                     }

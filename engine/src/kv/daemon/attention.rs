@@ -28,6 +28,19 @@ pub(super) struct Pass<'a> {
     pub(super) selects: bool,
 }
 
+/// Which rows of a layer that the daemon selects for are attended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rows {
+    /// Sinks and window.
+    Local,
+    /// The same without the current token's row, which may not be there yet.
+    LocalBefore,
+    /// Those of the answer.
+    Answer,
+    /// All of them.
+    All,
+}
+
 /// A group's queries and output, `[g][d]` each, and log-sum-exps, `[g]`.
 type GroupRows<'a> = ((&'a [f32], &'a mut [f32]), &'a mut [f32]);
 
@@ -58,17 +71,25 @@ impl Pass<'_> {
         (i, head): (usize, usize),
         sequence: &DaemonSequence,
         position: usize,
+        rows: Rows,
         runs: &mut Vec<Run>,
     ) {
-        let [before, behind] = self.local(position);
-        sequence.inner().local_runs(self.layer, head, before, runs);
+        let [before, mut behind] = self.local(position);
+        if rows == Rows::LocalBefore {
+            behind.end = behind.end.min(position).max(behind.start);
+        }
+        if rows != Rows::Answer {
+            sequence.inner().local_runs(self.layer, head, before, runs);
+        }
         if let Some(ready) = ready
             && let Err(error) = ready.runs(i, head, runs)
         {
             // Answers on a device are attended there: see `DaemonKv::attend`.
             unreachable!("{error}");
         }
-        sequence.inner().local_runs(self.layer, head, behind, runs);
+        if rows != Rows::Answer {
+            sequence.inner().local_runs(self.layer, head, behind, runs);
+        }
     }
 
     /// The tokens whose rows member `i` attends to, in order.
@@ -92,7 +113,7 @@ impl Pass<'_> {
         queries: &[f32],
         (out, lse): (&mut [f32], &mut [f32]),
     ) {
-        self.attend_rows(ready, |_| true, batch, positions, queries, (&mut *out, &mut *lse));
+        self.attend_rows(Rows::All, ready, |_| true, batch, positions, queries, (&mut *out, &mut *lse));
         if let Some(ready) = ready {
             self.merge(ready, batch.len(), (out, lse));
         }
@@ -108,12 +129,36 @@ impl Pass<'_> {
         queries: &[f32],
         (out, lse): (&mut [f32], &mut [f32]),
     ) {
-        self.attend_rows(Some(ready), |i| !local[i], batch, positions, queries, (&mut *out, &mut *lse));
+        let with_answer = |i: usize| !local[i];
+        self.attend_rows(
+            Rows::All,
+            Some(ready),
+            with_answer,
+            batch,
+            positions,
+            queries,
+            (&mut *out, &mut *lse),
+        );
         self.merge(ready, batch.len(), (out, lse));
     }
 
+    /// Attention over a part of the rows, with nothing merged.
+    pub(super) fn attend_part(
+        &self,
+        rows: Rows,
+        ready: Option<&Ready>,
+        batch: &[&DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+        (out, lse): (&mut [f32], &mut [f32]),
+    ) {
+        self.attend_rows(rows, ready, |_| true, batch, positions, queries, (out, lse));
+    }
+
+    #[allow(clippy::too_many_arguments)]
     fn attend_rows(
         &self,
+        which: Rows,
         ready: Option<&Ready>,
         with_answer: impl Fn(usize) -> bool + Sync,
         batch: &[&DaemonSequence],
@@ -129,7 +174,7 @@ impl Pass<'_> {
             RUNS.with_borrow_mut(|runs| {
                 runs.clear();
                 let answer = ready.filter(|_| with_answer(i));
-                self.runs(answer, (i, head), batch[i], positions[i], runs);
+                self.runs(answer, (i, head), batch[i], positions[i], which, runs);
                 // SAFETY: the runs lie in mappings that the sequence and the answer keep alive for this call. Extents
                 // are written by this session alone, and not at these rows while a step of it runs; slab slots of an
                 // answer are left alone until it is dropped.
@@ -137,6 +182,7 @@ impl Pass<'_> {
             });
         };
         let rows = match ready {
+            None if which != Rows::All => batch.len() * (self.sinks + self.window),
             None => positions.iter().sum::<usize>(),
             Some(ready) => ready.completion().rows_selected as usize / kv_heads + batch.len() * self.window,
         };

@@ -3,15 +3,26 @@
 use std::ops::Range;
 
 use kvoyant_client::Mode;
+use kvoyant_kernels::Kernels;
 use kvoyant_methods::{Budget, HintSource, infinigen};
 use rayon::prelude::*;
 
 use super::super::{KvBackend, KvShape};
-use super::ask::{Asked, Moment, Waiting};
-use super::attention::Pass;
+use super::ask::{Asked, Moment, Partial, Waiting};
+use super::attention::{Pass, Rows};
 use super::device::Layer;
 use super::measure::Attended;
 use super::{DaemonError, DaemonKv, DaemonSequence};
+
+/// Members of a step that attend together.
+struct Group {
+    /// Indices into the step's batch.
+    members: Vec<usize>,
+    /// The answer that they wait for; without one they attend to everything.
+    asked: Option<Waiting>,
+    /// What they have attended already.
+    local: Option<Partial>,
+}
 
 /// Rows of one layer of one step: `[batch][Hq][d]`, and where they go.
 struct Heads<'a> {
@@ -26,31 +37,32 @@ impl DaemonKv {
     }
 
     /// The groups of a layer: those that were asked for, and who was not, who attends to everything.
-    fn groups(&mut self, layer: usize, members: usize) -> Vec<(Vec<usize>, Option<Waiting>)> {
+    fn groups(&mut self, layer: usize, members: usize) -> Vec<Group> {
         let asked = std::mem::take(&mut self.pending[layer]);
         let mut left: Vec<usize> = (0..members).collect();
         let mut groups = Vec::with_capacity(asked.len() + 1);
-        for Asked { members, answer } in asked {
+        for Asked { members, answer, local } in asked {
             left.retain(|member| !members.contains(member));
-            groups.push((members, Some(answer)));
+            groups.push(Group { members, asked: Some(answer), local });
         }
         if !left.is_empty() {
-            groups.push((left, None));
+            groups.push(Group { members: left, asked: None, local: None });
         }
         groups
     }
 
-    /// Attention of one group: `members` says which of the step's batch `batch` is.
+    /// Attention of one group, whose members `batch` has.
     fn attend_group(
         &mut self,
         layer: usize,
-        (members, asked): (&[usize], Option<Waiting>),
+        Group { members, asked, local }: Group,
         batch: &[&DaemonSequence],
         positions: &[usize],
         Heads { queries, out }: Heads<'_>,
     ) -> Result<(), DaemonError> {
         let learns = batch.iter().any(|sequence| self.needs_of(sequence).feedback.is_some());
         let attends = batch.iter().any(|sequence| self.needs_of(sequence).cpu_attention.is_some());
+        let estimates = batch.iter().any(|sequence| self.needs_of(sequence).rest);
         let mut lse = vec![0.0; members.len() * self.shape.query_heads];
         let deadline = self.options.deadline;
         let answer = if let Some(device) = &mut self.device {
@@ -66,7 +78,7 @@ impl DaemonKv {
                 layer,
                 selects: asked.is_some(),
             };
-            let wanted = self.measure || learns || attends;
+            let wanted = self.measure || learns || attends || estimates;
             let attended = Layer { pass, batch, positions, queries };
             let answered = device.attend(attended, asked, deadline, wanted, (&mut *out, &mut lse))?;
             let Some(answered) = answered else { return Ok(()) };
@@ -83,8 +95,20 @@ impl DaemonKv {
             let pass = self.pass(layer, ready.is_some());
             let ranks: Vec<Option<Budget>> =
                 batch.iter().map(|sequence| self.rebuilt_rank(sequence)).collect();
-            match (&ready, &self.options.rope) {
-                (Some(ready), Some(rope)) if ranks.iter().any(Option::is_some) => {
+            match (&ready, &local, &self.options.rope) {
+                (Some(ready), Some(local), _) => {
+                    pass.attend_part(
+                        Rows::Answer,
+                        Some(ready),
+                        batch,
+                        positions,
+                        queries,
+                        (&mut *out, &mut lse),
+                    );
+                    Kernels::best().merge(out, &mut lse, &local.out, &local.lse);
+                    pass.merge(ready, batch.len(), (&mut *out, &mut lse));
+                }
+                (Some(ready), None, Some(rope)) if ranks.iter().any(Option::is_some) => {
                     let members = (batch, positions);
                     let into = (&mut *out, &mut lse[..]);
                     let whole = pass.attend_with_rebuilt(ready, members, (&ranks, rope), queries, into)?;
@@ -92,23 +116,28 @@ impl DaemonKv {
                         self.stats.bytes_moved += (whole * self.shape.row_bytes() / 2) as u64;
                     }
                 }
-                (ready, _) => pass.attend(ready.as_ref(), batch, positions, queries, (&mut *out, &mut lse)),
+                (ready, ..) => pass.attend(ready.as_ref(), batch, positions, queries, (&mut *out, &mut lse)),
             }
             let Some(ready) = ready else { return Ok(()) };
-            if !(self.measure || learns || attends) {
+            if !(self.measure || learns || attends || estimates) {
                 return Ok(());
             }
             (*ready).clone()
         };
+        let mut certificates = Vec::new();
+        if estimates {
+            let attended = (&mut *out, &mut lse[..]);
+            certificates = self.add_rest(layer, &answer, batch, positions, queries, attended)?;
+        }
         let partials = (0..members.len()).filter_map(|member| answer.partial(member));
         self.stats.rows_cpu += partials.map(|partial| u64::from(partial.rows)).sum::<u64>();
         if self.measure {
-            let attended = Attended { queries, out };
+            let attended = Attended { queries, out, certificates: &certificates };
             let measured = self.pass(layer, true).measure(&answer, batch, positions, attended);
             self.stats.measured += measured;
         }
         if learns {
-            self.collect_rows(layer, members, &answer, batch, positions, queries);
+            self.collect_rows(layer, &members, &answer, batch, positions, queries);
         }
         Ok(())
     }
@@ -296,19 +325,20 @@ impl KvBackend for DaemonKv {
             self.ask(Moment::Current, layer, &shared(batch), positions, queries)?;
         }
         let width = self.shape.query_heads * self.shape.head_dim;
-        for (members, asked) in self.groups(layer, batch.len()) {
-            if members.len() == batch.len() {
+        for group in self.groups(layer, batch.len()) {
+            if group.members.len() == batch.len() {
                 let heads = Heads { queries, out: &mut *out };
-                self.attend_group(layer, (&members, asked), &shared(batch), positions, heads)?;
+                self.attend_group(layer, group, &shared(batch), positions, heads)?;
                 continue;
             }
+            let members = group.members.clone();
             let part: Vec<&DaemonSequence> = members.iter().map(|i| &*batch[*i]).collect();
             let at: Vec<usize> = members.iter().map(|i| positions[*i]).collect();
             let own = |i: &usize| i * width..(i + 1) * width;
             let asking: Vec<f32> = members.iter().flat_map(|i| &queries[own(i)]).copied().collect();
             let mut attended = vec![0.0; asking.len()];
             let heads = Heads { queries: &asking, out: &mut attended };
-            self.attend_group(layer, (&members, asked), &part, &at, heads)?;
+            self.attend_group(layer, group, &part, &at, heads)?;
             for (i, attended) in members.iter().zip(attended.chunks_exact(width)) {
                 out[own(i)].copy_from_slice(attended);
             }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use kvoyant_client::Answer;
+use kvoyant_methods::Certificate;
 use rayon::prelude::*;
 
 use super::DaemonSequence;
@@ -16,6 +17,8 @@ pub(super) struct Attended<'a> {
     pub(super) queries: &'a [f32],
     /// `[batch][Hq][d]`.
     pub(super) out: &'a [f32],
+    /// `[batch][Hq]`, or none.
+    pub(super) certificates: &'a [Option<Certificate>],
 }
 
 impl Pass<'_> {
@@ -54,6 +57,20 @@ impl Pass<'_> {
                 rows.fill(true);
             }
             let truth = Truth::of(&scores, end);
+            let known = whole || by_cpu == 0;
+            let certificates = attended.certificates.get(task * group..(task + 1) * group).unwrap_or(&[]);
+            for (h, certificate) in certificates.iter().enumerate() {
+                let Some(certificate) = certificate else { continue };
+                let missed = missed_by(&scores[h * end..][..end], &rows);
+                let error = distance(&out[h * d..][..d], &dense[h * d..][..d]);
+                sum.certified += 1;
+                let short = known && f64::from(certificate.missed_mass) < missed * (1.0 - SHARE_ROUNDING);
+                let off = f64::from(certificate.error) + ERROR_ROUNDING * norm(&dense[h * d..][..d]) < error;
+                sum.violations += u64::from(short || off);
+                if known && missed > SHARE_LEAST {
+                    sum.ratios.add(f64::from(certificate.missed_mass) / missed);
+                }
+            }
             sum.count += group as u64;
             sum.mass += truth.covered(&rows);
             if (whole || by_cpu == 0)
@@ -69,6 +86,33 @@ impl Pass<'_> {
         parts.into_iter().for_each(|part| all += part);
         all
     }
+}
+
+/// What true shares, of scores in f32, may be off by, relatively.
+const SHARE_ROUNDING: f64 = 1e-4;
+/// Below it a share that was missed says nothing about the ratio of its bound.
+const SHARE_LEAST: f64 = 1e-6;
+/// What attention in f32 may be off by whatever was left out, relatively.
+const ERROR_ROUNDING: f64 = 1e-4;
+
+/// The share of a query head's attention, of scaled scores, on rows that were not attended.
+fn missed_by(scores: &[f32], attended: &[bool]) -> f64 {
+    let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (mut missed, mut all) = (0.0, 0.0);
+    for (score, attended) in scores.iter().zip(attended) {
+        let weight = f64::from(score - most).exp();
+        all += weight;
+        missed += if *attended { 0.0 } else { weight };
+    }
+    missed / all
+}
+
+fn norm(values: &[f32]) -> f64 {
+    values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt()
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
 }
 
 /// Dense attention of a KV head's query heads.

@@ -24,6 +24,7 @@ mod measure;
 mod options;
 mod prompt;
 mod rebuilt;
+mod rest;
 mod sequence;
 mod stats;
 
@@ -38,7 +39,7 @@ use thiserror::Error;
 pub use ask::IdsRequest;
 pub use options::DaemonOptions;
 pub use sequence::DaemonSequence;
-pub use stats::{Measured, StepStats};
+pub use stats::{Certified, Measured, StepStats};
 
 use self::ask::{Asked, Provider};
 use self::device::DeviceAttention;

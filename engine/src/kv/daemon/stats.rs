@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use kvoyant_client::Completion;
+use kvoyant_methods::Certificate;
 
 /// Sums over decode steps.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -37,8 +38,52 @@ pub struct StepStats {
     pub feedback: Duration,
     /// Bytes of keys that attention rows over all tokens read beyond the rows attended: on a device they would have to be moved.
     pub feedback_bytes: u64,
+    /// What answers say that they may have missed.
+    pub certified: Certified,
     /// How far selected layers were from dense attention, where that was measured.
     pub measured: Measured,
+}
+
+/// Upper ends of the bins of [`Certified::missed`].
+pub(super) const MISSED_BINS: [f64; 7] = [1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3];
+
+/// What certificates say, over query heads, layers and steps: how far each layer's attention can be from dense attention over the same
+/// rows, for this layer's own queries. They say nothing about other layers or the text.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Certified {
+    /// How many query heads were certified.
+    pub heads: u64,
+    /// Sum of the attention that they may have missed at most.
+    pub missed_mass: f64,
+    /// The largest.
+    pub worst: f64,
+    /// Query heads by the attention that they may have missed: up to each of 0.0001, 0.001, 0.003, 0.01, 0.03, 0.1 and 0.3, then more.
+    pub missed: [u64; 8],
+}
+
+impl Certified {
+    pub(super) fn add(&mut self, certificate: &Certificate) {
+        let missed = f64::from(certificate.missed_mass);
+        self.heads += 1;
+        self.missed_mass += missed;
+        self.worst = self.worst.max(missed);
+        self.missed[MISSED_BINS.iter().position(|end| missed <= *end).unwrap_or(MISSED_BINS.len())] += 1;
+    }
+
+    /// Mean attention that a query head may have missed at most.
+    #[must_use]
+    pub fn mean(&self) -> Option<f64> {
+        mean(self.missed_mass, self.heads)
+    }
+}
+
+impl std::ops::AddAssign for Certified {
+    fn add_assign(&mut self, other: Self) {
+        self.heads += other.heads;
+        self.missed_mass += other.missed_mass;
+        self.worst = self.worst.max(other.worst);
+        self.missed.iter_mut().zip(other.missed).for_each(|(sum, other)| *sum += other);
+    }
 }
 
 /// How far selected layers are from dense attention over the same stored rows: sums over query heads, layers and steps.
@@ -53,6 +98,12 @@ pub struct Measured {
     pub output_error: f64,
     /// How many KV heads `top_k` is over: those where something was selected, and all of it is known by token.
     pub top_k_count: u64,
+    /// Query heads whose certificate was compared with the truth, and of those, how many it did not hold for: none, or something is wrong.
+    pub certified: u64,
+    /// See above.
+    pub violations: u64,
+    /// What certificates say of the missed attention over what was missed: query heads in bins of 5 %, from 1 on.
+    pub ratios: Ratios,
     /// Share of the true top-k among the selected rows, k as many as were selected; ranked by the mean over the group's query heads.
     pub top_k: f64,
 }
@@ -90,6 +141,41 @@ impl std::ops::AddAssign for Measured {
         self.output_error += other.output_error;
         self.top_k_count += other.top_k_count;
         self.top_k += other.top_k;
+        self.certified += other.certified;
+        self.violations += other.violations;
+        self.ratios.0.iter_mut().zip(other.ratios.0).for_each(|(sum, other)| *sum += other);
+    }
+}
+
+/// Ratios from 1 on in bins of 5 %, the last of which takes all that are larger.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ratios([u32; RATIO_BINS]);
+
+const RATIO_BINS: usize = 96;
+const RATIO_STEP: f64 = 1.05;
+
+impl Default for Ratios {
+    fn default() -> Self {
+        Self([0; RATIO_BINS])
+    }
+}
+
+impl Ratios {
+    pub(super) fn add(&mut self, ratio: f64) {
+        let bin = (ratio.max(1.0).ln() / RATIO_STEP.ln()) as usize;
+        self.0[bin.min(RATIO_BINS - 1)] += 1;
+    }
+
+    /// The upper end of the bin that half of them do not reach beyond.
+    #[must_use]
+    pub fn median(&self) -> Option<f64> {
+        let all: u32 = self.0.iter().sum();
+        let mut below = 0;
+        let bin = self.0.iter().position(|count| {
+            below += count;
+            2 * below >= all
+        });
+        bin.filter(|_| all > 0).map(|bin| RATIO_STEP.powi(bin as i32 + 1))
     }
 }
 
@@ -147,6 +233,7 @@ impl std::ops::AddAssign for StepStats {
         self.rows_cpu += other.rows_cpu;
         self.feedback += other.feedback;
         self.feedback_bytes += other.feedback_bytes;
+        self.certified += other.certified;
         self.measured += other.measured;
     }
 }

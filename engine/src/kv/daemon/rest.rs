@@ -1,0 +1,73 @@
+//! Rows that answers left out: their estimate is merged, and what comes of it is certified.
+
+use kvoyant_client::{Answer, Hint, Member};
+use kvoyant_kernels::Kernels;
+use kvoyant_methods::{Certificate, HintSource};
+
+use super::{DaemonError, DaemonKv, DaemonSequence};
+
+impl DaemonKv {
+    /// Merges what the daemon estimates of the rows that an answer left out into attention over the others, `out` `[members][Hq][d]` and
+    /// `lse` `[members][Hq]`. Members whose rows were chosen ahead are asked for again, by their true queries. What each query head may have
+    /// missed, where that is known: `[members][Hq]`.
+    pub(super) fn add_rest(
+        &mut self,
+        layer: usize,
+        answer: &Answer,
+        batch: &[&DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+        (out, lse): (&mut [f32], &mut [f32]),
+    ) -> Result<Vec<Option<Certificate>>, DaemonError> {
+        let heads = self.shape.query_heads;
+        let width = heads * self.shape.head_dim;
+        let mut certificates = vec![None; batch.len() * heads];
+        let later = |i: &usize| {
+            let needs = self.needs_of(batch[*i]);
+            needs.rest && needs.hint != HintSource::Current
+        };
+        let asked: Vec<usize> = (0..batch.len()).filter(later).collect();
+        let again = if asked.is_empty() {
+            None
+        } else {
+            let members: Vec<Member<'_>> = asked
+                .iter()
+                .map(|&i| Member {
+                    sequence: batch[i].inner(),
+                    position: positions[i],
+                    hint: Hint::Beside {
+                        query: &queries[i * width..(i + 1) * width],
+                        floors: &lse[i * heads..(i + 1) * heads],
+                    },
+                })
+                .collect();
+            let pending = self.model.rest(layer, &members)?;
+            Some(self.wait(pending)?)
+        };
+        for i in 0..batch.len() {
+            let (out, lse) = (&mut out[i * width..][..width], &mut lse[i * heads..][..heads]);
+            let (answer, member) = match (asked.iter().position(|asked| *asked == i), &again) {
+                (Some(member), Some(again)) => {
+                    if let Some(partial) = again.partial(member) {
+                        Kernels::best().merge(out, lse, partial.out, partial.lse);
+                    }
+                    (&**again, member)
+                }
+                _ => (answer, i),
+            };
+            let Some(rest) = answer.rest(member) else { continue };
+            let d = self.shape.head_dim;
+            for (h, sums) in rest.sums().enumerate() {
+                let (out, lse) = (&mut out[h * d..][..d], &mut lse[h..=h]);
+                let attended = lse[0];
+                Kernels::best().merge(out, lse, &rest.means()[h * d..][..d], &[sums.lse()]);
+                if sums.rows == 0 || sums.is_certified() {
+                    let certificate = sums.certify(attended, out);
+                    self.stats.certified.add(&certificate);
+                    certificates[i * heads + h] = Some(certificate);
+                }
+            }
+        }
+        Ok(certificates)
+    }
+}
