@@ -46,6 +46,7 @@ pub mod full;
 pub mod given;
 pub mod hata;
 pub mod hetero;
+pub mod hint;
 pub mod infinigen;
 pub mod louver;
 pub mod method;
