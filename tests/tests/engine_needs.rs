@@ -35,7 +35,7 @@ fn connect(daemon: &Daemon, model: &Arc<Model>, format: Format, methods: &[&str]
     };
     let methods_shape = options.shape(&shape, 32);
     let wanted: std::collections::BTreeSet<ArtifactKind> =
-        options.methods.iter().filter_map(MethodSpec::artifact).collect();
+        options.methods.iter().flat_map(MethodSpec::artifacts).collect();
     for kind in wanted {
         let text = prompt(model, 300);
         options.artifacts.insert(calibrate(model, kind, &methods_shape, &text, &mut |_, _, _| {}).unwrap());
