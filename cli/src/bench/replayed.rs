@@ -74,7 +74,10 @@ fn over(
         if rung.spec.hint() == HintSource::Ahead
             && !matches!(rung.spec.hint_norm(), None | Some(HintNorm::Own))
         {
-            skip(rung, "a trace has hints by each layer's own norm: other hints are seen with a real model".into());
+            skip(
+                rung,
+                "a trace has hints by each layer's own norm: other hints are seen with a real model".into(),
+            );
             continue;
         }
         let rung = &replayable(rung, &artifacts);

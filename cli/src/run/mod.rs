@@ -9,8 +9,8 @@ use std::ops::ControlFlow;
 
 use kvoyant_engine::{
     DaemonError, DaemonKv, Decoder, DecoderOptions, DenseKv, FormatError, ForwardError, GenerateError,
-    GenerateOptions, KvBackend, KvShape, Logits, Model, PrefillOptions, Sampler, SamplerOptions,
-    StopReason, generate,
+    GenerateOptions, KvBackend, KvShape, Logits, Model, PrefillOptions, Sampler, SamplerOptions, StopReason,
+    generate,
 };
 use kvoyant_methods::infinigen::{Amount, InfinigenSpec};
 use kvoyant_methods::{MethodError, MethodSpec};
@@ -188,7 +188,8 @@ fn answer<B: KvBackend>(
         step.set(done as u64);
         ControlFlow::Continue(())
     };
-    let options = PrefillOptions { logits: Logits::Last, progress: Some(&mut report), ..PrefillOptions::default() };
+    let options =
+        PrefillOptions { logits: Logits::Last, progress: Some(&mut report), ..PrefillOptions::default() };
     let logits = decoder.prefill(kv, sequence, tokens, options)?;
     times.read();
     drop(step);

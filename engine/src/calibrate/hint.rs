@@ -45,12 +45,14 @@ pub(super) fn pairs(
         before.clear();
         before.extend_from_slice(seen.input);
     };
-    let options = PrefillOptions {
-        logits: Logits::None,
-        progress: Some(&mut progress),
-        layers: Some(&mut layers),
-    };
-    Decoder::new(model.clone(), DecoderOptions::default()).prefill(&mut kv, &mut sequence, tokens, options)?;
+    let options =
+        PrefillOptions { logits: Logits::None, progress: Some(&mut progress), layers: Some(&mut layers) };
+    Decoder::new(model.clone(), DecoderOptions::default()).prefill(
+        &mut kv,
+        &mut sequence,
+        tokens,
+        options,
+    )?;
     Ok(())
 }
 

@@ -47,12 +47,17 @@ pub fn hint_errors(
         }
     })?;
     let mean = |sums: Vec<f64>| sums.into_iter().map(|sum| sum / tokens.len().max(1) as f64).collect();
-    Ok(sums.into_iter().enumerate().map(|(at, sums)| HintError { layer: at + 1, relative: mean(sums) }).collect())
+    Ok(sums
+        .into_iter()
+        .enumerate()
+        .map(|(at, sums)| HintError { layer: at + 1, relative: mean(sums) })
+        .collect())
 }
 
 /// `‖hint − truth‖ / ‖truth‖`.
 fn relative_error(hint: &[f32], truth: &[f32]) -> f64 {
-    let square = |values: &mut dyn Iterator<Item = f32>| -> f64 { values.map(|v| f64::from(v).powi(2)).sum() };
+    let square =
+        |values: &mut dyn Iterator<Item = f32>| -> f64 { values.map(|v| f64::from(v).powi(2)).sum() };
     let error = square(&mut hint.iter().zip(truth).map(|(hint, truth)| hint - truth));
     let truth = square(&mut truth.iter().copied());
     (error / truth.max(f64::MIN_POSITIVE)).sqrt()

@@ -53,7 +53,11 @@ impl Sides {
 
 impl std::fmt::Display for Sides {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} layers with {} query values of a width of {}", self.layers, self.query_width, self.hidden)
+        write!(
+            f,
+            "{} layers with {} query values of a width of {}",
+            self.layers, self.query_width, self.hidden
+        )
     }
 }
 
@@ -83,7 +87,11 @@ impl HintArtifact {
         let mut bytes = Vec::with_capacity(all);
         for (at, correction) in corrections.into_iter().enumerate() {
             if correction.len() * Dtype::F16.bytes() != of_layer || bytes.len() == all {
-                return Err(bad(format!("{} values for layer {} are none of {sides}", correction.len(), at + 1)));
+                return Err(bad(format!(
+                    "{} values for layer {} are none of {sides}",
+                    correction.len(),
+                    at + 1
+                )));
             }
             let first = bytes.len();
             bytes.resize(first + of_layer, 0);

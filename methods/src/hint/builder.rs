@@ -84,7 +84,8 @@ impl HintBuilder {
             // Rows as they lie are the columns of the transpose.
             let x = DMatrixView::from_slice(inputs, hidden, rows);
             let e = DMatrixView::from_slice(errors, width, rows);
-            for (sum, product) in [(&mut sums.gram, x * x.transpose()), (&mut sums.cross, x * e.transpose())] {
+            for (sum, product) in [(&mut sums.gram, x * x.transpose()), (&mut sums.cross, x * e.transpose())]
+            {
                 sum.zip_apply(&product, |sum, value| *sum += f64::from(value));
             }
             sums.rows += rows;
