@@ -137,14 +137,15 @@ pub(crate) struct CalibrateModelArgs {
     /// Which model
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// For which method: infinigen, hata, attention-predictor, hetero, …
+    /// For which method: infinigen, infinigen:hint_norm=learned, hata, attention-predictor, hetero, …
     #[arg(long, value_name = "METHOD")]
     pub(crate) method: MethodSpec,
     /// Calibrate on this text instead of our own
     #[arg(long, value_name = "FILE")]
     pub(crate) text: Option<PathBuf>,
-    /// Write the artifact here instead of into the cache folder, from where `run` and `demo` take it
-    #[arg(long, value_name = "FILE")]
+    /// Write the artifact here, or the artifacts into this folder, instead of into the cache folder, from where `run` and `demo`
+    /// take them
+    #[arg(long, value_name = "FILE|DIR")]
     pub(crate) out: Option<PathBuf>,
 }
 

@@ -12,8 +12,12 @@ use kvoyant_methods::{Artifact, ArtifactKind, Artifacts, Fingerprint, MethodErro
 use crate::cache::{self, CacheError};
 use crate::progress::{Progress, Step};
 
-/// Tokens of the calibration text, as in InfiniGen's paper.
+/// Tokens of a calibration text, as in InfiniGen's paper.
 const TOKENS: usize = 2048;
+
+/// Tokens that a hint is learnt from: a correction has as many values in a row as the residual stream, and wants several times as
+/// many tokens.
+const HINT_TOKENS: usize = 4096;
 
 /// The chronicle that is the calibration text; the demo's own seeds are small numbers, so they differ.
 const SEED: u64 = 0x6b76_6f79_616e_7421;
@@ -59,17 +63,6 @@ pub(crate) enum ArtifactError {
     Method(#[from] MethodError),
 }
 
-/// Whether an artifact is of that kind and model.
-fn check(artifact: &Artifact, kind: ArtifactKind, shape: &Shape) -> Result<(), MethodError> {
-    match artifact {
-        Artifact::Skew(skew) if kind == ArtifactKind::Skew => skew.check(shape),
-        Artifact::Skew(_) => Err(MethodError::ArtifactFormat {
-            reason: format!("it is a skew artifact, and a {kind} artifact is wanted"),
-        }),
-        Artifact::Tensors(tensors) => tensors.check(kind, shape),
-    }
-}
-
 /// Reads an artifact that the user names, for that model.
 ///
 /// # Errors
@@ -77,7 +70,7 @@ fn check(artifact: &Artifact, kind: ArtifactKind, shape: &Shape) -> Result<(), M
 pub(crate) fn read(path: &Path, shape: &Shape) -> Result<Artifact, ArtifactError> {
     let bytes = std::fs::read(path).map_err(|error| ArtifactError::Read { path: path.into(), error })?;
     Artifact::from_bytes(&bytes)
-        .and_then(|artifact| check(&artifact, artifact.kind(), shape).map(|()| artifact))
+        .and_then(|artifact| artifact.check(artifact.kind(), shape).map(|()| artifact))
         .map_err(|error| ArtifactError::Refused { path: path.into(), error })
 }
 
@@ -85,7 +78,8 @@ pub(crate) fn read(path: &Path, shape: &Shape) -> Result<Artifact, ArtifactError
 /// counts as none: methods that need it say so.
 pub(crate) fn cached(model: Fingerprint) -> Artifacts {
     let mut found = Artifacts::none();
-    for kind in ArtifactKind::ALL {
+    // A trace has hints of its own.
+    for kind in ArtifactKind::ALL.into_iter().filter(|kind| kind.builds_methods()) {
         let Ok(folder) = cache::folder(kind.name()) else { continue };
         let bytes = std::fs::read(folder.join(format!("{model}.safetensors")));
         if let Some(artifact) = bytes.ok().and_then(|bytes| Artifact::from_bytes(&bytes).ok())
@@ -110,7 +104,7 @@ pub(crate) fn artifact(
     let path = cache::folder(kind.name())?.join(format!("{}.safetensors", shape.fingerprint));
     // A file that is damaged, or of another shape, is made anew: it is only a cache.
     if let Some(found) = std::fs::read(&path).ok().and_then(|bytes| Artifact::from_bytes(&bytes).ok())
-        && check(&found, kind, shape).is_ok()
+        && found.check(kind, shape).is_ok()
     {
         return Ok(found);
     }
@@ -130,7 +124,7 @@ pub(crate) fn make(
     text: Option<&str>,
     progress: Progress,
 ) -> Result<Artifact, ArtifactError> {
-    let tokens = tokens(model, text)?;
+    let tokens = tokens(model, kind, text)?;
     let mut step: Option<(&'static str, Step)> = None;
     let mut report = |what: &'static str, done: usize, all: usize| {
         if step.as_ref().is_none_or(|(name, _)| *name != what) {
@@ -145,9 +139,10 @@ pub(crate) fn make(
 }
 
 /// Tokens of the calibration text, as many as it takes.
-fn tokens(model: &Model, text: Option<&str>) -> Result<Vec<u32>, TextError> {
+fn tokens(model: &Model, kind: ArtifactKind, text: Option<&str>) -> Result<Vec<u32>, TextError> {
     let tokenizer = model.tokenizer();
-    let most = TOKENS.min(model.config().context_tokens);
+    let wanted = if kind == ArtifactKind::Hint { HINT_TOKENS } else { TOKENS };
+    let most = wanted.min(model.config().context_tokens);
     let mut tokens = match text {
         Some(text) => tokenizer.encode(text, true)?,
         None => {
@@ -195,7 +190,7 @@ mod tests {
         assert_eq!(read(&path, &shape).unwrap().kind(), ArtifactKind::Skew);
         let error = read(&path, &strange).unwrap_err().to_string();
         assert!(error.contains("skew.safetensors"), "{error}");
-        assert!(check(&made, ArtifactKind::Hash, &shape).unwrap_err().to_string().contains("hash"));
+        assert!(made.check(ArtifactKind::Hash, &shape).unwrap_err().to_string().contains("hash"));
     }
 
     #[test]

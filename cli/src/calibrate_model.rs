@@ -1,5 +1,6 @@
 //! `kvoyant calibrate-model`: what a method learns from a model offline, from a text of the user's.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 
@@ -21,6 +22,17 @@ pub(crate) enum CalibrateModelError {
         /// Which method.
         method: &'static str,
     },
+    /// One file for several artifacts.
+    #[error(
+        "the method {method} needs several artifacts ({kinds}) and --out names one file: name a folder that there is, or leave \
+         --out away"
+    )]
+    Several {
+        /// Which method.
+        method: &'static str,
+        /// Which artifacts.
+        kinds: String,
+    },
     /// The text cannot be read.
     #[error("the text {} cannot be read: {error}", .path.display())]
     Read {
@@ -40,13 +52,22 @@ pub(crate) enum CalibrateModelError {
     Artifact(#[from] ArtifactError),
 }
 
-/// Calibrates, and says where the artifact lies.
+/// Calibrates all that the method needs, and says where it lies.
 ///
 /// # Errors
 /// If anything is missing or fails.
 pub(crate) fn text(args: &CalibrateModelArgs) -> Result<String, CalibrateModelError> {
-    let kind: ArtifactKind =
-        args.method.artifact().ok_or(CalibrateModelError::Nothing { method: args.method.name() })?;
+    let method = args.method.name();
+    // A mix may want one kind for several of its parts.
+    let kinds: BTreeSet<ArtifactKind> = args.method.artifacts().into_iter().collect();
+    if kinds.is_empty() {
+        return Err(CalibrateModelError::Nothing { method });
+    }
+    let folder = args.out.as_deref().filter(|out| out.is_dir());
+    if args.out.is_some() && folder.is_none() && kinds.len() > 1 {
+        let names: Vec<_> = kinds.iter().map(|kind| kind.name()).collect();
+        return Err(CalibrateModelError::Several { method, kinds: names.join(", ") });
+    }
     let progress = Progress::new();
     let read = |path: &PathBuf| {
         std::fs::read_to_string(path).map_err(|error| CalibrateModelError::Read { path: path.clone(), error })
@@ -54,11 +75,16 @@ pub(crate) fn text(args: &CalibrateModelArgs) -> Result<String, CalibrateModelEr
     let text = args.text.as_ref().map(read).transpose()?;
     let model = model::open(&args.model, progress)?.model;
     let shape = session::methods_shape(&model);
-    let path = match &args.out {
-        Some(path) => path.clone(),
-        None => cache::folder(kind.name())?.join(format!("{}.safetensors", shape.fingerprint)),
-    };
-    let made = artifact_cache::make(&model, kind, &shape, text.as_deref(), progress)?;
-    artifact_cache::write(&path, &made)?;
-    Ok(format!("{}\n", path.display()))
+    let mut said = String::new();
+    for kind in kinds {
+        let path = match (&args.out, folder) {
+            (_, Some(folder)) => folder.join(format!("{kind}.safetensors")),
+            (Some(path), None) => path.clone(),
+            (None, None) => cache::folder(kind.name())?.join(format!("{}.safetensors", shape.fingerprint)),
+        };
+        let made = artifact_cache::make(&model, kind, &shape, text.as_deref(), progress)?;
+        artifact_cache::write(&path, &made)?;
+        said += &format!("{}\n", path.display());
+    }
+    Ok(said)
 }

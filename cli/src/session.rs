@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kvoyant_engine::{DaemonError, DaemonKv, DaemonOptions, Dtype, Format, KvShape, Model};
-use kvoyant_methods::mix::MixSpec;
-use kvoyant_methods::{ArtifactKind, MethodSpec, Shape};
+use kvoyant_engine::{
+    DaemonError, DaemonKv, DaemonOptions, Dtype, Format, HintNorm, KvShape, LearnedHints, Model,
+};
+use kvoyant_methods::{ArtifactKind, Artifacts, HintNorm as MethodNorm, MethodError, MethodSpec, Shape};
 
 use crate::artifact_cache::{self, ArtifactError};
 use crate::fingerprint;
@@ -66,12 +67,7 @@ pub(crate) fn options_with(
     for artifact in own {
         options.artifacts.insert(artifact_cache::read(artifact, &shape)?);
     }
-    let parts = |method: &MethodSpec| -> Vec<MethodSpec> {
-        let mix = method.options::<MixSpec>();
-        mix.map_or_else(|| vec![method.clone()], |mix| mix.parts().iter().map(|p| p.spec.clone()).collect())
-    };
-    let wanted: BTreeSet<ArtifactKind> =
-        options.methods.iter().flat_map(parts).filter_map(|method| method.artifact()).collect();
+    let wanted: BTreeSet<ArtifactKind> = options.methods.iter().flat_map(MethodSpec::artifacts).collect();
     for kind in wanted {
         if options.artifacts.iter().all(|artifact| artifact.kind() != kind) {
             options.artifacts.insert(artifact_cache::artifact(model, kind, &shape, progress)?);
@@ -92,6 +88,32 @@ pub(crate) fn options(
     progress: Progress,
 ) -> Result<DaemonOptions, ArtifactError> {
     options_with(model, methods, context_tokens, batch_max, &[], progress)
+}
+
+/// How a model's hints are made, of methods that may want them made differently.
+#[derive(Debug)]
+pub(crate) struct Hints(Option<Arc<LearnedHints>>);
+
+impl Hints {
+    /// With the corrections among the artifacts of a session, if there are any.
+    ///
+    /// # Errors
+    /// They are of another model.
+    pub(crate) fn new(model: &Model, artifacts: &Artifacts) -> Result<Self, MethodError> {
+        let shape = methods_shape(model);
+        let learned = artifacts.hint().map(|hint| LearnedHints::new(model, &shape, hint)).transpose()?;
+        Ok(Self(learned.map(Arc::new)))
+    }
+
+    /// Those that a method wants.
+    pub(crate) fn of(&self, method: &MethodSpec) -> HintNorm {
+        match (method.hint_norm(), &self.0) {
+            (Some(MethodNorm::Learned), Some(learned)) => HintNorm::Learned(Arc::clone(learned)),
+            (Some(MethodNorm::Previous), _) => HintNorm::Previous,
+            // No corrections were asked for where no hint goes ahead of its layer: any way will do.
+            (Some(MethodNorm::Learned), None) | (Some(MethodNorm::Own) | None, _) => HintNorm::Own,
+        }
+    }
 }
 
 /// Connects and registers.

@@ -45,11 +45,12 @@ pub(crate) fn files(spec: &ModelSpec, fds: Vec<OwnedFd>) -> Result<Vec<Memfd>, E
     spec.artifacts.iter().zip(fds).map(file).collect()
 }
 
-/// What the methods were calibrated to, at most one of each kind, and only those that one of them wants.
+/// What the methods were calibrated to, at most one of each kind, and only those that one of them is built with.
 pub(crate) fn read(files: Vec<Memfd>, spec: &ModelSpec) -> Result<Artifacts, Ended> {
     // What is no specification is refused when the methods are built.
     let methods = spec.methods.iter().take(METHODS_MAX).filter_map(|text| text.parse::<MethodSpec>().ok());
-    let wanted: Vec<ArtifactKind> = methods.flat_map(|method| method.artifacts()).collect();
+    let wanted: Vec<ArtifactKind> =
+        methods.flat_map(|method| method.artifacts()).filter(|kind| kind.builds_methods()).collect();
     let (mut artifacts, mut seen) = (Artifacts::none(), Vec::new());
     for file in files {
         let bytes = file.read_out()?;

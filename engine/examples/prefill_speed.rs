@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         took.as_secs_f64(),
         prompt.len() as f64 / took.as_secs_f64(),
         prompt.len(),
-        options.chunk_tokens,
+        decoder.options().chunk_tokens,
     );
 
     for batch in [1, 4, 16] {

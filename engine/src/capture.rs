@@ -138,7 +138,8 @@ impl Capture {
         let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
         let (prompt, rest) = tokens.split_at(n - steps);
         let mut report = |done: usize, _: usize| progress(done, n);
-        let options = PrefillOptions { logits: Logits::None, progress: Some(&mut report) };
+        let options =
+            PrefillOptions { logits: Logits::None, progress: Some(&mut report), ..PrefillOptions::default() };
         decoder.prefill(&mut kv, &mut sequence, prompt, options)?;
         for (done, token) in rest.iter().enumerate() {
             decoder.step(&mut kv, &mut [&mut sequence], &[*token])?;

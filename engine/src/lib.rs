@@ -48,7 +48,10 @@ mod weights;
 pub use capture::{Capture, CaptureOptions};
 pub use chat::{ChatTemplate, Message};
 pub use config::{Architecture, ModelConfig, RopeScaling};
-pub use decoder::{Decoder, DecoderOptions, HintNorm, Logits, PrefillOptions, StepOutput, StepTiming};
+pub use decoder::{
+    Decoder, DecoderOptions, HintNorm, LayerSeen, LearnedHints, Logits, PrefillOptions, StepOutput,
+    StepTiming,
+};
 pub use error::{ForwardError, LoadError, TextError};
 pub use generate::{GenerateError, GenerateOptions, Generated, StopReason, generate};
 pub use kv::{

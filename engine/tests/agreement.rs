@@ -119,7 +119,12 @@ fn forks_share_their_prefix_and_go_their_own_ways() {
     let context = some_tokens(80, 20);
     let mut root = kv.sequence();
     decoder
-        .prefill(&mut kv, &mut root, &context, PrefillOptions { logits: Logits::None, progress: None })
+        .prefill(
+            &mut kv,
+            &mut root,
+            &context,
+            PrefillOptions { logits: Logits::None, ..PrefillOptions::default() },
+        )
         .unwrap();
     let mut forks: Vec<_> = (0..3).map(|_| kv.fork(&mut root)).collect();
     // Question tokens are dense too; then one token in a step.

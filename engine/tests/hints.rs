@@ -4,10 +4,14 @@ mod common;
 
 use std::convert::Infallible;
 use std::ops::Range;
+use std::sync::Arc;
 
 use common::{exact_kv, some_tokens, worst};
+use kvoyant_engine::calibrate::{calibrate, hint_errors};
 use kvoyant_engine::synthetic::tiny;
 use kvoyant_engine::*;
+use kvoyant_methods::hint::HintArtifact;
+use kvoyant_methods::{Artifact, ArtifactKind, Fingerprint, MethodError, Shape};
 
 /// A call and its layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,4 +201,80 @@ fn a_hint_is_the_query_that_the_layer_would_have_without_the_one_before_it() {
         assert!(cosine(hint, truth) > 0.3, "{}", cosine(hint, truth));
         assert!(worst(hint, &previous.hints[i]) > 1e-3, "the norms differ, so do the hints");
     }
+}
+
+fn shape(model: &Model) -> Shape {
+    DaemonOptions::default().shape(&KvShape::new(model.config(), Dtype::F32), 32)
+}
+
+/// What a model learns of its hints from 2,000 tokens.
+fn corrections(model: &Arc<Model>) -> Arc<HintArtifact> {
+    let text = some_tokens(2000, 3);
+    let mut said = Vec::new();
+    let mut report = |what: &'static str, done: usize, all: usize| said.push((what, done, all));
+    let made = calibrate(model, ArtifactKind::Hint, &shape(model), &text, &mut report).unwrap();
+    assert!(said.contains(&("reading the text", 2000, 2000)));
+    let solved = model.config().layers - 1;
+    assert_eq!(said.last(), Some(&("solving for corrections", solved, solved)));
+    match made {
+        Artifact::Hint(hint) => hint,
+        other => panic!("{}", other.kind()),
+    }
+}
+
+#[test]
+fn a_learned_hint_is_nearer_to_the_query_on_a_text_that_it_was_not_learnt_from() {
+    let model = tiny(1);
+    let hint = corrections(&model);
+    let learned = Arc::new(LearnedHints::new(&model, &shape(&model), &hint).unwrap());
+    let kinds = [HintNorm::Own, HintNorm::Previous, HintNorm::Learned(learned.clone())];
+    let errors = hint_errors(&model, &kinds, &some_tokens(500, 4), &mut |_, _, _| {}).unwrap();
+    assert_eq!(errors.len(), model.config().layers - 1);
+    for error in errors {
+        let [own, previous, learned] = error.relative[..] else { panic!("three kinds") };
+        // On random weights little of what a layer adds is linear.
+        assert!(learned < 0.95 * own, "layer {}: {learned} {own}", error.layer);
+        assert!(previous > 0.0 && learned > 0.0, "layer {}", error.layer);
+    }
+
+    let (own, steps) = (step_with(HintNorm::Own), step_with(HintNorm::Learned(learned)));
+    let width = model.config().query_width();
+    let mut nearer = 0;
+    for (i, truth) in own.queries[2..].iter().enumerate() {
+        for row in 0..2 {
+            let of = |values: &[f32]| values[row * width..(row + 1) * width].to_vec();
+            let truth = of(truth);
+            nearer += usize::from(cosine(&of(&steps.hints[i]), &truth) > cosine(&of(&own.hints[i]), &truth));
+        }
+    }
+    // What goes out in a decode step is what was learnt: queries after RoPE, of the layer ahead.
+    assert!(nearer >= 3, "{nearer} of 4");
+    assert_eq!(steps.queries, own.queries, "hints change no answer of a dense backend");
+}
+
+#[test]
+fn the_same_text_teaches_the_same_and_corrections_of_nothing_leave_the_hint_as_it_is() {
+    let model = tiny(1);
+    assert_eq!(corrections(&model), corrections(&model));
+    let (shape, config) = (shape(&model), model.config());
+    let nothing = vec![0.0; config.query_width() * config.hidden_size];
+    let nothing = std::iter::repeat_n(nothing.as_slice(), config.layers - 1);
+    let nothing = HintArtifact::new(&shape, config.hidden_size, nothing).unwrap();
+    let learned = Arc::new(LearnedHints::new(&model, &shape, &nothing).unwrap());
+    assert_eq!(step_with(HintNorm::Learned(learned)).hints, step_with(HintNorm::Own).hints);
+}
+
+#[test]
+fn corrections_of_another_model_or_width_are_refused() {
+    let model = tiny(1);
+    let hint = corrections(&model);
+    let other = Shape { fingerprint: Fingerprint([1; 16]), ..shape(&model) };
+    let error = LearnedHints::new(&model, &other, &hint).unwrap_err();
+    assert!(matches!(error, MethodError::ArtifactFingerprint { .. }), "{error}");
+    let config = model.config();
+    let narrow = vec![0.0; config.query_width() * (config.hidden_size - 1)];
+    let narrow = std::iter::repeat_n(narrow.as_slice(), config.layers - 1);
+    let narrow = HintArtifact::new(&shape(&model), config.hidden_size - 1, narrow).unwrap();
+    let error = LearnedHints::new(&model, &shape(&model), &narrow).unwrap_err();
+    assert!(matches!(error, MethodError::ArtifactShape { .. }), "{error}");
 }

@@ -16,7 +16,12 @@ fn recalled(context: usize, pairs: usize, dtype: Dtype, window: Option<usize>) -
     let task = recall_task(9, context, pairs);
     let mut root = kv.sequence();
     decoder
-        .prefill(&mut kv, &mut root, &task.tokens, PrefillOptions { logits: Logits::None, progress: None })
+        .prefill(
+            &mut kv,
+            &mut root,
+            &task.tokens,
+            PrefillOptions { logits: Logits::None, ..PrefillOptions::default() },
+        )
         .unwrap();
     let mut forks: Vec<_> = task.pairs.iter().map(|_| kv.fork(&mut root)).collect();
     let mut batch: Vec<_> = forks.iter_mut().collect();

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use safetensors::tensor::{Dtype as FileDtype, SafeTensors, TensorView};
 
 use crate::error::MethodError;
+use crate::hint::HintArtifact;
 use crate::infinigen::SkewArtifact;
 use crate::shape::{Fingerprint, Shape};
 
@@ -22,11 +23,13 @@ pub enum ArtifactKind {
     Predictor,
     /// Roles and clusters of KV heads.
     Roles,
+    /// Corrections of each layer's hint ([`HintArtifact`]): for the engine, which makes hints.
+    Hint,
 }
 
 impl ArtifactKind {
     /// Every kind.
-    pub const ALL: [Self; 4] = [Self::Skew, Self::Hash, Self::Predictor, Self::Roles];
+    pub const ALL: [Self; 5] = [Self::Skew, Self::Hash, Self::Predictor, Self::Roles, Self::Hint];
 
     /// Its name, which is the file's name too.
     #[must_use]
@@ -36,7 +39,14 @@ impl ArtifactKind {
             Self::Hash => "hash",
             Self::Predictor => "predictor",
             Self::Roles => "roles",
+            Self::Hint => "hint",
         }
+    }
+
+    /// Whether methods are built with it; others are the engine's alone, and no daemon is given them.
+    #[must_use]
+    pub fn builds_methods(self) -> bool {
+        self != Self::Hint
     }
 }
 
@@ -235,6 +245,8 @@ impl TensorArtifact {
 pub enum Artifact {
     /// Of [`ArtifactKind::Skew`].
     Skew(Arc<SkewArtifact>),
+    /// Of [`ArtifactKind::Hint`].
+    Hint(Arc<HintArtifact>),
     /// Of any other kind.
     Tensors(Arc<TensorArtifact>),
 }
@@ -245,6 +257,7 @@ impl Artifact {
     pub fn kind(&self) -> ArtifactKind {
         match self {
             Self::Skew(_) => ArtifactKind::Skew,
+            Self::Hint(_) => ArtifactKind::Hint,
             Self::Tensors(tensors) => tensors.kind,
         }
     }
@@ -264,6 +277,9 @@ impl Artifact {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, MethodError> {
         match header(bytes)? {
             (ArtifactKind::Skew, _) => SkewArtifact::from_bytes(bytes).map(|skew| Self::Skew(Arc::new(skew))),
+            (ArtifactKind::Hint, metadata) => {
+                HintArtifact::from_bytes(&metadata, bytes).map(|hint| Self::Hint(Arc::new(hint)))
+            }
             (kind, metadata) => TensorArtifact::from_bytes(kind, metadata, bytes)
                 .map(|tensors| Self::Tensors(Arc::new(tensors))),
         }
@@ -276,7 +292,23 @@ impl Artifact {
     pub fn to_bytes(&self) -> Result<Vec<u8>, MethodError> {
         match self {
             Self::Skew(skew) => skew.to_bytes(),
+            Self::Hint(hint) => hint.to_bytes(),
             Self::Tensors(tensors) => tensors.to_bytes(),
+        }
+    }
+
+    /// Whether it is of that kind and was made from that model's weights.
+    ///
+    /// # Errors
+    /// [`MethodError::ArtifactFormat`] for another kind, else what the artifact itself says of another model or shape.
+    pub fn check(&self, kind: ArtifactKind, shape: &Shape) -> Result<(), MethodError> {
+        match self {
+            Self::Skew(skew) if kind == ArtifactKind::Skew => skew.check(shape),
+            Self::Hint(hint) if kind == ArtifactKind::Hint => hint.check(shape),
+            Self::Tensors(tensors) => tensors.check(kind, shape),
+            Self::Skew(_) | Self::Hint(_) => Err(MethodError::ArtifactFormat {
+                reason: format!("it is a {} artifact, and a {kind} artifact is wanted", self.kind()),
+            }),
         }
     }
 }
@@ -320,7 +352,16 @@ impl Artifacts {
     pub fn skew(&self) -> Option<&Arc<SkewArtifact>> {
         self.0.iter().find_map(|artifact| match artifact {
             Artifact::Skew(skew) => Some(skew),
-            Artifact::Tensors(_) => None,
+            _ => None,
+        })
+    }
+
+    /// The corrections of hints, where there are any.
+    #[must_use]
+    pub fn hint(&self) -> Option<&Arc<HintArtifact>> {
+        self.0.iter().find_map(|artifact| match artifact {
+            Artifact::Hint(hint) => Some(hint),
+            _ => None,
         })
     }
 

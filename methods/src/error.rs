@@ -164,6 +164,14 @@ pub enum MethodError {
         /// Why not.
         reason: String,
     },
+    /// Calibration data of a whole layer that nothing can be learnt from.
+    #[error("cannot calibrate layer {layer}: {reason}")]
+    LayerCalibration {
+        /// The layer.
+        layer: usize,
+        /// Why not.
+        reason: String,
+    },
     /// Bytes that hold no artifact.
     #[error("cannot read the artifact: {reason}")]
     ArtifactFormat {

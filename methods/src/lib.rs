@@ -47,6 +47,7 @@ pub mod full;
 pub mod given;
 pub mod hata;
 pub mod hetero;
+pub mod hint;
 pub mod infinigen;
 pub mod kvoyant;
 pub mod louver;

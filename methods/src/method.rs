@@ -10,20 +10,21 @@ use crate::selection::{Selection, TokenRange};
 use crate::spec::MethodSpec;
 use crate::store::Store;
 
-/// What the engine normalises layer i−1's attention input with, before layer i's query projection turns it
-/// into the hint.
+/// What the engine makes of layer i−1's attention input, to be layer i's hint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HintNorm {
-    /// Layer i's own norm: it predicted better on a real Llama.
+    /// Layer i's own norm and query projection: it predicted better on a real Llama than the paper's.
     #[default]
     Own,
-    /// Layer i−1's norm, as InfiniGen (OSDI'24) has it.
+    /// Layer i−1's norm and layer i's query projection, as InfiniGen (OSDI'24) has it.
     Previous,
+    /// Layer i's own norm, and its query projection with a calibrated correction ([`crate::hint`]).
+    Learned,
 }
 
 impl HintNorm {
     pub(crate) const WORDS: &'static [(&'static str, Self)] =
-        &[("own", Self::Own), ("previous", Self::Previous)];
+        &[("own", Self::Own), ("previous", Self::Previous), ("learned", Self::Learned)];
 }
 
 /// Tells digests that can be shared from those that cannot: the method's kind and the parameters that shape

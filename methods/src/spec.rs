@@ -50,9 +50,10 @@ pub trait Spec: fmt::Debug + Send + Sync + Any {
         None
     }
 
-    /// Every artifact that [`Self::build`] may want.
+    /// Every artifact that is wanted: by [`Self::build`], and by the engine for a learned hint.
     fn artifacts(&self) -> Vec<ArtifactKind> {
-        self.artifact().into_iter().collect()
+        let learned = self.hint() == HintSource::Ahead && self.hint_norm() == Some(HintNorm::Learned);
+        self.artifact().into_iter().chain(learned.then_some(ArtifactKind::Hint)).collect()
     }
 
     /// Builds the method for a model of that shape, which has been checked.
@@ -115,7 +116,8 @@ impl MethodSpec {
         self.0.artifact()
     }
 
-    /// Every artifact that [`crate::build`] may want for it: one, but for a mix.
+    /// Every artifact that is wanted for it: by [`crate::build`] one, of a mix perhaps several; and by the engine for a learned
+    /// hint.
     #[must_use]
     pub fn artifacts(&self) -> Vec<ArtifactKind> {
         self.0.artifacts()

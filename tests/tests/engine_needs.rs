@@ -35,7 +35,7 @@ fn connect(daemon: &Daemon, model: &Arc<Model>, format: Format, methods: &[&str]
     };
     let methods_shape = options.shape(&shape, 32);
     let wanted: std::collections::BTreeSet<ArtifactKind> =
-        options.methods.iter().filter_map(MethodSpec::artifact).collect();
+        options.methods.iter().flat_map(MethodSpec::artifacts).collect();
     for kind in wanted {
         let text = prompt(model, 300);
         options.artifacts.insert(calibrate(model, kind, &methods_shape, &text, &mut |_, _, _| {}).unwrap());
@@ -292,7 +292,7 @@ fn a_sparse_prefill_with_a_whole_budget_is_a_dense_one_and_with_a_small_one_read
     for name in ["quest:budget=100%", "quest:budget=5%"] {
         let mut kv = connect(&daemon, &model, format, &[name]);
         let mut sequence = kv.sequence(0).unwrap();
-        let mut decoder = Decoder::new(model.clone(), options);
+        let mut decoder = Decoder::new(model.clone(), options.clone());
         let logits = decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
         rows.push(kv.take_stats().rows_selected);
         if name.ends_with("100%") {

@@ -16,7 +16,7 @@ use super::{BenchError, Effort};
 use crate::args::MethodsArgs;
 use crate::private_daemon::PrivateDaemon;
 use crate::progress::Progress;
-use crate::session;
+use crate::session::{self, Hints};
 use crate::trial::measure::{Asked, Measured};
 use crate::trial::plan::{Plan, Size};
 use crate::trial::prepare::{self, Prepared};
@@ -92,6 +92,7 @@ pub(super) fn rows(
             session::options(model, methods.clone(), length + size.room, asked.batch_max(), progress)?;
         let methods_shape = options.shape(&shape, PAGE_ROWS);
         let artifacts = options.artifacts.clone();
+        let hints = Hints::new(model, &artifacts)?;
         let built = methods
             .iter()
             .map(|spec| kvoyant_methods::build(spec, &methods_shape, &artifacts))
@@ -143,6 +144,7 @@ pub(super) fn rows(
                 kind = Some((key, prepared.forked(&mut kv).map_err(|error| failed(error.into()))?));
             }
             let of = kind.as_mut().filter(|_| !needs.memory).map_or(&mut prepared, |(_, forks)| forks);
+            decoder.set_hint_norm(hints.of(spec));
             let measured = asked.row_of(&mut decoder, &mut kv, of, method, apart).map_err(failed)?;
             let digest = digest_bytes(&*built[method], &methods_shape, length);
             let told = Told {

@@ -6,7 +6,7 @@ use kvoyant_eval::generate::{Generator, Kind};
 use kvoyant_eval::replay::{KEEP, Outcome, Prepared, ReplayError};
 use kvoyant_eval::row::{Row, Skipped};
 use kvoyant_eval::trace::Trace;
-use kvoyant_methods::{Artifacts, Budget, MethodError};
+use kvoyant_methods::{Artifacts, Budget, HintNorm, HintSource, MethodError};
 
 use super::BenchError;
 use super::compared::Sample;
@@ -69,6 +69,15 @@ fn over(
         };
         if rung.format != PLAIN {
             skip(rung, "how rows are stored is seen with a real model: a trace has them as they are".into());
+            continue;
+        }
+        if rung.spec.hint() == HintSource::Ahead
+            && !matches!(rung.spec.hint_norm(), None | Some(HintNorm::Own))
+        {
+            skip(
+                rung,
+                "a trace has hints by each layer's own norm: other hints are seen with a real model".into(),
+            );
             continue;
         }
         let rung = &replayable(rung, &artifacts);

@@ -9,11 +9,11 @@ use std::ops::ControlFlow;
 
 use kvoyant_engine::{
     DaemonError, DaemonKv, Decoder, DecoderOptions, DenseKv, FormatError, ForwardError, GenerateError,
-    GenerateOptions, HintNorm, KvBackend, KvShape, Logits, Model, PrefillOptions, Sampler, SamplerOptions,
-    StopReason, generate,
+    GenerateOptions, KvBackend, KvShape, Logits, Model, PrefillOptions, Sampler, SamplerOptions, StopReason,
+    generate,
 };
 use kvoyant_methods::infinigen::{Amount, InfinigenSpec};
-use kvoyant_methods::{HintNorm as MethodNorm, MethodSpec};
+use kvoyant_methods::{MethodError, MethodSpec};
 
 use self::prompt::PromptError;
 use self::stats::Times;
@@ -22,7 +22,7 @@ use crate::artifact_cache::ArtifactError;
 use crate::model::{self, ModelError};
 use crate::private_daemon::{self, PrivateDaemon};
 use crate::progress::Progress;
-use crate::session::{self, SessionError};
+use crate::session::{self, Hints, SessionError};
 
 /// Tokens of a chunk whose rows are selected together.
 const SPARSE_CHUNK_TOKENS: usize = 256;
@@ -50,6 +50,9 @@ pub(crate) enum RunError {
     /// No calibration.
     #[error(transparent)]
     Calibrate(#[from] ArtifactError),
+    /// The hints' corrections are not the model's.
+    #[error(transparent)]
+    Hints(#[from] MethodError),
     /// The format cannot store the model's heads.
     #[error(transparent)]
     Format(#[from] FormatError),
@@ -109,6 +112,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
     }
 
     let options = session::options_with(&model, vec![method.clone()], most, 1, &args.artifact, progress)?;
+    let hint_norm = Hints::new(&model, &options.artifacts)?.of(&method);
     // It must live as long as the session.
     let own = match &args.socket {
         Some(_) => None,
@@ -120,7 +124,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
         (None, None) => unreachable!("without a socket there is a daemon of our own"),
     };
     let mut kv = DaemonKv::connect(&socket, shape, options).map_err(SessionError::from)?;
-    let plain = DecoderOptions { hint_norm: hint_norm(&method), ..DecoderOptions::default() };
+    let plain = DecoderOptions { hint_norm, ..DecoderOptions::default() };
     let options = match args.prefill {
         Prefill::Dense => plain,
         Prefill::Sparse => {
@@ -162,14 +166,6 @@ fn method(args: &RunArgs) -> Result<MethodSpec, RunError> {
     }
 }
 
-/// The norm that the method's hints want.
-fn hint_norm(method: &MethodSpec) -> HintNorm {
-    match method.hint_norm() {
-        Some(MethodNorm::Previous) => HintNorm::Previous,
-        Some(MethodNorm::Own) | None => HintNorm::Own,
-    }
-}
-
 /// A daemon that holds one sequence of `most` tokens, all of it on the device if it is to be copied at all.
 fn serve_arguments(args: &RunArgs, model: &Model, most: usize) -> Vec<String> {
     let mut all = args.daemon.for_serve();
@@ -192,7 +188,8 @@ fn answer<B: KvBackend>(
         step.set(done as u64);
         ControlFlow::Continue(())
     };
-    let options = PrefillOptions { logits: Logits::Last, progress: Some(&mut report) };
+    let options =
+        PrefillOptions { logits: Logits::Last, progress: Some(&mut report), ..PrefillOptions::default() };
     let logits = decoder.prefill(kv, sequence, tokens, options)?;
     times.read();
     drop(step);

@@ -98,7 +98,8 @@ pub(crate) fn read<B: Forks>(
             before = done;
             ControlFlow::Continue(())
         };
-        let options = PrefillOptions { logits: Logits::None, progress: Some(&mut report) };
+        let options =
+            PrefillOptions { logits: Logits::None, progress: Some(&mut report), ..PrefillOptions::default() };
         decoder.prefill(backend, sequence, tokens, options).map(drop)
     };
     let mut all =

@@ -1,6 +1,8 @@
-//! Artifacts that methods learn from a model offline, by letting it read a text.
+//! Artifacts that methods, or the engine for them, learn from a model offline, by letting it read a text.
 
 mod hash;
+mod hint;
+mod hint_error;
 mod predictor;
 mod roles;
 mod skew;
@@ -9,6 +11,7 @@ use std::convert::Infallible;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+pub use hint_error::{HintError, hint_errors};
 use kvoyant_kernels::Kernels;
 use kvoyant_methods::{Artifact, ArtifactKind, MethodError, Shape};
 
@@ -64,6 +67,7 @@ pub fn calibrate(
         ArtifactKind::Hash => hash::make(model, shape, tokens, report),
         ArtifactKind::Predictor => predictor::make(model, shape, tokens, report),
         ArtifactKind::Roles => roles::make(model, shape, tokens, report),
+        ArtifactKind::Hint => hint::make(model, shape, tokens, report),
     }
 }
 

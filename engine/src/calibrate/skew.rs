@@ -32,7 +32,8 @@ pub(super) fn make(
         report("reading the text", done, all);
         ControlFlow::Continue(())
     };
-    let options = PrefillOptions { logits: Logits::None, progress: Some(&mut progress) };
+    let options =
+        PrefillOptions { logits: Logits::None, progress: Some(&mut progress), ..PrefillOptions::default() };
     Decoder::new(model.clone(), DecoderOptions::default()).prefill(
         &mut kv,
         &mut sequence,

@@ -1,6 +1,7 @@
 //! The forward pass: dense prefill in chunks, and decode steps over a batch of sequences.
 
 pub(crate) mod causal;
+mod hint;
 mod prefill;
 mod step;
 
@@ -10,7 +11,8 @@ use std::time::Duration;
 use kvoyant_kernels::Kernels;
 use rayon::prelude::*;
 
-pub use prefill::{Logits, PrefillOptions};
+pub use hint::{HintNorm, LearnedHints};
+pub use prefill::{LayerSeen, Logits, PrefillOptions};
 pub use step::StepOutput;
 
 use crate::error::ForwardError;
@@ -21,20 +23,10 @@ use crate::weights::Precision;
 /// cache (see `examples/prefill_speed.rs`).
 const DEFAULT_CHUNK_TOKENS: usize = 512;
 
-/// Which norm makes the input of layer `i`'s predicted query out of layer `i - 1`'s input.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum HintNorm {
-    /// Layer `i`'s own: nearer to the true query on the models tried.
-    #[default]
-    Own,
-    /// Layer `i - 1`'s, as the InfiniGen paper has it.
-    Previous,
-}
-
 /// How a decoder works.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct DecoderOptions {
-    /// Norm of the hints.
+    /// How hints are made. Learned ones must be of the decoder's model.
     pub hint_norm: HintNorm,
     /// Tokens that a prefill takes at a time; at least 1.
     pub chunk_tokens: usize,
@@ -95,8 +87,13 @@ impl Decoder {
     }
 
     /// How it works.
-    pub fn options(&self) -> DecoderOptions {
-        self.options
+    pub fn options(&self) -> &DecoderOptions {
+        &self.options
+    }
+
+    /// Makes hints that way from the next step on. Learned ones must be of the decoder's model.
+    pub fn set_hint_norm(&mut self, hint_norm: HintNorm) {
+        self.options.hint_norm = hint_norm;
     }
 
     /// Refuses tokens that the embedding does not have and lengths that the model has no positions for.

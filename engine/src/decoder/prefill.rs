@@ -36,6 +36,17 @@ impl std::fmt::Debug for Logits<'_> {
     }
 }
 
+/// What a layer makes of a chunk of a prompt, before it attends.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerSeen<'a> {
+    /// The layer.
+    pub layer: usize,
+    /// The residual stream before the layer, `[T][hidden]`, not normalised.
+    pub input: &'a [f32],
+    /// Its queries before RoPE, `[T][Hq][d]`.
+    pub queries: &'a [f32],
+}
+
 /// What a prefill computes and reports.
 #[derive(Default)]
 pub struct PrefillOptions<'a> {
@@ -43,6 +54,8 @@ pub struct PrefillOptions<'a> {
     pub logits: Logits<'a>,
     /// Called after every chunk with (tokens done, tokens in all); [`ControlFlow::Break`] stops there.
     pub progress: Option<&'a mut dyn FnMut(usize, usize) -> ControlFlow<()>>,
+    /// Called for every chunk and layer, in order; from whichever of rayon's threads runs the pass.
+    pub layers: Option<&'a mut (dyn FnMut(LayerSeen<'_>) + Send)>,
 }
 
 impl std::fmt::Debug for PrefillOptions<'_> {
@@ -72,7 +85,8 @@ impl Decoder {
         let mut done = 0;
         let mut last = Vec::new();
         for chunk in tokens.chunks(self.options.chunk_tokens) {
-            rayon::scope(|_| self.prefill_chunk(backend, sequence, chunk))?;
+            let layers = &mut options.layers;
+            rayon::scope(|_| self.prefill_chunk(backend, sequence, chunk, layers))?;
             let first = done;
             done += chunk.len();
             match &mut options.logits {
@@ -107,6 +121,7 @@ impl Decoder {
         backend: &mut B,
         sequence: &mut B::Sequence,
         tokens: &[u32],
+        layers: &mut Option<&mut (dyn FnMut(LayerSeen<'_>) + Send)>,
     ) -> Result<(), ForwardError<B::Error>> {
         let model = &*self.model;
         let config = model.config();
@@ -125,6 +140,9 @@ impl Decoder {
             weights.query.forward(&buffers.normed, rows, &mut buffers.q, Precision::F32);
             weights.key.forward(&buffers.normed, rows, &mut buffers.k, Precision::F32);
             weights.value.forward(&buffers.normed, rows, &mut buffers.v, Precision::F32);
+            if let Some(look) = layers {
+                look(LayerSeen { layer, input: &buffers.x, queries: &buffers.q });
+            }
             rotate_rows(&table, &mut buffers.q, config.query_width());
             rotate_rows(&table, &mut buffers.k, config.kv_width());
 

@@ -86,12 +86,13 @@ impl Decoder {
             if next < config.layers && backend.wants_hint(next) {
                 timing.linear += watch.lap();
                 let ahead = &model.weights.layers[next];
-                let norm = match self.options.hint_norm {
-                    HintNorm::Own => &ahead.attention_norm,
-                    HintNorm::Previous => &weights.attention_norm,
+                let (norm, query) = match &self.options.hint_norm {
+                    HintNorm::Own => (&ahead.attention_norm, &ahead.query),
+                    HintNorm::Previous => (&weights.attention_norm, &ahead.query),
+                    HintNorm::Learned(learned) => (&ahead.attention_norm, learned.query(next)),
                 };
                 norm_rows(model, &buffers.x, norm, &mut buffers.normed);
-                ahead.query.forward(&buffers.normed, rows, &mut buffers.hint, Precision::Fast);
+                query.forward(&buffers.normed, rows, &mut buffers.hint, Precision::Fast);
                 rotate_rows(&table, &mut buffers.hint, config.query_width());
                 backend.hint(next, batch, positions, &buffers.hint)?;
                 timing.hint += watch.lap();

@@ -28,7 +28,7 @@ pub(crate) fn all_logits(model: &Arc<Model>, tokens: &[u32], chunk_tokens: usize
         assert_eq!(index, all.len());
         all.push(logits.to_vec());
     };
-    let options = PrefillOptions { logits: Logits::Each(&mut take), progress: None };
+    let options = PrefillOptions { logits: Logits::Each(&mut take), ..PrefillOptions::default() };
     let last = decoder.prefill(&mut kv, &mut sequence, tokens, options).unwrap();
     assert_eq!(all.last(), Some(&last));
     all

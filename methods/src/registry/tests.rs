@@ -3,7 +3,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use crate::artifact::Artifact;
+use crate::artifact::{Artifact, ArtifactKind};
 use crate::clo::{CloSpec, Head};
 use crate::hata::{HashOptions, HataSpec, Weights};
 use crate::infinigen::{Amount, InfinigenSpec};
@@ -33,7 +33,7 @@ fn budget() -> impl Strategy<Value = Budget> {
 }
 
 fn hint_norm() -> impl Strategy<Value = HintNorm> {
-    prop::sample::select(vec![HintNorm::Own, HintNorm::Previous])
+    prop::sample::select(vec![HintNorm::Own, HintNorm::Previous, HintNorm::Learned])
 }
 
 fn infinigen() -> impl Strategy<Value = MethodSpec> {
@@ -314,6 +314,21 @@ fn an_artifact_that_is_missing_or_of_another_model_is_refused() {
     assert!(
         build(&MethodSpec::new(full::FullSpec), &Shape { layers: 0, ..shape }, &Artifacts::none()).is_err()
     );
+}
+
+#[test]
+fn a_learned_hint_asks_for_its_artifact_and_the_method_is_built_without_it() {
+    let wanted = |text: &str| text.parse::<MethodSpec>().unwrap().artifacts();
+    assert_eq!(wanted("infinigen:hint_norm=learned"), [ArtifactKind::Skew, ArtifactKind::Hint]);
+    assert_eq!(wanted("quest:hint=ahead,hint_norm=learned"), [ArtifactKind::Hint]);
+    assert_eq!(wanted("scout:hint_norm=learned"), [ArtifactKind::Hint]);
+    assert_eq!(wanted("infinigen:hint_norm=previous,skew=off"), []);
+    assert_eq!(wanted("infinigen:hint=current,hint_norm=learned,skew=off"), [], "no hint goes ahead");
+    let mix = "mix:0-5=(quest:hint=ahead,hint_norm=learned),rest=(infinigen:skew=off,hint_norm=learned)";
+    assert!(wanted(mix).iter().all(|kind| *kind == ArtifactKind::Hint) && !wanted(mix).is_empty());
+    let spec: MethodSpec = "infinigen:skew=off,hint_norm=learned".parse().unwrap();
+    assert_eq!(spec.to_string(), "infinigen:alpha=5,cap=20%,skew=off,hint_norm=learned");
+    assert!(build(&spec, &small(), &Artifacts::none()).is_ok());
 }
 
 #[test]

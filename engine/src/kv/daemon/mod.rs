@@ -165,8 +165,8 @@ impl DaemonKv {
             artifacts: Vec::new(),
         };
         let artifacts = &options.artifacts;
-        let files =
-            artifacts.iter().map(kvoyant_methods::Artifact::to_bytes).collect::<Result<Vec<_>, _>>()?;
+        let for_daemon = artifacts.iter().filter(|artifact| artifact.kind().builds_methods());
+        let files = for_daemon.map(kvoyant_methods::Artifact::to_bytes).collect::<Result<Vec<_>, _>>()?;
         let model = client.register(spec, &files)?;
         let methods_shape = options.shape(&shape, model.page_rows());
         let needs = options
