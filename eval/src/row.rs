@@ -45,6 +45,13 @@ pub struct Row {
     pub top_k_recall: Option<f64>,
     /// `‖o − o*‖ / ‖o*‖` of attention outputs, mean.
     pub output_error: Option<f64>,
+    /// The most attention that answers can have missed by their certificates (0–1): the mean over layers, heads and steps, of each layer's
+    /// own queries, keys and values. Nothing is said about the text.
+    pub certified_missed_mass: Option<f64>,
+    /// What certificates allow over what was missed, the median of query heads: 1 is exact.
+    pub certificate_ratio: Option<f64>,
+    /// Certificates that the truth was outside of: none, or something is wrong.
+    pub certificate_violations: Option<f64>,
     /// Rows selected per KV head, as a share of the context.
     pub selected_share: f64,
     /// Bytes moved a step over the bytes of all KV held (0–1).
@@ -173,6 +180,9 @@ const FIXED: &[(&str, Cell)] = &[
     ("missed_mass", |row| number(row.missed_mass)),
     ("top_k_recall", |row| number(row.top_k_recall)),
     ("output_error", |row| number(row.output_error)),
+    ("certified_missed_mass", |row| number(row.certified_missed_mass)),
+    ("certificate_ratio", |row| number(row.certificate_ratio)),
+    ("certificate_violations", |row| number(row.certificate_violations)),
     ("selected_share", |row| number(Some(row.selected_share))),
     ("kv_moved_share", |row| number(Some(row.kv_moved_share))),
     ("bytes_per_token", |row| number(Some(row.bytes_per_token))),

@@ -2,7 +2,7 @@
 
 use kvoyant_engine::{Dtype, Format};
 use kvoyant_eval::row::Skipped;
-use kvoyant_methods::{Budget, HintSource, MethodSpec, SpecError, registry};
+use kvoyant_methods::{Budget, HintSource, MethodSpec, SpecError, kvoyant, registry};
 
 /// One row to be made.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,6 +21,11 @@ pub(crate) const PLAIN: Format = Format::Plain(Dtype::F16);
 /// FlexGen's compressed rows: `full` is compared with them too.
 const COMPRESSED: Format = Format::Int4 { group: 64 };
 
+/// The default method is compared as it moves rows: its rows chosen ahead, and so again as rows of half the bytes, twice as many of them; and
+/// as it works in place, by the true query.
+const OURS: [(&str, Format); 3] =
+    [("kvoyant:hint=ahead,multiple=2", Format::Int8), ("kvoyant:hint=ahead", PLAIN), ("kvoyant", PLAIN)];
+
 /// Methods that say nothing without options: which methods to mix is the user's choice.
 const NEEDS_OPTIONS: &[&str] = &["mix"];
 
@@ -33,12 +38,17 @@ const NEEDS_OPTIONS: &[&str] = &["mix"];
 /// # Errors
 /// A name or an option that is none.
 pub(crate) fn rungs(names: &[String], budgets: &[Budget]) -> Result<Vec<Rung>, SpecError> {
-    let all: Vec<String> =
-        registry::names().filter(|name| !NEEDS_OPTIONS.contains(name)).map(str::to_owned).collect();
-    let chosen = if names.is_empty() { &all } else { names };
+    let others = registry::names().filter(|name| !NEEDS_OPTIONS.contains(name) && *name != kvoyant::NAME);
+    let all = OURS.into_iter().chain(others.map(|name| (name, PLAIN)));
+    let chosen: Vec<(&str, Format)> = if names.is_empty() {
+        all.collect()
+    } else {
+        names.iter().map(|name| (name.as_str(), PLAIN)).collect()
+    };
     let mut rungs = Vec::new();
-    for name in chosen {
+    for (name, format) in chosen {
         let plain: MethodSpec = name.parse()?;
+        let rung = |spec: MethodSpec| Rung { format, ..rung(spec) };
         if plain.hint() == HintSource::Ids {
             rungs.extend(budgets.iter().map(|budget| Rung { budget: Some(*budget), ..rung(plain.clone()) }));
             continue;
@@ -52,7 +62,7 @@ pub(crate) fn rungs(names: &[String], budgets: &[Budget]) -> Result<Vec<Rung>, S
         rungs.extend(budgeted.into_iter().map(rung));
     }
     if names.is_empty() {
-        rungs.insert(1, Rung { format: COMPRESSED, ..rung("full".parse()?) });
+        rungs.insert(0, Rung { format: COMPRESSED, ..rung("full".parse()?) });
     }
     Ok(rungs)
 }

@@ -7,7 +7,7 @@ use kvoyant_eval::row::{Row, Skipped};
 use kvoyant_eval::tasks::Task;
 use kvoyant_kernels::{Kernels, TopKScratch};
 use kvoyant_methods::full::{self, FullSpec};
-use kvoyant_methods::{Budget, DigestKey, HintSource, MethodSpec, Shape};
+use kvoyant_methods::{Budget, DigestKey, HintSource, MethodSpec, Needs, Shape};
 
 use super::compared::{Clusters, Sample, by_task};
 use super::cost::Cost;
@@ -157,11 +157,7 @@ pub(super) fn rows(
                 selected_layers: (0..shape.layers).filter(|layer| kv.speculates(*layer)).count(),
                 layers: shape.layers,
                 digest,
-                partial_bytes: if built[method].needs().cpu_attention.is_some() {
-                    (methods_shape.query_heads * (methods_shape.head_dim + 1) * size_of::<f32>()) as f64
-                } else {
-                    0.0
-                },
+                partial_bytes: partial_bytes(&built[method].needs(), &methods_shape),
             };
             found.samples.push(sample(&told, length, &measured));
         }
@@ -172,6 +168,16 @@ pub(super) fn rows(
     };
     found.samples.iter_mut().for_each(|sample| sample.clusters = clusters.clone());
     Ok(found)
+}
+
+/// Bytes of what the CPU attends or estimates for a layer and hands over instead of rows.
+fn partial_bytes(needs: &Needs, shape: &Shape) -> f64 {
+    /// Words of an estimate besides its mean value.
+    const SUMS: usize = 7;
+    let attended = needs.cpu_attention.is_some() || (needs.rest && needs.hint != HintSource::Current);
+    let words =
+        usize::from(attended) * (shape.value_dim + 1) + usize::from(needs.rest) * (shape.value_dim + SUMS);
+    (shape.query_heads * words * size_of::<f32>()) as f64
 }
 
 /// The tokens with the largest true scores of each KV head (mean over its group of the softmax), as an engine with native sparse
@@ -201,8 +207,9 @@ fn best(request: &IdsRequest<'_>, budget: Budget, sinks: usize, window: usize) -
 /// Rows by sessions: all that can share one in as few as possible, each method that drops rows for good and each other format
 /// of rows in one of its own.
 fn sessions(rungs: &[Rung]) -> Vec<(Format, Vec<Rung>)> {
-    let (alone, shared): (Vec<&Rung>, Vec<&Rung>) =
-        rungs.iter().partition(|rung| pooled(rung) || rung.format != PLAIN);
+    let (alone, shared): (Vec<&Rung>, Vec<&Rung>) = rungs.iter().partition(|rung| pooled(rung));
+    let (shared, stored): (Vec<&Rung>, Vec<&Rung>) =
+        shared.into_iter().partition(|rung| rung.format == PLAIN);
     let mut all: Vec<(Format, Vec<Rung>)> = shared
         .chunks(METHODS_OF_A_SESSION)
         .map(|chunk| (PLAIN, chunk.iter().map(|rung| (*rung).clone()).collect()))
@@ -211,6 +218,15 @@ fn sessions(rungs: &[Rung]) -> Vec<(Format, Vec<Rung>)> {
         // Dense needs all rows as they are: what it is compared with may have dropped some.
         let full = MethodSpec::new(FullSpec);
         all.push((PLAIN, vec![Rung { spec: full, budget: None, format: PLAIN }]));
+    }
+    for rung in stored {
+        match all
+            .iter_mut()
+            .find(|(format, rungs)| *format == rung.format && rungs.len() < METHODS_OF_A_SESSION)
+        {
+            Some((_, rungs)) => rungs.push(rung.clone()),
+            None => all.push((rung.format, vec![rung.clone()])),
+        }
     }
     all.extend(alone.into_iter().map(|rung| (rung.format, vec![rung.clone()])));
     all
@@ -321,6 +337,9 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         missed_mass: costs.attention_mass.map(|mass| 1.0 - mass),
         top_k_recall: costs.top_k_recall,
         output_error: costs.output_error,
+        certified_missed_mass: costs.certified_missed_mass,
+        certificate_ratio: costs.certificate_ratio,
+        certificate_violations: costs.certificate_violations,
         kv_moved_share: costs.kv_moved_share,
         ms_per_token: Some(measured.clock.ms_per_token()),
         stall_share: Some(costs.stall_share),
@@ -342,8 +361,8 @@ mod tests {
         let sessions = sessions(&rungs);
         let sizes: Vec<usize> = sessions.iter().map(|(_, rungs)| rungs.len()).collect();
         assert_eq!(sizes, [60, 11, 1, 1]);
-        assert_eq!(sessions[2].1[0], rungs[0]);
-        assert_eq!(sessions[3].0, Format::Int4 { group: 64 });
+        assert_eq!(sessions[2].0, Format::Int4 { group: 64 });
+        assert_eq!(sessions[3].1[0], rungs[0]);
         let alone = super::sessions(&rungs[..1]);
         assert_eq!(alone.len(), 2);
         assert_eq!((alone[0].0, alone[0].1[0].spec.name()), (PLAIN, "full"));

@@ -1,4 +1,4 @@
-//! The comparison's table, at most 140 columns wide: one block for each source and length.
+//! The comparison's table, at most 150 columns wide: one block for each source and length.
 
 use std::fmt::Write;
 
@@ -42,6 +42,7 @@ const COLUMNS: &[Column] = &[
         width: 7,
         cell: |row| row.output_error.map(|error| format!("{error:.3}")),
     },
+    Column { head: ["missed", "at most"], width: 7, cell: |row| row.certified_missed_mass.map(fine_percent) },
     Column { head: ["MB per", "token"], width: 7, cell: |row| Some(megabytes(row.bytes_per_token)) },
     Column { head: ["KV", "ready"], width: 5, cell: |row| Some(percent(row.resident_share)) },
     Column { head: ["digest", "of KV"], width: 7, cell: |row| Some(fine_percent(row.digest_share)) },
@@ -93,6 +94,12 @@ pub(super) fn render(rows: &[Row], skipped: &[Skipped]) -> String {
         let cells =
             COLUMNS.iter().map(|column| ((column.cell)(row).unwrap_or_else(|| "–".into()), column.width));
         line(&mut out, &row.title(), cells);
+    }
+    if rows.iter().any(|row| row.certified_missed_mass.is_some()) {
+        out.push_str(
+            "\nmissed at most: what certificates bound of each layer's attention, for its own queries, keys and values; it says nothing \
+             about the text.\n",
+        );
     }
     if rows.iter().any(|row| !row.modelled.is_empty()) {
         out.push_str(
@@ -168,10 +175,10 @@ mod tests {
     }
 
     #[test]
-    fn the_widest_values_fit_into_140_columns_and_keep_apart() {
+    fn the_widest_values_fit_into_150_columns_and_keep_apart() {
         let text = render(&[widest(), Row { source: "trace:x".into(), ..Row::default() }], &[]);
         for line in text.lines() {
-            assert!(line.chars().count() <= 140, "{}: {line}", line.chars().count());
+            assert!(line.chars().count() <= 150, "{}: {line}", line.chars().count());
         }
         assert!(text.contains("attention-predictor 12.5 %"));
         assert!(text.contains("–"), "what is not known is a dash");

@@ -123,6 +123,9 @@ impl<'a> Asked<'a> {
             cpu_share: 0.0,
             top_k_recall: None,
             output_error: Some(0.0),
+            certified_missed_mass: None,
+            certificate_ratio: None,
+            certificate_violations: None,
         };
         Ok(Measured { scores: self.scores(&said), agreement, clock, costs: everything })
     }
@@ -251,6 +254,12 @@ pub(crate) struct Costs {
     pub(crate) top_k_recall: Option<f64>,
     /// `‖o − o*‖ / ‖o*‖` of attention outputs, mean over the same steps as `attention_mass`.
     pub(crate) output_error: Option<f64>,
+    /// Share of the attention that answers may have missed by their certificates (0–1), mean.
+    pub(crate) certified_missed_mass: Option<f64>,
+    /// That share over the true one, the median of query heads.
+    pub(crate) certificate_ratio: Option<f64>,
+    /// Certificates that the truth was outside of; none where nothing was certified.
+    pub(crate) certificate_violations: Option<f64>,
 }
 
 impl Costs {
@@ -275,6 +284,10 @@ impl Costs {
             cpu_share: stats.rows_cpu as f64 / selected_rows.max(1.0),
             top_k_recall: stats.measured.top_k_recall(),
             output_error: stats.measured.output_error(),
+            certified_missed_mass: stats.certified.mean(),
+            certificate_ratio: stats.measured.ratios.median(),
+            certificate_violations: (stats.measured.certified > 0)
+                .then_some(stats.measured.violations as f64),
             // An answer is one layer of the whole batch.
             select_us: (stats.tokens > 0 && selected_layers > 0)
                 .then(|| stats.select.as_secs_f64() * 1e6 / (stats.tokens as f64 * selected_layers as f64)),
