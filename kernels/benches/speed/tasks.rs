@@ -3,7 +3,9 @@
 use std::cell::Cell;
 use std::hint::black_box;
 
-use kvoyant_kernels::{AttendScratch, Dtype, Kernels, Run, TopKScratch};
+use kvoyant_kernels::{
+    AttendScratch, CodeBits, CodeLayout, CodeSums, Dtype, Kernels, Run, TopKScratch,
+};
 
 use crate::{Task, limits};
 
@@ -37,6 +39,121 @@ pub(crate) fn i8_bytes() -> usize {
 
 pub(crate) fn selection_bytes() -> usize {
     HEADS * i8_bytes()
+}
+
+/// Digests in codes that are measured: a head's values, and queries of each.
+pub(crate) struct Codes {
+    /// For the report.
+    pub(crate) what: &'static str,
+    scores: &'static str,
+    all: &'static str,
+    bits: CodeBits,
+    group: usize,
+    pub(crate) dim: usize,
+    pub(crate) queries: usize,
+}
+
+/// All of them.
+pub(crate) const CODES: [Codes; 4] = [
+    Codes {
+        what: "int4 group 16, d=64 g=3",
+        scores: "codes 4 64",
+        all: "codes 4 64 and rest",
+        bits: CodeBits::Four,
+        group: 16,
+        dim: 64,
+        queries: 3,
+    },
+    Codes {
+        what: "int6, d=64 g=3",
+        scores: "codes 6 64",
+        all: "codes 6 64 and rest",
+        bits: CodeBits::Six,
+        group: PAGE,
+        dim: 64,
+        queries: 3,
+    },
+    Codes {
+        what: "int4 group 16, d=128 g=4",
+        scores: "codes 4 128",
+        all: "codes 4 128 and rest",
+        bits: CodeBits::Four,
+        group: 16,
+        dim: 128,
+        queries: 4,
+    },
+    Codes {
+        what: "int6, d=128 g=4",
+        scores: "codes 6 128",
+        all: "codes 6 128 and rest",
+        bits: CodeBits::Six,
+        group: PAGE,
+        dim: 128,
+        queries: 4,
+    },
+];
+
+impl Codes {
+    fn layout(&self) -> CodeLayout {
+        CodeLayout::new(self.dim, self.dim, PAGE, self.bits, self.group).expect("a layout")
+    }
+
+    /// The tasks' names: scores alone, and with all that follows them.
+    pub(crate) fn names(&self) -> [&'static str; 2] {
+        [self.scores, self.all]
+    }
+
+    /// Bytes that scores are made of: all but spreads and means.
+    pub(crate) fn score_bytes(&self) -> usize {
+        PAGES * (self.layout().bytes() - PAGE - 2 * self.dim)
+    }
+
+    /// Scores of all tokens.
+    fn scores_task<'a>(&self, arena: &'a Arena) -> Task<'a> {
+        let (layout, g, kernels) = (self.layout(), self.queries, Kernels::best());
+        let (parts, queries) = (arena.parts(PAGES * layout.bytes()), values(g * self.dim));
+        let groups = PAGES * layout.groups();
+        let (mut scores, mut margins) = (vec![0.0; g * TOKENS], vec![0.0; g * groups]);
+        Task::new(self.scores, move || {
+            let (blocks, scores, margins) = (parts.next(), &mut scores, &mut margins);
+            kernels.code_scores(&layout, &queries, g, 0.1, blocks, scores, TOKENS, margins, groups);
+            black_box(&scores);
+        })
+    }
+
+    /// The same, then weights, each token's share in the queries' mean, which tokens have the largest ones, and sums over the others.
+    fn all_task<'a>(&self, arena: &'a Arena) -> Task<'a> {
+        let (layout, g, kernels) = (self.layout(), self.queries, Kernels::best());
+        let (parts, queries) = (arena.parts(PAGES * layout.bytes()), values(g * self.dim));
+        let groups = PAGES * layout.groups();
+        let (mut scores, mut margins) = (vec![0.0; g * TOKENS], vec![0.0; g * groups]);
+        let (mut shares, mut ids, mut threshold) = (vec![0.0_f32; TOKENS], Vec::new(), None);
+        let (mut sums, mut means) = (vec![CodeSums::default(); g], vec![0.0; g * self.dim]);
+        Task::new(self.all, move || {
+            let (blocks, scores, margins) = (parts.next(), &mut scores, &mut margins);
+            kernels.code_scores(&layout, &queries, g, 0.1, blocks, scores, TOKENS, margins, groups);
+            shares.fill(0.0);
+            for scores in scores.chunks_exact_mut(TOKENS) {
+                let max = kernels.max(scores);
+                let sum = kernels.exp_in_place(scores, max);
+                kernels.axpy(&mut shares, 1.0 / (sum * g as f32), scores);
+            }
+            // As many as the budget says, the first time.
+            let threshold = *threshold.get_or_insert_with(|| {
+                let mut sorted = shares.clone();
+                sorted.sort_by(|a, b| b.total_cmp(a));
+                sorted[BUDGET]
+            });
+            kernels.indices_above(&shares, threshold, &mut ids);
+            for weights in scores.chunks_exact_mut(TOKENS) {
+                ids.iter().for_each(|id| weights[*id as usize] = 0.0);
+            }
+            sums.fill(CodeSums::default());
+            means.fill(0.0);
+            kernels.code_rest(&layout, blocks, g, scores, TOKENS, margins, groups, &mut sums, &mut means);
+            black_box((&sums, &means));
+        })
+    }
 }
 
 /// Memory larger than the caches. It is read as f16, as digests in 8 bits and as codes; what it holds means nothing in any of them but is
@@ -184,7 +301,8 @@ pub(crate) fn all(arena: &Arena) -> Vec<Task<'_>> {
             black_box(&ids);
         })
     };
-    vec![
+    let codes = CODES.iter().flat_map(|codes| [codes.scores_task(arena), codes.all_task(arena)]);
+    let mut all = vec![
         read("read", READ_BYTES),
         Task::new("products", limits::products),
         bounds_f16,
@@ -197,5 +315,7 @@ pub(crate) fn all(arena: &Arena) -> Vec<Task<'_>> {
         top,
         selection(arena),
         read("read digests", selection_bytes()),
-    ]
+    ];
+    all.extend(codes);
+    all
 }

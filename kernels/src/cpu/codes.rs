@@ -1,7 +1,7 @@
 //! Attention over digests in codes ([`CodeLayout`]): scores with their margins, weights, and what the rows left out add up to.
 
 use super::score::{check_out, columns};
-use super::{Kernels, scalar};
+use super::{Kernels, dispatch};
 use crate::codes::CodeLayout;
 
 /// Sums over rows that are not attended, for one query; weights are relative to what the caller's are.
@@ -51,19 +51,21 @@ impl Kernels {
         let pages = check_blocks("code_scores", layout, blocks);
         check_out("code_scores", group, pages * layout.rows(), out, out_stride);
         check_out("code_scores", group, pages * layout.groups(), margins, margin_stride);
-        let _ = self;
-        scalar::code_scores(layout, queries, group, scale, blocks, out, out_stride, margins, margin_stride);
+        dispatch!(
+            self,
+            code_scores(layout, queries, group, scale, blocks, out, out_stride, margins, margin_stride)
+        );
     }
 
     /// `scores_t ← e^(scores_t − max)`, and their sum. `max` is finite and at least every score; scores are finite.
     #[must_use]
     pub fn exp_in_place(self, scores: &mut [f32], max: f32) -> f32 {
-        scalar::exp_in_place(scores, max)
+        dispatch!(self, exp_in_place(scores, max))
     }
 
     /// Ids of the values strictly above `threshold`, ascending, in the place of what `ids` held. NaNs are not above.
     pub fn indices_above(self, values: &[f32], threshold: f32, ids: &mut Vec<u32>) {
-        scalar::indices_above(values, threshold, ids);
+        dispatch!(self, indices_above(values, threshold, ids));
     }
 
     /// Adds up what the rows of pages with weights other than 0 amount to: `sums` is `[group]`, and `means` `[group][value_dim]` gets
@@ -90,7 +92,10 @@ impl Kernels {
         assert_eq!(means.len(), group * layout.value_dim(), "code_rest: means are [{group}][values]");
         check_out("code_rest", group, pages * layout.rows(), weights, stride);
         check_out("code_rest", group, pages * layout.groups(), margins, margin_stride);
-        scalar::code_rest(layout, blocks, group, weights, stride, margins, margin_stride, sums, means);
+        dispatch!(
+            self,
+            code_rest(layout, blocks, group, weights, stride, margins, margin_stride, sums, means)
+        );
     }
 }
 

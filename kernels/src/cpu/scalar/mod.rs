@@ -2,7 +2,7 @@
 
 mod attend;
 mod bounds;
-mod codes;
+pub(super) mod codes;
 mod convert;
 mod dequantise;
 mod elementwise;

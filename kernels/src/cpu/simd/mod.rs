@@ -9,11 +9,15 @@ mod avx2;
 mod avx512;
 mod bounds;
 mod bounds_i8;
+mod code_rest;
+mod code_sums;
+mod codes;
 mod convert;
 mod copy;
 mod dequantise;
 mod elementwise;
 mod hash;
+mod lanes;
 mod layout;
 mod paths;
 mod reduce;
@@ -167,6 +171,10 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `LANES` bytes are readable at `at`.
     unsafe fn load_i8(self, at: *const u8) -> Self::V;
+    /// `LANES` bytes as f32.
+    /// # Safety
+    /// As above.
+    unsafe fn load_u8(self, at: *const u8) -> Self::V;
     /// `LANES` half bytes as f32, of each byte the low half first.
     /// # Safety
     /// `LANES / 2` bytes are readable at `at`.

@@ -1,0 +1,374 @@
+//! Whole sums of codes and weights: what each instruction set has to offer for them.
+
+use std::arch::x86_64::*;
+
+use super::avx2::Avx2;
+use super::avx512::Avx512;
+use super::lanes::Lanes;
+use crate::cpu::scalar::codes::LOWEST;
+
+/// Products of four channels' codes, of several rows at once. A value of such a type is the proof that this machine has the instructions.
+pub(super) trait Sums: Copy {
+    /// What is used for f32.
+    type L: Lanes;
+    /// Four codes, one byte each, of each of [`Sums::ROWS`] rows.
+    type C: Copy;
+    /// The sums of hi and of lo, so far.
+    type S: Copy;
+    /// Rows in a register: 16, or half as many.
+    const ROWS: usize;
+    /// Queries that are served at once.
+    const HEADS: usize;
+
+    fn lanes(self) -> Self::L;
+    fn zero(self) -> Self::S;
+    /// Codes of 16 channels: four times four. The two lines of low codes are 64 bytes apart; high codes are read in case of SIX only.
+    ///
+    /// # Safety
+    /// At each, the rows' bytes are readable.
+    unsafe fn unpack<const SIX: bool>(self, low: *const u8, high: *const u8) -> [Self::C; 4];
+    /// Adds the products of 16 channels.
+    ///
+    /// # Safety
+    /// At `weights` are those of the channels, as [`Lanes::weights`] left them.
+    unsafe fn add<const SIX: bool>(self, sums: Self::S, codes: [Self::C; 4], weights: *const i8) -> Self::S;
+    /// `(base + unit·(128·hi + lo))·scale` of each row, as the scalar twin has it.
+    ///
+    /// # Safety
+    /// So many f32 are writable.
+    unsafe fn write(self, sums: Self::S, base: f32, unit: f32, scale: f32, out: *mut f32);
+}
+
+/// Four weights.
+///
+/// # Safety
+/// They are readable.
+#[inline(always)]
+unsafe fn weight(at: *const i8) -> i32 {
+    // SAFETY: passed on to the caller.
+    unsafe { at.cast::<i32>().read_unaligned() }
+}
+
+/// The proof that this machine has AVX-512 with VNNI.
+#[derive(Clone, Copy)]
+pub(super) struct Vnni(Avx512);
+
+/// The proof that this machine has AVX-512.
+#[derive(Clone, Copy)]
+pub(super) struct Words(Avx512);
+
+/// The proof that this machine has AVX2.
+#[derive(Clone, Copy)]
+pub(super) struct Halves(Avx2);
+
+impl Vnni {
+    /// # Safety
+    /// The machine has the instructions.
+    #[inline(always)]
+    pub(super) unsafe fn new() -> Self {
+        // SAFETY: passed on to the caller.
+        Self(unsafe { Avx512::new() })
+    }
+}
+
+impl Words {
+    /// # Safety
+    /// The machine has the instructions.
+    #[inline(always)]
+    pub(super) unsafe fn new() -> Self {
+        // SAFETY: passed on to the caller.
+        Self(unsafe { Avx512::new() })
+    }
+}
+
+impl Halves {
+    /// # Safety
+    /// The machine has the instructions.
+    #[inline(always)]
+    pub(super) unsafe fn new() -> Self {
+        // SAFETY: passed on to the caller.
+        Self(unsafe { Avx2::new() })
+    }
+}
+
+/// # Safety
+/// As [`Sums::unpack`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn unpack_16<const SIX: bool>(low: *const u8, high: *const u8) -> [__m512i; 4] {
+    // SAFETY: passed on to the caller.
+    let lines = unsafe { [_mm512_loadu_si512(low.cast()), _mm512_loadu_si512(low.add(64).cast())] };
+    let mask = _mm512_set1_epi8(15);
+    let mut codes = [
+        _mm512_and_si512(lines[0], mask),
+        _mm512_and_si512(_mm512_srli_epi16::<4>(lines[0]), mask),
+        _mm512_and_si512(lines[1], mask),
+        _mm512_and_si512(_mm512_srli_epi16::<4>(lines[1]), mask),
+    ];
+    if SIX {
+        // SAFETY: passed on to the caller.
+        let high = unsafe { _mm512_loadu_si512(high.cast()) };
+        let shifted = [
+            _mm512_slli_epi16::<4>(high),
+            _mm512_slli_epi16::<2>(high),
+            high,
+            _mm512_srli_epi16::<2>(high),
+        ];
+        let mask = _mm512_set1_epi8(0x30);
+        for i in 0..4 {
+            codes[i] = _mm512_or_si512(codes[i], _mm512_and_si512(shifted[i], mask));
+        }
+    }
+    codes
+}
+
+/// # Safety
+/// As [`Sums::write`].
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn write_16(hi: __m512i, lo: __m512i, base: f32, unit: f32, scale: f32, out: *mut f32) {
+    let sums = _mm512_add_epi32(_mm512_slli_epi32::<7>(hi), lo);
+    let codes = _mm512_mul_ps(_mm512_set1_ps(unit), _mm512_cvtepi32_ps(sums));
+    let scores = _mm512_mul_ps(_mm512_add_ps(_mm512_set1_ps(base), codes), _mm512_set1_ps(scale));
+    // The second one where the first is NaN.
+    let scores = _mm512_max_ps(scores, _mm512_set1_ps(LOWEST));
+    // SAFETY: passed on to the caller.
+    unsafe { _mm512_storeu_ps(out, _mm512_min_ps(scores, _mm512_set1_ps(-LOWEST))) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn dot_16(sums: __m512i, codes: __m512i, weights: i32) -> __m512i {
+    _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(weights))
+}
+
+impl Sums for Vnni {
+    type L = Avx512;
+    type C = __m512i;
+    /// Two sums each, for one addition waits for the one before.
+    type S = [[__m512i; 2]; 2];
+    const ROWS: usize = 16;
+    const HEADS: usize = 4;
+
+    // SAFETY, here and in every block below: the value `self` is the proof that the instructions are there; where a pointer is
+    // used, the caller promises the memory behind it.
+    #[inline(always)]
+    fn lanes(self) -> Avx512 {
+        self.0
+    }
+    #[inline(always)]
+    fn zero(self) -> Self::S {
+        // SAFETY: see above.
+        unsafe { [[_mm512_setzero_si512(); 2]; 2] }
+    }
+    #[inline(always)]
+    unsafe fn unpack<const SIX: bool>(self, low: *const u8, high: *const u8) -> [__m512i; 4] {
+        // SAFETY: see above.
+        unsafe { unpack_16::<SIX>(low, high) }
+    }
+    #[inline(always)]
+    unsafe fn add<const SIX: bool>(
+        self,
+        mut sums: Self::S,
+        codes: [__m512i; 4],
+        weights: *const i8,
+    ) -> Self::S {
+        for i in 0..4 {
+            // SAFETY: see above.
+            unsafe {
+                let at = weights.add(Avx512::four_at(i));
+                sums[0][i % 2] = dot_16(sums[0][i % 2], codes[i], weight(at));
+                sums[1][i % 2] = dot_16(sums[1][i % 2], codes[i], weight(at.add(Avx512::STRIPE)));
+            }
+        }
+        sums
+    }
+    #[inline(always)]
+    unsafe fn write(self, [hi, lo]: Self::S, base: f32, unit: f32, scale: f32, out: *mut f32) {
+        // SAFETY: see above.
+        unsafe {
+            let (hi, lo) = (_mm512_add_epi32(hi[0], hi[1]), _mm512_add_epi32(lo[0], lo[1]));
+            write_16(hi, lo, base, unit, scale, out);
+        }
+    }
+}
+
+/// Products with a code of up to 63 and a weight of up to 127: two pairs of them fit into 16 bits, and four with a weight of up to 64.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn dot_words_16<const FOUR: bool>(sums: __m512i, codes: [__m512i; 4], weights: [i32; 4]) -> __m512i {
+    let ones = _mm512_set1_epi16(1);
+    let pair = |i: usize| _mm512_maddubs_epi16(codes[i], _mm512_set1_epi32(weights[i]));
+    let (a, b) = (_mm512_add_epi16(pair(0), pair(1)), _mm512_add_epi16(pair(2), pair(3)));
+    if FOUR {
+        return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_add_epi16(a, b), ones));
+    }
+    _mm512_add_epi32(sums, _mm512_add_epi32(_mm512_madd_epi16(a, ones), _mm512_madd_epi16(b, ones)))
+}
+
+impl Sums for Words {
+    type L = Avx512;
+    type C = __m512i;
+    type S = [__m512i; 2];
+    const ROWS: usize = 16;
+    const HEADS: usize = 4;
+
+    #[inline(always)]
+    fn lanes(self) -> Avx512 {
+        self.0
+    }
+    #[inline(always)]
+    fn zero(self) -> Self::S {
+        // SAFETY: see above.
+        unsafe { [_mm512_setzero_si512(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn unpack<const SIX: bool>(self, low: *const u8, high: *const u8) -> [__m512i; 4] {
+        // SAFETY: see above.
+        unsafe { unpack_16::<SIX>(low, high) }
+    }
+    #[inline(always)]
+    unsafe fn add<const SIX: bool>(
+        self,
+        [hi, lo]: Self::S,
+        codes: [__m512i; 4],
+        weights: *const i8,
+    ) -> Self::S {
+        // SAFETY: see above.
+        unsafe {
+            let (his, los) = all_weights::<Avx512>(weights);
+            let hi = if SIX {
+                dot_words_16::<false>(hi, codes, his)
+            } else {
+                dot_words_16::<true>(hi, codes, his)
+            };
+            [hi, dot_words_16::<true>(lo, codes, los)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn write(self, [hi, lo]: Self::S, base: f32, unit: f32, scale: f32, out: *mut f32) {
+        // SAFETY: see above.
+        unsafe { write_16(hi, lo, base, unit, scale, out) }
+    }
+}
+
+/// The weights of 16 channels, hi and lo.
+///
+/// # Safety
+/// As [`Sums::add`].
+#[inline(always)]
+unsafe fn all_weights<L: Lanes>(at: *const i8) -> ([i32; 4], [i32; 4]) {
+    let (mut hi, mut lo) = ([0; 4], [0; 4]);
+    for i in 0..4 {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            hi[i] = weight(at.add(L::four_at(i)));
+            lo[i] = weight(at.add(L::four_at(i) + L::STRIPE));
+        }
+    }
+    (hi, lo)
+}
+
+/// # Safety
+/// As [`Sums::unpack`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn unpack_8<const SIX: bool>(low: *const u8, high: *const u8) -> [__m256i; 4] {
+    // SAFETY: passed on to the caller.
+    let lines = unsafe { [_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(low.add(64).cast())] };
+    let mask = _mm256_set1_epi8(15);
+    let mut codes = [
+        _mm256_and_si256(lines[0], mask),
+        _mm256_and_si256(_mm256_srli_epi16::<4>(lines[0]), mask),
+        _mm256_and_si256(lines[1], mask),
+        _mm256_and_si256(_mm256_srli_epi16::<4>(lines[1]), mask),
+    ];
+    if SIX {
+        // SAFETY: passed on to the caller.
+        let high = unsafe { _mm256_loadu_si256(high.cast()) };
+        let shifted = [
+            _mm256_slli_epi16::<4>(high),
+            _mm256_slli_epi16::<2>(high),
+            high,
+            _mm256_srli_epi16::<2>(high),
+        ];
+        let mask = _mm256_set1_epi8(0x30);
+        for i in 0..4 {
+            codes[i] = _mm256_or_si256(codes[i], _mm256_and_si256(shifted[i], mask));
+        }
+    }
+    codes
+}
+
+/// As [`dot_words_16`].
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot_words_8<const FOUR: bool>(sums: __m256i, codes: [__m256i; 4], weights: [i32; 4]) -> __m256i {
+    let ones = _mm256_set1_epi16(1);
+    let pair = |i: usize| _mm256_maddubs_epi16(codes[i], _mm256_set1_epi32(weights[i]));
+    let (a, b) = (_mm256_add_epi16(pair(0), pair(1)), _mm256_add_epi16(pair(2), pair(3)));
+    if FOUR {
+        return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_add_epi16(a, b), ones));
+    }
+    _mm256_add_epi32(sums, _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)))
+}
+
+/// # Safety
+/// As [`Sums::write`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn write_8(hi: __m256i, lo: __m256i, base: f32, unit: f32, scale: f32, out: *mut f32) {
+    let sums = _mm256_add_epi32(_mm256_slli_epi32::<7>(hi), lo);
+    let codes = _mm256_mul_ps(_mm256_set1_ps(unit), _mm256_cvtepi32_ps(sums));
+    let scores = _mm256_mul_ps(_mm256_add_ps(_mm256_set1_ps(base), codes), _mm256_set1_ps(scale));
+    // The second one where the first is NaN.
+    let scores = _mm256_max_ps(scores, _mm256_set1_ps(LOWEST));
+    // SAFETY: passed on to the caller.
+    unsafe { _mm256_storeu_ps(out, _mm256_min_ps(scores, _mm256_set1_ps(-LOWEST))) }
+}
+
+impl Sums for Halves {
+    type L = Avx2;
+    type C = __m256i;
+    type S = [__m256i; 2];
+    const ROWS: usize = 8;
+    const HEADS: usize = 3;
+
+    #[inline(always)]
+    fn lanes(self) -> Avx2 {
+        self.0
+    }
+    #[inline(always)]
+    fn zero(self) -> Self::S {
+        // SAFETY: see above.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+    #[inline(always)]
+    unsafe fn unpack<const SIX: bool>(self, low: *const u8, high: *const u8) -> [__m256i; 4] {
+        // SAFETY: see above.
+        unsafe { unpack_8::<SIX>(low, high) }
+    }
+    #[inline(always)]
+    unsafe fn add<const SIX: bool>(
+        self,
+        [hi, lo]: Self::S,
+        codes: [__m256i; 4],
+        weights: *const i8,
+    ) -> Self::S {
+        // SAFETY: see above.
+        unsafe {
+            let (his, los) = all_weights::<Avx2>(weights);
+            let hi = if SIX {
+                dot_words_8::<false>(hi, codes, his)
+            } else {
+                dot_words_8::<true>(hi, codes, his)
+            };
+            [hi, dot_words_8::<true>(lo, codes, los)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn write(self, [hi, lo]: Self::S, base: f32, unit: f32, scale: f32, out: *mut f32) {
+        // SAFETY: see above.
+        unsafe { write_8(hi, lo, base, unit, scale, out) }
+    }
+}
