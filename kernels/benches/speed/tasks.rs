@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::hint::black_box;
 
 use kvoyant_kernels::{
-    AttendScratch, CodeBits, CodeLayout, CodeSums, Dtype, Kernels, Run, TopKScratch,
+    AttendScratch, CodeBits, CodeLayout, CodeSums, CodeTotal, Dtype, Kernels, Run, TopKScratch,
 };
 
 use crate::{Task, limits};
@@ -126,18 +126,31 @@ impl Codes {
         let (layout, g, kernels) = (self.layout(), self.queries, Kernels::best());
         let (parts, queries) = (arena.parts(PAGES * layout.bytes()), values(g * self.dim));
         let groups = PAGES * layout.groups();
-        let (mut scores, mut margins) = (vec![0.0; g * TOKENS], vec![0.0; g * groups]);
+        let (mut weights, mut margins) = (vec![0.0; g * TOKENS], vec![0.0; g * groups]);
         let (mut shares, mut ids, mut threshold) = (vec![0.0_f32; TOKENS], Vec::new(), None);
         let (mut sums, mut means) = (vec![CodeSums::default(); g], vec![0.0; g * self.dim]);
+        let (mut totals, mut factors) = (vec![CodeTotal::default(); g], vec![0.0; g]);
         Task::new(self.all, move || {
-            let (blocks, scores, margins) = (parts.next(), &mut scores, &mut margins);
-            kernels.code_scores(&layout, &queries, g, 0.1, blocks, scores, TOKENS, margins, groups);
-            shares.fill(0.0);
-            for scores in scores.chunks_exact_mut(TOKENS) {
-                let max = kernels.max(scores);
-                let sum = kernels.exp_in_place(scores, max);
-                kernels.axpy(&mut shares, 1.0 / (sum * g as f32), scores);
+            let (blocks, weights, margins) = (parts.next(), &mut weights, &mut margins);
+            totals.fill(CodeTotal::default());
+            kernels.code_weights(
+                &layout,
+                &queries,
+                g,
+                0.1,
+                blocks,
+                0,
+                &(0..TOKENS),
+                weights,
+                TOKENS,
+                margins,
+                groups,
+                &mut totals,
+            );
+            for (factor, total) in factors.iter_mut().zip(&totals) {
+                *factor = (1.0 / (total.sum * g as f64)) as f32;
             }
+            kernels.mix_rows(weights, TOKENS, &factors, &mut shares);
             // As many as the budget says, the first time.
             let threshold = *threshold.get_or_insert_with(|| {
                 let mut sorted = shares.clone();
@@ -145,12 +158,12 @@ impl Codes {
                 sorted[BUDGET]
             });
             kernels.indices_above(&shares, threshold, &mut ids);
-            for weights in scores.chunks_exact_mut(TOKENS) {
+            for weights in weights.chunks_exact_mut(TOKENS) {
                 ids.iter().for_each(|id| weights[*id as usize] = 0.0);
             }
             sums.fill(CodeSums::default());
             means.fill(0.0);
-            kernels.code_rest(&layout, blocks, g, scores, TOKENS, margins, groups, &mut sums, &mut means);
+            kernels.code_rest(&layout, blocks, g, weights, TOKENS, margins, groups, &mut sums, &mut means);
             black_box((&sums, &means));
         })
     }

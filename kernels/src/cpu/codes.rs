@@ -1,5 +1,7 @@
 //! Attention over digests in codes ([`CodeLayout`]): scores with their margins, weights, and what the rows left out add up to.
 
+use std::ops::Range;
+
 use super::score::{check_out, columns};
 use super::{Kernels, dispatch};
 use crate::codes::CodeLayout;
@@ -19,6 +21,21 @@ pub struct CodeSums {
     pub scatter: f64,
     /// `Σ w·e^m·‖v − v̄‖`.
     pub spread: f64,
+}
+
+/// What the weights of one query are relative to, and what they add up to: nothing yet, by default.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CodeTotal {
+    /// A score of one of the rows, the largest one or one at most 20 below it; `−∞` as long as there is none.
+    pub reference: f32,
+    /// `Σ e^(score − reference)`.
+    pub sum: f64,
+}
+
+impl Default for CodeTotal {
+    fn default() -> Self {
+        Self { reference: f32::NEG_INFINITY, sum: 0.0 }
+    }
 }
 
 impl Kernels {
@@ -57,6 +74,58 @@ impl Kernels {
         );
     }
 
+    /// Weights of rows, in the same pass over the blocks that [`Kernels::code_scores`] makes: `weights[h·stride + t]` is
+    /// `e^(score − reference)`, 0 where that is below 3e−38 and where row t does not count, and `totals[h]` has the reference and the sum.
+    ///
+    /// A long context's blocks may come as several stretches, in order: `before` is how many pages came before. `weights`, `margins` and
+    /// `rows`, the rows that count, are of all pages, from the first one on, and `totals` is what the call before left. When a page has a
+    /// score that is more than 20 above the reference, its largest score becomes the reference, and all weights so far are multiplied.
+    ///
+    /// The references are the same on every path.
+    ///
+    /// # Panics
+    /// When `group` is 0 or does not divide `queries`, or a slice is too short.
+    #[allow(clippy::too_many_arguments)]
+    pub fn code_weights(
+        self,
+        layout: &CodeLayout,
+        queries: &[f32],
+        group: usize,
+        scale: f32,
+        blocks: &[u8],
+        before: usize,
+        rows: &Range<usize>,
+        weights: &mut [f32],
+        stride: usize,
+        margins: &mut [f32],
+        margin_stride: usize,
+        totals: &mut [CodeTotal],
+    ) {
+        let d = columns("code_weights", queries, group);
+        assert_eq!(d, layout.head_dim(), "code_weights: values of a query");
+        assert_eq!(totals.len(), group, "code_weights: totals of {group} queries");
+        let pages = before + check_blocks("code_weights", layout, blocks);
+        check_out("code_weights", group, pages * layout.rows(), weights, stride);
+        check_out("code_weights", group, pages * layout.groups(), margins, margin_stride);
+        dispatch!(
+            self,
+            code_weights(
+                layout,
+                queries,
+                group,
+                scale,
+                blocks,
+                before,
+                rows,
+                weights,
+                stride,
+                margins,
+                margin_stride,
+                totals
+            )
+        );
+    }
+
     /// `scores_t ← e^(scores_t − max)`, and their sum. `max` is finite and at least every score; scores are finite.
     #[must_use]
     pub fn exp_in_place(self, scores: &mut [f32], max: f32) -> f32 {
@@ -69,8 +138,11 @@ impl Kernels {
     }
 
     /// Adds up what the rows of pages with weights other than 0 amount to: `sums` is `[group]`, and `means` `[group][value_dim]` gets
-    /// `Σ w·v̄` added. `weights` and `margins` are as [`Kernels::code_scores`] and [`Kernels::exp_in_place`] left them, but for rows whose
-    /// weights were set to 0 since.
+    /// `Σ w·v̄` added. `weights` and `margins` are as [`Kernels::code_weights`], or [`Kernels::code_scores`] and
+    /// [`Kernels::exp_in_place`], left them, but for rows whose weights were set to 0 since.
+    ///
+    /// What is added to `upper`, `scatter` and `spread` is not below, and to `lower` not above, what exact arithmetic would add by more
+    /// than 1e−5 of it. Where a margin is `+∞`, `upper` becomes it and the others are worth nothing.
     ///
     /// # Panics
     /// When `group` is 0, or a slice is too short.

@@ -1,30 +1,36 @@
 //! Attention over digests in codes. Sums are in the order of 16 lanes, so that every path can have the same.
 
+use std::ops::Range;
+
 use crate::codes::{CodeLayout, TILE, read_f16, read_f32};
-use crate::cpu::codes::CodeSums;
+use crate::cpu::codes::{CodeSums, CodeTotal};
 
 /// Sums that run side by side: what one register of the widest path holds.
 const LANES: usize = 16;
 /// A weight is a whole number of at most this size: seven bits and a sign, and seven bits more.
 pub(in crate::cpu) const WEIGHT_MAX: f32 = 16256.0;
+/// How far above what weights are relative to a score may be: weights and what they are multiplied by stay far from the largest f32.
+pub(in crate::cpu) const ROOM_ABOVE: f32 = 20.0;
 /// Below this, products are not worth weights.
 pub(in crate::cpu) const PRODUCT_MIN: f32 = 1e-30;
 /// Added to squares before the root is drawn: more than what squares and products too small for f32 can have lost.
 pub(in crate::cpu) const SQUARES_MIN: f32 = f32::MIN_POSITIVE;
 /// How far the weights' rounding, and that of the products which they stand for, takes one off, in units.
 pub(in crate::cpu) const WEIGHT_OFF: f32 = 0.52;
-/// No score is beyond this on either side; in the place of a score that is no number.
-pub(in crate::cpu) const LOWEST: f32 = -3e38;
+/// No `q·offset·scale` is beyond this on either side, and one that is no number is the lowest.
+pub(in crate::cpu) const BASE_MAX: f32 = 1.5e38;
+/// No unit of scores is above this, so that no score is infinite.
+pub(in crate::cpu) const UNIT_MAX: f32 = 1e28;
 /// A margin beyond which nothing is known.
 pub(in crate::cpu) const MARGIN_MAX: f32 = 60.0;
 
-/// `Σ_j term(j)`, in 16 lanes: within each four of them, those that are 2 apart first, then the neighbours; then what is 8 lanes apart,
-/// then 4. `n` is a multiple of [`LANES`].
-fn sum_lanes(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+/// `Σ_j a_j·b_j` in 16 lanes, every product and sum rounded together: within each four lanes, those that are 2 apart first, then the
+/// neighbours; then what is 8 lanes apart, then 4. `n` is a multiple of [`LANES`].
+fn dot_lanes(n: usize, a: impl Fn(usize) -> f32, b: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0_f32; LANES];
     for first in (0..n).step_by(LANES) {
         for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(first + lane);
+            *sum = a(first + lane).mul_add(b(first + lane), *sum);
         }
     }
     let four = |i: usize| (lanes[4 * i] + lanes[4 * i + 2]) + (lanes[4 * i + 1] + lanes[4 * i + 3]);
@@ -33,8 +39,8 @@ fn sum_lanes(n: usize, term: impl Fn(usize) -> f32) -> f32 {
 
 /// At least a query's norm; too small for f32, it is a little more.
 pub(in crate::cpu) fn query_norm(query: &[f32]) -> f32 {
-    let square = |j: usize| query.get(j).map_or(0.0, |q| q * q);
-    (sum_lanes(query.len().next_multiple_of(LANES), square) + SQUARES_MIN).sqrt() * (1.0 + 1e-5)
+    let of = |j: usize| query.get(j).copied().unwrap_or(0.0);
+    (dot_lanes(query.len().next_multiple_of(LANES), of, of) + SQUARES_MIN).sqrt() * (1.0 + 1e-5)
 }
 
 /// What the margins of all groups are made of.
@@ -43,13 +49,15 @@ pub(in crate::cpu) fn query_norm(query: &[f32]) -> f32 {
 /// `scale·‖p‖·‖(k − k̂)/step‖`, by what the sums over channels have lost, and by `0.52·unit·Σ code_j`.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Margins {
-    /// Times both norms: what the sum with the offsets loses. A product and up to `D/16 + 4` sums, each within 2⁻²⁴; and the score's own.
+    /// Times both norms: what the sum with the offsets loses. Up to `D/16 + 4` sums, each within 2⁻²⁴; and the score's own.
     pub(in crate::cpu) base: f32,
     /// Times the norm of `p`: what products and the whole sum lose when they become f32.
     pub(in crate::cpu) codes: f32,
     /// The largest sum of codes.
     pub(in crate::cpu) most: f32,
-    /// The scores' scale, and a little more for the roundings of margins themselves.
+    /// The scores' scale.
+    pub(in crate::cpu) score_scale: f32,
+    /// The same, and a little more for the roundings of margins themselves.
     pub(in crate::cpu) scale: f32,
 }
 
@@ -60,6 +68,7 @@ impl Margins {
             base: f32::EPSILON * (d / 16.0 + 8.0),
             codes: f32::EPSILON * 4.0 * levels * d.sqrt(),
             most: levels * d,
+            score_scale: scale,
             scale: scale * (1.0 + 1e-5),
         }
     }
@@ -67,9 +76,9 @@ impl Margins {
 
 /// A query as one group's codes see it.
 pub(in crate::cpu) struct GroupQuery {
-    /// `q·offset`.
+    /// `scale·q·offset`.
     pub(in crate::cpu) base: f32,
-    /// What a weight of 1 stands for; 0 where there are none.
+    /// What a weight of 1 adds to a score; 0 where there are no weights.
     pub(in crate::cpu) unit: f32,
     /// At least how far a score may be off.
     pub(in crate::cpu) margin: f32,
@@ -88,9 +97,10 @@ pub(in crate::cpu) fn group_query(
     let width = layout.padded();
     let (offsets, steps) = (&group[..2 * width], &group[2 * width..4 * width]);
     let of = |j: usize| query.get(j).copied().unwrap_or(0.0);
-    let base = sum_lanes(width, |j| of(j) * read_f16(offsets, 2 * j));
+    let base = dot_lanes(width, of, |j| read_f16(offsets, 2 * j)) * margins.score_scale;
+    let base = if base >= -BASE_MAX { base.min(BASE_MAX) } else { -BASE_MAX };
     let product = |j: usize| of(j) * read_f16(steps, 2 * j);
-    let norm = (sum_lanes(width, |j| product(j) * product(j)) + SQUARES_MIN).sqrt();
+    let norm = (dot_lanes(width, product, product) + SQUARES_MIN).sqrt();
     let largest = (0..width).map(|j| product(j).abs()).fold(0.0, f32::max);
     let (unit, inverse, off) = if (PRODUCT_MIN..=f32::MAX).contains(&largest) {
         let unit = largest * (1.0 / WEIGHT_MAX);
@@ -107,13 +117,7 @@ pub(in crate::cpu) fn group_query(
             * margins.scale;
     // Not where it is NaN, either.
     let margin = if margin < MARGIN_MAX { margin } else { f32::INFINITY };
-    GroupQuery { base, unit, margin }
-}
-
-/// A score from a whole sum; never NaN nor infinite.
-pub(in crate::cpu) fn score(query: &GroupQuery, sum: i32, scale: f32) -> f32 {
-    let score = (query.base + query.unit * sum as f32) * scale;
-    if score >= LOWEST { score.min(-LOWEST) } else { LOWEST }
+    GroupQuery { base, unit: (unit * margins.score_scale).min(UNIT_MAX), margin }
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -144,10 +148,50 @@ pub(in crate::cpu) fn code_scores(
                     let at = h * out_stride + page * rows + g * layout.group() + t * TILE;
                     for (row, out) in out[at..at + TILE].iter_mut().enumerate() {
                         let term = |j: usize| i32::from(weights[j]) * i32::from(layout.code(tile, row, j));
-                        *out = score(&query, (0..d).map(term).sum(), scale);
+                        let sum: i32 = (0..d).map(term).sum();
+                        *out = query.unit.mul_add(sum as f32, query.base);
                     }
                 }
             }
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(in crate::cpu) fn code_weights(
+    layout: &CodeLayout,
+    queries: &[f32],
+    group: usize,
+    scale: f32,
+    blocks: &[u8],
+    before: usize,
+    rows: &Range<usize>,
+    weights: &mut [f32],
+    stride: usize,
+    margins: &mut [f32],
+    margin_stride: usize,
+    totals: &mut [CodeTotal],
+) {
+    let each = layout.rows();
+    let (of_pages, of_margins) = (&mut weights[before * each..], &mut margins[before * layout.groups()..]);
+    code_scores(layout, queries, group, scale, blocks, of_pages, stride, of_margins, margin_stride);
+    for (h, total) in totals.iter_mut().enumerate() {
+        for page in before..before + blocks.len() / layout.bytes() {
+            let (done, scores) = weights[h * stride..][..(page + 1) * each].split_at_mut(page * each);
+            for (t, score) in scores.iter_mut().enumerate() {
+                *score = if rows.contains(&(page * each + t)) { *score } else { f32::NEG_INFINITY };
+            }
+            let top = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            if top > total.reference + ROOM_ABOVE {
+                let factor = (total.reference - top).exp();
+                done.iter_mut().for_each(|weight| *weight *= factor);
+                *total = CodeTotal { reference: top, sum: total.sum * f64::from(factor) };
+            }
+            for score in scores.iter_mut() {
+                let known = *score > f32::NEG_INFINITY;
+                *score = if known { (*score - total.reference).exp() } else { 0.0 };
+            }
+            total.sum += scores.iter().map(|weight| f64::from(*weight)).sum::<f64>();
         }
     }
 }

@@ -92,7 +92,7 @@ pub(super) fn code_rest<S: Simd>(
         for h in (0..group).step_by(HEADS) {
             let heads = HEADS.min(group - h);
             let weights = &weights[h * stride + first * cell..];
-            // SAFETY: the cells were found.
+            // SAFETY: the cells were found; the public method checked that there are weights for all rows.
             unsafe {
                 match cell / S::LANES {
                     1 => part.sum::<S, 1>(s, weights, stride, heads, &mut cells),
@@ -169,7 +169,7 @@ impl Part<'_> {
     /// Sums the rows of each cell, of `N` registers each; `weights` begins with those of the first one.
     ///
     /// # Safety
-    /// The cells were found.
+    /// The cells were found; `weights` has one for each of their rows for each query.
     #[inline(always)]
     unsafe fn sum<S: Simd, const N: usize>(
         &self,
@@ -179,30 +179,37 @@ impl Part<'_> {
         heads: usize,
         cells: &mut Cells,
     ) {
-        for first in (0..self.n).step_by(2) {
-            // Where their number is odd, the last one twice.
-            let pair = [first, (first + 1).min(self.n - 1)];
-            let mut spreads = [[s.splat(0.0); N]; 2];
-            for i in 0..2 {
+        for first in (0..self.n).step_by(4) {
+            let mut spreads = [[s.splat(0.0); N]; 4];
+            let mut rows = [0; 4];
+            for i in 0..4 {
+                // Where there are no four, the last one again.
+                let cell = (first + i).min(self.n - 1);
+                rows[i] = cell * self.cell;
                 for j in 0..N {
                     // SAFETY: a cell has N registers of spreads.
-                    spreads[i][j] = unsafe { s.load_u8(cells.spreads[pair[i]].add(j * S::LANES)) };
+                    spreads[i][j] = unsafe { s.load_u8(cells.spreads[cell].add(j * S::LANES)) };
                 }
             }
             for h in 0..heads {
-                let (mut whole, mut apart) = ([s.splat(0.0); 2], [s.splat(0.0); 2]);
-                for i in 0..2 {
-                    let weights = &weights[h * stride + pair[i] * self.cell..][..N * S::LANES];
-                    for j in 0..N {
-                        let w = s.load(&weights[j * S::LANES..]);
-                        whole[i] = if j == 0 { w } else { s.add(whole[i], w) };
-                        apart[i] = s.fma(w, spreads[i][j], apart[i]);
+                let (mut whole, mut apart) = ([s.splat(0.0); 4], [s.splat(0.0); 4]);
+                // SAFETY: there are weights for all rows of the cells, and room for whole fours of cells.
+                unsafe {
+                    for i in 0..4 {
+                        let at = weights.as_ptr().add(h * stride + rows[i]);
+                        whole[i] = s.load_f32(at.cast());
+                        apart[i] = s.mul(whole[i], spreads[i][0]);
+                        for j in 1..N {
+                            let w = s.load_f32(at.add(j * S::LANES).cast());
+                            whole[i] = s.add(whole[i], w);
+                            apart[i] = s.fma(w, spreads[i][j], apart[i]);
+                        }
+                    }
+                    let to = [&mut cells.weights[h], &mut cells.apart[h]];
+                    for (to, sums) in to.into_iter().zip([s.sum4(whole), s.sum4(apart)]) {
+                        to.as_mut_ptr().add(first).cast::<[f32; 4]>().write_unaligned(sums);
                     }
                 }
-                let [a, b, c, d] = s.sum4([whole[0], whole[1], apart[0], apart[1]]);
-                let (whole, apart) = (&mut cells.weights[h], &mut cells.apart[h]);
-                (whole[pair[0]], whole[pair[1]]) = (a, b);
-                (apart[pair[0]], apart[pair[1]]) = (c, d);
             }
         }
         for h in 0..heads {
@@ -317,9 +324,10 @@ impl Part<'_> {
             }
             for h in 0..heads {
                 let mean = &mut means[h * dv + j..][..n];
+                let weights = &cells.weights[h][span..span + N];
                 let mut sum = s.load(mean);
                 for i in 0..N {
-                    sum = s.fma(s.splat(cells.weights[h][span + i]), values[i], sum);
+                    sum = s.fma(s.splat(weights[i]), values[i], sum);
                 }
                 s.store(sum, mean);
             }

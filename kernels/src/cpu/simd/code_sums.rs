@@ -2,21 +2,21 @@
 
 use std::arch::x86_64::*;
 
+use super::Simd;
 use super::avx2::Avx2;
 use super::avx512::Avx512;
 use super::lanes::Lanes;
-use crate::cpu::scalar::codes::LOWEST;
 
 /// Products of four channels' codes, of several rows at once. A value of such a type is the proof that this machine has the instructions.
 pub(super) trait Sums: Copy {
     /// What is used for f32.
-    type L: Lanes;
+    type L: Lanes + Simd;
     /// Four codes, one byte each, of each of [`Sums::ROWS`] rows.
     type C: Copy;
     /// The sums of hi and of lo, so far.
     type S: Copy;
-    /// Rows in a register: 16, or half as many.
-    const ROWS: usize;
+    /// Rows in a register: as many as f32.
+    const ROWS: usize = <Self::L as Simd>::LANES;
     /// Queries that are served at once.
     const HEADS: usize;
 
@@ -32,11 +32,8 @@ pub(super) trait Sums: Copy {
     /// # Safety
     /// At `weights` are those of the channels, as [`Lanes::weights`] left them.
     unsafe fn add<const SIX: bool>(self, sums: Self::S, codes: [Self::C; 4], weights: *const i8) -> Self::S;
-    /// `(base + unit·(128·hi + lo))·scale` of each row, as the scalar twin has it.
-    ///
-    /// # Safety
-    /// So many f32 are writable.
-    unsafe fn write(self, sums: Self::S, base: f32, unit: f32, scale: f32, out: *mut f32);
+    /// `base + unit·(128·hi + lo)` of each row, as the scalar twin has it.
+    fn scores(self, sums: Self::S, base: f32, unit: f32) -> <Self::L as Simd>::V;
 }
 
 /// Four weights.
@@ -122,18 +119,12 @@ unsafe fn unpack_16<const SIX: bool>(low: *const u8, high: *const u8) -> [__m512
     codes
 }
 
-/// # Safety
-/// As [`Sums::write`].
+/// As [`Sums::scores`].
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn write_16(hi: __m512i, lo: __m512i, base: f32, unit: f32, scale: f32, out: *mut f32) {
+fn scores_16(hi: __m512i, lo: __m512i, base: f32, unit: f32) -> __m512 {
     let sums = _mm512_add_epi32(_mm512_slli_epi32::<7>(hi), lo);
-    let codes = _mm512_mul_ps(_mm512_set1_ps(unit), _mm512_cvtepi32_ps(sums));
-    let scores = _mm512_mul_ps(_mm512_add_ps(_mm512_set1_ps(base), codes), _mm512_set1_ps(scale));
-    // The second one where the first is NaN.
-    let scores = _mm512_max_ps(scores, _mm512_set1_ps(LOWEST));
-    // SAFETY: passed on to the caller.
-    unsafe { _mm512_storeu_ps(out, _mm512_min_ps(scores, _mm512_set1_ps(-LOWEST))) }
+    _mm512_fmadd_ps(_mm512_set1_ps(unit), _mm512_cvtepi32_ps(sums), _mm512_set1_ps(base))
 }
 
 #[inline]
@@ -147,7 +138,6 @@ impl Sums for Vnni {
     type C = __m512i;
     /// Two sums each, for one addition waits for the one before.
     type S = [[__m512i; 2]; 2];
-    const ROWS: usize = 16;
     const HEADS: usize = 4;
 
     // SAFETY, here and in every block below: the value `self` is the proof that the instructions are there; where a pointer is
@@ -184,23 +174,23 @@ impl Sums for Vnni {
         sums
     }
     #[inline(always)]
-    unsafe fn write(self, [hi, lo]: Self::S, base: f32, unit: f32, scale: f32, out: *mut f32) {
+    fn scores(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m512 {
         // SAFETY: see above.
         unsafe {
             let (hi, lo) = (_mm512_add_epi32(hi[0], hi[1]), _mm512_add_epi32(lo[0], lo[1]));
-            write_16(hi, lo, base, unit, scale, out);
+            scores_16(hi, lo, base, unit)
         }
     }
 }
 
-/// Products with a code of up to 63 and a weight of up to 127: two pairs of them fit into 16 bits, and four with a weight of up to 64.
+/// Products with weights of up to 127: two pairs of codes of up to 63 fit into 16 bits, and four of codes of up to 15.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn dot_words_16<const FOUR: bool>(sums: __m512i, codes: [__m512i; 4], weights: [i32; 4]) -> __m512i {
+fn dot_words_16<const SIX: bool>(sums: __m512i, codes: [__m512i; 4], weights: [i32; 4]) -> __m512i {
     let ones = _mm512_set1_epi16(1);
     let pair = |i: usize| _mm512_maddubs_epi16(codes[i], _mm512_set1_epi32(weights[i]));
     let (a, b) = (_mm512_add_epi16(pair(0), pair(1)), _mm512_add_epi16(pair(2), pair(3)));
-    if FOUR {
+    if !SIX {
         return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_add_epi16(a, b), ones));
     }
     _mm512_add_epi32(sums, _mm512_add_epi32(_mm512_madd_epi16(a, ones), _mm512_madd_epi16(b, ones)))
@@ -210,7 +200,6 @@ impl Sums for Words {
     type L = Avx512;
     type C = __m512i;
     type S = [__m512i; 2];
-    const ROWS: usize = 16;
     const HEADS: usize = 4;
 
     #[inline(always)]
@@ -237,18 +226,13 @@ impl Sums for Words {
         // SAFETY: see above.
         unsafe {
             let (his, los) = all_weights::<Avx512>(weights);
-            let hi = if SIX {
-                dot_words_16::<false>(hi, codes, his)
-            } else {
-                dot_words_16::<true>(hi, codes, his)
-            };
-            [hi, dot_words_16::<true>(lo, codes, los)]
+            [dot_words_16::<SIX>(hi, codes, his), dot_words_16::<SIX>(lo, codes, los)]
         }
     }
     #[inline(always)]
-    unsafe fn write(self, [hi, lo]: Self::S, base: f32, unit: f32, scale: f32, out: *mut f32) {
+    fn scores(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m512 {
         // SAFETY: see above.
-        unsafe { write_16(hi, lo, base, unit, scale, out) }
+        unsafe { scores_16(hi, lo, base, unit) }
     }
 }
 
@@ -303,35 +287,28 @@ unsafe fn unpack_8<const SIX: bool>(low: *const u8, high: *const u8) -> [__m256i
 /// As [`dot_words_16`].
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dot_words_8<const FOUR: bool>(sums: __m256i, codes: [__m256i; 4], weights: [i32; 4]) -> __m256i {
+fn dot_words_8<const SIX: bool>(sums: __m256i, codes: [__m256i; 4], weights: [i32; 4]) -> __m256i {
     let ones = _mm256_set1_epi16(1);
     let pair = |i: usize| _mm256_maddubs_epi16(codes[i], _mm256_set1_epi32(weights[i]));
     let (a, b) = (_mm256_add_epi16(pair(0), pair(1)), _mm256_add_epi16(pair(2), pair(3)));
-    if FOUR {
+    if !SIX {
         return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_add_epi16(a, b), ones));
     }
     _mm256_add_epi32(sums, _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)))
 }
 
-/// # Safety
-/// As [`Sums::write`].
+/// As [`Sums::scores`].
 #[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn write_8(hi: __m256i, lo: __m256i, base: f32, unit: f32, scale: f32, out: *mut f32) {
+#[target_feature(enable = "avx2,fma")]
+fn scores_8(hi: __m256i, lo: __m256i, base: f32, unit: f32) -> __m256 {
     let sums = _mm256_add_epi32(_mm256_slli_epi32::<7>(hi), lo);
-    let codes = _mm256_mul_ps(_mm256_set1_ps(unit), _mm256_cvtepi32_ps(sums));
-    let scores = _mm256_mul_ps(_mm256_add_ps(_mm256_set1_ps(base), codes), _mm256_set1_ps(scale));
-    // The second one where the first is NaN.
-    let scores = _mm256_max_ps(scores, _mm256_set1_ps(LOWEST));
-    // SAFETY: passed on to the caller.
-    unsafe { _mm256_storeu_ps(out, _mm256_min_ps(scores, _mm256_set1_ps(-LOWEST))) }
+    _mm256_fmadd_ps(_mm256_set1_ps(unit), _mm256_cvtepi32_ps(sums), _mm256_set1_ps(base))
 }
 
 impl Sums for Halves {
     type L = Avx2;
     type C = __m256i;
     type S = [__m256i; 2];
-    const ROWS: usize = 8;
     const HEADS: usize = 3;
 
     #[inline(always)]
@@ -358,17 +335,12 @@ impl Sums for Halves {
         // SAFETY: see above.
         unsafe {
             let (his, los) = all_weights::<Avx2>(weights);
-            let hi = if SIX {
-                dot_words_8::<false>(hi, codes, his)
-            } else {
-                dot_words_8::<true>(hi, codes, his)
-            };
-            [hi, dot_words_8::<true>(lo, codes, los)]
+            [dot_words_8::<SIX>(hi, codes, his), dot_words_8::<SIX>(lo, codes, los)]
         }
     }
     #[inline(always)]
-    unsafe fn write(self, [hi, lo]: Self::S, base: f32, unit: f32, scale: f32, out: *mut f32) {
+    fn scores(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m256 {
         // SAFETY: see above.
-        unsafe { write_8(hi, lo, base, unit, scale, out) }
+        unsafe { scores_8(hi, lo, base, unit) }
     }
 }

@@ -3,31 +3,61 @@
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use super::code_sums::{Halves, Sums, Vnni, Words};
+use super::code_weights::Weighing;
 use super::lanes::{LANES, Lanes};
-use super::prefetch;
+use super::{Simd, prefetch};
 use crate::codes::{CodeBits, CodeLayout, DIM_MAX, TILE};
+use crate::cpu::codes::CodeTotal;
 use crate::cpu::scalar::codes::{
-    MARGIN_MAX, Margins, PRODUCT_MIN, SQUARES_MIN, WEIGHT_MAX, WEIGHT_OFF, query_norm,
+    BASE_MAX, MARGIN_MAX, Margins, PRODUCT_MIN, SQUARES_MIN, UNIT_MAX, WEIGHT_MAX, WEIGHT_OFF, query_norm,
 };
 
 /// Queries that share what is read, at most.
 const HEADS: usize = 4;
 /// Bytes of blocks that several rounds of queries go over, one after the other: they stay in the second-level cache.
 const ROUND: usize = 128 << 10;
+/// Most pages of a round.
+const ROUND_PAGES: usize = 256;
 /// How far ahead memory is asked for, in bytes.
-const AHEAD: usize = 4096;
+const AHEAD: usize = 8192;
 
 /// What some queries are worked on in.
 #[repr(C, align(64))]
 struct Room {
-    /// `[HEADS][D]`, filled up with 0.
-    queries: [[f32; DIM_MAX]; HEADS],
-    /// `[HEADS][D]`, then 0 up to a whole stripe: query times step.
-    products: [[f32; DIM_MAX]; HEADS],
-    /// As [`Lanes::weights`] leaves them.
-    weights: [[i8; 2 * DIM_MAX]; HEADS],
+    /// `[HEADS][wide]`, filled up with 0 where a query ends; and then, a little apart, its products with steps, just so. The gap keeps a
+    /// value that is read from where an address looks like one that was just written, to the processor.
+    values: [f32; 2 * HEADS * DIM_MAX + GAP],
+    /// `[HEADS][2·wide]`, as [`Lanes::weights`] leaves them.
+    weights: [i8; 2 * HEADS * DIM_MAX],
+}
+
+/// Between queries and products.
+const GAP: usize = 5 * LANES;
+
+/// Where the parts of a room are.
+#[derive(Clone, Copy)]
+struct Places {
+    queries: *mut f32,
+    products: *mut f32,
+    weights: *mut i8,
+    /// From one query to the next: whole stripes.
+    wide: usize,
+}
+
+impl Places {
+    #[inline(always)]
+    fn new(room: &mut MaybeUninit<Room>, width: usize) -> Self {
+        let (room, wide) = (room.as_mut_ptr(), width.next_multiple_of(4 * LANES));
+        // SAFETY: the places are within the room, for a layout has at most DIM_MAX channels, a whole number of stripes.
+        unsafe {
+            let queries = (&raw mut (*room).values).cast::<f32>();
+            let weights = (&raw mut (*room).weights).cast();
+            Self { queries, products: queries.add(HEADS * wide + GAP), weights, wide }
+        }
+    }
 }
 
 /// What the loops know of a layout.
@@ -63,9 +93,9 @@ impl Shape {
 
 /// Where scores and margins go, one query every so many values.
 #[derive(Clone, Copy)]
-struct Out {
-    scores: *mut f32,
-    stride: usize,
+pub(super) struct Out {
+    pub(super) scores: *mut f32,
+    pub(super) stride: usize,
     margins: *mut f32,
     margin_stride: usize,
 }
@@ -102,33 +132,103 @@ fn code_scores<W: Sums>(
     margins: &mut [f32],
     margin_stride: usize,
 ) {
-    let (d, shape, terms) = (layout.head_dim(), Shape::new(layout), Margins::new(layout, scale));
-    let pages = blocks.len() / shape.bytes;
     let out =
         Out { scores: out.as_mut_ptr(), stride: out_stride, margins: margins.as_mut_ptr(), margin_stride };
-    let round = if group <= W::HEADS { pages.max(1) } else { ROUND.div_ceil(shape.bytes) };
+    // SAFETY: the public method checked queries, blocks and the room for scores and margins.
+    unsafe { all(w, layout, queries, group, scale, blocks, out, None) };
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+fn code_weights<W: Sums>(
+    w: W,
+    layout: &CodeLayout,
+    queries: &[f32],
+    group: usize,
+    scale: f32,
+    blocks: &[u8],
+    before: usize,
+    rows: &Range<usize>,
+    weights: &mut [f32],
+    stride: usize,
+    margins: &mut [f32],
+    margin_stride: usize,
+    totals: &mut [CodeTotal],
+) {
+    let out = Out { scores: weights.as_mut_ptr(), stride, margins: margins.as_mut_ptr(), margin_stride };
+    let asked = Asked { before, rows, totals };
+    // SAFETY: the public method checked queries, blocks and the room for weights and margins, those of the pages before included.
+    unsafe { all(w, layout, queries, group, scale, blocks, out, Some(asked)) };
+}
+
+/// What weights are asked for.
+struct Asked<'a> {
+    /// Pages that have theirs.
+    before: usize,
+    /// Rows that count.
+    rows: &'a Range<usize>,
+    totals: &'a mut [CodeTotal],
+}
+
+/// Scores, or weights, of all pages for all queries.
+///
+/// # Safety
+/// The blocks are whole, there is a query for each of the group, and `out` has room for their scores and margins: where weights are asked
+/// for, those of the pages before included.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn all<W: Sums>(
+    w: W,
+    layout: &CodeLayout,
+    queries: &[f32],
+    group: usize,
+    scale: f32,
+    blocks: &[u8],
+    out: Out,
+    mut asked: Option<Asked<'_>>,
+) {
+    let (d, shape, terms) = (layout.head_dim(), Shape::new(layout), Margins::new(layout, scale));
+    let pages = blocks.len() / shape.bytes;
+    // Weights' sums are brought together after each round.
+    let round = if group <= W::HEADS { ROUND_PAGES } else { ROUND.div_ceil(shape.bytes).min(ROUND_PAGES) };
     let mut room = MaybeUninit::<Room>::uninit();
-    let room = room.as_mut_ptr();
+    let (room, mut filled) = (Places::new(&mut room, shape.width), None);
     for first in (0..pages).step_by(round) {
         let count = round.min(pages - first);
         let mut h = 0;
         while h < group {
             let heads = super::tile(group - h, W::HEADS);
-            // SAFETY: the public method checked queries, blocks and the room for scores and margins; `room` has as much as any layout
-            // needs.
+            // SAFETY: passed on to the caller; `room` has as much as any layout needs.
             unsafe {
-                let norms = fill(&shape, &queries[h * d..][..heads * d], d, room);
-                let pages = Pages { shape, terms, scale, norms, blocks: blocks.as_ptr().add(first * shape.bytes), count };
-                let out = out.at(&shape, first, h);
+                let norms = match filled {
+                    Some(norms) if heads == group => norms,
+                    _ => fill(&shape, &queries[h * d..][..heads * d], d, room),
+                };
+                filled = Some(norms);
+                let blocks = blocks.as_ptr().add(first * shape.bytes);
+                let page = first + if let Some(asked) = &asked { asked.before } else { 0 };
+                let out = out.at(&shape, page, h);
+                // No closures: the compiler may leave them out of line, and with them the instruction set.
+                let mut weighing = match &mut asked {
+                    Some(Asked { rows, totals, .. }) => {
+                        let totals = &mut totals[h..h + heads];
+                        Some(Weighing::new(w.lanes(), shape.rows, page * shape.rows, rows, totals))
+                    }
+                    None => None,
+                };
+                let pages = Pages { shape, terms, norms, blocks, count };
                 match (layout.bits(), heads) {
-                    (CodeBits::Four, 1) => pages.score::<W, false, 1>(w, room, out),
-                    (CodeBits::Four, 2) => pages.score::<W, false, 2>(w, room, out),
-                    (CodeBits::Four, 3) => pages.score::<W, false, 3>(w, room, out),
-                    (CodeBits::Four, _) => pages.score::<W, false, 4>(w, room, out),
-                    (CodeBits::Six, 1) => pages.score::<W, true, 1>(w, room, out),
-                    (CodeBits::Six, 2) => pages.score::<W, true, 2>(w, room, out),
-                    (CodeBits::Six, 3) => pages.score::<W, true, 3>(w, room, out),
-                    (CodeBits::Six, _) => pages.score::<W, true, 4>(w, room, out),
+                    (CodeBits::Four, 1) => pages.score::<W, false, 1>(w, room, out, weighing.as_mut()),
+                    (CodeBits::Four, 2) => pages.score::<W, false, 2>(w, room, out, weighing.as_mut()),
+                    (CodeBits::Four, 3) => pages.score::<W, false, 3>(w, room, out, weighing.as_mut()),
+                    (CodeBits::Four, _) => pages.score::<W, false, 4>(w, room, out, weighing.as_mut()),
+                    (CodeBits::Six, 1) => pages.score::<W, true, 1>(w, room, out, weighing.as_mut()),
+                    (CodeBits::Six, 2) => pages.score::<W, true, 2>(w, room, out, weighing.as_mut()),
+                    (CodeBits::Six, 3) => pages.score::<W, true, 3>(w, room, out, weighing.as_mut()),
+                    (CodeBits::Six, _) => pages.score::<W, true, 4>(w, room, out, weighing.as_mut()),
+                }
+                if let Some(weighing) = weighing {
+                    weighing.finish(w.lanes());
                 }
             }
             h += heads;
@@ -139,19 +239,18 @@ fn code_scores<W: Sums>(
 /// Puts queries `[heads][d]` into the room, and zeros where nobody else writes; their norms.
 ///
 /// # Safety
-/// The room may be written to.
+/// The places are of a room of the shape.
 #[inline(always)]
-unsafe fn fill(shape: &Shape, queries: &[f32], d: usize, room: *mut Room) -> [f32; HEADS] {
+unsafe fn fill(shape: &Shape, queries: &[f32], d: usize, room: Places) -> [f32; HEADS] {
     let mut norms = [0.0; HEADS];
     for (h, query) in queries.chunks_exact(d).enumerate() {
         norms[h] = query_norm(query);
-        // SAFETY: a layout has at most DIM_MAX channels, which is a whole number of stripes.
+        // SAFETY: passed on to the caller.
         unsafe {
-            let to = (&raw mut (*room).queries[h]).cast::<f32>();
+            let to = room.queries.add(h * room.wide);
             to.copy_from_nonoverlapping(query.as_ptr(), d);
-            to.add(d).write_bytes(0, shape.width - d);
-            let products = (&raw mut (*room).products[h]).cast::<f32>();
-            products.add(shape.width).write_bytes(0, shape.width.next_multiple_of(4 * LANES) - shape.width);
+            to.add(d).write_bytes(0, room.wide - d);
+            room.products.add(h * room.wide + shape.width).write_bytes(0, room.wide - shape.width);
         }
     }
     norms
@@ -161,109 +260,142 @@ unsafe fn fill(shape: &Shape, queries: &[f32], d: usize, room: *mut Room) -> [f3
 struct Pages {
     shape: Shape,
     terms: Margins,
-    scale: f32,
     norms: [f32; HEADS],
     blocks: *const u8,
     count: usize,
 }
 
-/// What queries are to a group, one lane each.
+/// What queries are to a group, one lane each: as [`GroupQuery`](crate::cpu::scalar::codes::GroupQuery).
 #[derive(Clone, Copy)]
 struct Group {
     base: [f32; HEADS],
     unit: [f32; HEADS],
     margin: [f32; HEADS],
+    /// What products are multiplied by to become weights.
+    inverse: [f32; HEADS],
 }
 
 impl Pages {
+    /// Scores, or weights, of all pages. While one group's sums are on their way, what is known of the next one's weights is found: each
+    /// waits for many instructions before, and the processor does not look as far ahead by itself.
+    ///
     /// # Safety
-    /// The blocks are readable, the room has `H` queries, `out` has room for `H` scores of each row and as many margins of each group.
+    /// The blocks are readable, there is at least one, the room has `H` queries, `out` has room for `H` scores of each row and as many
+    /// margins of each group; weighing is for as many.
     #[inline(always)]
-    unsafe fn score<W: Sums, const SIX: bool, const H: usize>(&self, w: W, room: *mut Room, out: Out) {
+    unsafe fn score<W: Sums, const SIX: bool, const H: usize>(
+        &self,
+        w: W,
+        room: Places,
+        out: Out,
+        mut weighing: Option<&mut Weighing<'_, W::L>>,
+    ) {
         let shape = &self.shape;
-        for page in 0..self.count {
-            // SAFETY: passed on to the caller.
-            unsafe {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let mut group = self.look::<W, H>(w, self.blocks, 0, room);
+            self.weigh::<W, H>(w, &group, room);
+            for page in 0..self.count {
                 let block = self.blocks.add(page * shape.bytes);
                 let out = out.at(shape, page, 0);
                 for g in 0..shape.groups {
-                    let at = block.add(g * shape.group_bytes);
-                    let norm = block.add(shape.norms_at + 4 * g).cast::<f32>().read_unaligned();
-                    let error = block.add(shape.errors_at + 4 * g).cast::<f32>().read_unaligned();
-                    let group = self.weigh::<W, H>(w, at, norm, error, room);
+                    let (next_block, next_g) = if g + 1 < shape.groups {
+                        (block, g + 1)
+                    } else if page + 1 < self.count {
+                        (block.add(shape.bytes), 0)
+                    } else {
+                        // There is none: this one again.
+                        (block, g)
+                    };
+                    let next = self.look::<W, H>(w, next_block, next_g, room);
                     for h in 0..H {
                         out.margins.add(h * out.margin_stride + g).write(group.margin[h]);
                     }
+                    let codes = block.add(g * shape.group_bytes + 4 * shape.width);
                     let scores = out.scores.add(g * shape.tiles * TILE);
                     for tile in 0..shape.tiles {
-                        let codes = at.add(4 * shape.width + tile * shape.tile_bytes);
                         let out = Out { scores: scores.add(tile * TILE), ..out };
-                        self.tile::<W, SIX, H>(w, codes, room, &group, out);
+                        self.tile::<W, SIX, H>(w, codes.add(tile * shape.tile_bytes), room, &group, out);
                     }
+                    self.weigh::<W, H>(w, &next, room);
+                    group = next;
+                }
+                if let Some(weighing) = &mut weighing {
+                    weighing.page(w.lanes(), page, out);
                 }
             }
         }
     }
 
-    /// The room's weights for a group whose offsets are at `at`.
+    /// What queries are to a group of a block; their products with its steps go to the room.
     ///
     /// # Safety
-    /// The group is readable, the room has `H` queries.
+    /// The block is readable, the room has `H` queries.
     #[inline(always)]
-    unsafe fn weigh<W: Sums, const H: usize>(
-        &self,
-        w: W,
-        at: *const u8,
-        offset_norm: f32,
-        error: f32,
-        room: *mut Room,
-    ) -> Group {
-        let (l, width) = (w.lanes(), self.shape.width);
-        let zero = l.splat(0.0);
+    unsafe fn look<W: Sums, const H: usize>(&self, w: W, block: *const u8, g: usize, room: Places) -> Group {
+        let (l, shape, width) = (w.lanes(), &self.shape, self.shape.width);
+        let zero = l.splat_16(0.0);
         let (mut base, mut squares, mut largest) = ([zero; HEADS], [zero; HEADS], [zero; HEADS]);
-        // SAFETY: offsets and steps are as many as the queries are wide.
+        // SAFETY: offsets and steps are as many as the queries are wide; norms and errors are as many as groups.
         unsafe {
+            let at = block.add(g * shape.group_bytes);
             for j in (0..width).step_by(LANES) {
                 prefetch::<true>(at.wrapping_add(4 * j + AHEAD));
-                let offset = l.load_f16(at.add(2 * j));
-                let step = l.load_f16(at.add(2 * (width + j)));
+                let offset = l.load_f16_16(at.add(2 * j));
+                let step = l.load_f16_16(at.add(2 * (width + j)));
                 for h in 0..H {
-                    let q = l.load_f32((&raw const (*room).queries[h]).cast::<f32>().add(j));
-                    base[h] = l.add(base[h], l.mul(q, offset));
-                    let product = l.mul(q, step);
-                    squares[h] = l.add(squares[h], l.mul(product, product));
+                    let q = l.load_f32_16(room.queries.add(h * room.wide + j));
+                    base[h] = l.fma_16(q, offset, base[h]);
+                    let product = l.mul_16(q, step);
+                    squares[h] = l.fma_16(product, product, squares[h]);
                     largest[h] = l.larger(product, largest[h]);
-                    l.store(product, (&raw mut (*room).products[h]).cast::<f32>().add(j));
+                    l.store_16(product, room.products.add(h * room.wide + j));
                 }
             }
-            let base = l.sum4(base);
-            let (unit, inverse, margin) = self.finish(l.sum4(squares), l.max4(largest), offset_norm, error);
-            for j in (0..width).step_by(W::L::STRIPE) {
-                for h in 0..H {
-                    let products = (&raw const (*room).products[h]).cast::<f32>().add(j);
-                    l.weights(products, inverse[h], (&raw mut (*room).weights[h]).cast::<i8>().add(2 * j));
-                }
-            }
-            Group { base, unit, margin }
+            let norm = block.add(shape.norms_at + 4 * g).cast::<f32>().read_unaligned();
+            let error = block.add(shape.errors_at + 4 * g).cast::<f32>().read_unaligned();
+            self.finish(l.sum4_16(base), l.sum4_16(squares), l.max4_16(largest), norm, error)
         }
     }
 
-    /// Unit, its inverse and the margin of each query, as the scalar twin has them.
+    /// The room's weights, from its products.
+    ///
+    /// # Safety
+    /// The room has those of `H` queries.
+    #[inline(always)]
+    unsafe fn weigh<W: Sums, const H: usize>(&self, w: W, group: &Group, room: Places) {
+        for j in (0..self.shape.width).step_by(W::L::STRIPE) {
+            for h in 0..H {
+                // SAFETY: passed on to the caller.
+                unsafe {
+                    let products = room.products.add(h * room.wide + j);
+                    w.lanes().weights(products, group.inverse[h], room.weights.add(2 * (h * room.wide + j)));
+                }
+            }
+        }
+    }
+
+    /// What the sums come to, as the scalar twin has it.
     #[inline(always)]
     fn finish(
         &self,
+        base: [f32; HEADS],
         squares: [f32; HEADS],
         largest: [f32; HEADS],
         offset_norm: f32,
         error: f32,
-    ) -> ([f32; HEADS], [f32; HEADS], [f32; HEADS]) {
+    ) -> Group {
         let terms = &self.terms;
         // SAFETY: SSE is part of x86-64; __m128 and [f32; 4] have one layout.
         unsafe {
-            let (squares, largest, norms) = (
-                std::mem::transmute::<[f32; 4], __m128>(squares),
-                std::mem::transmute::<[f32; 4], __m128>(largest),
-                std::mem::transmute::<[f32; 4], __m128>(self.norms),
+            let [base, squares, largest, norms] = std::mem::transmute::<[[f32; 4]; 4], [__m128; 4]>([
+                base, squares, largest, self.norms,
+            ]);
+            let (scale, most) = (_mm_set1_ps(terms.score_scale), _mm_set1_ps(BASE_MAX));
+            // The second one where the first is NaN.
+            let base = _mm_min_ps(
+                _mm_max_ps(_mm_mul_ps(base, scale), _mm_set1_ps(-BASE_MAX)),
+                most,
             );
             let norm = _mm_sqrt_ps(_mm_add_ps(squares, _mm_set1_ps(SQUARES_MIN)));
             let enough = _mm_cmpge_ps(largest, _mm_set1_ps(PRODUCT_MIN));
@@ -278,15 +410,12 @@ impl Pages {
             let margin = _mm_mul_ps(sum, _mm_set1_ps(terms.scale));
             // Not where it is NaN, either.
             let known = _mm_cmplt_ps(margin, _mm_set1_ps(MARGIN_MAX));
-            let margin = _mm_or_ps(
-                _mm_and_ps(known, margin),
-                _mm_andnot_ps(known, _mm_set1_ps(f32::INFINITY)),
-            );
-            (
-                std::mem::transmute::<__m128, [f32; 4]>(unit),
-                std::mem::transmute::<__m128, [f32; 4]>(inverse),
-                std::mem::transmute::<__m128, [f32; 4]>(margin),
-            )
+            let unknown = _mm_andnot_ps(known, _mm_set1_ps(f32::INFINITY));
+            let unit = _mm_min_ps(_mm_mul_ps(unit, scale), _mm_set1_ps(UNIT_MAX));
+            let margin = _mm_or_ps(_mm_and_ps(known, margin), unknown);
+            let [base, unit, margin, inverse] =
+                std::mem::transmute::<[__m128; 4], [[f32; 4]; 4]>([base, unit, margin, inverse]);
+            Group { base, unit, margin, inverse }
         }
     }
 
@@ -299,7 +428,7 @@ impl Pages {
         &self,
         w: W,
         codes: *const u8,
-        room: *const Room,
+        room: Places,
         group: &Group,
         out: Out,
     ) {
@@ -319,13 +448,13 @@ impl Pages {
                     let codes = w.unpack::<SIX>(low, high);
                     let at = W::L::weights_at(step);
                     for h in 0..H {
-                        let weights = (&raw const (*room).weights[h]).cast::<i8>().add(at);
+                        let weights = room.weights.add(2 * h * room.wide + at);
                         sums[h] = w.add::<SIX>(sums[h], codes, weights);
                     }
                 }
                 for h in 0..H {
-                    let out = out.scores.add(h * out.stride + first);
-                    w.write(sums[h], group.base[h], group.unit[h], self.scale, out);
+                    let scores = w.scores(sums[h], group.base[h], group.unit[h]);
+                    w.lanes().store_f32(scores, out.scores.add(h * out.stride + first).cast());
                 }
             }
         }
@@ -334,7 +463,7 @@ impl Pages {
 
 macro_rules! path {
     ($module:ident, $features:literal, $sums:ident) => {
-        /// Calling it is unsafe outside functions with the same features: the machine must have them.
+        /// Calling these is unsafe outside functions with the same features: the machine must have them.
         pub(in crate::cpu) mod $module {
             use super::*;
 
@@ -355,6 +484,30 @@ macro_rules! path {
                 let sums = unsafe { $sums::new() };
                 super::code_scores(
                     sums, layout, queries, group, scale, blocks, out, out_stride, margins, margin_stride,
+                );
+            }
+
+            #[target_feature(enable = $features)]
+            #[allow(clippy::too_many_arguments)]
+            pub(in crate::cpu) fn code_weights(
+                layout: &CodeLayout,
+                queries: &[f32],
+                group: usize,
+                scale: f32,
+                blocks: &[u8],
+                before: usize,
+                rows: &Range<usize>,
+                weights: &mut [f32],
+                stride: usize,
+                margins: &mut [f32],
+                margin_stride: usize,
+                totals: &mut [CodeTotal],
+            ) {
+                // SAFETY: as above.
+                let sums = unsafe { $sums::new() };
+                super::code_weights(
+                    sums, layout, queries, group, scale, blocks, before, rows, weights, stride, margins,
+                    margin_stride, totals,
                 );
             }
         }

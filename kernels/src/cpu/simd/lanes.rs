@@ -15,26 +15,27 @@ pub(super) trait Lanes: Copy {
     /// Channels whose weights are found together: see [`Lanes::weights`].
     const STRIPE: usize;
 
-    fn splat(self, value: f32) -> Self::F;
-    fn add(self, a: Self::F, b: Self::F) -> Self::F;
-    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn splat_16(self, value: f32) -> Self::F;
+    /// `a·b + c`, rounded once.
+    fn fma_16(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    fn mul_16(self, a: Self::F, b: Self::F) -> Self::F;
     /// `max(|a|, b)`; `b` where `a` is NaN.
     fn larger(self, a: Self::F, b: Self::F) -> Self::F;
     /// The sums of four: within each four lanes those that are 2 apart first, then neighbours; then what is 8 apart, then 4.
-    fn sum4(self, v: [Self::F; 4]) -> [f32; 4];
+    fn sum4_16(self, v: [Self::F; 4]) -> [f32; 4];
     /// The largest lanes of four, none of which has a NaN.
-    fn max4(self, v: [Self::F; 4]) -> [f32; 4];
+    fn max4_16(self, v: [Self::F; 4]) -> [f32; 4];
     /// # Safety
     /// 16 f32 are readable at `at`, at any alignment.
-    unsafe fn load_f32(self, at: *const f32) -> Self::F;
+    unsafe fn load_f32_16(self, at: *const f32) -> Self::F;
     /// # Safety
     /// 16 f16 are readable at `at`, at any alignment.
-    unsafe fn load_f16(self, at: *const u8) -> Self::F;
+    unsafe fn load_f16_16(self, at: *const u8) -> Self::F;
     /// # Safety
     /// 16 f32 are writable at `at`.
-    unsafe fn store(self, v: Self::F, at: *mut f32);
+    unsafe fn store_16(self, v: Self::F, at: *mut f32);
 
-    /// `products · inverse` of a stripe as whole numbers `128·hi + lo`: first the bytes of all hi, then of all lo, four channels side by
+    /// `products · inverse` of a stripe as whole numbers `128·hi + lo`, lo from 0 to 127: first the bytes of all hi, then of all lo, four channels side by
     /// side, the fours in an order of the path's own: [`Lanes::weights_at`].
     ///
     /// # Safety
@@ -79,7 +80,7 @@ fn max4_of_16([a, b, c, d]: [__m512; 4]) -> __m128 {
 #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn weights_of_64(products: *const f32, inverse: f32, to: *mut i8) {
     let inverse = _mm512_set1_ps(inverse);
-    let (half, mut words) = (_mm512_set1_epi16(64), [_mm512_setzero_si512(); 2]);
+    let (low, mut words) = (_mm512_set1_epi16(127), [_mm512_setzero_si512(); 2]);
     for (i, words) in words.iter_mut().enumerate() {
         // SAFETY: the caller promises 64 products.
         let (a, b) = unsafe {
@@ -90,14 +91,8 @@ unsafe fn weights_of_64(products: *const f32, inverse: f32, to: *mut i8) {
             _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse)),
         );
     }
-    let hi = [
-        _mm512_srai_epi16::<7>(_mm512_add_epi16(words[0], half)),
-        _mm512_srai_epi16::<7>(_mm512_add_epi16(words[1], half)),
-    ];
-    let lo = [
-        _mm512_sub_epi16(words[0], _mm512_slli_epi16::<7>(hi[0])),
-        _mm512_sub_epi16(words[1], _mm512_slli_epi16::<7>(hi[1])),
-    ];
+    let hi = [_mm512_srai_epi16::<7>(words[0]), _mm512_srai_epi16::<7>(words[1])];
+    let lo = [_mm512_and_si512(words[0], low), _mm512_and_si512(words[1], low)];
     // SAFETY: the caller promises room for 128 bytes.
     unsafe {
         _mm512_storeu_si512(to.cast(), _mm512_packs_epi16(hi[0], hi[1]));
@@ -112,47 +107,48 @@ impl Lanes for Avx512 {
     // SAFETY, here and in every block below: the value `self` is the proof that the instructions are there; where a pointer is
     // used, the caller promises the memory behind it.
     #[inline(always)]
-    fn splat(self, value: f32) -> __m512 {
+    fn splat_16(self, value: f32) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_set1_ps(value) }
     }
     #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
+    fn fma_16(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: see above.
-        unsafe { _mm512_add_ps(a, b) }
+        unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
-    fn mul(self, a: __m512, b: __m512) -> __m512 {
+    fn mul_16(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_mul_ps(a, b) }
     }
     #[inline(always)]
     fn larger(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: see above.
-        unsafe { _mm512_max_ps(_mm512_abs_ps(a), b) }
+        // The larger magnitude without its sign, in one instruction.
+        unsafe { _mm512_range_ps::<0b10_11>(a, b) }
     }
     #[inline(always)]
-    fn sum4(self, v: [__m512; 4]) -> [f32; 4] {
+    fn sum4_16(self, v: [__m512; 4]) -> [f32; 4] {
         // SAFETY: see above; __m128 and [f32; 4] have one layout.
         unsafe { std::mem::transmute::<__m128, [f32; 4]>(sum4_of_16(v)) }
     }
     #[inline(always)]
-    fn max4(self, v: [__m512; 4]) -> [f32; 4] {
+    fn max4_16(self, v: [__m512; 4]) -> [f32; 4] {
         // SAFETY: see above; __m128 and [f32; 4] have one layout.
         unsafe { std::mem::transmute::<__m128, [f32; 4]>(max4_of_16(v)) }
     }
     #[inline(always)]
-    unsafe fn load_f32(self, at: *const f32) -> __m512 {
+    unsafe fn load_f32_16(self, at: *const f32) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_loadu_ps(at) }
     }
     #[inline(always)]
-    unsafe fn load_f16(self, at: *const u8) -> __m512 {
+    unsafe fn load_f16_16(self, at: *const u8) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())) }
     }
     #[inline(always)]
-    unsafe fn store(self, v: __m512, at: *mut f32) {
+    unsafe fn store_16(self, v: __m512, at: *mut f32) {
         // SAFETY: see above.
         unsafe { _mm512_storeu_ps(at, v) }
     }
@@ -210,7 +206,7 @@ fn max4_of_two([a, b, c, d]: [[__m256; 2]; 4]) -> __m128 {
 #[target_feature(enable = "avx2")]
 unsafe fn weights_of_32(products: *const f32, inverse: f32, to: *mut i8) {
     let inverse = _mm256_set1_ps(inverse);
-    let (half, mut words) = (_mm256_set1_epi16(64), [_mm256_setzero_si256(); 2]);
+    let (low, mut words) = (_mm256_set1_epi16(127), [_mm256_setzero_si256(); 2]);
     for (i, words) in words.iter_mut().enumerate() {
         // SAFETY: the caller promises 32 products.
         let (a, b) =
@@ -220,14 +216,8 @@ unsafe fn weights_of_32(products: *const f32, inverse: f32, to: *mut i8) {
             _mm256_cvtps_epi32(_mm256_mul_ps(b, inverse)),
         );
     }
-    let hi = [
-        _mm256_srai_epi16::<7>(_mm256_add_epi16(words[0], half)),
-        _mm256_srai_epi16::<7>(_mm256_add_epi16(words[1], half)),
-    ];
-    let lo = [
-        _mm256_sub_epi16(words[0], _mm256_slli_epi16::<7>(hi[0])),
-        _mm256_sub_epi16(words[1], _mm256_slli_epi16::<7>(hi[1])),
-    ];
+    let hi = [_mm256_srai_epi16::<7>(words[0]), _mm256_srai_epi16::<7>(words[1])];
+    let lo = [_mm256_and_si256(words[0], low), _mm256_and_si256(words[1], low)];
     // SAFETY: the caller promises room for 64 bytes.
     unsafe {
         _mm256_storeu_si256(to.cast(), _mm256_packs_epi16(hi[0], hi[1]));
@@ -240,17 +230,17 @@ impl Lanes for Avx2 {
     const STRIPE: usize = 32;
 
     #[inline(always)]
-    fn splat(self, value: f32) -> Self::F {
+    fn splat_16(self, value: f32) -> Self::F {
         // SAFETY: see above.
         unsafe { [_mm256_set1_ps(value); 2] }
     }
     #[inline(always)]
-    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+    fn fma_16(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         // SAFETY: see above.
-        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
     #[inline(always)]
-    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+    fn mul_16(self, a: Self::F, b: Self::F) -> Self::F {
         // SAFETY: see above.
         unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
     }
@@ -266,22 +256,22 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    fn sum4(self, v: [Self::F; 4]) -> [f32; 4] {
+    fn sum4_16(self, v: [Self::F; 4]) -> [f32; 4] {
         // SAFETY: see above; __m128 and [f32; 4] have one layout.
         unsafe { std::mem::transmute::<__m128, [f32; 4]>(sum4_of_two(v)) }
     }
     #[inline(always)]
-    fn max4(self, v: [Self::F; 4]) -> [f32; 4] {
+    fn max4_16(self, v: [Self::F; 4]) -> [f32; 4] {
         // SAFETY: see above; __m128 and [f32; 4] have one layout.
         unsafe { std::mem::transmute::<__m128, [f32; 4]>(max4_of_two(v)) }
     }
     #[inline(always)]
-    unsafe fn load_f32(self, at: *const f32) -> Self::F {
+    unsafe fn load_f32_16(self, at: *const f32) -> Self::F {
         // SAFETY: see above.
         unsafe { [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8))] }
     }
     #[inline(always)]
-    unsafe fn load_f16(self, at: *const u8) -> Self::F {
+    unsafe fn load_f16_16(self, at: *const u8) -> Self::F {
         // SAFETY: see above.
         unsafe {
             [
@@ -291,7 +281,7 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn store(self, v: Self::F, at: *mut f32) {
+    unsafe fn store_16(self, v: Self::F, at: *mut f32) {
         // SAFETY: see above.
         unsafe {
             _mm256_storeu_ps(at, v[0]);

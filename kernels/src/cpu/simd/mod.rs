@@ -11,6 +11,7 @@ mod bounds;
 mod bounds_i8;
 mod code_rest;
 mod code_sums;
+mod code_weights;
 mod codes;
 mod convert;
 mod copy;
