@@ -257,7 +257,9 @@ impl CodeLayout {
             return (0.0, f32::INFINITY);
         }
         let mut worst = 0.0_f32;
-        for (tile, keys) in bytes[4 * width..].chunks_exact_mut(self.tile_bytes()).zip(keys.chunks_exact(TILE * d)) {
+        for (tile, keys) in
+            bytes[4 * width..].chunks_exact_mut(self.tile_bytes()).zip(keys.chunks_exact(TILE * d))
+        {
             for (r, key) in keys.chunks_exact(d).enumerate() {
                 row[..d].copy_from_slice(key);
                 let squares = self.encode_row(row, (&*offset, &*step, &*inverse), r, tile);
@@ -298,7 +300,9 @@ impl CodeLayout {
                 squares[j] += off * off;
                 code[j] = near.to_bits() as u8;
             }
-            let four = |q: usize| u32::from_le_bytes([code[4 * q], code[4 * q + 1], code[4 * q + 2], code[4 * q + 3]]);
+            let four = |q: usize| {
+                u32::from_le_bytes([code[4 * q], code[4 * q + 1], code[4 * q + 2], code[4 * q + 3]])
+            };
             let codes = [four(0), four(1), four(2), four(3)];
             for half in 0..2 {
                 let both = codes[2 * half] & LOW | (codes[2 * half + 1] & LOW) << 4;
@@ -399,14 +403,7 @@ struct GroupScratch {
 impl GroupScratch {
     fn new(width: usize) -> Self {
         let zeros = || vec![0.0; width];
-        Self {
-            low: zeros(),
-            high: zeros(),
-            offset: zeros(),
-            step: zeros(),
-            inverse: zeros(),
-            row: zeros(),
-        }
+        Self { low: zeros(), high: zeros(), offset: zeros(), step: zeros(), inverse: zeros(), row: zeros() }
     }
 }
 

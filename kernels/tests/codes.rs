@@ -5,7 +5,7 @@ mod common;
 
 use common::{Draw, close, paths, scalar};
 use half::f16;
-use kvoyant_kernels::{CodeBits, CodeLayout, CodeSums, Kernels};
+use kvoyant_kernels::{CodeBits, CodeLayout, CodeSums, CodeTotal, Kernels};
 use proptest::prelude::*;
 
 fn layouts() -> impl Strategy<Value = CodeLayout> {
@@ -39,7 +39,9 @@ fn keys(draw: &mut Draw, layout: &CodeLayout, pages: usize, kind: usize) -> Vec<
     for _ in 0..pages {
         let channels: Vec<_> = (0..layout.head_dim()).map(|_| channel(draw, kind)).collect();
         for _ in 0..layout.rows() {
-            keys.extend(channels.iter().map(|(offset, range)| (offset + draw.value(*range)).clamp(-65504.0, 65504.0)));
+            keys.extend(
+                channels.iter().map(|(offset, range)| (offset + draw.value(*range)).clamp(-65504.0, 65504.0)),
+            );
         }
     }
     keys
@@ -49,7 +51,10 @@ fn keys(draw: &mut Draw, layout: &CodeLayout, pages: usize, kind: usize) -> Vec<
 fn digest(draw: &mut Draw, layout: &CodeLayout, keys: &[f32], skew: usize) -> Vec<u8> {
     let pages = keys.len() / (layout.rows() * layout.head_dim());
     let mut blocks = vec![0; skew + pages * layout.bytes()];
-    for (keys, block) in keys.chunks_exact(layout.rows() * layout.head_dim()).zip(blocks[skew..].chunks_exact_mut(layout.bytes())) {
+    for (keys, block) in keys
+        .chunks_exact(layout.rows() * layout.head_dim())
+        .zip(blocks[skew..].chunks_exact_mut(layout.bytes()))
+    {
         let values = draw.values(layout.rows() * layout.value_dim(), 3.0);
         layout.encode(keys, &values, block);
     }
@@ -104,9 +109,7 @@ fn scores(
     // A little more than there must be: what lies between is left alone.
     let (stride, margin_stride) = (pages * layout.rows() + 3, pages * layout.groups() + 1);
     let (mut out, mut margins) = (vec![7.0; group * stride], vec![7.0; group * margin_stride]);
-    kernels.code_scores(
-        layout, queries, group, scale, blocks, &mut out, stride, &mut margins, margin_stride,
-    );
+    kernels.code_scores(layout, queries, group, scale, blocks, &mut out, stride, &mut margins, margin_stride);
     (out, margins)
 }
 
@@ -221,7 +224,8 @@ fn margins_of_a_quarter_step_are_found_too_narrow() {
         let keys = keys(&mut draw, &layout, 1, 0);
         let blocks = digest(&mut draw, &layout, &keys, 0);
         let queries: Vec<f32> = (0..40).flat_map(|_| query(&mut draw, &layout, &keys, &blocks, 4)).collect();
-        let count = |spoil: fn(&Margin<'_>) -> f32| violations(&layout, (&keys, &blocks), &queries, 0.125, spoil);
+        let count =
+            |spoil: fn(&Margin<'_>) -> f32| violations(&layout, (&keys, &blocks), &queries, 0.125, spoil);
         assert_eq!(count(|m| m.margin), 0);
         assert!(count(with_quarter_steps) > 0, "{bits:?}");
     }
@@ -252,6 +256,81 @@ fn margins_of_ordinary_pages_are_of_use() {
         let (_, margins) = scores(Kernels::best(), &layout, &queries, 0.125, &blocks);
         let mean = margins.iter().filter(|margin| **margin != 7.0).sum::<f32>() / 80.0;
         assert!(mean < most, "{bits:?}: {mean}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn weights_are_exponentials_of_the_scores_of_the_rows_that_count(
+        layout in layouts(), group in 1_usize..10, pages in 1_usize..7, cut in 0_usize..7, rise in 0_usize..3, seed in any::<u64>(),
+    ) {
+        let mut draw = Draw::new(seed);
+        let (d, all) = (layout.head_dim(), pages * layout.rows());
+        let mut keys = keys(&mut draw, &layout, pages, 0);
+        // Scores that rise from page to page, by less and by more than what references allow for.
+        for (page, keys) in keys.chunks_exact_mut(layout.rows() * d).enumerate() {
+            keys.iter_mut().step_by(d).for_each(|k| *k += (page * rise * 15) as f32);
+        }
+        let blocks = digest(&mut draw, &layout, &keys, 0);
+        let mut queries = draw.values(group * d, 1.0);
+        queries.iter_mut().step_by(d).for_each(|q| *q = 2.0);
+        let from = draw.below(layout.rows());
+        let rows = from..all - draw.below(layout.rows().min(all - from));
+        let (scores, margins) = scores(scalar(), &layout, &queries, 0.5, &blocks);
+        let (stride, margin_stride) = (all + 3, pages * layout.groups() + 1);
+        let run = |kernels: Kernels, cut: usize| {
+            let (mut weights, mut found) = (vec![7.0; group * stride], vec![7.0; group * margin_stride]);
+            let mut totals = vec![CodeTotal::default(); group];
+            let (first, rest) = blocks.split_at(cut * layout.bytes());
+            for (blocks, before) in [(first, 0), (rest, cut)] {
+                kernels.code_weights(
+                    &layout, &queries, group, 0.5, blocks, before, &rows, &mut weights, stride, &mut found, margin_stride, &mut totals,
+                );
+            }
+            assert_eq!(found, margins, "on {}", kernels.path());
+            (weights, totals)
+        };
+        let (twin, twin_totals) = run(scalar(), 0);
+        for h in 0..group {
+            let total = twin_totals[h];
+            let counted = &scores[h * stride..][rows.clone()];
+            let top = counted.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            prop_assert!(top >= total.reference && top <= total.reference + 20.0, "{top} {total:?}");
+            let exact: f64 = counted.iter().map(|score| f64::from(score - total.reference).exp()).sum();
+            prop_assert!((total.sum - exact).abs() <= 1e-5 * exact, "{exact} {total:?}");
+            for t in 0..all {
+                let weight = f64::from(twin[h * stride + t]);
+                let exact = f64::from(scores[h * stride + t] - total.reference).exp();
+                let exact = if rows.contains(&t) { exact } else { 0.0 };
+                prop_assert!((weight - exact).abs() <= 1e-5 * exact + 3e-38, "{weight} for {exact}");
+            }
+        }
+        for kernels in paths() {
+            for cut in [0, cut.min(pages)] {
+                let (weights, totals) = run(kernels, cut);
+                for (total, twin) in totals.iter().zip(&twin_totals) {
+                    prop_assert_eq!(total.reference.to_bits(), twin.reference.to_bits(), "on {}", kernels.path());
+                    prop_assert!((total.sum - twin.sum).abs() <= 2e-6 * twin.sum, "{total:?} {twin:?} on {}", kernels.path());
+                }
+                for (weight, twin) in weights.iter().zip(&twin) {
+                    prop_assert!((weight - twin).abs() <= 2e-6 * twin + 3e-38, "{weight} {twin} on {}", kernels.path());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_mixed_as_the_twin_mixes_them(n in 0_usize..100, factors in prop::collection::vec(-2.0_f32..2.0, 1..9), seed in any::<u64>()) {
+        let rows = Draw::new(seed).values(factors.len() * (n + 3), 3.0);
+        let mut twin = vec![9.0; n];
+        scalar().mix_rows(&rows, n + 3, &factors, &mut twin);
+        for kernels in paths() {
+            let mut out = vec![8.0; n];
+            kernels.mix_rows(&rows, n + 3, &factors, &mut out);
+            close("mixed rows", &out, &twin, 1e-5);
+        }
     }
 }
 

@@ -4,8 +4,8 @@ use kvoyant_kernels::Path;
 
 use crate::limits::PRODUCTS;
 use crate::tasks::{
-    CODE_BYTES, CODES, COLUMN_BYTES, COLUMNS, DIM, F16_BYTES, GROUP, PAGE, READ_BYTES, ROWS, TOKENS, i8_bytes,
-    selection_bytes,
+    CODE_BYTES, COLUMN_BYTES, COLUMNS, DIM, F16_BYTES, GROUP, PAGE, READ_BYTES, ROWS, TOKENS, codes,
+    i8_bytes, selection_bytes,
 };
 
 /// What is asked of a ratio.
@@ -70,17 +70,17 @@ pub(crate) fn rows(seconds: &impl Fn(&str) -> f64) -> Vec<Row> {
         goal,
     };
     let pages = TOKENS / PAGE;
-    let codes = CODES.iter().flat_map(|codes| {
+    let codes = codes().flat_map(|codes| {
         let [scores, all] = codes.names();
-        let products = TOKENS * codes.dim * codes.queries;
+        let products = codes.tokens * codes.dim * codes.queries;
         [
-            kernel(format!("code scores {}", codes.what), scores, codes.score_bytes(), products, 0.6),
+            kernel(format!("scores {}", codes.what()), &scores, codes.score_bytes(), products, 0.6),
             Row {
                 what: "  with weights, choice, rest and bounds".into(),
-                micros: seconds(all) * 1e6,
-                rate: codes.score_bytes() as f64 / seconds(all) / 1e9,
+                micros: seconds(&all) * 1e6,
+                rate: codes.score_bytes() as f64 / seconds(&all) / 1e9,
                 against: "time of scores",
-                ratio: seconds(all) / seconds(scores),
+                ratio: seconds(&all) / seconds(&scores),
                 goal: Goal::AtMost(1.3),
             },
         ]

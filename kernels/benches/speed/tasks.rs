@@ -41,129 +41,106 @@ pub(crate) fn selection_bytes() -> usize {
     HEADS * i8_bytes()
 }
 
-/// Digests in codes that are measured: a head's values, and queries of each.
+/// Digests in codes that are measured.
 pub(crate) struct Codes {
-    /// For the report.
-    pub(crate) what: &'static str,
-    scores: &'static str,
-    all: &'static str,
     bits: CodeBits,
     group: usize,
     pub(crate) dim: usize,
+    /// Queries of a head.
     pub(crate) queries: usize,
+    /// Tokens of the context.
+    pub(crate) tokens: usize,
 }
 
-/// All of them.
-pub(crate) const CODES: [Codes; 4] = [
-    Codes {
-        what: "int4 group 16, d=64 g=3",
-        scores: "codes 4 64",
-        all: "codes 4 64 and rest",
-        bits: CodeBits::Four,
-        group: 16,
-        dim: 64,
-        queries: 3,
-    },
-    Codes {
-        what: "int6, d=64 g=3",
-        scores: "codes 6 64",
-        all: "codes 6 64 and rest",
-        bits: CodeBits::Six,
-        group: PAGE,
-        dim: 64,
-        queries: 3,
-    },
-    Codes {
-        what: "int4 group 16, d=128 g=4",
-        scores: "codes 4 128",
-        all: "codes 4 128 and rest",
-        bits: CodeBits::Four,
-        group: 16,
-        dim: 128,
-        queries: 4,
-    },
-    Codes {
-        what: "int6, d=128 g=4",
-        scores: "codes 6 128",
-        all: "codes 6 128 and rest",
-        bits: CodeBits::Six,
-        group: PAGE,
-        dim: 128,
-        queries: 4,
-    },
-];
+/// All of them: contexts whose digests fit a second-level cache, and some that do not.
+pub(crate) fn codes() -> impl Iterator<Item = Codes> {
+    [TOKENS / 4, TOKENS].into_iter().flat_map(|tokens| {
+        [(CodeBits::Four, 16), (CodeBits::Six, PAGE)].into_iter().flat_map(move |(bits, group)| {
+            [(64, 3), (128, 4)].into_iter().map(move |(dim, queries)| Codes {
+                bits,
+                group,
+                dim,
+                queries,
+                tokens,
+            })
+        })
+    })
+}
 
 impl Codes {
+    /// For the report.
+    pub(crate) fn what(&self) -> String {
+        let bits = if self.bits == CodeBits::Four { 4 } else { 6 };
+        let (dim, queries, tokens) = (self.dim, self.queries, self.tokens >> 10);
+        format!("int{bits} group {}, d={dim} g={queries}, {tokens}K", self.group)
+    }
+
     fn layout(&self) -> CodeLayout {
         CodeLayout::new(self.dim, self.dim, PAGE, self.bits, self.group).expect("a layout")
     }
 
-    /// The tasks' names: scores alone, and with all that follows them.
-    pub(crate) fn names(&self) -> [&'static str; 2] {
-        [self.scores, self.all]
+    fn pages(&self) -> usize {
+        self.tokens / PAGE
     }
 
     /// Bytes that scores are made of: all but spreads and means.
     pub(crate) fn score_bytes(&self) -> usize {
-        PAGES * (self.layout().bytes() - PAGE - 2 * self.dim)
+        self.pages() * (self.layout().bytes() - PAGE - 2 * self.dim)
+    }
+
+    /// The tasks' names: scores alone, and with all that follows them.
+    pub(crate) fn names(&self) -> [String; 2] {
+        [format!("scores {}", self.what()), format!("all {}", self.what())]
     }
 
     /// Scores of all tokens.
-    fn scores_task<'a>(&self, arena: &'a Arena) -> Task<'a> {
-        let (layout, g, kernels) = (self.layout(), self.queries, Kernels::best());
-        let (parts, queries) = (arena.parts(PAGES * layout.bytes()), values(g * self.dim));
-        let groups = PAGES * layout.groups();
-        let (mut scores, mut margins) = (vec![0.0; g * TOKENS], vec![0.0; g * groups]);
-        Task::new(self.scores, move || {
+    fn scores_task(self, arena: &Arena) -> Task<'_> {
+        let (layout, g, n, kernels) = (self.layout(), self.queries, self.tokens, Kernels::best());
+        let (parts, queries) = (arena.parts(self.pages() * layout.bytes()), values(g * self.dim));
+        let groups = self.pages() * layout.groups();
+        let (mut scores, mut margins) = (vec![0.0; g * n], vec![0.0; g * groups]);
+        let [name, _] = self.names();
+        Task::new(name, move || {
             let (blocks, scores, margins) = (parts.next(), &mut scores, &mut margins);
-            kernels.code_scores(&layout, &queries, g, 0.1, blocks, scores, TOKENS, margins, groups);
+            kernels.code_scores(&layout, &queries, g, 0.1, blocks, scores, n, margins, groups);
             black_box(&scores);
         })
     }
 
-    /// The same, then weights, each token's share in the queries' mean, which tokens have the largest ones, and sums over the others.
-    fn all_task<'a>(&self, arena: &'a Arena) -> Task<'a> {
-        let (layout, g, kernels) = (self.layout(), self.queries, Kernels::best());
-        let (parts, queries) = (arena.parts(PAGES * layout.bytes()), values(g * self.dim));
-        let groups = PAGES * layout.groups();
-        let (mut weights, mut margins) = (vec![0.0; g * TOKENS], vec![0.0; g * groups]);
-        let (mut shares, mut ids, mut threshold) = (vec![0.0_f32; TOKENS], Vec::new(), None);
+    /// Weights of all tokens, each one's share in the queries' mean, which tokens have the largest ones, and sums over the others.
+    fn all_task(self, arena: &Arena) -> Task<'_> {
+        let (layout, g, n, kernels) = (self.layout(), self.queries, self.tokens, Kernels::best());
+        let (parts, queries) = (arena.parts(self.pages() * layout.bytes()), values(g * self.dim));
+        let groups = self.pages() * layout.groups();
+        let (mut weights, mut margins) = (vec![0.0; g * n], vec![0.0; g * groups]);
+        let (mut shares, mut ids, mut threshold) = (vec![0.0_f32; n], Vec::new(), None);
         let (mut sums, mut means) = (vec![CodeSums::default(); g], vec![0.0; g * self.dim]);
         let (mut totals, mut factors) = (vec![CodeTotal::default(); g], vec![0.0; g]);
-        Task::new(self.all, move || {
+        let [_, name] = self.names();
+        Task::new(name, move || {
             let (blocks, weights, margins) = (parts.next(), &mut weights, &mut margins);
             totals.fill(CodeTotal::default());
+            let (all, totals) = (0..n, &mut totals);
             kernels.code_weights(
-                &layout,
-                &queries,
-                g,
-                0.1,
-                blocks,
-                0,
-                &(0..TOKENS),
-                weights,
-                TOKENS,
-                margins,
-                groups,
-                &mut totals,
+                &layout, &queries, g, 0.1, blocks, 0, &all, weights, n, margins, groups, totals,
             );
-            for (factor, total) in factors.iter_mut().zip(&totals) {
+            for (factor, total) in factors.iter_mut().zip(&*totals) {
                 *factor = (1.0 / (total.sum * g as f64)) as f32;
             }
-            kernels.mix_rows(weights, TOKENS, &factors, &mut shares);
-            // As many as the budget says, the first time.
+            kernels.mix_rows(weights, n, &factors, &mut shares);
+            // One of 64, the first time.
             let threshold = *threshold.get_or_insert_with(|| {
                 let mut sorted = shares.clone();
                 sorted.sort_by(|a, b| b.total_cmp(a));
-                sorted[BUDGET]
+                sorted[n / 64]
             });
             kernels.indices_above(&shares, threshold, &mut ids);
-            for weights in weights.chunks_exact_mut(TOKENS) {
+            for weights in weights.chunks_exact_mut(n) {
                 ids.iter().for_each(|id| weights[*id as usize] = 0.0);
             }
             sums.fill(CodeSums::default());
             means.fill(0.0);
-            kernels.code_rest(&layout, blocks, g, weights, TOKENS, margins, groups, &mut sums, &mut means);
+            kernels.code_rest(&layout, blocks, g, weights, n, margins, groups, &mut sums, &mut means);
             black_box((&sums, &means));
         })
     }
@@ -314,7 +291,6 @@ pub(crate) fn all(arena: &Arena) -> Vec<Task<'_>> {
             black_box(&ids);
         })
     };
-    let codes = CODES.iter().flat_map(|codes| [codes.scores_task(arena), codes.all_task(arena)]);
     let mut all = vec![
         read("read", READ_BYTES),
         Task::new("products", limits::products),
@@ -329,6 +305,7 @@ pub(crate) fn all(arena: &Arena) -> Vec<Task<'_>> {
         selection(arena),
         read("read digests", selection_bytes()),
     ];
-    all.extend(codes);
+    all.extend(self::codes().map(|codes| codes.scores_task(arena)));
+    all.extend(self::codes().map(|codes| codes.all_task(arena)));
     all
 }

@@ -43,8 +43,8 @@ impl Kernels {
     ///
     /// `queries` is `[group][d]`, `blocks` is `[pages]` blocks of `layout`. `out[h·out_stride + t]` is `scale·q_h·k̂_t`, and
     /// `margins[h·margin_stride + g]` at least `scale·|q_h·k_t − q_h·k̂_t|` for every row t of group g, with all that this very
-    /// computation may have lost; `+∞` where nothing is known. A score that is no number becomes −3e38. The same on every path, to the
-    /// last bit.
+    /// computation may have lost; `+∞` where nothing is known. A score that is no number becomes −1.5e38, and none is infinite. The same
+    /// on every path, to the last bit.
     ///
     /// A query is turned into whole numbers of 15 bits for each group (`q_j·step_j`, of the largest), so that sums are exact.
     ///

@@ -105,12 +105,8 @@ unsafe fn unpack_16<const SIX: bool>(low: *const u8, high: *const u8) -> [__m512
     if SIX {
         // SAFETY: passed on to the caller.
         let high = unsafe { _mm512_loadu_si512(high.cast()) };
-        let shifted = [
-            _mm512_slli_epi16::<4>(high),
-            _mm512_slli_epi16::<2>(high),
-            high,
-            _mm512_srli_epi16::<2>(high),
-        ];
+        let shifted =
+            [_mm512_slli_epi16::<4>(high), _mm512_slli_epi16::<2>(high), high, _mm512_srli_epi16::<2>(high)];
         let mask = _mm512_set1_epi8(0x30);
         for i in 0..4 {
             codes[i] = _mm512_or_si512(codes[i], _mm512_and_si512(shifted[i], mask));
@@ -270,12 +266,8 @@ unsafe fn unpack_8<const SIX: bool>(low: *const u8, high: *const u8) -> [__m256i
     if SIX {
         // SAFETY: passed on to the caller.
         let high = unsafe { _mm256_loadu_si256(high.cast()) };
-        let shifted = [
-            _mm256_slli_epi16::<4>(high),
-            _mm256_slli_epi16::<2>(high),
-            high,
-            _mm256_srli_epi16::<2>(high),
-        ];
+        let shifted =
+            [_mm256_slli_epi16::<4>(high), _mm256_slli_epi16::<2>(high), high, _mm256_srli_epi16::<2>(high)];
         let mask = _mm256_set1_epi8(0x30);
         for i in 0..4 {
             codes[i] = _mm256_or_si256(codes[i], _mm256_and_si256(shifted[i], mask));

@@ -340,7 +340,7 @@ impl Pages {
         unsafe {
             let at = block.add(g * shape.group_bytes);
             for j in (0..width).step_by(LANES) {
-                prefetch::<true>(at.wrapping_add(4 * j + AHEAD));
+                prefetch::<false>(at.wrapping_add(4 * j + AHEAD));
                 let offset = l.load_f16_16(at.add(2 * j));
                 let step = l.load_f16_16(at.add(2 * (width + j)));
                 for h in 0..H {
@@ -388,15 +388,11 @@ impl Pages {
         let terms = &self.terms;
         // SAFETY: SSE is part of x86-64; __m128 and [f32; 4] have one layout.
         unsafe {
-            let [base, squares, largest, norms] = std::mem::transmute::<[[f32; 4]; 4], [__m128; 4]>([
-                base, squares, largest, self.norms,
-            ]);
+            let [base, squares, largest, norms] =
+                std::mem::transmute::<[[f32; 4]; 4], [__m128; 4]>([base, squares, largest, self.norms]);
             let (scale, most) = (_mm_set1_ps(terms.score_scale), _mm_set1_ps(BASE_MAX));
             // The second one where the first is NaN.
-            let base = _mm_min_ps(
-                _mm_max_ps(_mm_mul_ps(base, scale), _mm_set1_ps(-BASE_MAX)),
-                most,
-            );
+            let base = _mm_min_ps(_mm_max_ps(_mm_mul_ps(base, scale), _mm_set1_ps(-BASE_MAX)), most);
             let norm = _mm_sqrt_ps(_mm_add_ps(squares, _mm_set1_ps(SQUARES_MIN)));
             let enough = _mm_cmpge_ps(largest, _mm_set1_ps(PRODUCT_MIN));
             let usable = _mm_and_ps(enough, _mm_cmple_ps(largest, _mm_set1_ps(f32::MAX)));
@@ -440,10 +436,10 @@ impl Pages {
                 let mut sums = [w.zero(); H];
                 for step in 0..self.shape.width / LANES {
                     let (low, high) = (low.add(128 * step), high.wrapping_add(64 * step));
-                    prefetch::<true>(low.wrapping_add(AHEAD));
-                    prefetch::<true>(low.wrapping_add(AHEAD + 64));
+                    prefetch::<false>(low.wrapping_add(AHEAD));
+                    prefetch::<false>(low.wrapping_add(AHEAD + 64));
                     if SIX {
-                        prefetch::<true>(high.wrapping_add(AHEAD));
+                        prefetch::<false>(high.wrapping_add(AHEAD));
                     }
                     let codes = w.unpack::<SIX>(low, high);
                     let at = W::L::weights_at(step);
@@ -483,7 +479,16 @@ macro_rules! path {
                 // SAFETY: this function's own features say that the instructions are there.
                 let sums = unsafe { $sums::new() };
                 super::code_scores(
-                    sums, layout, queries, group, scale, blocks, out, out_stride, margins, margin_stride,
+                    sums,
+                    layout,
+                    queries,
+                    group,
+                    scale,
+                    blocks,
+                    out,
+                    out_stride,
+                    margins,
+                    margin_stride,
                 );
             }
 
@@ -506,8 +511,19 @@ macro_rules! path {
                 // SAFETY: as above.
                 let sums = unsafe { $sums::new() };
                 super::code_weights(
-                    sums, layout, queries, group, scale, blocks, before, rows, weights, stride, margins,
-                    margin_stride, totals,
+                    sums,
+                    layout,
+                    queries,
+                    group,
+                    scale,
+                    blocks,
+                    before,
+                    rows,
+                    weights,
+                    stride,
+                    margins,
+                    margin_stride,
+                    totals,
                 );
             }
         }
@@ -531,17 +547,22 @@ mod tests {
         }
         let mut random = SplitMix64::new(7);
         let mut values = |n: usize| -> Vec<f32> { (0..n).map(|_| random.normal()).collect() };
-        for (d, bits) in [(64, CodeBits::Four), (70, CodeBits::Six), (16, CodeBits::Six), (144, CodeBits::Four)] {
+        for (d, bits) in
+            [(64, CodeBits::Four), (70, CodeBits::Six), (16, CodeBits::Six), (144, CodeBits::Four)]
+        {
             let layout = CodeLayout::new(d, 8, 32, bits, 16).unwrap();
             let mut blocks = vec![0; 3 * layout.bytes()];
             for block in blocks.chunks_exact_mut(layout.bytes()) {
                 layout.encode(&values(32 * d), &values(32 * 8), block);
             }
             let queries = values(5 * d);
-            let (mut out, mut margins) = ([vec![0.0; 5 * 96], vec![0.0; 5 * 96]], [vec![0.0; 30], vec![0.0; 30]]);
+            let (mut out, mut margins) =
+                ([vec![0.0; 5 * 96], vec![0.0; 5 * 96]], [vec![0.0; 30], vec![0.0; 30]]);
             scalar::code_scores(&layout, &queries, 5, 0.5, &blocks, &mut out[0], 96, &mut margins[0], 6);
             // SAFETY: the machine has the instructions.
-            unsafe { words::code_scores(&layout, &queries, 5, 0.5, &blocks, &mut out[1], 96, &mut margins[1], 6) };
+            unsafe {
+                words::code_scores(&layout, &queries, 5, 0.5, &blocks, &mut out[1], 96, &mut margins[1], 6)
+            };
             assert_eq!(out[0], out[1], "{d} {bits:?}");
             assert_eq!(margins[0], margins[1], "{d} {bits:?}");
         }

@@ -91,7 +91,8 @@ pub(super) fn mix_rows<S: Simd>(s: S, rows: &[f32], stride: usize, factors: &[f3
         let mut sum = s.splat(0.0);
         for (h, factor) in factors.iter().enumerate() {
             // SAFETY: each row has as many values as `out`.
-            sum = s.fma(s.splat(*factor), unsafe { s.load_f32(rows.as_ptr().add(h * stride + t).cast()) }, sum);
+            sum =
+                s.fma(s.splat(*factor), unsafe { s.load_f32(rows.as_ptr().add(h * stride + t).cast()) }, sum);
         }
         // SAFETY: `out` has a register from t on.
         unsafe { s.store_f32(sum, out.as_mut_ptr().add(t).cast()) };

@@ -83,9 +83,8 @@ unsafe fn weights_of_64(products: *const f32, inverse: f32, to: *mut i8) {
     let (low, mut words) = (_mm512_set1_epi16(127), [_mm512_setzero_si512(); 2]);
     for (i, words) in words.iter_mut().enumerate() {
         // SAFETY: the caller promises 64 products.
-        let (a, b) = unsafe {
-            (_mm512_loadu_ps(products.add(32 * i)), _mm512_loadu_ps(products.add(32 * i + LANES)))
-        };
+        let (a, b) =
+            unsafe { (_mm512_loadu_ps(products.add(32 * i)), _mm512_loadu_ps(products.add(32 * i + LANES))) };
         *words = _mm512_packs_epi32(
             _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)),
             _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse)),
@@ -274,10 +273,7 @@ impl Lanes for Avx2 {
     unsafe fn load_f16_16(self, at: *const u8) -> Self::F {
         // SAFETY: see above.
         unsafe {
-            [
-                _mm256_cvtph_ps(_mm_loadu_si128(at.cast())),
-                _mm256_cvtph_ps(_mm_loadu_si128(at.add(16).cast())),
-            ]
+            [_mm256_cvtph_ps(_mm_loadu_si128(at.cast())), _mm256_cvtph_ps(_mm_loadu_si128(at.add(16).cast()))]
         }
     }
     #[inline(always)]

@@ -208,12 +208,28 @@ path!(avx512, "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512vl,avx512dq", kernels
             // SAFETY: the instruction was just found.
             unsafe {
                 kernels::codes::vnni::code_scores(
-                    layout, queries, group, scale, blocks, out, out_stride, margins, margin_stride,
+                    layout,
+                    queries,
+                    group,
+                    scale,
+                    blocks,
+                    out,
+                    out_stride,
+                    margins,
+                    margin_stride,
                 );
             }
         } else {
             kernels::codes::words::code_scores(
-                layout, queries, group, scale, blocks, out, out_stride, margins, margin_stride,
+                layout,
+                queries,
+                group,
+                scale,
+                blocks,
+                out,
+                out_stride,
+                margins,
+                margin_stride,
             );
         }
     }
@@ -239,13 +255,33 @@ path!(avx512, "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512vl,avx512dq", kernels
             // SAFETY: the instruction was just found.
             unsafe {
                 kernels::codes::vnni::code_weights(
-                    layout, queries, group, scale, blocks, before, rows, weights, stride, margins,
-                    margin_stride, totals,
+                    layout,
+                    queries,
+                    group,
+                    scale,
+                    blocks,
+                    before,
+                    rows,
+                    weights,
+                    stride,
+                    margins,
+                    margin_stride,
+                    totals,
                 );
             }
         } else {
             kernels::codes::words::code_weights(
-                layout, queries, group, scale, blocks, before, rows, weights, stride, margins, margin_stride,
+                layout,
+                queries,
+                group,
+                scale,
+                blocks,
+                before,
+                rows,
+                weights,
+                stride,
+                margins,
+                margin_stride,
                 totals,
             );
         }
