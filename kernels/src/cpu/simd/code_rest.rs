@@ -237,8 +237,8 @@ impl Part<'_> {
             let (norm, unit) = (s.load(&cells.norms[c..]), s.load(&cells.units[c..]));
             let margin = s.load(&of_cells[c..]);
             // Infinite where the margin is: no other one is above its power.
-            let up = s.max(margin, s.exp(margin));
-            let down = s.exp(s.sub(zero, margin));
+            let up = s.max(margin, s.exp_of_small(s.min(margin, s.splat(80.0))));
+            let down = s.exp_of_small(s.sub(zero, margin));
             let grown = s.fma(up, s.splat(UP), s.splat(-1.0));
             // 0 times infinity is 0 here.
             whole = s.add(whole, w);

@@ -22,7 +22,7 @@ pub(super) trait Sums: Copy {
 
     fn lanes(self) -> Self::L;
     fn zero(self) -> Self::S;
-    /// Codes of 16 channels: four times four. The two lines of low codes are 64 bytes apart; high codes are read in case of SIX only.
+    /// Codes of 16 channels: four times four, as [`Sums::add`] wants them. The two lines of low codes are 64 bytes apart; high codes are read in case of SIX only.
     ///
     /// # Safety
     /// At each, the rows' bytes are readable.
@@ -33,7 +33,7 @@ pub(super) trait Sums: Copy {
     /// At `weights` are those of the channels, as [`Lanes::weights`] left them.
     unsafe fn add<const SIX: bool>(self, sums: Self::S, codes: [Self::C; 4], weights: *const i8) -> Self::S;
     /// `base + unit·(128·hi + lo)` of each row, as the scalar twin has it.
-    fn scores(self, sums: Self::S, base: f32, unit: f32) -> <Self::L as Simd>::V;
+    fn scores<const SIX: bool>(self, sums: Self::S, base: f32, unit: f32) -> <Self::L as Simd>::V;
 }
 
 /// Four weights.
@@ -115,6 +115,24 @@ unsafe fn unpack_16<const SIX: bool>(low: *const u8, high: *const u8) -> [__m512
     codes
 }
 
+/// Codes of four bits, those in high halves where they are.
+///
+/// # Safety
+/// As [`Sums::unpack`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn halves_16(low: *const u8) -> [__m512i; 4] {
+    // SAFETY: passed on to the caller.
+    let lines = unsafe { [_mm512_loadu_si512(low.cast()), _mm512_loadu_si512(low.add(64).cast())] };
+    let (low, high) = (_mm512_set1_epi8(15), _mm512_set1_epi8(!15));
+    [
+        _mm512_and_si512(lines[0], low),
+        _mm512_and_si512(lines[0], high),
+        _mm512_and_si512(lines[1], low),
+        _mm512_and_si512(lines[1], high),
+    ]
+}
+
 /// As [`Sums::scores`].
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -132,7 +150,8 @@ fn dot_16(sums: __m512i, codes: __m512i, weights: i32) -> __m512i {
 impl Sums for Vnni {
     type L = Avx512;
     type C = __m512i;
-    /// Two sums each, for one addition waits for the one before.
+    /// Two sums each, for one addition waits for the one before. Of codes of four bits, the second one is of those in high halves, which
+    /// stay there: it is 16 times what it stands for.
     type S = [[__m512i; 2]; 2];
     const HEADS: usize = 4;
 
@@ -150,7 +169,7 @@ impl Sums for Vnni {
     #[inline(always)]
     unsafe fn unpack<const SIX: bool>(self, low: *const u8, high: *const u8) -> [__m512i; 4] {
         // SAFETY: see above.
-        unsafe { unpack_16::<SIX>(low, high) }
+        unsafe { if SIX { unpack_16::<true>(low, high) } else { halves_16(low) } }
     }
     #[inline(always)]
     unsafe fn add<const SIX: bool>(
@@ -170,11 +189,15 @@ impl Sums for Vnni {
         sums
     }
     #[inline(always)]
-    fn scores(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m512 {
+    fn scores<const SIX: bool>(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m512 {
         // SAFETY: see above.
         unsafe {
-            let (hi, lo) = (_mm512_add_epi32(hi[0], hi[1]), _mm512_add_epi32(lo[0], lo[1]));
-            scores_16(hi, lo, base, unit)
+            let (hi_1, lo_1) = if SIX {
+                (hi[1], lo[1])
+            } else {
+                (_mm512_srai_epi32::<4>(hi[1]), _mm512_srai_epi32::<4>(lo[1]))
+            };
+            scores_16(_mm512_add_epi32(hi[0], hi_1), _mm512_add_epi32(lo[0], lo_1), base, unit)
         }
     }
 }
@@ -226,7 +249,7 @@ impl Sums for Words {
         }
     }
     #[inline(always)]
-    fn scores(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m512 {
+    fn scores<const SIX: bool>(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m512 {
         // SAFETY: see above.
         unsafe { scores_16(hi, lo, base, unit) }
     }
@@ -331,7 +354,7 @@ impl Sums for Halves {
         }
     }
     #[inline(always)]
-    fn scores(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m256 {
+    fn scores<const SIX: bool>(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m256 {
         // SAFETY: see above.
         unsafe { scores_8(hi, lo, base, unit) }
     }

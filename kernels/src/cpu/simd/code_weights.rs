@@ -68,7 +68,7 @@ impl<'a, S: Simd> Weighing<'a, S> {
                 let reference = s.splat(reference);
                 for t in (0..self.page_rows).step_by(S::LANES) {
                     let at = scores.add(t).cast::<u8>();
-                    let weights = s.exp(s.sub(s.load_f32(at), reference));
+                    let weights = s.exp_of_small(s.sub(s.load_f32(at), reference));
                     self.sums[h] = s.add(self.sums[h], weights);
                     s.store_f32(weights, at);
                 }

@@ -24,18 +24,19 @@ const ROUND_PAGES: usize = 256;
 /// How far ahead memory is asked for, in bytes.
 const AHEAD: usize = 8192;
 
-/// What some queries are worked on in.
+/// What some queries are worked on in: side by side, a step of 16 channels after the other, so that the places of all queries of a step
+/// are known from one address.
 #[repr(C, align(64))]
 struct Room {
-    /// `[HEADS][wide]`, filled up with 0 where a query ends; and then, a little apart, its products with steps, just so. The gap keeps a
-    /// value that is read from where an address looks like one that was just written, to the processor.
-    values: [f32; 2 * HEADS * DIM_MAX + GAP],
-    /// `[HEADS][2·wide]`, as [`Lanes::weights`] leaves them.
+    /// `[steps][HEADS][16]`, filled up with 0 where a query ends.
+    queries: [[[f32; LANES]; HEADS]; DIM_MAX / LANES],
+    /// So that a value that is read is not where an address looks like one that was just written, to the processor.
+    _apart: [[f32; LANES]; 5],
+    /// Query times step, just so; 0 from where the queries end, up to a whole stripe.
+    products: [[[f32; LANES]; HEADS]; DIM_MAX / LANES],
+    /// `[stripes][HEADS][2·stripe]`, as [`Lanes::weights`] leaves them.
     weights: [i8; 2 * HEADS * DIM_MAX],
 }
-
-/// Between queries and products.
-const GAP: usize = 5 * LANES;
 
 /// Where the parts of a room are.
 #[derive(Clone, Copy)]
@@ -43,19 +44,22 @@ struct Places {
     queries: *mut f32,
     products: *mut f32,
     weights: *mut i8,
-    /// From one query to the next: whole stripes.
-    wide: usize,
 }
+
+/// From a step's values to the next one's.
+const STEP: usize = HEADS * LANES;
 
 impl Places {
     #[inline(always)]
-    fn new(room: &mut MaybeUninit<Room>, width: usize) -> Self {
-        let (room, wide) = (room.as_mut_ptr(), width.next_multiple_of(4 * LANES));
-        // SAFETY: the places are within the room, for a layout has at most DIM_MAX channels, a whole number of stripes.
+    fn new(room: &mut MaybeUninit<Room>) -> Self {
+        let room = room.as_mut_ptr();
+        // SAFETY: the places are within the room.
         unsafe {
-            let queries = (&raw mut (*room).values).cast::<f32>();
-            let weights = (&raw mut (*room).weights).cast();
-            Self { queries, products: queries.add(HEADS * wide + GAP), weights, wide }
+            Self {
+                queries: (&raw mut (*room).queries).cast(),
+                products: (&raw mut (*room).products).cast(),
+                weights: (&raw mut (*room).weights).cast(),
+            }
         }
     }
 }
@@ -192,7 +196,7 @@ unsafe fn all<W: Sums>(
     // Weights' sums are brought together after each round.
     let round = if group <= W::HEADS { ROUND_PAGES } else { ROUND.div_ceil(shape.bytes).min(ROUND_PAGES) };
     let mut room = MaybeUninit::<Room>::uninit();
-    let (room, mut filled) = (Places::new(&mut room, shape.width), None);
+    let (room, mut filled) = (Places::new(&mut room), None);
     for first in (0..pages).step_by(round) {
         let count = round.min(pages - first);
         let mut h = 0;
@@ -245,12 +249,17 @@ unsafe fn fill(shape: &Shape, queries: &[f32], d: usize, room: Places) -> [f32; 
     let mut norms = [0.0; HEADS];
     for (h, query) in queries.chunks_exact(d).enumerate() {
         norms[h] = query_norm(query);
-        // SAFETY: passed on to the caller.
-        unsafe {
-            let to = room.queries.add(h * room.wide);
-            to.copy_from_nonoverlapping(query.as_ptr(), d);
-            to.add(d).write_bytes(0, room.wide - d);
-            room.products.add(h * room.wide + shape.width).write_bytes(0, room.wide - shape.width);
+        for (step, values) in query.chunks(LANES).enumerate() {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                let to = room.queries.add(step * STEP + h * LANES);
+                to.copy_from_nonoverlapping(values.as_ptr(), values.len());
+                to.add(values.len()).write_bytes(0, LANES - values.len());
+            }
+        }
+        for step in shape.width / LANES..(shape.width / LANES).next_multiple_of(4) {
+            // SAFETY: a layout has at most DIM_MAX channels, a whole number of stripes.
+            unsafe { room.products.add(step * STEP + h * LANES).write_bytes(0, LANES) };
         }
     }
     norms
@@ -339,17 +348,18 @@ impl Pages {
         // SAFETY: offsets and steps are as many as the queries are wide; norms and errors are as many as groups.
         unsafe {
             let at = block.add(g * shape.group_bytes);
-            for j in (0..width).step_by(LANES) {
-                prefetch::<false>(at.wrapping_add(4 * j + AHEAD));
-                let offset = l.load_f16_16(at.add(2 * j));
-                let step = l.load_f16_16(at.add(2 * (width + j)));
+            for i in 0..width / LANES {
+                let (from, to) = (room.queries.add(i * STEP), room.products.add(i * STEP));
+                prefetch::<false>(at.wrapping_add(64 * i + AHEAD));
+                let offset = l.load_f16_16(at.add(32 * i));
+                let step = l.load_f16_16(at.add(2 * width + 32 * i));
                 for h in 0..H {
-                    let q = l.load_f32_16(room.queries.add(h * room.wide + j));
+                    let q = l.load_f32_16(from.add(h * LANES));
                     base[h] = l.fma_16(q, offset, base[h]);
                     let product = l.mul_16(q, step);
                     squares[h] = l.fma_16(product, product, squares[h]);
                     largest[h] = l.larger(product, largest[h]);
-                    l.store_16(product, room.products.add(h * room.wide + j));
+                    l.store_16(product, to.add(h * LANES));
                 }
             }
             let norm = block.add(shape.norms_at + 4 * g).cast::<f32>().read_unaligned();
@@ -368,8 +378,9 @@ impl Pages {
             for h in 0..H {
                 // SAFETY: passed on to the caller.
                 unsafe {
-                    let products = room.products.add(h * room.wide + j);
-                    w.lanes().weights(products, group.inverse[h], room.weights.add(2 * (h * room.wide + j)));
+                    let products = room.products.add(HEADS * j + h * LANES);
+                    let to = room.weights.add(HEADS * 2 * j + h * 2 * W::L::STRIPE);
+                    w.lanes().weights(products, STEP, group.inverse[h], to);
                 }
             }
         }
@@ -442,14 +453,14 @@ impl Pages {
                         prefetch::<false>(high.wrapping_add(AHEAD));
                     }
                     let codes = w.unpack::<SIX>(low, high);
-                    let at = W::L::weights_at(step);
+                    let (stripe, at) = W::L::weights_at(step);
+                    let weights = room.weights.add(stripe * HEADS * 2 * W::L::STRIPE + at);
                     for h in 0..H {
-                        let weights = room.weights.add(2 * h * room.wide + at);
-                        sums[h] = w.add::<SIX>(sums[h], codes, weights);
+                        sums[h] = w.add::<SIX>(sums[h], codes, weights.add(h * 2 * W::L::STRIPE));
                     }
                 }
                 for h in 0..H {
-                    let scores = w.scores(sums[h], group.base[h], group.unit[h]);
+                    let scores = w.scores::<SIX>(sums[h], group.base[h], group.unit[h]);
                     w.lanes().store_f32(scores, out.scores.add(h * out.stride + first).cast());
                 }
             }

@@ -39,10 +39,11 @@ pub(super) trait Lanes: Copy {
     /// side, the fours in an order of the path's own: [`Lanes::weights_at`].
     ///
     /// # Safety
-    /// A stripe of products is readable, twice as many bytes are writable at `to`.
-    unsafe fn weights(self, products: *const f32, inverse: f32, to: *mut i8);
-    /// Where the hi of the first four channels of a step of 16 are; each one's lo are a stripe further.
-    fn weights_at(step: usize) -> usize;
+    /// A stripe of products is readable, 16 every so many values; twice as many bytes are writable at `to`.
+    unsafe fn weights(self, products: *const f32, apart: usize, inverse: f32, to: *mut i8);
+    /// In which stripe a step of 16 channels is, and where in its weights the hi of the first four are; each one's lo are a stripe
+    /// further.
+    fn weights_at(step: usize) -> (usize, usize);
     /// From a step's first four channels to its `four`-th.
     fn four_at(four: usize) -> usize;
 }
@@ -78,13 +79,14 @@ fn max4_of_16([a, b, c, d]: [__m512; 4]) -> __m128 {
 /// As [`Lanes::weights`].
 #[inline]
 #[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn weights_of_64(products: *const f32, inverse: f32, to: *mut i8) {
+unsafe fn weights_of_64(products: *const f32, apart: usize, inverse: f32, to: *mut i8) {
     let inverse = _mm512_set1_ps(inverse);
     let (low, mut words) = (_mm512_set1_epi16(127), [_mm512_setzero_si512(); 2]);
     for (i, words) in words.iter_mut().enumerate() {
         // SAFETY: the caller promises 64 products.
-        let (a, b) =
-            unsafe { (_mm512_loadu_ps(products.add(32 * i)), _mm512_loadu_ps(products.add(32 * i + LANES))) };
+        let (a, b) = unsafe {
+            (_mm512_loadu_ps(products.add(2 * i * apart)), _mm512_loadu_ps(products.add((2 * i + 1) * apart)))
+        };
         *words = _mm512_packs_epi32(
             _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)),
             _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse)),
@@ -153,14 +155,14 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn weights(self, products: *const f32, inverse: f32, to: *mut i8) {
+    unsafe fn weights(self, products: *const f32, apart: usize, inverse: f32, to: *mut i8) {
         // SAFETY: see above.
-        unsafe { weights_of_64(products, inverse, to) }
+        unsafe { weights_of_64(products, apart, inverse, to) }
     }
     // Packing puts a quarter of each of four registers side by side, one register being a step.
     #[inline(always)]
-    fn weights_at(step: usize) -> usize {
-        step / 4 * 128 + step % 4 * 4
+    fn weights_at(step: usize) -> (usize, usize) {
+        (step / 4, step % 4 * 4)
     }
     #[inline(always)]
     fn four_at(four: usize) -> usize {
@@ -203,13 +205,14 @@ fn max4_of_two([a, b, c, d]: [[__m256; 2]; 4]) -> __m128 {
 /// As [`Lanes::weights`].
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn weights_of_32(products: *const f32, inverse: f32, to: *mut i8) {
+unsafe fn weights_of_32(products: *const f32, apart: usize, inverse: f32, to: *mut i8) {
     let inverse = _mm256_set1_ps(inverse);
     let (low, mut words) = (_mm256_set1_epi16(127), [_mm256_setzero_si256(); 2]);
     for (i, words) in words.iter_mut().enumerate() {
         // SAFETY: the caller promises 32 products.
-        let (a, b) =
-            unsafe { (_mm256_loadu_ps(products.add(16 * i)), _mm256_loadu_ps(products.add(16 * i + 8))) };
+        let (a, b) = unsafe {
+            (_mm256_loadu_ps(products.add(i * apart)), _mm256_loadu_ps(products.add(i * apart + 8)))
+        };
         *words = _mm256_packs_epi32(
             _mm256_cvtps_epi32(_mm256_mul_ps(a, inverse)),
             _mm256_cvtps_epi32(_mm256_mul_ps(b, inverse)),
@@ -286,14 +289,14 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn weights(self, products: *const f32, inverse: f32, to: *mut i8) {
+    unsafe fn weights(self, products: *const f32, apart: usize, inverse: f32, to: *mut i8) {
         // SAFETY: see above.
-        unsafe { weights_of_32(products, inverse, to) }
+        unsafe { weights_of_32(products, apart, inverse, to) }
     }
     // Packing puts a half of each of four registers side by side, two registers being a step.
     #[inline(always)]
-    fn weights_at(step: usize) -> usize {
-        step / 2 * 64 + step % 2 * 8
+    fn weights_at(step: usize) -> (usize, usize) {
+        (step / 2, step % 2 * 8)
     }
     #[inline(always)]
     fn four_at(four: usize) -> usize {
