@@ -3,7 +3,7 @@
 //! Rows that share a margin and a mean are a *cell*. Some dozen cells at a time are first summed row by row, then weighed against their
 //! margins, many cells to a register, and last their means are added.
 
-use super::stored::{F16, Stored};
+use super::stored::{F16, Loaded};
 use super::{Simd, prefetch};
 use crate::codes::CodeLayout;
 use crate::cpu::codes::CodeSums;
