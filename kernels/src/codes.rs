@@ -28,7 +28,7 @@ pub(crate) const TILE: usize = 16;
 /// Most rows of a span.
 const SPAN: usize = 32;
 /// Values that a key may have at most: sums of codes and weights stay whole numbers of 31 bits.
-const DIM_MAX: usize = 1024;
+pub(crate) const DIM_MAX: usize = 1024;
 /// Rows that a page may have at most.
 const ROWS_MAX: usize = 1 << 12;
 
@@ -228,48 +228,43 @@ impl CodeLayout {
     /// The norm of the group's offsets and the largest error of its rows.
     fn encode_group(&self, keys: &[f32], bytes: &mut [u8], scratch: &mut GroupScratch) -> (f32, f32) {
         let (d, width, levels) = (self.d, self.padded(), f32::from(self.bits.levels()));
-        let GroupScratch { low, high, offset, step, inverse, code } = scratch;
+        let GroupScratch { low, high, offset, step, inverse, row } = scratch;
         low.fill(f32::INFINITY);
         high.fill(f32::NEG_INFINITY);
-        let mut known = true;
+        let mut special = 0;
         for key in keys.chunks_exact(d) {
             for ((low, high), k) in low.iter_mut().zip(&mut *high).zip(key) {
                 *low = if *k < *low { *k } else { *low };
                 *high = if *k > *high { *k } else { *high };
+                // A NaN is neither smaller nor larger.
+                special |= u32::from(k.to_bits() & f32::INFINITY.to_bits() == f32::INFINITY.to_bits());
             }
-            // A NaN is neither smaller nor larger.
-            known &= key.iter().all(|k| k.is_finite());
         }
+        let mut known = special == 0;
         for j in 0..width {
             let (low, high) = if known && j < d { (low[j], high[j]) } else { (0.0, 0.0) };
             let from = below(low);
-            let by = above((high - from.to_f32()) / levels);
+            offset[j] = from.to_f32();
+            let by = above((high - offset[j]) / levels);
+            step[j] = by.to_f32();
             known &= from.is_finite() && by.is_finite();
             bytes[2 * j..][..2].copy_from_slice(&from.to_le_bytes());
             bytes[2 * (width + j)..][..2].copy_from_slice(&by.to_le_bytes());
-            (offset[j], step[j]) = (from.to_f32(), by.to_f32());
             inverse[j] = if step[j] > 0.0 { 1.0 / step[j] } else { 0.0 };
         }
-        let codes = &mut bytes[4 * width..];
-        codes.fill(0);
         if !known {
-            bytes[..4 * width].fill(0);
+            bytes.fill(0);
             return (0.0, f32::INFINITY);
         }
         let mut worst = 0.0_f32;
-        for (row, key) in keys.chunks_exact(d).enumerate() {
-            let mut squares = [0.0_f32; 8];
-            for j in 0..d {
-                let steps = (key[j] - offset[j]) * inverse[j];
-                // Not negative, so this rounds to the nearest.
-                let rounded = ((steps + 0.5) as i32 as f32).min(levels);
-                let off = (key[j] - offset[j] - rounded * step[j]) * inverse[j];
-                squares[j % 8] += off * off;
-                code[j] = rounded as u8;
+        for (tile, keys) in
+            bytes[4 * width..].chunks_exact_mut(self.tile_bytes()).zip(keys.chunks_exact(TILE * d))
+        {
+            for (r, key) in keys.chunks_exact(d).enumerate() {
+                row[..d].copy_from_slice(key);
+                let squares = self.encode_row(row, (&*offset, &*step, &*inverse), r, tile);
+                worst = if squares > worst { squares } else { worst };
             }
-            let sum: f32 = squares.iter().sum();
-            worst = worst.max(sum);
-            self.place(codes, row, &code[..d]);
         }
         let norm = offset.iter().map(|o| f64::from(*o) * f64::from(*o)).sum::<f64>().sqrt();
         // What differences and products above have lost, in steps: at most 2⁻²³ of `levels` a channel.
@@ -277,19 +272,49 @@ impl CodeLayout {
         ((norm * (1.0 + 1e-6)) as f32, worst.sqrt() * (1.0 + 1e-5) + lost)
     }
 
-    /// Puts a row's codes where they belong, in memory that was 0.
-    fn place(&self, codes: &mut [u8], row: usize, code: &[u8]) {
-        let (tile, row) = (row / TILE, row % TILE);
-        let codes = &mut codes[tile * self.tile_bytes()..][..self.tile_bytes()];
-        let (low, high) = codes.split_at_mut(8 * self.padded());
-        for (j, code) in code.iter().enumerate() {
-            low[j / 8 * 64 + 4 * row + j % 4] |= (code & 15) << (j / 4 % 2 * 4);
-        }
-        if self.bits == CodeBits::Six {
-            for (j, code) in code.iter().enumerate() {
-                high[j / 16 * 64 + 4 * row + j % 4] |= (code >> 4) << (j / 4 % 4 * 2);
+    /// Puts a row's codes where they belong in its tile; how far the row is from them, squared, in steps. All channels are `[D]`.
+    fn encode_row(
+        &self,
+        key: &[f32],
+        (offset, step, inverse): (&[f32], &[f32], &[f32]),
+        row: usize,
+        tile: &mut [u8],
+    ) -> f32 {
+        /// An f32 near which neighbours are 1 apart: the last bits of a sum with it are the nearest whole number.
+        const NEAREST: f32 = 8_388_608.0;
+        const LOW: u32 = 0x0f0f_0f0f;
+        const HIGH: u32 = 0x0303_0303;
+        let levels = f32::from(self.bits.levels());
+        let (low, high) = tile.split_at_mut(8 * self.padded());
+        let mut squares = [0.0_f32; 16];
+        let ranges = offset.as_chunks::<16>().0.iter().zip(step.as_chunks::<16>().0);
+        let ranges = ranges.zip(inverse.as_chunks::<16>().0);
+        for (i, (key, ((offset, step), inverse))) in key.as_chunks::<16>().0.iter().zip(ranges).enumerate() {
+            let mut code = [0_u8; 16];
+            for j in 0..16 {
+                let above = key[j] - offset[j];
+                let steps = above * inverse[j];
+                let steps = if steps < levels { steps } else { levels };
+                let near = steps + NEAREST;
+                let off = (above - (near - NEAREST) * step[j]) * inverse[j];
+                squares[j] += off * off;
+                code[j] = near.to_bits() as u8;
+            }
+            let four = |q: usize| {
+                u32::from_le_bytes([code[4 * q], code[4 * q + 1], code[4 * q + 2], code[4 * q + 3]])
+            };
+            let codes = [four(0), four(1), four(2), four(3)];
+            for half in 0..2 {
+                let both = codes[2 * half] & LOW | (codes[2 * half + 1] & LOW) << 4;
+                low[128 * i + 64 * half + 4 * row..][..4].copy_from_slice(&both.to_le_bytes());
+            }
+            if self.bits == CodeBits::Six {
+                let two = |q: usize| (codes[q] >> 4 & HIGH) << (2 * q);
+                let all = two(0) | two(1) | two(2) | two(3);
+                high[64 * i + 4 * row..][..4].copy_from_slice(&all.to_le_bytes());
             }
         }
+        squares.iter().sum()
     }
 
     /// The code of a channel of a row of a tile.
@@ -317,27 +342,25 @@ impl CodeLayout {
             let mut norm = 0.0_f64;
             for (mean, stored) in mean.iter_mut().zip(stored.chunks_exact_mut(2)) {
                 let rounded = f16::from_f32(*mean / span as f32);
+                // A mean is finite whatever the values, so that it may be weighed with 0.
+                let rounded = if rounded.is_finite() { rounded } else { f16::ZERO };
                 stored.copy_from_slice(&rounded.to_le_bytes());
                 *mean = rounded.to_f32();
                 norm += f64::from(*mean) * f64::from(*mean);
             }
-            known &= norm.is_finite();
             write_f32(block, self.mean_norms_at() + 4 * s, (norm.sqrt() * (1.0 + 1e-6)) as f32);
             for (distance, value) in distances[s * span..].iter_mut().zip(rows.chunks_exact(dv)) {
-                let mut squares = [0.0_f32; 8];
-                for (j, (v, mean)) in value.iter().zip(&mean).enumerate() {
-                    squares[j % 8] += (v - mean) * (v - mean);
-                }
-                *distance = squares.iter().sum::<f32>().sqrt() * (1.0 + 1e-5);
+                *distance = distance_of(value, &mean);
+                known &= distance.is_finite();
             }
         }
         let largest = distances.iter().copied().fold(0.0, f32::max);
-        known &= distances.iter().all(|distance| distance.is_finite());
         let unit = if known { largest / 255.0 * (1.0 + 1e-6) + f32::MIN_POSITIVE } else { f32::INFINITY };
         write_f32(block, self.unit_at(), unit);
         let spreads = &mut block[self.spreads_at()..][..self.rows];
         for (spread, distance) in spreads.iter_mut().zip(&distances) {
-            *spread = if known { (distance / unit).ceil().min(255.0) as u8 } else { 0 };
+            // Of what is not known there is something, for it not to vanish beside a weight.
+            *spread = if known { (distance / unit).ceil().min(255.0) as u8 } else { 255 };
         }
     }
 
@@ -373,21 +396,30 @@ struct GroupScratch {
     offset: Vec<f32>,
     step: Vec<f32>,
     inverse: Vec<f32>,
-    code: Vec<u8>,
+    /// A row, filled up with 0.
+    row: Vec<f32>,
 }
 
 impl GroupScratch {
     fn new(width: usize) -> Self {
         let zeros = || vec![0.0; width];
-        Self {
-            low: zeros(),
-            high: zeros(),
-            offset: zeros(),
-            step: zeros(),
-            inverse: zeros(),
-            code: vec![0; width],
+        Self { low: zeros(), high: zeros(), offset: zeros(), step: zeros(), inverse: zeros(), row: zeros() }
+    }
+}
+
+/// At least the distance of two vectors.
+fn distance_of(a: &[f32], b: &[f32]) -> f32 {
+    let mut squares = [0.0_f32; 8];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    for (a, b) in a.iter().zip(b) {
+        for j in 0..8 {
+            squares[j] += (a[j] - b[j]) * (a[j] - b[j]);
         }
     }
+    for ((a, b), square) in a_rest.iter().zip(b_rest).zip(&mut squares) {
+        *square += (a - b) * (a - b);
+    }
+    squares.iter().sum::<f32>().sqrt() * (1.0 + 1e-5)
 }
 
 /// The largest f16 that is not above `value`; `−∞` below all.
@@ -466,13 +498,18 @@ mod tests {
             layout.decode_keys(&block, &mut decoded);
             for row in 0..rows {
                 let group = row / layout.group();
-                let steps = &block[group * layout.group_bytes() + 2 * layout.padded()..];
+                let offsets = &block[group * layout.group_bytes()..][..layout.group_bytes()];
+                let (steps, codes) = (&offsets[2 * layout.padded()..], &offsets[4 * layout.padded()..]);
+                let tile = &codes[row % layout.group() / TILE * layout.tile_bytes()..];
                 let mut squares = 0.0_f64;
                 for j in 0..d {
-                    let (off, step) = (f64::from(keys[row * d + j]) - f64::from(decoded[row * d + j]), read_f16(steps, 2 * j));
-                    prop_assert!(off.abs() <= f64::from(step) * 0.5001, "{off} of a step of {step}");
+                    let step = f64::from(read_f16(steps, 2 * j));
+                    let stands_for = f64::from(read_f16(offsets, 2 * j)) + step * f64::from(layout.code(tile, row % TILE, j));
+                    prop_assert_eq!(decoded[row * d + j], stands_for as f32);
+                    let off = f64::from(keys[row * d + j]) - stands_for;
+                    prop_assert!(off.abs() <= step * 0.5001, "{off} of a step of {step}");
                     if step > 0.0 {
-                        squares += (off / f64::from(step)).powi(2);
+                        squares += (off / step).powi(2);
                     }
                 }
                 prop_assert!(squares.sqrt() <= f64::from(layout.error(&block, group)));

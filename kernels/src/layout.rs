@@ -128,6 +128,18 @@ impl RowLayout {
         Some((dtype, shape))
     }
 
+    /// The shape of rows of a key and a value in [`Format::Int8`], each followed by its scale.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn pairs_in_8_bits(self) -> Option<RowShape> {
+        match self {
+            Self::KeyValue { d, format: Format::Int8 } => {
+                let half = d + size_of::<f32>();
+                Some(RowShape { keys: d, values: d, column: half, row_bytes: 2 * half })
+            }
+            _ => None,
+        }
+    }
+
     /// The shape of rows once they are dequantised to f32.
     pub(crate) fn decoded(self) -> RowShape {
         match self {

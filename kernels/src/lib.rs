@@ -26,7 +26,7 @@ mod rest;
 mod run;
 
 pub use codes::{CodeBits, CodeLayout, NoCodes};
-pub use cpu::{CodeSums, ENV, Kernels, Path, PathError};
+pub use cpu::{CodeSums, CodeTotal, ENV, Kernels, Path, PathError};
 pub use dtype::{Dtype, UnknownDtype};
 pub use layout::{RowLayout, UnknownLayout};
 pub use random::SplitMix64;

@@ -18,7 +18,7 @@ const TURN: Duration = Duration::from_millis(4);
 
 /// Something to be timed.
 struct Task<'a> {
-    name: &'static str,
+    name: String,
     /// Goes over the next part of the arena.
     step: Box<dyn FnMut() + 'a>,
     /// Seconds of one step, a median per round.
@@ -26,8 +26,8 @@ struct Task<'a> {
 }
 
 impl<'a> Task<'a> {
-    fn new(name: &'static str, step: impl FnMut() + 'a) -> Self {
-        Self { name, step: Box::new(step), seconds: Vec::new() }
+    fn new(name: impl Into<String>, step: impl FnMut() + 'a) -> Self {
+        Self { name: name.into(), step: Box::new(step), seconds: Vec::new() }
     }
 
     /// One round.

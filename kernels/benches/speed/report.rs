@@ -4,8 +4,8 @@ use kvoyant_kernels::Path;
 
 use crate::limits::PRODUCTS;
 use crate::tasks::{
-    CODE_BYTES, COLUMN_BYTES, COLUMNS, DIM, F16_BYTES, GROUP, PAGE, READ_BYTES, ROWS, TOKENS, i8_bytes,
-    selection_bytes,
+    CODE_BYTES, COLUMN_BYTES, COLUMNS, DIM, F16_BYTES, GROUP, PAGE, READ_BYTES, ROWS, TOKENS, codes,
+    i8_bytes, selection_bytes,
 };
 
 /// What is asked of a ratio.
@@ -70,7 +70,22 @@ pub(crate) fn rows(seconds: &impl Fn(&str) -> f64) -> Vec<Row> {
         goal,
     };
     let pages = TOKENS / PAGE;
-    vec![
+    let codes = codes().flat_map(|codes| {
+        let [scores, all] = codes.names();
+        let products = codes.tokens * codes.dim * codes.queries;
+        [
+            kernel(format!("scores {}", codes.what()), &scores, codes.score_bytes(), products, 0.6),
+            Row {
+                what: "  with weights, choice, rest and bounds".into(),
+                micros: seconds(&all) * 1e6,
+                rate: codes.score_bytes() as f64 / seconds(&all) / 1e9,
+                against: "time of scores",
+                ratio: seconds(&all) / seconds(&scores),
+                goal: Goal::AtMost(1.3),
+            },
+        ]
+    });
+    let mut rows = vec![
         limit("read in order, GB/s", read, "read"),
         limit("products summed in f32, G/s", products, "products"),
         kernel(
@@ -110,7 +125,9 @@ pub(crate) fn rows(seconds: &impl Fn(&str) -> f64) -> Vec<Row> {
             ratio: seconds("page selection") / seconds("read digests"),
             goal: Goal::AtMost(1.5),
         },
-    ]
+    ];
+    rows.extend(codes);
+    rows
 }
 
 pub(crate) fn table(rows: &[Row], mib: usize, rounds: usize, percentile: usize) {

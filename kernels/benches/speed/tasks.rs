@@ -3,7 +3,9 @@
 use std::cell::Cell;
 use std::hint::black_box;
 
-use kvoyant_kernels::{AttendScratch, Dtype, Kernels, Run, TopKScratch};
+use kvoyant_kernels::{
+    AttendScratch, CodeBits, CodeLayout, CodeSums, CodeTotal, Dtype, Kernels, Run, TopKScratch,
+};
 
 use crate::{Task, limits};
 
@@ -37,6 +39,111 @@ pub(crate) fn i8_bytes() -> usize {
 
 pub(crate) fn selection_bytes() -> usize {
     HEADS * i8_bytes()
+}
+
+/// Digests in codes that are measured.
+pub(crate) struct Codes {
+    bits: CodeBits,
+    group: usize,
+    pub(crate) dim: usize,
+    /// Queries of a head.
+    pub(crate) queries: usize,
+    /// Tokens of the context.
+    pub(crate) tokens: usize,
+}
+
+/// All of them: contexts whose digests fit a second-level cache, and some that do not.
+pub(crate) fn codes() -> impl Iterator<Item = Codes> {
+    [TOKENS / 4, TOKENS].into_iter().flat_map(|tokens| {
+        [(CodeBits::Four, 16), (CodeBits::Six, PAGE)].into_iter().flat_map(move |(bits, group)| {
+            [(64, 3), (128, 4)].into_iter().map(move |(dim, queries)| Codes {
+                bits,
+                group,
+                dim,
+                queries,
+                tokens,
+            })
+        })
+    })
+}
+
+impl Codes {
+    /// For the report.
+    pub(crate) fn what(&self) -> String {
+        let bits = if self.bits == CodeBits::Four { 4 } else { 6 };
+        let (dim, queries, tokens) = (self.dim, self.queries, self.tokens >> 10);
+        format!("int{bits} group {}, d={dim} g={queries}, {tokens}K", self.group)
+    }
+
+    fn layout(&self) -> CodeLayout {
+        CodeLayout::new(self.dim, self.dim, PAGE, self.bits, self.group).expect("a layout")
+    }
+
+    fn pages(&self) -> usize {
+        self.tokens / PAGE
+    }
+
+    /// Bytes that scores are made of: all but spreads and means.
+    pub(crate) fn score_bytes(&self) -> usize {
+        self.pages() * (self.layout().bytes() - PAGE - 2 * self.dim)
+    }
+
+    /// The tasks' names: scores alone, and with all that follows them.
+    pub(crate) fn names(&self) -> [String; 2] {
+        [format!("scores {}", self.what()), format!("all {}", self.what())]
+    }
+
+    /// Scores of all tokens.
+    fn scores_task(self, arena: &Arena) -> Task<'_> {
+        let (layout, g, n, kernels) = (self.layout(), self.queries, self.tokens, Kernels::best());
+        let (parts, queries) = (arena.parts(self.pages() * layout.bytes()), values(g * self.dim));
+        let groups = self.pages() * layout.groups();
+        let (mut scores, mut margins) = (vec![0.0; g * n], vec![0.0; g * groups]);
+        let [name, _] = self.names();
+        Task::new(name, move || {
+            let (blocks, scores, margins) = (parts.next(), &mut scores, &mut margins);
+            kernels.code_scores(&layout, &queries, g, 0.1, blocks, scores, n, margins, groups);
+            black_box(&scores);
+        })
+    }
+
+    /// Weights of all tokens, each one's share in the queries' mean, which tokens have the largest ones, and sums over the others.
+    fn all_task(self, arena: &Arena) -> Task<'_> {
+        let (layout, g, n, kernels) = (self.layout(), self.queries, self.tokens, Kernels::best());
+        let (parts, queries) = (arena.parts(self.pages() * layout.bytes()), values(g * self.dim));
+        let groups = self.pages() * layout.groups();
+        let (mut weights, mut margins) = (vec![0.0; g * n], vec![0.0; g * groups]);
+        let (mut shares, mut ids, mut threshold) = (vec![0.0_f32; n], Vec::new(), None);
+        let (mut sums, mut means) = (vec![CodeSums::default(); g], vec![0.0; g * self.dim]);
+        let (mut totals, mut factors) = (vec![CodeTotal::default(); g], vec![0.0; g]);
+        let [_, name] = self.names();
+        Task::new(name, move || {
+            let (blocks, weights, margins) = (parts.next(), &mut weights, &mut margins);
+            totals.fill(CodeTotal::default());
+            let (all, totals) = (0..n, &mut totals);
+            kernels.code_weights(
+                &layout, &queries, g, 0.1, blocks, 0, &all, weights, n, margins, groups, totals,
+            );
+            for (factor, total) in factors.iter_mut().zip(&*totals) {
+                *factor = (1.0 / (total.sum * g as f64)) as f32;
+            }
+            kernels.mix_rows(weights, n, &factors, &mut shares);
+            // One of 64, the first time.
+            let threshold = *threshold.get_or_insert_with(|| {
+                let mut sorted = shares.clone();
+                sorted.sort_by(|a, b| b.total_cmp(a));
+                sorted[n / 64]
+            });
+            kernels.indices_above(&shares, threshold, &mut ids);
+            for weights in weights.chunks_exact_mut(n) {
+                ids.iter().for_each(|id| weights[*id as usize] = 0.0);
+            }
+            sums.fill(CodeSums::default());
+            means.fill(0.0);
+            kernels.code_rest(&layout, blocks, g, weights, n, margins, groups, &mut sums, &mut means);
+            black_box((&sums, &means));
+        })
+    }
 }
 
 /// Memory larger than the caches. It is read as f16, as digests in 8 bits and as codes; what it holds means nothing in any of them but is
@@ -184,7 +291,7 @@ pub(crate) fn all(arena: &Arena) -> Vec<Task<'_>> {
             black_box(&ids);
         })
     };
-    vec![
+    let mut all = vec![
         read("read", READ_BYTES),
         Task::new("products", limits::products),
         bounds_f16,
@@ -197,5 +304,8 @@ pub(crate) fn all(arena: &Arena) -> Vec<Task<'_>> {
         top,
         selection(arena),
         read("read digests", selection_bytes()),
-    ]
+    ];
+    all.extend(self::codes().map(|codes| codes.scores_task(arena)));
+    all.extend(self::codes().map(|codes| codes.all_task(arena)));
+    all
 }

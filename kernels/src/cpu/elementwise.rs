@@ -1,5 +1,6 @@
 //! Value by value, and the normalisations.
 
+use super::score::check_out;
 use super::{Kernels, dispatch};
 
 impl Kernels {
@@ -69,5 +70,15 @@ impl Kernels {
     pub fn axpy(self, acc: &mut [f32], a: f32, x: &[f32]) {
         assert_eq!(acc.len(), x.len(), "axpy: two vectors of one length");
         dispatch!(self, axpy(acc, a, x));
+    }
+
+    /// `out_t = Σ_h factors_h · rows[h·stride + t]`.
+    ///
+    /// # Panics
+    /// When there are no factors, or `rows` is too short for as many rows as there are factors.
+    pub fn mix_rows(self, rows: &[f32], stride: usize, factors: &[f32], out: &mut [f32]) {
+        assert!(!factors.is_empty(), "mix_rows: no rows");
+        check_out("mix_rows", factors.len(), out.len(), rows, stride);
+        dispatch!(self, mix_rows(rows, stride, factors, out));
     }
 }

@@ -29,8 +29,10 @@ impl Kernels {
 
     /// [`Kernels::attend`] over rows of any layout: `queries` is `[group][key_values]`, `out` is `[group][value_values]`.
     ///
-    /// Rows `[k | v]` of a plain type give what `attend` gives, to the last bit; quantised rows are dequantised on the way, a chunk at a
-    /// time, and give what their values would give in f32 rows.
+    /// Rows `[k | v]` of a plain type give what `attend` gives, to the last bit. Quantised rows are dequantised on the way, a chunk at a
+    /// time, and give what their values would give in f32 rows; but pairs in [`Format::Int8`] are read where they lie, scores and weights
+    /// being multiplied by the scales, and give the same up to rounding. Whatever the layout, nothing depends on how rows are split into
+    /// runs.
     ///
     /// # Safety
     /// Every run's rows are readable during the call. Another process may write to them meanwhile: the answer is then that of some

@@ -19,7 +19,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-pub use codes::CodeSums;
+pub use codes::{CodeSums, CodeTotal};
 
 /// The environment variable that forces a path: `scalar`, `avx2` or `avx512`.
 pub const ENV: &str = "KVOYANT_KERNELS";

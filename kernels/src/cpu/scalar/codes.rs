@@ -1,65 +1,94 @@
 //! Attention over digests in codes. Sums are in the order of 16 lanes, so that every path can have the same.
 
+use std::ops::Range;
+
 use crate::codes::{CodeLayout, TILE, read_f16, read_f32};
-use crate::cpu::codes::CodeSums;
+use crate::cpu::codes::{CodeSums, CodeTotal};
 
 /// Sums that run side by side: what one register of the widest path holds.
 const LANES: usize = 16;
 /// A weight is a whole number of at most this size: seven bits and a sign, and seven bits more.
-const WEIGHT_MAX: f32 = 16256.0;
-/// In the place of a score that is no number.
-pub(in crate::cpu) const LOWEST: f32 = -3e38;
-/// A margin beyond which nothing is known: sums of weights up to its exponential, times that once more, stay within f32.
-const MARGIN_MAX: f32 = 36.0;
+pub(in crate::cpu) const WEIGHT_MAX: f32 = 16256.0;
+/// How far above what weights are relative to a score may be: weights and what they are multiplied by stay far from the largest f32.
+pub(in crate::cpu) const ROOM_ABOVE: f32 = 20.0;
+/// Below this, products are not worth weights.
+pub(in crate::cpu) const PRODUCT_MIN: f32 = 1e-30;
+/// Added to squares before the root is drawn: more than what squares and products too small for f32 can have lost.
+pub(in crate::cpu) const SQUARES_MIN: f32 = f32::MIN_POSITIVE;
+/// How far the weights' rounding, and that of the products which they stand for, takes one off, in units.
+pub(in crate::cpu) const WEIGHT_OFF: f32 = 0.52;
+/// No `q·offset·scale` is beyond this on either side, and one that is no number is the lowest.
+pub(in crate::cpu) const BASE_MAX: f32 = 1.5e38;
+/// No unit of scores is above this, so that no score is infinite.
+pub(in crate::cpu) const UNIT_MAX: f32 = 1e28;
+/// A margin beyond which nothing is known: weights up to its exponential, times that once more, stay within f32.
+pub(in crate::cpu) const MARGIN_MAX: f32 = 36.0;
 
-/// `Σ_j term(j)`: lanes that are 8 apart first, then 4, 2 and 1. `n` is a multiple of [`LANES`].
-fn sum_lanes(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+/// `Σ_j a_j·b_j` in 16 lanes, every product and sum rounded together: within each four lanes, those that are 2 apart first, then the
+/// neighbours; then what is 8 lanes apart, then 4. `n` is a multiple of [`LANES`].
+fn dot_lanes(n: usize, a: impl Fn(usize) -> f32, b: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0_f32; LANES];
-    for j in 0..n {
-        lanes[j % LANES] += term(j);
-    }
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
+    for first in (0..n).step_by(LANES) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum = a(first + lane).mul_add(b(first + lane), *sum);
         }
-        half /= 2;
     }
-    lanes[0]
+    let four = |i: usize| (lanes[4 * i] + lanes[4 * i + 2]) + (lanes[4 * i + 1] + lanes[4 * i + 3]);
+    (four(0) + four(2)) + (four(1) + four(3))
+}
+
+/// At least a query's norm; too small for f32, it is a little more.
+pub(in crate::cpu) fn query_norm(query: &[f32]) -> f32 {
+    let of = |j: usize| query.get(j).copied().unwrap_or(0.0);
+    (dot_lanes(query.len().next_multiple_of(LANES), of, of) + SQUARES_MIN).sqrt() * (1.0 + 1e-5)
+}
+
+/// What the margins of all groups are made of.
+///
+/// With `p_j = q_j·step_j` a score is `scale·(Σ q_j·offset_j + unit·Σ w_j·code_j)`, `|w_j − p_j/unit| ≤ 0.52`. It is off by
+/// `scale·‖p‖·‖(k − k̂)/step‖`, by what the sums over channels have lost, and by `0.52·unit·Σ code_j`.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Margins {
+    /// Times both norms: what the sum with the offsets loses. Up to `D/16 + 4` sums, each within 2⁻²⁴; and the score's own.
+    pub(in crate::cpu) base: f32,
+    /// Times the norm of `p`: what products and the whole sum lose when they become f32.
+    pub(in crate::cpu) codes: f32,
+    /// The largest sum of codes.
+    pub(in crate::cpu) most: f32,
+    /// The scores' scale.
+    pub(in crate::cpu) score_scale: f32,
+    /// The same, and a little more for the roundings of margins themselves.
+    pub(in crate::cpu) scale: f32,
+}
+
+impl Margins {
+    pub(in crate::cpu) fn new(layout: &CodeLayout, scale: f32) -> Self {
+        let (d, levels) = (layout.padded() as f32, f32::from(layout.bits().levels()));
+        Self {
+            base: f32::EPSILON * (d / 16.0 + 8.0),
+            codes: f32::EPSILON * 4.0 * levels * d.sqrt(),
+            most: levels * d,
+            score_scale: scale,
+            scale: scale * (1.0 + 1e-5),
+        }
+    }
 }
 
 /// A query as one group's codes see it.
 pub(in crate::cpu) struct GroupQuery {
-    /// `q·offset`.
+    /// `scale·q·offset`.
     pub(in crate::cpu) base: f32,
-    /// What a weight of 1 stands for.
+    /// What a weight of 1 adds to a score; 0 where there are no weights.
     pub(in crate::cpu) unit: f32,
     /// At least how far a score may be off.
     pub(in crate::cpu) margin: f32,
 }
 
-/// At least how far a score of `scale·(base + unit·Σ weight·code)` may be off, from the norms of the query, of the weights before they
-/// were rounded, and of the group.
-pub(in crate::cpu) fn margin(
-    layout: &CodeLayout,
-    scale: f32,
-    (query_norm, weight_norm, unit): (f32, f32, f32),
-    (offset_norm, error): (f32, f32),
-) -> f32 {
-    let (d, levels) = (layout.padded() as f32, f32::from(layout.bits().levels()));
-    // Of the sum with offsets: a product and up to d/16 + 4 sums, each within 2⁻²⁴. Of the codes': the weights' own rounding by half a
-    // unit, that of products and of the last sums.
-    let lost = f32::EPSILON
-        * ((d / 16.0 + 8.0) * query_norm * offset_norm + 4.0 * levels * d.sqrt() * weight_norm)
-        + 0.52 * unit * levels * d;
-    let margin = (weight_norm * error + lost) * scale * (1.0 + 1e-5);
-    if margin < MARGIN_MAX { margin } else { f32::INFINITY }
-}
-
-/// Weights of a group's codes: `q·step` in whole numbers.
+/// Weights of a group's codes: `q·step` in whole numbers. `query` is the query and [its norm](query_norm), `of_group` what the block
+/// says of the group: its offsets' norm and its error.
 pub(in crate::cpu) fn group_query(
     layout: &CodeLayout,
-    scale: f32,
+    margins: &Margins,
     (query, query_norm): (&[f32], f32),
     group: &[u8],
     (offset_norm, error): (f32, f32),
@@ -68,31 +97,27 @@ pub(in crate::cpu) fn group_query(
     let width = layout.padded();
     let (offsets, steps) = (&group[..2 * width], &group[2 * width..4 * width]);
     let of = |j: usize| query.get(j).copied().unwrap_or(0.0);
-    let base = sum_lanes(width, |j| of(j) * read_f16(offsets, 2 * j));
+    let base = dot_lanes(width, of, |j| read_f16(offsets, 2 * j)) * margins.score_scale;
+    let base = if base >= -BASE_MAX { base.min(BASE_MAX) } else { -BASE_MAX };
     let product = |j: usize| of(j) * read_f16(steps, 2 * j);
-    let weight_norm = sum_lanes(width, |j| product(j) * product(j)).sqrt();
+    let norm = (dot_lanes(width, product, product) + SQUARES_MIN).sqrt();
     let largest = (0..width).map(|j| product(j).abs()).fold(0.0, f32::max);
-    let unit = largest / WEIGHT_MAX;
-    let inverse = if unit > 0.0 && unit.is_finite() { 1.0 / unit } else { 0.0 };
+    let (unit, inverse, off) = if (PRODUCT_MIN..=f32::MAX).contains(&largest) {
+        let unit = largest * (1.0 / WEIGHT_MAX);
+        (unit, WEIGHT_MAX / largest, unit * WEIGHT_OFF)
+    } else {
+        // Codes count for nothing, and each product may be missed whole.
+        (0.0, 0.0, largest)
+    };
     for (j, weight) in weights.iter_mut().enumerate() {
         *weight = (product(j) * inverse).round_ties_even() as i16;
     }
-    let unit = if inverse > 0.0 && inverse.is_finite() { unit } else { 0.0 };
-    let margin = margin(layout, scale, (query_norm, weight_norm, unit), (offset_norm, error));
-    // Without a unit the codes count for nothing: nothing is known, unless they are all alike.
-    let margin = if unit > 0.0 || largest == 0.0 { margin } else { f32::INFINITY };
-    GroupQuery { base, unit, margin }
-}
-
-/// At least a query's norm.
-pub(in crate::cpu) fn query_norm(query: &[f32]) -> f32 {
-    (query.iter().map(|q| f64::from(*q) * f64::from(*q)).sum::<f64>().sqrt() * (1.0 + 1e-6)) as f32
-}
-
-/// A score from a whole sum; never NaN.
-pub(in crate::cpu) fn score(query: &GroupQuery, sum: i32, scale: f32) -> f32 {
-    let score = (query.base + query.unit * sum as f32) * scale;
-    if score >= LOWEST { score } else { LOWEST }
+    let margin =
+        (norm * (error + margins.codes) + query_norm * margins.base * offset_norm + off * margins.most)
+            * margins.scale;
+    // Not where it is NaN, either.
+    let margin = if margin < MARGIN_MAX { margin } else { f32::INFINITY };
+    GroupQuery { base, unit: (unit * margins.score_scale).min(UNIT_MAX), margin }
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -109,6 +134,7 @@ pub(in crate::cpu) fn code_scores(
 ) {
     let (d, rows, groups) = (layout.head_dim(), layout.rows(), layout.groups());
     let mut weights = vec![0_i16; layout.padded()];
+    let terms = Margins::new(layout, scale);
     for (h, query) in queries.chunks_exact(d).enumerate().take(group) {
         let norm = query_norm(query);
         for (page, block) in blocks.chunks_exact(layout.bytes()).enumerate() {
@@ -116,16 +142,56 @@ pub(in crate::cpu) fn code_scores(
                 let bytes = &block[g * layout.group_bytes()..][..layout.group_bytes()];
                 let of_group =
                     (read_f32(block, layout.norms_at() + 4 * g), read_f32(block, layout.errors_at() + 4 * g));
-                let query = group_query(layout, scale, (query, norm), bytes, of_group, &mut weights);
+                let query = group_query(layout, &terms, (query, norm), bytes, of_group, &mut weights);
                 margins[h * margin_stride + page * groups + g] = query.margin;
                 for (t, tile) in bytes[4 * layout.padded()..].chunks_exact(layout.tile_bytes()).enumerate() {
                     let at = h * out_stride + page * rows + g * layout.group() + t * TILE;
                     for (row, out) in out[at..at + TILE].iter_mut().enumerate() {
                         let term = |j: usize| i32::from(weights[j]) * i32::from(layout.code(tile, row, j));
-                        *out = score(&query, (0..d).map(term).sum(), scale);
+                        let sum: i32 = (0..d).map(term).sum();
+                        *out = query.unit.mul_add(sum as f32, query.base);
                     }
                 }
             }
+        }
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(in crate::cpu) fn code_weights(
+    layout: &CodeLayout,
+    queries: &[f32],
+    group: usize,
+    scale: f32,
+    blocks: &[u8],
+    before: usize,
+    rows: &Range<usize>,
+    weights: &mut [f32],
+    stride: usize,
+    margins: &mut [f32],
+    margin_stride: usize,
+    totals: &mut [CodeTotal],
+) {
+    let each = layout.rows();
+    let (of_pages, of_margins) = (&mut weights[before * each..], &mut margins[before * layout.groups()..]);
+    code_scores(layout, queries, group, scale, blocks, of_pages, stride, of_margins, margin_stride);
+    for (h, total) in totals.iter_mut().enumerate() {
+        for page in before..before + blocks.len() / layout.bytes() {
+            let (done, scores) = weights[h * stride..][..(page + 1) * each].split_at_mut(page * each);
+            for (t, score) in scores.iter_mut().enumerate() {
+                *score = if rows.contains(&(page * each + t)) { *score } else { f32::NEG_INFINITY };
+            }
+            let top = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            if top > total.reference + ROOM_ABOVE {
+                let factor = (total.reference - top).exp();
+                done.iter_mut().for_each(|weight| *weight *= factor);
+                *total = CodeTotal { reference: top, sum: total.sum * f64::from(factor) };
+            }
+            for score in scores.iter_mut() {
+                let known = *score > f32::NEG_INFINITY;
+                *score = if known { (*score - total.reference).exp() } else { 0.0 };
+            }
+            total.sum += scores.iter().map(|weight| f64::from(*weight)).sum::<f64>();
         }
     }
 }
@@ -186,8 +252,13 @@ pub(in crate::cpu) fn code_rest(
                     sums.weight += weight;
                     sums.upper += weight * up;
                     sums.lower += weight * down;
-                    sums.scatter += weight * margin.exp_m1() * norm;
-                    sums.spread += up * apart * f64::from(unit);
+                    // What is not there is not more for a margin that is not known.
+                    if norm > 0.0 {
+                        sums.scatter += weight * margin.exp_m1() * norm;
+                    }
+                    if apart > 0.0 {
+                        sums.spread += up * apart * f64::from(unit);
+                    }
                     whole += weight;
                 }
                 if whole > 0.0 {

@@ -61,3 +61,9 @@ pub(in crate::cpu) fn axpy(acc: &mut [f32], a: f32, x: &[f32]) {
         *sum += a * x;
     }
 }
+
+pub(in crate::cpu) fn mix_rows(rows: &[f32], stride: usize, factors: &[f32], out: &mut [f32]) {
+    for (t, out) in out.iter_mut().enumerate() {
+        *out = factors.iter().enumerate().map(|(h, factor)| factor * rows[h * stride + t]).sum();
+    }
+}

@@ -2,7 +2,7 @@
 
 mod attend;
 mod bounds;
-mod codes;
+pub(super) mod codes;
 mod convert;
 mod dequantise;
 mod elementwise;
@@ -15,10 +15,12 @@ mod top_k;
 pub(super) use attend::merge_weights;
 pub(super) use attend::{attend, attend_layout, merge, scores, scores_layout};
 pub(super) use bounds::{page_bounds_i8, page_bounds_many, prepare_bounds_i8};
-pub(super) use codes::{code_rest, code_scores, exp_in_place, indices_above};
+pub(super) use codes::{code_rest, code_scores, code_weights, exp_in_place, indices_above};
 pub(super) use convert::{from_f32, to_f32};
 pub(super) use dequantise::dequantise;
-pub(super) use elementwise::{add, axpy, rms_norm, rope_halves, silu_mul, softmax_add, softmax_in_place};
+pub(super) use elementwise::{
+    add, axpy, mix_rows, rms_norm, rope_halves, silu_mul, softmax_add, softmax_in_place,
+};
 pub(super) use hash::{hamming, hamming_sum, sign_bits};
 pub(super) use reduce::{count_above, dot, exp_sum, max};
 pub(super) use score::{min_max_update, page_bounds, project, project_columns, score_columns};

@@ -6,7 +6,7 @@
 //! found while there are sums of another one to do.
 
 use super::rows::{Ahead, Chunk, Rows, chunk_rows};
-use super::stored::{Stored, by_dtype};
+use super::stored::{Loaded, by_dtype};
 use super::values::add_chunk;
 use super::{Simd, write4};
 use crate::cpu::scalar::merge_weights;
@@ -37,7 +37,7 @@ pub(super) unsafe fn scores<S: Simd>(
 /// # Safety
 /// Every row is readable; `out` has room for a score per row for each query, one query every `out_stride` values.
 #[inline(always)]
-pub(super) unsafe fn all_scores<S: Simd, E: Stored>(
+pub(super) unsafe fn all_scores<S: Simd, E: Loaded>(
     s: S,
     shape: RowShape,
     queries: &[f32],
@@ -52,7 +52,8 @@ pub(super) unsafe fn all_scores<S: Simd, E: Stored>(
     while !now.rows().is_empty() {
         rows.fill(&mut coming);
         // Nobody is going to read the values.
-        let mut ahead = Ahead::new(&coming, shape.keys * E::BYTES);
+        let key_bytes = shape.keys * E::BYTES + if E::SCALED { size_of::<f32>() } else { 0 };
+        let mut ahead = Ahead::new(&coming, key_bytes);
         let lines = TILE * ahead.lines();
         // SAFETY: passed on to the caller; the chunk's scores are a part of the whole.
         unsafe {
@@ -69,7 +70,7 @@ pub(super) unsafe fn all_scores<S: Simd, E: Stored>(
 /// The rows are readable; `out` has room for a score per row for each query, one query every `out_stride` values.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn score_chunk<S: Simd, E: Stored>(
+unsafe fn score_chunk<S: Simd, E: Loaded>(
     s: S,
     shape: RowShape,
     queries: &[f32],
@@ -119,7 +120,7 @@ unsafe fn score_chunk<S: Simd, E: Stored>(
 /// `queries` is `[H][d]`, the rows hold d values each, `out` has room for `count` scores every `out_stride` values.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn score_tile<S: Simd, E: Stored, const H: usize>(
+unsafe fn score_tile<S: Simd, E: Loaded, const H: usize>(
     s: S,
     queries: *const f32,
     d: usize,
@@ -162,10 +163,16 @@ unsafe fn score_tile<S: Simd, E: Stored, const H: usize>(
                 }
             }
         }
+        let mut scales = [scale; TILE];
+        if E::SCALED {
+            for r in 0..TILE {
+                scales[r] *= E::factor(rows[r], d);
+            }
+        }
         for h in 0..H {
             let mut scores = s.sum4(sums[h]);
-            for score in &mut scores {
-                *score *= scale;
+            for r in 0..TILE {
+                scores[r] *= scales[r];
             }
             write4(scores, count, out.add(h * out_stride));
         }
@@ -196,7 +203,7 @@ pub(super) unsafe fn attend<S: Simd>(
 /// As [`Kernels::attend_layout`](crate::Kernels::attend_layout), of plain rows.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-pub(super) unsafe fn attend_rows<S: Simd, E: Stored>(
+pub(super) unsafe fn attend_rows<S: Simd, E: Loaded>(
     s: S,
     shape: RowShape,
     queries: &[f32],
@@ -270,12 +277,12 @@ impl<'a> Attention<'a> {
         Self { shape, scale, chunk, weights, factors, sums, added, lse }
     }
 
-    /// The weights of a chunk's rows, kept as those of its turn; meanwhile half of what is ahead is asked for.
+    /// The weights of a chunk's rows, times what their values are multiples of, kept as those of its turn; meanwhile half of what is ahead is asked for.
     ///
     /// # Safety
     /// The rows are readable, of the shape and the type.
     #[inline(always)]
-    pub(super) unsafe fn keys<S: Simd, E: Stored>(
+    pub(super) unsafe fn keys<S: Simd, E: Loaded>(
         &mut self,
         s: S,
         queries: &[f32],
@@ -294,6 +301,13 @@ impl<'a> Attention<'a> {
             let out = weights.as_mut_ptr();
             score_chunk::<S, E>(s, self.shape, queries, self.scale, rows, ahead, lines, out, chunk);
         }
+        let mut factors = [0.0; Chunk::MOST];
+        if E::SCALED {
+            for (factor, row) in factors.iter_mut().zip(rows.rows()) {
+                // SAFETY: passed on to the caller.
+                *factor = unsafe { E::factor(row.add(self.shape.column), self.shape.values) };
+            }
+        }
         for h in 0..group {
             let weights = &mut weights[h * chunk..][..n.next_multiple_of(S::LANES)];
             weights[n..].fill(f32::NEG_INFINITY);
@@ -309,10 +323,11 @@ impl<'a> Attention<'a> {
             s.store(factor, &mut self.factors[(turn * group + h) * S::LANES..][..S::LANES]);
             let sums = &mut self.sums[h * S::LANES..][..S::LANES];
             let mut sum = s.mul(s.load(sums), factor);
-            for weights in weights.chunks_exact_mut(S::LANES) {
+            for (weights, factors) in weights.chunks_exact_mut(S::LANES).zip(factors.chunks_exact(S::LANES)) {
                 let weight = s.exp(s.sub(s.load(weights), zero));
-                s.store(weight, weights);
                 sum = s.add(sum, weight);
+                // Values are added with their factor.
+                s.store(if E::SCALED { s.mul(weight, s.load(factors)) } else { weight }, weights);
             }
             s.store(sum, sums);
             self.lse[h] = top;
@@ -324,7 +339,7 @@ impl<'a> Attention<'a> {
     /// # Safety
     /// As [`Attention::keys`], which came before, with the same rows and turn.
     #[inline(always)]
-    pub(super) unsafe fn values<S: Simd, E: Stored>(
+    pub(super) unsafe fn values<S: Simd, E: Loaded>(
         &mut self,
         s: S,
         rows: &Chunk,

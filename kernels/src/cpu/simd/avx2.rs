@@ -303,6 +303,11 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(at.cast()))) }
     }
     #[inline(always)]
+    unsafe fn load_u8(self, at: *const u8) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(at.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn load_u4(self, at: *const u8) -> __m256 {
         // SAFETY: see above.
         unsafe {

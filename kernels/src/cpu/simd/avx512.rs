@@ -238,6 +238,11 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()))) }
     }
     #[inline(always)]
+    unsafe fn load_u8(self, at: *const u8) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(at.cast()))) }
+    }
+    #[inline(always)]
     unsafe fn load_u4(self, at: *const u8) -> __m512 {
         // SAFETY: see above.
         unsafe {

@@ -83,3 +83,25 @@ pub(super) fn axpy<S: Simd>(s: S, acc: &mut [f32], a: f32, x: &[f32]) {
         s.store(s.fma(a, s.load(x), s.load(acc)), acc);
     }
 }
+
+#[inline(always)]
+pub(super) fn mix_rows<S: Simd>(s: S, rows: &[f32], stride: usize, factors: &[f32], out: &mut [f32]) {
+    let whole = out.len() - out.len() % S::LANES;
+    for t in (0..whole).step_by(S::LANES) {
+        let mut sum = s.splat(0.0);
+        for (h, factor) in factors.iter().enumerate() {
+            // SAFETY: each row has as many values as `out`.
+            sum =
+                s.fma(s.splat(*factor), unsafe { s.load_f32(rows.as_ptr().add(h * stride + t).cast()) }, sum);
+        }
+        // SAFETY: `out` has a register from t on.
+        unsafe { s.store_f32(sum, out.as_mut_ptr().add(t).cast()) };
+    }
+    if whole < out.len() {
+        let (mut sum, left) = (s.splat(0.0), whole..out.len());
+        for (h, factor) in factors.iter().enumerate() {
+            sum = s.fma(s.splat(*factor), s.load(&rows[h * stride..][left.clone()]), sum);
+        }
+        s.store(sum, &mut out[whole..]);
+    }
+}

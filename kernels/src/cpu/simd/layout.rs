@@ -1,11 +1,11 @@
-//! Attention over rows of any layout: plain ones where they lie, quantised ones a chunk at a time, dequantised to memory that stays in
-//! the second-level cache.
+//! Attention over rows of any layout: plain ones and pairs in 8 bits where they lie, others a chunk at a time, dequantised to memory that
+//! stays in the second-level cache.
 
 use super::Simd;
 use super::attend::{Attention, all_scores, attend_rows};
 use super::dequantise::dequantise;
 use super::rows::{Ahead, Chunk, Rows, chunk_rows};
-use super::stored::{F32, by_dtype};
+use super::stored::{F32, Int8, by_dtype};
 use crate::layout::RowLayout;
 use crate::run::{AttendScratch, Run};
 
@@ -81,6 +81,10 @@ pub(super) unsafe fn attend_layout<S: Simd>(
         // SAFETY: passed on to the caller.
         return unsafe { by_dtype!(dtype, attend_rows(s, shape, queries, scale, runs, scratch, out, lse)) };
     }
+    if let Some(shape) = layout.pairs_in_8_bits() {
+        // SAFETY: as above.
+        return unsafe { attend_rows::<S, Int8>(s, shape, queries, scale, runs, scratch, out, lse) };
+    }
     let shape = layout.decoded();
     let mut memory = std::mem::take(&mut scratch.rows);
     let rows = chunk_of(layout, &mut memory);
@@ -118,6 +122,11 @@ pub(super) unsafe fn scores_layout<S: Simd>(
     if let Some((dtype, shape)) = layout.plain() {
         // SAFETY: passed on to the caller.
         unsafe { by_dtype!(dtype, all_scores(s, shape, queries, runs, out.as_mut_ptr(), out_stride)) };
+        return;
+    }
+    if let Some(shape) = layout.pairs_in_8_bits() {
+        // SAFETY: as above.
+        unsafe { all_scores::<S, Int8>(s, shape, queries, runs, out.as_mut_ptr(), out_stride) };
         return;
     }
     let rows = chunk_of(layout, &mut scratch.rows);

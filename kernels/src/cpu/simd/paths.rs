@@ -1,6 +1,10 @@
 //! One compiled copy of every kernel per instruction set: functions for whose whole body the compiler may use the instructions.
 
+use std::ops::Range;
+
+use crate::codes::CodeLayout;
 use crate::cpu::bounds::{Block, Query8};
+use crate::cpu::codes::{CodeSums, CodeTotal};
 use crate::dtype::Dtype;
 use crate::layout::RowLayout;
 use crate::quantise::Format;
@@ -47,8 +51,14 @@ macro_rules! path {
                 elementwise::rope_halves(x: &mut [f32], d: usize, cos: &[f32], sin: &[f32]);
                 elementwise::add(acc: &mut [f32], x: &[f32]);
                 elementwise::axpy(acc: &mut [f32], a: f32, x: &[f32]);
+                elementwise::mix_rows(rows: &[f32], stride: usize, factors: &[f32], out: &mut [f32]);
                 hash::sign_bits(projected: &[f32], out: &mut [u8]);
                 attend::merge(o: &mut [f32], lse: &mut [f32], other_o: &[f32], other_lse: &[f32]);
+                code_rest::indices_above(values: &[f32], threshold: f32, ids: &mut Vec<u32>);
+                code_rest::code_rest(
+                    layout: &CodeLayout, blocks: &[u8], group: usize, weights: &[f32], stride: usize, margins: &[f32],
+                    margin_stride: usize, sums: &mut [CodeSums], means: &mut [f32],
+                );
                 top_k::top_k(scores: &[f32], k: usize, scratch: &mut TopKScratch, out: &mut Vec<u32>);
             );
             path!(@values $features
@@ -56,6 +66,7 @@ macro_rules! path {
                 reduce::max(values: &[f32]) -> f32;
                 reduce::count_above(values: &[f32], threshold: f32) -> usize;
                 reduce::exp_sum(values: &[f32], max: f32) -> f32;
+                reduce::exp_in_place(values: &mut [f32], max: f32) -> f32;
             );
 
             /// # Safety
@@ -127,6 +138,7 @@ macro_rules! path {
 
 path!(avx2, "avx2,fma,f16c,popcnt", kernels::avx2::Avx2, {
     pub(in crate::cpu) use kernels::bounds_i8::halves::page_bounds_i8;
+    pub(in crate::cpu) use kernels::codes::halves::{code_scores, code_weights};
     pub(in crate::cpu) use kernels::hash::bytes::{hamming, hamming_sum};
 });
 path!(avx512, "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512vl,avx512dq", kernels::avx512::Avx512, {
@@ -175,6 +187,103 @@ path!(avx512, "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512vl,avx512dq", kernels
             }
         } else {
             kernels::bounds_i8::halves::page_bounds_i8(block, queries, digests, pages, out, out_stride);
+        }
+    }
+
+    /// As the path says.
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+    #[allow(clippy::too_many_arguments)]
+    pub(in crate::cpu) fn code_scores(
+        layout: &CodeLayout,
+        queries: &[f32],
+        group: usize,
+        scale: f32,
+        blocks: &[u8],
+        out: &mut [f32],
+        out_stride: usize,
+        margins: &mut [f32],
+        margin_stride: usize,
+    ) {
+        if is_x86_feature_detected!("avx512vnni") {
+            // SAFETY: the instruction was just found.
+            unsafe {
+                kernels::codes::vnni::code_scores(
+                    layout,
+                    queries,
+                    group,
+                    scale,
+                    blocks,
+                    out,
+                    out_stride,
+                    margins,
+                    margin_stride,
+                );
+            }
+        } else {
+            kernels::codes::words::code_scores(
+                layout,
+                queries,
+                group,
+                scale,
+                blocks,
+                out,
+                out_stride,
+                margins,
+                margin_stride,
+            );
+        }
+    }
+
+    /// As the path says.
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+    #[allow(clippy::too_many_arguments)]
+    pub(in crate::cpu) fn code_weights(
+        layout: &CodeLayout,
+        queries: &[f32],
+        group: usize,
+        scale: f32,
+        blocks: &[u8],
+        before: usize,
+        rows: &Range<usize>,
+        weights: &mut [f32],
+        stride: usize,
+        margins: &mut [f32],
+        margin_stride: usize,
+        totals: &mut [CodeTotal],
+    ) {
+        if is_x86_feature_detected!("avx512vnni") {
+            // SAFETY: the instruction was just found.
+            unsafe {
+                kernels::codes::vnni::code_weights(
+                    layout,
+                    queries,
+                    group,
+                    scale,
+                    blocks,
+                    before,
+                    rows,
+                    weights,
+                    stride,
+                    margins,
+                    margin_stride,
+                    totals,
+                );
+            }
+        } else {
+            kernels::codes::words::code_weights(
+                layout,
+                queries,
+                group,
+                scale,
+                blocks,
+                before,
+                rows,
+                weights,
+                stride,
+                margins,
+                margin_stride,
+                totals,
+            );
         }
     }
 });

@@ -20,6 +20,8 @@ pub(super) struct Chunk {
 }
 
 impl Chunk {
+    /// Most rows.
+    pub(super) const MOST: usize = MOST;
     /// Of no rows.
     pub(super) const EMPTY: Self = Self { rows: [std::ptr::null(); MOST], count: 0 };
 

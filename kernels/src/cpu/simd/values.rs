@@ -2,7 +2,7 @@
 
 use super::Simd;
 use super::rows::Ahead;
-use super::stored::Stored;
+use super::stored::Loaded;
 use crate::layout::RowShape;
 
 /// Registers of columns of a tile.
@@ -15,7 +15,7 @@ const WIDE: usize = 4;
 /// `stride` values; `factors` is `[group][lanes]`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-pub(super) unsafe fn add_chunk<S: Simd, E: Stored>(
+pub(super) unsafe fn add_chunk<S: Simd, E: Loaded>(
     s: S,
     rows: &[*const u8],
     ahead: &mut Ahead,
@@ -81,7 +81,7 @@ struct Sums {
 /// The rows are readable; `weights` is `[H][rows]`, `values.stride` apart; `factors` is `[H][lanes]`; `added` is `[H][d, up to whole
 /// registers]`.
 #[inline(always)]
-unsafe fn value_row<S: Simd, E: Stored, const H: usize>(
+unsafe fn value_row<S: Simd, E: Loaded, const H: usize>(
     s: S,
     values: &Values,
     ahead: &mut Ahead,
@@ -110,7 +110,7 @@ unsafe fn value_row<S: Simd, E: Stored, const H: usize>(
 /// # Safety
 /// As [`value_row`]; the columns are within d.
 #[inline(always)]
-unsafe fn value_tile<S: Simd, E: Stored, const H: usize, const N: usize>(
+unsafe fn value_tile<S: Simd, E: Loaded, const H: usize, const N: usize>(
     s: S,
     values: &Values,
     ahead: &mut Ahead,
@@ -153,7 +153,7 @@ unsafe fn value_tile<S: Simd, E: Stored, const H: usize, const N: usize>(
 /// # Safety
 /// As [`value_row`].
 #[inline(always)]
-unsafe fn last_value_tile<S: Simd, E: Stored, const H: usize>(
+unsafe fn last_value_tile<S: Simd, E: Loaded, const H: usize>(
     s: S,
     values: &Values,
     ahead: &mut Ahead,
