@@ -33,7 +33,7 @@ fn a_gguf_file_equals_its_safetensors_twin() {
         checkpoint.write_gguf(&path, GgmlDType::F32).unwrap();
         let model = load(&path);
         assert_eq!(model.config(), &checkpoint.config);
-        assert!(!model.decodes_with_q8_0());
+        assert!(!model.decodes_quantised());
         let twin = checkpoint.model(WeightsMode::F32);
         assert_eq!(all_logits(&model, &tokens, 512), all_logits(&twin, &tokens, 512));
         let text = "Grüße, 世界!\n 42";
@@ -94,7 +94,7 @@ fn every_storage_type_of_gguf_is_read_within_its_rounding() {
         let relative = (error / scale).sqrt();
         assert!(relative > 0.0 && relative < tolerance, "{kind:?}: {relative}");
         let quantised = !matches!(kind, GgmlDType::F16 | GgmlDType::BF16);
-        assert_eq!(model.decodes_with_q8_0(), quantised, "{kind:?}");
+        assert_eq!(model.decodes_quantised(), quantised, "{kind:?}");
     }
 }
 
@@ -105,7 +105,7 @@ fn weights_can_be_kept_in_f32_or_requantised_by_choice() {
     checkpoint.write_folder(folder.path(), FolderOptions::default()).unwrap();
     for (mode, q8) in [(WeightsMode::Auto, false), (WeightsMode::F32, false), (WeightsMode::Q8_0, true)] {
         let options = LoadOptions { weights: mode, ..LoadOptions::default() };
-        assert_eq!(Model::load(folder.path(), &options).unwrap().decodes_with_q8_0(), q8);
+        assert_eq!(Model::load(folder.path(), &options).unwrap().decodes_quantised(), q8);
     }
 }
 

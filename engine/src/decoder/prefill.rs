@@ -122,9 +122,7 @@ impl Decoder {
         buffers.embed(model, tokens);
         for (layer, weights) in model.weights.layers.iter().enumerate() {
             norm_rows(model, &buffers.x, &weights.attention_norm, &mut buffers.normed);
-            weights.query.forward(&buffers.normed, rows, &mut buffers.q, Precision::F32);
-            weights.key.forward(&buffers.normed, rows, &mut buffers.k, Precision::F32);
-            weights.value.forward(&buffers.normed, rows, &mut buffers.v, Precision::F32);
+            buffers.project(weights, rows, Precision::F32);
             rotate_rows(&table, &mut buffers.q, config.query_width());
             rotate_rows(&table, &mut buffers.k, config.kv_width());
 

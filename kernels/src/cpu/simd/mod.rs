@@ -15,6 +15,7 @@ mod dequantise;
 mod elementwise;
 mod hash;
 mod layout;
+mod packed;
 mod paths;
 mod reduce;
 mod rows;
