@@ -62,3 +62,9 @@ pub use rope::{Rope, RopeTable};
 pub use sampling::{Sampler, SamplerOptions, argmax, log_probability};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::{Linear, Precision, WeightsMode};
+
+/// Threads that a pass uses: rayon's, which `RAYON_NUM_THREADS` sets.
+#[must_use]
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}
