@@ -5,7 +5,7 @@ mod common;
 use common::{Draw, close, paths, scalar};
 use half::f16;
 use kvoyant_kernels::Kernels;
-use kvoyant_kernels::packed::{BLOCK, Codes, PANEL, PackedMatrix, QuantisedRows};
+use kvoyant_kernels::packed::{BLOCK, Codes, PANEL, PackedMatrix, QuantisedRows, gather};
 use proptest::prelude::*;
 
 /// A kind of GGUF's blocks.
@@ -158,6 +158,29 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn matrices_that_are_gathered_give_what_they_gave() {
+    let mut draw = Draw::new(9);
+    let shapes = [(Kind::Q41, 37, 3 * BLOCK), (Kind::Q80, 5, BLOCK), (Kind::Q40, 16, 2 * BLOCK)];
+    let mut all: Vec<PackedMatrix> =
+        shapes.iter().map(|(kind, rows, columns)| matrix(*kind, *rows, *columns, &mut draw).0).collect();
+    let products = |all: &[PackedMatrix]| -> Vec<Vec<f32>> {
+        let multiply = |matrix: &PackedMatrix| {
+            let x: Vec<f32> = (0..matrix.columns()).map(|i| (i as f32).sin()).collect();
+            let mut x8 = QuantisedRows::default();
+            Kernels::best().quantise_rows(&x, matrix.columns(), &mut x8);
+            let mut out = vec![f32::NAN; matrix.rows()];
+            Kernels::best().multiply_packed(matrix, 0..matrix.panels(), &x8, &mut out);
+            out
+        };
+        all.iter().map(multiply).collect()
+    };
+    let before = products(&all);
+    gather(&mut all);
+    assert_eq!(products(&all), before);
+    gather(&mut []);
 }
 
 #[test]

@@ -293,7 +293,8 @@ impl Bench<'_> {
         let first = self.read(decoder, &mut kv, &mut text).map_err(said)?;
         let mut parents = vec![text];
         for method in 1..count {
-            let fork = DaemonKv::fork(&mut kv, &mut parents[0], Some(method)).map_err(|error| said(error.into()))?;
+            let fork =
+                DaemonKv::fork(&mut kv, &mut parents[0], Some(method)).map_err(|error| said(error.into()))?;
             parents.push(fork);
         }
         Ok((Held { kv, parents, daemon }, first))

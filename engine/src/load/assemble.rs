@@ -1,6 +1,6 @@
 //! From a configuration and named tensors to weights: the same for every file format.
 
-use kvoyant_kernels::packed::{BLOCK, PackedMatrix};
+use kvoyant_kernels::packed::{BLOCK, PackedMatrix, gather};
 use rayon::prelude::*;
 
 use super::names::{LayerTensor, TensorName};
@@ -44,16 +44,19 @@ pub(crate) fn assemble(
     let Parts { name, config, tokenizer, chat_template } = parts;
     let (vocabulary, hidden) = (config.vocabulary, config.hidden_size);
     let embedding = source.tensor(TensorName::Embedding, &[vocabulary, hidden])?;
-    let head = if config.tied_embeddings {
+    let mut head = if config.tied_embeddings {
         let packed = packed(source, mode, TensorName::Embedding, &embedding, [vocabulary, hidden])?;
         Linear::new(&embedding, None, vocabulary, hidden, packed)
     } else {
         read_linear(source, mode, TensorName::Head, None, [vocabulary, hidden])?
     };
-    let layers = (0..config.layers)
+    let mut layers = (0..config.layers)
         .into_par_iter()
         .map(|layer| read_layer(&config, source, layer, mode))
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<Vec<_>, _>>()?;
+    // In the order in which a step reads them.
+    let all = layers.iter_mut().flat_map(LayerWeights::linears_mut).chain([&mut head]);
+    gather(all.filter_map(Linear::packed_mut));
     let final_norm = source.tensor(TensorName::FinalNorm, &[hidden])?;
     let rope = Rope::new(&config);
     let weights = Weights { embedding, layers, final_norm, head };

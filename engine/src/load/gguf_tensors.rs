@@ -170,9 +170,7 @@ impl TensorSource for GgufTensors {
             _ => return Ok(None),
         };
         let bytes = match self.interleaved.filter(|_| rotated(name)) {
-            Some(heads) => {
-                Cow::Owned(rotate_half_order(stored.bytes(), heads.head_dim, stored.row_bytes))
-            }
+            Some(heads) => Cow::Owned(rotate_half_order(stored.bytes(), heads.head_dim, stored.row_bytes)),
             None => Cow::Borrowed(stored.bytes()),
         };
         Ok(Some(pack(&bytes, stored.columns)))

@@ -72,6 +72,11 @@ impl Linear {
         self.packed.is_some()
     }
 
+    /// The quantised weights.
+    pub(crate) fn packed_mut(&mut self) -> Option<&mut PackedMatrix> {
+        self.packed.as_mut()
+    }
+
     /// Values of one input row.
     pub fn inputs(&self) -> usize {
         self.inputs
@@ -117,12 +122,7 @@ pub(crate) fn forward_all<const N: usize>(
     multiply(layers, x, rows, precision == Precision::Fast && rows <= PACKED_MAX_BATCH);
 }
 
-fn multiply<const N: usize>(
-    mut layers: [(&Linear, &mut [f32]); N],
-    x: &[f32],
-    rows: usize,
-    quantised: bool,
-) {
+fn multiply<const N: usize>(mut layers: [(&Linear, &mut [f32]); N], x: &[f32], rows: usize, quantised: bool) {
     let mut products = Vec::with_capacity(N);
     for (layer, out) in &mut layers {
         assert_eq!(x.len(), rows * layer.inputs);
@@ -171,7 +171,8 @@ mod tests {
         let weight: Vec<f32> = (0..outputs * inputs).map(|_| random.normal()).collect();
         let bias: Vec<f32> = (0..outputs).map(|_| random.normal()).collect();
         let exact = Linear::new(&weight, Some(bias.clone()), outputs, inputs, None);
-        let quantised = Linear::new(&weight, Some(bias), outputs, inputs, Some(PackedMatrix::quantise(&weight, inputs)));
+        let quantised =
+            Linear::new(&weight, Some(bias), outputs, inputs, Some(PackedMatrix::quantise(&weight, inputs)));
         assert_eq!(exact.weight(), weight);
         for rows in [1, 3, PACKED_MAX_BATCH + 1] {
             let x: Vec<f32> = (0..rows * inputs).map(|_| random.normal()).collect();

@@ -43,6 +43,14 @@ pub(crate) struct LayerWeights {
     pub(crate) down: Linear,
 }
 
+impl LayerWeights {
+    /// Its matrices, in the order in which they are used.
+    pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 7] {
+        let Self { query, key, value, output, gate, up, down, .. } = self;
+        [query, key, value, output, gate, up, down]
+    }
+}
+
 /// All weights of a model.
 #[derive(Debug)]
 pub(crate) struct Weights {

@@ -38,7 +38,11 @@ pub(super) fn products(mut products: Vec<(&PackedMatrix, &mut [f32])>, x: &[f32]
     }
     // A weight is read once for all rows, so results come by output first.
     let mut by_output: Vec<Vec<f32>> = products.iter().map(|(_, out)| vec![0.0; out.len()]).collect();
-    run(products.iter().map(|(matrix, _)| *matrix).zip(by_output.iter_mut().map(Vec::as_mut_slice)), &x8, task_bytes);
+    run(
+        products.iter().map(|(matrix, _)| *matrix).zip(by_output.iter_mut().map(Vec::as_mut_slice)),
+        &x8,
+        task_bytes,
+    );
     for ((matrix, out), by_output) in products.iter_mut().zip(&by_output) {
         for (row, out) in out.chunks_exact_mut(matrix.rows()).enumerate() {
             out.iter_mut().zip(by_output.chunks_exact(rows)).for_each(|(out, results)| *out = results[row]);
@@ -47,7 +51,11 @@ pub(super) fn products(mut products: Vec<(&PackedMatrix, &mut [f32])>, x: &[f32]
 }
 
 /// Cuts products into tasks of about so many weight bytes, and runs them.
-fn run<'a>(products: impl Iterator<Item = (&'a PackedMatrix, &'a mut [f32])>, x: &QuantisedRows, task_bytes: usize) {
+fn run<'a>(
+    products: impl Iterator<Item = (&'a PackedMatrix, &'a mut [f32])>,
+    x: &QuantisedRows,
+    task_bytes: usize,
+) {
     let mut tasks = Vec::new();
     for (matrix, out) in products {
         let panels = (task_bytes * matrix.panels() / matrix.bytes().max(1)).max(1);

@@ -26,17 +26,17 @@ pub(in crate::cpu) fn multiply_packed(
 
 /// A row of the matrix, by panel and place in it, with vector `t`.
 fn dot(matrix: &PackedMatrix, (panel, lane): (usize, usize), x: &QuantisedRows, t: usize) -> f32 {
-    let (blocks, lines) = (matrix.columns() / BLOCK, matrix.codes.lines());
+    let (blocks, lines, parts) = (matrix.columns() / BLOCK, matrix.codes().lines(), matrix.parts());
     let half = |values: &[u16], block: usize| f16::from_bits(values[block * PANEL + lane]).to_f32();
     let mut sum = 0.0_f32;
     for b in 0..blocks {
         let (block, of_x) = (panel * blocks + b, t * blocks + b);
         let codes = &x.codes[of_x * BLOCK..][..BLOCK];
         let mut products = 0;
-        for (s, line) in matrix.lines[block * lines..][..lines].iter().enumerate() {
+        for (s, line) in parts.lines[block * lines..][..lines].iter().enumerate() {
             for (i, byte) in line.0[lane * STEP..][..STEP].iter().enumerate() {
                 let (byte, column) = (i32::from(*byte), s * STEP + i);
-                products += match matrix.codes {
+                products += match matrix.codes() {
                     Codes::Four => {
                         (byte & 15) * i32::from(codes[column])
                             + (byte >> 4) * i32::from(codes[BLOCK / 2 + column])
@@ -45,9 +45,9 @@ fn dot(matrix: &PackedMatrix, (panel, lane): (usize, usize), x: &QuantisedRows, 
                 };
             }
         }
-        sum = half(&matrix.scales, block).mul_add(products as f32 * x.scales[of_x], sum);
-        if matrix.codes == Codes::Four {
-            sum = half(&matrix.mins, block).mul_add(x.totals[of_x], sum);
+        sum = half(parts.scales, block).mul_add(products as f32 * x.scales[of_x], sum);
+        if matrix.codes() == Codes::Four {
+            sum = half(parts.mins, block).mul_add(x.totals[of_x], sum);
         }
     }
     sum

@@ -4,7 +4,18 @@
 //! that each lane of a register belongs to one of them, and nothing is summed across lanes. A panel has, block by block, lines of 64
 //! bytes, four for each row; and a scale for each row.
 
+mod memory;
+mod rows;
+
+use std::sync::Arc;
+
 use half::f16;
+
+pub use memory::gather;
+pub use rows::QuantisedRows;
+
+pub(crate) use memory::Line;
+use memory::Memory;
 
 /// Weights of a row that share a scale.
 pub const BLOCK: usize = 32;
@@ -40,42 +51,92 @@ impl Codes {
     }
 }
 
-/// A cache line of codes: four bytes for each of 16 rows.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-pub(crate) struct Line(pub(crate) [u8; PANEL * STEP]);
-
 /// A quantised matrix `[rows][columns]`, packed for products with a few vectors.
 #[derive(Clone, Debug)]
 pub struct PackedMatrix {
-    pub(crate) codes: Codes,
+    codes: Codes,
     rows: usize,
     columns: usize,
-    /// `[panels][blocks][lines]`. Four: byte i of a row in line s has column 4s + i low and column 16 + 4s + i high. Eight: column
-    /// 4s + i, plus [`OFFSET`].
-    pub(crate) lines: Vec<Line>,
-    /// `[panels][blocks][PANEL]`, f16.
-    pub(crate) scales: Vec<u16>,
-    /// The same of the m; none with [`Codes::Eight`].
-    pub(crate) mins: Vec<u16>,
+    /// Lines, scales, minima; each from a line's beginning on.
+    memory: Arc<Memory>,
+    /// The first line.
+    at: usize,
 }
 
-impl PackedMatrix {
+/// What a matrix is made of, and read from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Parts<'a> {
+    /// `[panels][blocks][lines]`. Four: byte i of a row in line s has column 4s + i low and column 16 + 4s + i high. Eight: column
+    /// 4s + i, plus [`OFFSET`].
+    pub(crate) lines: &'a [Line],
+    /// `[panels][blocks][PANEL]`, f16.
+    pub(crate) scales: &'a [u16],
+    /// The same of the m; none with [`Codes::Eight`].
+    pub(crate) mins: &'a [u16],
+}
+
+/// How many lines the parts of a matrix take: codes, scales, minima.
+#[derive(Clone, Copy, Debug)]
+struct Sizes([usize; 3]);
+
+impl Sizes {
+    fn of(codes: Codes, rows: usize, columns: usize) -> Self {
+        let blocks = rows.div_ceil(PANEL) * columns / BLOCK;
+        let heads = (blocks * PANEL * size_of::<u16>()).div_ceil(size_of::<Line>());
+        Self([blocks * codes.lines(), heads, if codes == Codes::Four { heads } else { 0 }])
+    }
+
+    fn lines(self) -> usize {
+        self.0.iter().sum()
+    }
+}
+
+/// A matrix while it is written.
+struct Writer {
+    codes: Codes,
+    rows: usize,
+    columns: usize,
+    sizes: Sizes,
+    memory: Vec<Line>,
+}
+
+impl Writer {
     /// Zeros.
     fn new(codes: Codes, rows: usize, columns: usize) -> Self {
         assert!(columns > 0 && columns.is_multiple_of(BLOCK), "packed rows of {columns} values");
-        let blocks = rows.div_ceil(PANEL) * columns / BLOCK;
-        let mins = if codes == Codes::Four { blocks * PANEL } else { 0 };
-        Self {
-            codes,
-            rows,
-            columns,
-            lines: vec![Line([0; PANEL * STEP]); blocks * codes.lines()],
-            scales: vec![0; blocks * PANEL],
-            mins: vec![0; mins],
+        let sizes = Sizes::of(codes, rows, columns);
+        Self { codes, rows, columns, sizes, memory: vec![Line::ZEROS; sizes.lines()] }
+    }
+
+    /// Writes block `b` of a row, its codes as GGUF has them.
+    fn put(&mut self, row: usize, b: usize, (scale, min): (f16, f16), codes: &[u8]) {
+        let block = row / PANEL * (self.columns / BLOCK) + b;
+        let lane = row % PANEL;
+        let (lines, heads) = self.memory.split_at_mut(self.sizes.0[0]);
+        let (scales, mins) = heads.split_at_mut(self.sizes.0[1]);
+        bytemuck::cast_slice_mut::<Line, u16>(scales)[block * PANEL + lane] = scale.to_bits();
+        let offset = match self.codes {
+            Codes::Four => {
+                bytemuck::cast_slice_mut::<Line, u16>(mins)[block * PANEL + lane] = min.to_bits();
+                0
+            }
+            Codes::Eight => OFFSET as u8,
+        };
+        let lines = &mut lines[block * self.codes.lines()..][..self.codes.lines()];
+        for (line, codes) in lines.iter_mut().zip(codes.chunks_exact(STEP)) {
+            for (to, code) in line.0[lane * STEP..][..STEP].iter_mut().zip(codes) {
+                *to = code.wrapping_add(offset);
+            }
         }
     }
 
+    fn finish(self) -> PackedMatrix {
+        let Self { codes, rows, columns, memory, .. } = self;
+        PackedMatrix { codes, rows, columns, memory: Arc::new(Memory::from(memory)), at: 0 }
+    }
+}
+
+impl PackedMatrix {
     /// Blocks of GGUF's Q8_0, row by row: an f16 scale, 32 codes.
     ///
     /// # Panics
@@ -115,15 +176,18 @@ impl PackedMatrix {
     ) -> Self {
         let block_bytes = head + codes.lines() * STEP;
         let blocks = columns / BLOCK;
-        assert!(blocks > 0 && bytes.len().is_multiple_of(blocks * block_bytes), "packed: bytes of whole rows");
-        let mut packed = Self::new(codes, bytes.len() / (blocks * block_bytes), columns);
+        assert!(
+            blocks > 0 && bytes.len().is_multiple_of(blocks * block_bytes),
+            "packed: bytes of whole rows"
+        );
+        let mut packed = Writer::new(codes, bytes.len() / (blocks * block_bytes), columns);
         for (i, block) in bytes.chunks_exact(block_bytes).enumerate() {
             let (row, b) = (i / blocks, i % blocks);
             let (head, codes_of) = block.split_at(head);
             let (scale, min) = head_of(head);
             packed.put(row, b, (scale, min), codes_of);
         }
-        packed
+        packed.finish()
     }
 
     /// Weights `[rows][columns]`, quantised to 8 bits as GGUF's Q8_0 is.
@@ -133,7 +197,7 @@ impl PackedMatrix {
     #[must_use]
     pub fn quantise(weight: &[f32], columns: usize) -> Self {
         assert!(columns > 0 && weight.len().is_multiple_of(columns), "packed: whole rows");
-        let mut packed = Self::new(Codes::Eight, weight.len() / columns, columns);
+        let mut packed = Writer::new(Codes::Eight, weight.len() / columns, columns);
         let mut codes = [0_u8; BLOCK];
         for (i, values) in weight.chunks_exact(BLOCK).enumerate() {
             let (row, b) = (i / (columns / BLOCK), i % (columns / BLOCK));
@@ -143,27 +207,7 @@ impl PackedMatrix {
             }
             packed.put(row, b, (f16::from_f32(step), f16::ZERO), &codes);
         }
-        packed
-    }
-
-    /// Writes block `b` of a row, its codes as GGUF has them.
-    fn put(&mut self, row: usize, b: usize, (scale, min): (f16, f16), codes: &[u8]) {
-        let block = row / PANEL * (self.columns / BLOCK) + b;
-        let lane = row % PANEL;
-        self.scales[block * PANEL + lane] = scale.to_bits();
-        let offset = match self.codes {
-            Codes::Four => {
-                self.mins[block * PANEL + lane] = min.to_bits();
-                0
-            }
-            Codes::Eight => OFFSET as u8,
-        };
-        let lines = &mut self.lines[block * self.codes.lines()..][..self.codes.lines()];
-        for (line, codes) in lines.iter_mut().zip(codes.chunks_exact(STEP)) {
-            for (to, code) in line.0[lane * STEP..][..STEP].iter_mut().zip(codes) {
-                *to = code.wrapping_add(offset);
-            }
-        }
+        packed.finish()
     }
 
     /// How its weights are coded.
@@ -193,57 +237,20 @@ impl PackedMatrix {
     /// Bytes that a product reads.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.lines.len() * size_of::<Line>() + (self.scales.len() + self.mins.len()) * size_of::<u16>()
-    }
-}
-
-/// Vectors `[rows][columns]` in blocks of 32 values of 8 bits: `x ≈ scale · code`.
-#[derive(Clone, Debug, Default)]
-pub struct QuantisedRows {
-    pub(crate) columns: usize,
-    /// `[rows][columns]`, −127 to 127.
-    pub(crate) codes: Vec<i8>,
-    /// `[rows][blocks]`.
-    pub(crate) scales: Vec<f32>,
-    /// `[rows][blocks]`: the codes of a block, added.
-    pub(crate) sums: Vec<i32>,
-    /// `[rows][blocks]`: the same times the scale.
-    pub(crate) totals: Vec<f32>,
-}
-
-impl QuantisedRows {
-    /// Vectors.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        self.codes.len().checked_div(self.columns).unwrap_or(0)
+        self.sizes().lines() * size_of::<Line>()
     }
 
-    /// Values of a vector.
-    #[must_use]
-    pub fn columns(&self) -> usize {
-        self.columns
+    fn sizes(&self) -> Sizes {
+        Sizes::of(self.codes, self.rows, self.columns)
     }
 
-    /// Takes the vectors. The specification, and what every path compiles for itself.
-    #[inline(always)]
-    pub(crate) fn set(&mut self, x: &[f32], columns: usize) {
-        let blocks = x.len() / BLOCK;
-        self.columns = columns;
-        self.codes.resize(x.len(), 0);
-        self.scales.resize(blocks, 0.0);
-        self.sums.resize(blocks, 0);
-        self.totals.resize(blocks, 0.0);
-        let parts = x.as_chunks::<BLOCK>().0.iter().zip(self.codes.as_chunks_mut::<BLOCK>().0);
-        let told = self.scales.iter_mut().zip(&mut self.sums).zip(&mut self.totals);
-        for ((values, codes), ((scale, sum), total)) in parts.zip(told) {
-            let (step, inverse) = steps(values);
-            let mut added = 0;
-            for (code, value) in codes.iter_mut().zip(values) {
-                *code = (value * inverse + NEAREST).to_bits() as i8;
-                added += i32::from(*code);
-            }
-            (*scale, *sum, *total) = (step, added, step * added as f32);
-        }
+    /// Where everything is.
+    pub(crate) fn parts(&self) -> Parts<'_> {
+        let sizes = self.sizes();
+        let all = &self.memory.lines()[self.at..][..sizes.lines()];
+        let (lines, heads) = all.split_at(sizes.0[0]);
+        let (scales, mins) = heads.split_at(sizes.0[1]);
+        Parts { lines, scales: bytemuck::cast_slice(scales), mins: bytemuck::cast_slice(mins) }
     }
 }
 
