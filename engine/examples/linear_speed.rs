@@ -5,7 +5,7 @@
 use std::time::Instant;
 
 use kvoyant_engine::{Linear, SplitMix64};
-use kvoyant_kernels::packed::{BLOCK, PackedMatrix};
+use kvoyant_kernels::packed::{BLOCK, PackedMatrix, gather};
 
 /// Layers gone through in turn, so that weights come from memory as in a model.
 const LAYERS: usize = 60;
@@ -23,7 +23,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let four = PackedMatrix::from_q4_1(&vec![0; outputs * inputs / BLOCK * Q4_1_BYTES], inputs);
     let eight = PackedMatrix::quantise(&weight, inputs);
     let make = |packed: Option<&PackedMatrix>| -> Vec<Linear> {
-        (0..LAYERS).map(|_| Linear::new(&weight, None, outputs, inputs, packed.cloned())).collect()
+        let mut all = vec![packed.cloned(); LAYERS];
+        // Each gets memory of its own.
+        gather(all.iter_mut().flatten());
+        all.into_iter().map(|packed| Linear::new(&weight, None, outputs, inputs, packed)).collect()
     };
     let kinds = [("q4_1", make(Some(&four))), ("q8_0", make(Some(&eight))), ("f32", make(None))];
     println!("{outputs} x {inputs}, microseconds a layer");

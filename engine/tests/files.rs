@@ -99,6 +99,32 @@ fn every_storage_type_of_gguf_is_read_within_its_rounding() {
 }
 
 #[test]
+fn quantised_products_are_those_of_the_same_rows_in_f32() {
+    // q and k rows change their order when they are read.
+    let config = ModelConfig { hidden_size: 256, head_dim: 64, ..tiny_config() };
+    let checkpoint = Checkpoint::random(config, 6);
+    let folder = tempfile::tempdir().unwrap();
+    let x: Vec<f32> = (0..256).map(|i| (i as f32 * 0.7).sin()).collect();
+    for kind in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::Q5_1, GgmlDType::Q6K] {
+        let path = folder.path().join("model.gguf");
+        checkpoint.write_gguf(&path, kind).unwrap();
+        let model = load(&path);
+        for linear in [model.query_projection(1), model.key_projection(0)] {
+            assert!(linear.is_quantised());
+            let products = |precision| {
+                let mut out = vec![0.0; linear.outputs()];
+                linear.forward(&x, 1, &mut out, precision);
+                out
+            };
+            let (exact, fast) = (products(Precision::F32), products(Precision::Fast));
+            let size = exact.iter().map(|a| a * a).sum::<f32>().sqrt();
+            let error = exact.iter().zip(&fast).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+            assert!(error > 0.0 && error < 0.02 * size, "{kind:?}: {error} of {size}");
+        }
+    }
+}
+
+#[test]
 fn weights_can_be_kept_in_f32_or_requantised_by_choice() {
     let checkpoint = Checkpoint::random(tiny_config(), 4);
     let folder = tempfile::tempdir().unwrap();
