@@ -7,6 +7,8 @@ use kvoyant_daemon::device::DeviceName;
 use kvoyant_engine::Format;
 use kvoyant_methods::{Budget, MethodSpec, registry};
 
+use crate::bench::decode::Setting;
+
 /// Keeps the KV cache of long-context language models, and fetches what attention will need.
 #[derive(Debug, Parser)]
 #[command(name = "kvoyant", version, about, max_term_width = 110)]
@@ -29,7 +31,7 @@ pub(crate) enum Command {
     FetchModel,
     /// Run a real model over long texts with every method, and compare them
     Demo(DemoArgs),
-    /// Compare methods, each by the same measures
+    /// Compare methods, each by the same measures, or time decoding
     Bench(BenchArgs),
     /// Answer a prompt
     Run(RunArgs),
@@ -228,6 +230,37 @@ pub(crate) struct BenchArgs {
 pub(crate) enum BenchWhat {
     /// Every selection method, over traces and a real model
     Methods(MethodsArgs),
+    /// How long a decoded token takes after a long text, and where that time goes
+    Decode(DecodeArgs),
+}
+
+/// `bench decode`.
+#[derive(Debug, Args)]
+pub(crate) struct DecodeArgs {
+    /// Which model
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// Tokens of the texts
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "2048,8000")]
+    pub(crate) lengths: Vec<usize>,
+    /// `dense`, or a method as `name:key=value,…`; may be repeated
+    #[arg(long, value_name = "dense|METHOD", default_value = "dense")]
+    pub(crate) attention: Vec<Setting>,
+    /// How often each has its turn
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
+    pub(crate) rounds: usize,
+    /// Tokens decoded in a turn
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
+    pub(crate) steps: usize,
+    /// Print JSON instead of the table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Read a line before each text and each round, and say a word after it: for a script that measures something else in between
+    #[arg(long, hide = true)]
+    pub(crate) paced: bool,
+    /// The daemon
+    #[command(flatten)]
+    pub(crate) daemon: OwnDaemonArgs,
 }
 
 /// `bench methods`.
@@ -348,6 +381,10 @@ pub(crate) enum Prefill {
     Dense,
     /// Over sinks, selected rows and the window, where the method selects by queries.
     Sparse,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "it must be a whole number above 0".into())
 }
 
 /// Every method's name comes from the registry, so that the help cannot miss one.

@@ -72,8 +72,10 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, Box<dyn Error>>) -> Result<T, Box
 }
 
 fn bench(args: &args::BenchArgs) -> Result<String, Box<dyn Error>> {
-    let args::BenchWhat::Methods(methods) = &args.what;
-    Ok(bench::methods(methods)?)
+    match &args.what {
+        args::BenchWhat::Methods(methods) => Ok(bench::methods(methods)?),
+        args::BenchWhat::Decode(decode) => Ok(bench::decode::decode(decode)?),
+    }
 }
 
 fn fetch_model() -> Result<(), Box<dyn Error>> {

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -98,6 +98,51 @@ fn the_demos_table_says_that_the_tiny_models_answers_mean_nothing() {
     assert!(out.contains("infinigen 12 %") && out.contains("weights are random"), "{out}");
     assert!(out.lines().all(|line| line.chars().count() <= 110), "{out}");
     assert!(!out.contains('\x1b'));
+}
+
+#[test]
+fn bench_decode_says_where_time_goes_and_keeps_a_pace() {
+    let home = tempfile::tempdir().unwrap();
+    let mut child = kvoyant(home.path())
+        .args(["bench", "decode", "--model", "tiny", "--lengths", "96,200", "--rounds", "2", "--steps", "3"])
+        .args(["--attention", "dense", "--attention", "full", "--in-place", "--paced", "--json"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+    for wanted in ["read", "round", "round", "read", "round", "round"] {
+        stdin.write_all(b"\n").unwrap();
+        let mut said = String::new();
+        stdout.read_line(&mut said).unwrap();
+        assert_eq!(said.trim(), wanted);
+    }
+    let mut out = String::new();
+    stdout.read_to_string(&mut out).unwrap();
+    assert!(child.wait().unwrap().success());
+    let report: serde_json::Value = serde_json::from_str(&out).expect("what is left is one JSON value");
+    assert!(report["machine"]["cores"].as_u64().unwrap() > 0 && report["threads"].as_u64().unwrap() > 0);
+    let rows = report["rows"].as_array().unwrap();
+    let wanted = [(96, "dense"), (96, "full"), (200, "dense"), (200, "full")];
+    for (row, (length, attention)) in rows.iter().zip(wanted) {
+        assert_eq!((row["length"].as_u64(), row["attention"].as_str()), (Some(length), Some(attention)));
+        assert!(row["ms_per_token"].as_f64().unwrap() > 0.0, "{row}");
+        assert_eq!(row["rounds_ms"].as_array().unwrap().len(), 2, "{row}");
+        // Only the daemon is waited for.
+        assert_eq!(row["wait_ms"].as_f64().unwrap() > 0.0, attention == "full", "{row}");
+    }
+    assert_eq!(rows.len(), wanted.len());
+    assert_eq!(left_behind(home.path()), Vec::<String>::new());
+}
+
+#[test]
+fn bench_decode_refuses_texts_that_the_model_has_no_positions_for() {
+    let home = tempfile::tempdir().unwrap();
+    let (code, _, err) =
+        run(kvoyant(home.path()).args(["bench", "decode", "--model", "tiny", "--lengths", "1000000"]));
+    assert_eq!(code, Some(1));
+    assert!(err.contains("positions"), "{err}");
 }
 
 /// What `run` answers with these arguments.

@@ -289,7 +289,13 @@ impl Model {
         self.ask(layer, members, 1, true)
     }
 
-    fn ask(&self, layer: usize, members: &[Member<'_>], queries: usize, rest: bool) -> Result<Pending, Error> {
+    fn ask(
+        &self,
+        layer: usize,
+        members: &[Member<'_>],
+        queries: usize,
+        rest: bool,
+    ) -> Result<Pending, Error> {
         let heads = queries * self.inner.geometry.query_heads;
         let wanted = heads * self.inner.geometry.head_dim;
         let floors = members.iter().any(|member| matches!(member.hint, Hint::Beside { .. }));

@@ -5,9 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvoyant_kernels::{RestSums, Run};
-use kvoyant_protocol::wire::{
-    BlockRun, Completion, HeadEntry, PartialLayout, RestEntry, RestLayout, Status,
-};
+use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, PartialLayout, RestEntry, RestLayout, Status};
 
 use crate::cuda::StreamPending;
 use crate::error::Error;

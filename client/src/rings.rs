@@ -9,8 +9,8 @@ use kvoyant_protocol::layout::{Layout, c2d, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
 use kvoyant_protocol::wire::{
-    Append, BatchEntry, BlockRun, Completion, HeadEntry, Operation, PartialLayout, Request, RestLayout, STATS, Speculate,
-    Stat,
+    Append, BatchEntry, BlockRun, Completion, HeadEntry, Operation, PartialLayout, Request, RestLayout,
+    STATS, Speculate, Stat,
 };
 
 use crate::connection::Control;
@@ -314,8 +314,17 @@ impl Rings {
         let ticket = submit.last_ticket + 1;
         let hint_bytes = offset as u32;
         let Ask { layer, queries, floors, rest } = ask;
-        let speculate =
-            Speculate { layer, batch, ticket, hint_bytes, queries, deadline_ns: 0, doorbell: false, floors, rest };
+        let speculate = Speculate {
+            layer,
+            batch,
+            ticket,
+            hint_bytes,
+            queries,
+            deadline_ns: 0,
+            doorbell: false,
+            floors,
+            rest,
+        };
         submit.last_ticket = ticket;
         self.push(&mut submit, Operation::Speculate(speculate));
         Ok(ticket)
@@ -342,8 +351,17 @@ impl Rings {
         }
         let ticket = submit.last_ticket + 1;
         let hint_bytes = hint_bytes as u32;
-        let speculate =
-            Speculate { layer, batch, ticket, hint_bytes, queries: 1, deadline_ns: 0, doorbell: true, floors: false, rest: false };
+        let speculate = Speculate {
+            layer,
+            batch,
+            ticket,
+            hint_bytes,
+            queries: 1,
+            deadline_ns: 0,
+            doorbell: true,
+            floors: false,
+            rest: false,
+        };
         submit.last_ticket = ticket;
         self.push(&mut submit, Operation::Speculate(speculate));
         let (hints, doorbell) = (self.layout.hints(index), self.layout.doorbell(index));

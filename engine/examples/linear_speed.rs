@@ -1,13 +1,17 @@
-//! Where Q8_0 stops paying: one linear layer by batch size, in Q8_0 and in f32.
+//! Where quantised weights stop paying: one linear layer by batch size, in 4 bits, 8 bits and f32.
 //!
 //! `cargo run --release -p kvoyant-engine --example linear_speed -- [OUTPUTS] [INPUTS]`
 
 use std::time::Instant;
 
 use kvoyant_engine::{Linear, SplitMix64};
+use kvoyant_kernels::packed::{BLOCK, PackedMatrix, gather};
 
 /// Layers gone through in turn, so that weights come from memory as in a model.
 const LAYERS: usize = 60;
+
+/// Bytes of a block of Q4_1.
+const Q4_1_BYTES: usize = 20;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
@@ -15,10 +19,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let inputs: usize = arguments.next().map_or(Ok(576), |text| text.parse())?;
     let mut random = SplitMix64::new(1);
     let weight: Vec<f32> = (0..outputs * inputs).map(|_| random.normal()).collect();
-    let make = |q8| -> Vec<Linear> {
-        (0..LAYERS).map(|_| Linear::new(&weight, None, outputs, inputs, q8)).collect()
+    // Products take as long whatever the codes are.
+    let four = PackedMatrix::from_q4_1(&vec![0; outputs * inputs / BLOCK * Q4_1_BYTES], inputs);
+    let eight = PackedMatrix::quantise(&weight, inputs);
+    let make = |packed: Option<&PackedMatrix>| -> Vec<Linear> {
+        let mut all = vec![packed.cloned(); LAYERS];
+        // Each gets memory of its own.
+        gather(all.iter_mut().flatten());
+        all.into_iter().map(|packed| Linear::new(&weight, None, outputs, inputs, packed)).collect()
     };
-    let kinds = [("q8_0", make(true)), ("f32", make(false))];
+    let kinds = [("q4_1", make(Some(&four))), ("q8_0", make(Some(&eight))), ("f32", make(None))];
     println!("{outputs} x {inputs}, microseconds a layer");
     for rows in [1, 2, 4, 8, 12, 16, 24, 32, 64] {
         let x: Vec<f32> = (0..rows * inputs).map(|_| random.normal()).collect();

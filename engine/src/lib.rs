@@ -55,8 +55,8 @@ pub use decoder::{
 pub use error::{ForwardError, LoadError, TextError};
 pub use generate::{GenerateError, GenerateOptions, Generated, StopReason, generate};
 pub use kv::{
-    DaemonError, DaemonKv, DaemonOptions, DaemonSequence, DenseKv, DenseSequence, Dtype, Format, FormatError,
-    Certified, HeadRows, IdsRequest, KvBackend, KvShape, Measured, Observe, Observed, StepStats,
+    Certified, DaemonError, DaemonKv, DaemonOptions, DaemonSequence, DenseKv, DenseSequence, Dtype, Format,
+    FormatError, HeadRows, IdsRequest, KvBackend, KvShape, Measured, Observe, Observed, StepStats,
 };
 pub use kvoyant_kernels::SplitMix64;
 pub use load::{LoadOptions, sha256_file};
@@ -65,3 +65,9 @@ pub use rope::{Rope, RopeTable};
 pub use sampling::{Sampler, SamplerOptions, argmax, log_probability};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::{Linear, Precision, WeightsMode};
+
+/// Threads that a pass uses: rayon's, which `RAYON_NUM_THREADS` sets.
+#[must_use]
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}

@@ -60,8 +60,8 @@ impl Model {
         &self.weights.layers[layer].attention_norm
     }
 
-    /// Whether decode steps multiply with Q8_0.
-    pub fn decodes_with_q8_0(&self) -> bool {
+    /// Whether decode steps multiply with quantised weights.
+    pub fn decodes_quantised(&self) -> bool {
         self.weights.layers.iter().any(|layer| layer.query.is_quantised())
     }
 

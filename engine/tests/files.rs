@@ -33,7 +33,7 @@ fn a_gguf_file_equals_its_safetensors_twin() {
         checkpoint.write_gguf(&path, GgmlDType::F32).unwrap();
         let model = load(&path);
         assert_eq!(model.config(), &checkpoint.config);
-        assert!(!model.decodes_with_q8_0());
+        assert!(!model.decodes_quantised());
         let twin = checkpoint.model(WeightsMode::F32);
         assert_eq!(all_logits(&model, &tokens, 512), all_logits(&twin, &tokens, 512));
         let text = "Grüße, 世界!\n 42";
@@ -94,7 +94,33 @@ fn every_storage_type_of_gguf_is_read_within_its_rounding() {
         let relative = (error / scale).sqrt();
         assert!(relative > 0.0 && relative < tolerance, "{kind:?}: {relative}");
         let quantised = !matches!(kind, GgmlDType::F16 | GgmlDType::BF16);
-        assert_eq!(model.decodes_with_q8_0(), quantised, "{kind:?}");
+        assert_eq!(model.decodes_quantised(), quantised, "{kind:?}");
+    }
+}
+
+#[test]
+fn quantised_products_are_those_of_the_same_rows_in_f32() {
+    // q and k rows change their order when they are read.
+    let config = ModelConfig { hidden_size: 256, head_dim: 64, ..tiny_config() };
+    let checkpoint = Checkpoint::random(config, 6);
+    let folder = tempfile::tempdir().unwrap();
+    let x: Vec<f32> = (0..256).map(|i| (i as f32 * 0.7).sin()).collect();
+    for kind in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::Q5_1, GgmlDType::Q6K] {
+        let path = folder.path().join("model.gguf");
+        checkpoint.write_gguf(&path, kind).unwrap();
+        let model = load(&path);
+        for linear in [model.query_projection(1), model.key_projection(0)] {
+            assert!(linear.is_quantised());
+            let products = |precision| {
+                let mut out = vec![0.0; linear.outputs()];
+                linear.forward(&x, 1, &mut out, precision);
+                out
+            };
+            let (exact, fast) = (products(Precision::F32), products(Precision::Fast));
+            let size = exact.iter().map(|a| a * a).sum::<f32>().sqrt();
+            let error = exact.iter().zip(&fast).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
+            assert!(error > 0.0 && error < 0.02 * size, "{kind:?}: {error} of {size}");
+        }
     }
 }
 
@@ -105,7 +131,7 @@ fn weights_can_be_kept_in_f32_or_requantised_by_choice() {
     checkpoint.write_folder(folder.path(), FolderOptions::default()).unwrap();
     for (mode, q8) in [(WeightsMode::Auto, false), (WeightsMode::F32, false), (WeightsMode::Q8_0, true)] {
         let options = LoadOptions { weights: mode, ..LoadOptions::default() };
-        assert_eq!(Model::load(folder.path(), &options).unwrap().decodes_with_q8_0(), q8);
+        assert_eq!(Model::load(folder.path(), &options).unwrap().decodes_quantised(), q8);
     }
 }
 

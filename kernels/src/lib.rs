@@ -20,6 +20,7 @@ mod cpu;
 pub mod cuda;
 mod dtype;
 mod layout;
+pub mod packed;
 pub mod quantise;
 mod random;
 mod rest;

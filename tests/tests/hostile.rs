@@ -50,7 +50,9 @@ fn a_client_that_lies_is_disconnected_with_the_reason_and_its_neighbour_sees_not
             hint_bytes: 0,
             queries: 1,
             deadline_ns: 0,
-            doorbell: false, floors: false, rest: false,
+            doorbell: false,
+            floors: false,
+            rest: false,
         }),
     };
     type Attack<'a> = (&'a str, &'a str, Box<dyn Fn(&mut Raw, SequenceId) + 'a>);

@@ -130,7 +130,9 @@ fn an_unknown_method_an_artifact_of_another_model_a_budget_of_nothing_and_a_hint
             hint_bytes: bytes.len() as u32,
             queries: 1,
             deadline_ns: 0,
-            doorbell: false, floors: false, rest: false,
+            doorbell: false,
+            floors: false,
+            rest: false,
         };
         let request = Request { release_through: ticket, operation: Operation::Speculate(speculate) };
         raw.push(&request, &[BatchEntry { sequence: id, position: 100, value: 0 }]);

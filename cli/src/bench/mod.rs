@@ -1,4 +1,4 @@
-//! `kvoyant bench methods`: every method over traces, generated traces and a real model, in one table.
+//! `kvoyant bench`: every method over traces, generated traces and a real model, in one table; and how long a decoded token takes.
 //!
 //! | room | job |
 //! |---|---|
@@ -8,9 +8,11 @@
 //! | [`cost`] | what a method cost, at one accounting |
 //! | [`compared`] | paired intervals, and scores against dense |
 //! | [`table`] | what is shown |
+//! | [`mod@decode`] | `bench decode` |
 
 mod compared;
 mod cost;
+pub(crate) mod decode;
 mod ladder;
 mod live;
 mod replayed;

@@ -158,7 +158,10 @@ pub(crate) fn copy<B: KvBackend>(
 }
 
 /// Copies the rows that `to` lacks.
-fn copy_rows<B: KvBackend>(
+///
+/// # Errors
+/// The backend's own, in giving its rows back.
+pub(crate) fn copy_rows<B: KvBackend>(
     backend: &mut B,
     from: &B::Sequence,
     dense: &mut DenseKv,

@@ -81,7 +81,8 @@ impl ModelState {
             }
             let attended = (f64::from(*floor) - f64::from(sums.max)).exp();
             let missed = if sums.rows == 0 { 0.0 } else { 1.0 / (1.0 + attended / f64::from(sums.upper)) };
-            let stat = MISSED.iter().find(|(bound, _)| missed <= *bound).map_or(Stat::MissedMore, |(_, stat)| *stat);
+            let stat =
+                MISSED.iter().find(|(bound, _)| missed <= *bound).map_or(Stat::MissedMore, |(_, stat)| *stat);
             answer.missed.push(stat);
         }
     }
@@ -106,7 +107,12 @@ impl ModelState {
 
     /// The rest of a layer's last answer for one member, by the true query in the buffers. Rows that the method wants attended now are
     /// attended where they lie.
-    pub fn rest_of_last(&mut self, layer: usize, entry: &BatchEntry, answer: &mut Answer) -> Result<(), Status> {
+    pub fn rest_of_last(
+        &mut self,
+        layer: usize,
+        entry: &BatchEntry,
+        answer: &mut Answer,
+    ) -> Result<(), Status> {
         let id = entry.sequence;
         let tokens = entry.position as usize + 1;
         let candidates = self.shape.candidates(tokens);
@@ -123,7 +129,9 @@ impl ModelState {
         if self.digested(id, layer, candidates.end) != Digested::Yes {
             return Err(Status::NotAppended);
         }
-        let mut named = std::mem::take(&mut self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer].named);
+        let mut named = std::mem::take(
+            &mut self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer].named,
+        );
         if named.heads() != heads {
             // Nothing was answered for this layer yet.
             named.clear();

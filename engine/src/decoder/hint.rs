@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kvoyant_kernels::packed::PackedMatrix;
 use kvoyant_methods::hint::HintArtifact;
 use kvoyant_methods::{MethodError, Shape};
 
@@ -41,7 +42,8 @@ impl LearnedHints {
             let mut weight = query.weight();
             artifact.fold(layer, &mut weight);
             let bias = query.bias().map(<[f32]>::to_vec);
-            Linear::new(&weight, bias, query.outputs(), query.inputs(), query.is_quantised())
+            let packed = query.is_quantised().then(|| PackedMatrix::quantise(&weight, query.inputs()));
+            Linear::new(&weight, bias, query.outputs(), query.inputs(), packed)
         };
         Ok(Self { queries: (1..model.config().layers).map(fold).collect() })
     }

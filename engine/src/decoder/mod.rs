@@ -17,7 +17,7 @@ pub use step::StepOutput;
 
 use crate::error::ForwardError;
 use crate::model::Model;
-use crate::weights::Precision;
+use crate::weights::{LayerWeights, Precision, forward_all};
 
 /// Tokens of one prefill chunk: large enough for the GEMMs to be near their best, small enough for the scores of a block to stay in
 /// cache (see `examples/prefill_speed.rs`).
@@ -164,6 +164,16 @@ impl Buffers {
         }
     }
 
+    /// Queries, keys and values of what is normed.
+    fn project(&mut self, weights: &LayerWeights, rows: usize, precision: Precision) {
+        let all = [
+            (&weights.query, &mut self.q[..]),
+            (&weights.key, &mut self.k[..]),
+            (&weights.value, &mut self.v[..]),
+        ];
+        forward_all(all, &self.normed, rows, precision);
+    }
+
     /// The feed-forward of a layer and both of its additions: `x += delta; x += mlp(norm(x))`.
     fn add_and_feed_forward(&mut self, model: &Model, layer: usize, rows: usize, precision: Precision) {
         let weights = &model.weights.layers[layer];
@@ -171,8 +181,8 @@ impl Buffers {
         let kernels = Kernels::best();
         for_rows(&mut self.x, config.hidden_size, &self.delta, |x, delta| kernels.add(x, delta));
         norm_rows(model, &self.x, &weights.mlp_norm, &mut self.normed);
-        weights.gate.forward(&self.normed, rows, &mut self.gate, precision);
-        weights.up.forward(&self.normed, rows, &mut self.up, precision);
+        let both = [(&weights.gate, &mut self.gate[..]), (&weights.up, &mut self.up[..])];
+        forward_all(both, &self.normed, rows, precision);
         for_rows(&mut self.gate, config.intermediate_size, &self.up, |gate, up| kernels.silu_mul(gate, up));
         weights.down.forward(&self.gate, rows, &mut self.delta, precision);
         for_rows(&mut self.x, config.hidden_size, &self.delta, |x, delta| kernels.add(x, delta));

@@ -137,9 +137,7 @@ impl Decoder {
         buffers.embed(model, tokens);
         for (layer, weights) in model.weights.layers.iter().enumerate() {
             norm_rows(model, &buffers.x, &weights.attention_norm, &mut buffers.normed);
-            weights.query.forward(&buffers.normed, rows, &mut buffers.q, Precision::F32);
-            weights.key.forward(&buffers.normed, rows, &mut buffers.k, Precision::F32);
-            weights.value.forward(&buffers.normed, rows, &mut buffers.v, Precision::F32);
+            buffers.project(weights, rows, Precision::F32);
             if let Some(look) = layers {
                 look(LayerSeen { layer, input: &buffers.x, queries: &buffers.q });
             }

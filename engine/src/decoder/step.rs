@@ -98,9 +98,7 @@ impl Decoder {
                 timing.hint += watch.lap();
             }
             norm_rows(model, &buffers.x, &weights.attention_norm, &mut buffers.normed);
-            weights.query.forward(&buffers.normed, rows, &mut buffers.q, Precision::Fast);
-            weights.key.forward(&buffers.normed, rows, &mut buffers.k, Precision::Fast);
-            weights.value.forward(&buffers.normed, rows, &mut buffers.v, Precision::Fast);
+            buffers.project(weights, rows, Precision::Fast);
             rotate_rows(&table, &mut buffers.q, config.query_width());
             rotate_rows(&table, &mut buffers.k, config.kv_width());
             timing.linear += watch.lap();

@@ -5,12 +5,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::attend::attend;
+use super::attend::attend_heads;
 use super::rows::HeadRows;
 use super::{KvBackend, KvShape};
-
-/// Rows below which a step attends on the calling thread: waking another one costs more than it saves.
-const PARALLEL_ROWS: usize = 256;
 
 /// The dense backend.
 #[derive(Debug, Clone)]
@@ -172,21 +169,16 @@ impl KvBackend for DenseKv {
         queries: &[f32],
         out: &mut [f32],
     ) -> Result<(), Infallible> {
-        let KvShape { kv_heads, head_dim: d, .. } = self.shape;
-        let (group, layout) = (self.shape.group(), self.shape.layout());
-        let group_values = group * d;
-        let batch: Vec<&DenseSequence> = batch.iter().map(|sequence| &**sequence).collect();
-        // One task per (sequence, KV head): `queries` and `out` are laid out in that order.
-        let one = |(task, (q, o)): (usize, (&[f32], &mut [f32]))| {
-            let (i, h) = (task / kv_heads, task % kv_heads);
-            let tokens = self.shape.first_visible(layer, positions[i])..positions[i] + 1;
-            attend(layout, q, &self.rows(batch[i], layer, h, tokens), o, &mut vec![0.0; group]);
-        };
-        if positions.iter().sum::<usize>() < PARALLEL_ROWS {
-            queries.chunks(group_values).zip(out.chunks_mut(group_values)).enumerate().for_each(one);
-        } else {
-            queries.par_chunks(group_values).zip(out.par_chunks_mut(group_values)).enumerate().for_each(one);
-        }
+        // Head by head, as `queries` and `out` are laid out.
+        let kv_heads = self.shape.kv_heads;
+        let heads = (0..batch.len()).flat_map(|i| (0..kv_heads).map(move |head| (i, head)));
+        let rows: Vec<Vec<&[u8]>> = heads
+            .map(|(i, head)| {
+                let tokens = self.shape.first_visible(layer, positions[i])..positions[i] + 1;
+                self.rows(batch[i], layer, head, tokens)
+            })
+            .collect();
+        attend_heads(self.shape.layout(), self.shape.group(), queries, &rows, out);
         Ok(())
     }
 }

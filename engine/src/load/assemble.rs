@@ -1,5 +1,6 @@
 //! From a configuration and named tensors to weights: the same for every file format.
 
+use kvoyant_kernels::packed::{BLOCK, PackedMatrix, gather};
 use rayon::prelude::*;
 
 use super::names::{LayerTensor, TensorName};
@@ -15,6 +16,11 @@ use crate::weights::{LayerWeights, Linear, Weights, WeightsMode};
 pub(crate) trait TensorSource: Sync {
     /// The tensor's values; its shape must be `shape`.
     fn tensor(&self, name: TensorName, shape: &[usize]) -> Result<Vec<f32>, LoadError>;
+    /// A matrix as the file has it quantised, in rotate-half order; none, where it is not, or in blocks of another kind than products are
+    /// made for.
+    fn packed(&self, _name: TensorName, _shape: [usize; 2]) -> Result<Option<PackedMatrix>, LoadError> {
+        Ok(None)
+    }
     /// Whether there is such a tensor.
     fn has(&self, name: TensorName) -> bool;
     /// Whether the file's matrices were quantised.
@@ -36,39 +42,67 @@ pub(crate) fn assemble(
     mode: WeightsMode,
 ) -> Result<Model, LoadError> {
     let Parts { name, config, tokenizer, chat_template } = parts;
-    let q8 = match mode {
-        WeightsMode::Auto => source.is_quantised(),
-        WeightsMode::F32 => false,
-        WeightsMode::Q8_0 => true,
-    };
     let (vocabulary, hidden) = (config.vocabulary, config.hidden_size);
     let embedding = source.tensor(TensorName::Embedding, &[vocabulary, hidden])?;
-    let head = if config.tied_embeddings {
-        Linear::new(&embedding, None, vocabulary, hidden, q8)
+    let mut head = if config.tied_embeddings {
+        let packed = packed(source, mode, TensorName::Embedding, &embedding, [vocabulary, hidden])?;
+        Linear::new(&embedding, None, vocabulary, hidden, packed)
     } else {
-        Linear::new(&source.tensor(TensorName::Head, &[vocabulary, hidden])?, None, vocabulary, hidden, q8)
+        read_linear(source, mode, TensorName::Head, None, [vocabulary, hidden])?
     };
-    let layers = (0..config.layers)
+    let mut layers = (0..config.layers)
         .into_par_iter()
-        .map(|layer| read_layer(&config, source, layer, q8))
-        .collect::<Result<_, _>>()?;
+        .map(|layer| read_layer(&config, source, layer, mode))
+        .collect::<Result<Vec<_>, _>>()?;
+    // In the order in which a step reads them.
+    let all = layers.iter_mut().flat_map(LayerWeights::linears_mut).chain([&mut head]);
+    gather(all.filter_map(Linear::packed_mut));
     let final_norm = source.tensor(TensorName::FinalNorm, &[hidden])?;
     let rope = Rope::new(&config);
     let weights = Weights { embedding, layers, final_norm, head };
     Ok(Model { name, config, rope, weights, tokenizer, chat_template })
 }
 
+fn read_linear(
+    source: &dyn TensorSource,
+    mode: WeightsMode,
+    name: TensorName,
+    bias: Option<Vec<f32>>,
+    [outputs, inputs]: [usize; 2],
+) -> Result<Linear, LoadError> {
+    let weight = source.tensor(name, &[outputs, inputs])?;
+    let packed = packed(source, mode, name, &weight, [outputs, inputs])?;
+    Ok(Linear::new(&weight, bias, outputs, inputs, packed))
+}
+
+/// What small batches are to multiply with, if not with f32. Rows that are no whole blocks stay f32.
+fn packed(
+    source: &dyn TensorSource,
+    mode: WeightsMode,
+    name: TensorName,
+    weight: &[f32],
+    [outputs, inputs]: [usize; 2],
+) -> Result<Option<PackedMatrix>, LoadError> {
+    let quantised = || inputs.is_multiple_of(BLOCK).then(|| PackedMatrix::quantise(weight, inputs));
+    Ok(match mode {
+        WeightsMode::F32 => None,
+        WeightsMode::Q8_0 => quantised(),
+        WeightsMode::Auto if !source.is_quantised() => None,
+        WeightsMode::Auto => source.packed(name, [outputs, inputs])?.or_else(quantised),
+    })
+}
+
 fn read_layer(
     config: &ModelConfig,
     source: &dyn TensorSource,
     layer: usize,
-    q8: bool,
+    mode: WeightsMode,
 ) -> Result<LayerWeights, LoadError> {
     use LayerTensor as T;
     let read = |tensor, shape: &[usize]| source.tensor(TensorName::Layer(layer, tensor), shape);
     let linear = |tensor, bias: Option<LayerTensor>, outputs, inputs| -> Result<Linear, LoadError> {
         let bias = bias.map(|bias| read(bias, &[outputs])).transpose()?;
-        Ok(Linear::new(&read(tensor, &[outputs, inputs])?, bias, outputs, inputs, q8))
+        read_linear(source, mode, TensorName::Layer(layer, tensor), bias, [outputs, inputs])
     };
     let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
     let (query, kv) = (config.query_width(), config.kv_width());

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use candle_core::CpuStorage;
 use candle_core::quantized::GgmlDType;
+use kvoyant_kernels::packed::PackedMatrix;
 use rayon::prelude::*;
 
 use super::assemble::TensorSource;
@@ -63,8 +64,8 @@ fn kind(id: u32) -> Option<GgmlDType> {
 }
 
 impl GgufTensors {
-    /// Values of a tensor under its name in the file.
-    pub(super) fn read(&self, tensor: &str, shape: &[usize]) -> Result<Vec<f32>, LoadError> {
+    /// A tensor under its name in the file, as it is stored.
+    fn stored(&self, tensor: &str, shape: &[usize]) -> Result<Stored, LoadError> {
         let Some(entry) = self.header.tensors.get(tensor) else {
             return Err(LoadError::MissingTensor { tensor: tensor.to_owned(), path: self.path.clone() });
         };
@@ -87,7 +88,15 @@ impl GgufTensors {
         }
         let words = self.bytes(entry, values / kind.block_size() * kind.type_size())?;
         let row_bytes = columns / kind.block_size() * kind.type_size();
-        let bytes = &bytemuck::cast_slice::<u64, u8>(&words)[..values / columns * row_bytes];
+        Ok(Stored { kind, words, columns, row_bytes, bytes: values / columns * row_bytes })
+    }
+
+    /// Values of a tensor under its name in the file.
+    pub(super) fn read(&self, tensor: &str, shape: &[usize]) -> Result<Vec<f32>, LoadError> {
+        let stored = self.stored(tensor, shape)?;
+        let (kind, columns, row_bytes, bytes) =
+            (stored.kind, stored.columns, stored.row_bytes, stored.bytes());
+        let values = shape.iter().product();
         let rows = (TASK_VALUES / columns).max(1);
         let mut out = vec![0.0; values];
         out.par_chunks_mut(rows * columns).zip(bytes.par_chunks(rows * row_bytes)).try_for_each(
@@ -120,15 +129,51 @@ impl GgufTensors {
     }
 }
 
+/// A tensor's bytes.
+struct Stored {
+    kind: GgmlDType,
+    /// In words, so that blocks are aligned.
+    words: Vec<u64>,
+    bytes: usize,
+    /// Values and bytes of a row.
+    columns: usize,
+    row_bytes: usize,
+}
+
+impl Stored {
+    fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.bytes]
+    }
+}
+
+/// Whether the file has a tensor's rows in the order of interleaved RoPE.
+fn rotated(name: TensorName) -> bool {
+    use LayerTensor as T;
+    matches!(name, TensorName::Layer(_, T::Query | T::QueryBias | T::Key | T::KeyBias))
+}
+
 impl TensorSource for GgufTensors {
     fn tensor(&self, name: TensorName, shape: &[usize]) -> Result<Vec<f32>, LoadError> {
-        use LayerTensor as T;
         let values = self.read(&name.gguf(), shape)?;
-        let rotated = matches!(name, TensorName::Layer(_, T::Query | T::QueryBias | T::Key | T::KeyBias));
-        Ok(match self.interleaved.filter(|_| rotated) {
+        Ok(match self.interleaved.filter(|_| rotated(name)) {
             Some(heads) => rotate_half_order(&values, heads.head_dim, values.len() / shape[0]),
             None => values,
         })
+    }
+
+    fn packed(&self, name: TensorName, shape: [usize; 2]) -> Result<Option<PackedMatrix>, LoadError> {
+        let stored = self.stored(&name.gguf(), &shape)?;
+        let pack = match stored.kind {
+            GgmlDType::Q4_0 => PackedMatrix::from_q4_0,
+            GgmlDType::Q4_1 => PackedMatrix::from_q4_1,
+            GgmlDType::Q8_0 => PackedMatrix::from_q8_0,
+            _ => return Ok(None),
+        };
+        let bytes = match self.interleaved.filter(|_| rotated(name)) {
+            Some(heads) => Cow::Owned(rotate_half_order(stored.bytes(), heads.head_dim, stored.row_bytes)),
+            None => Cow::Borrowed(stored.bytes()),
+        };
+        Ok(Some(pack(&bytes, stored.columns)))
     }
 
     fn has(&self, name: TensorName) -> bool {
@@ -143,8 +188,8 @@ impl TensorSource for GgufTensors {
 
 /// Brings rows from the order of interleaved RoPE, where `2j` pairs with `2j + 1`, into that of rotate-half, where `j` pairs with
 /// `j + d/2`, head by head.
-pub(crate) fn rotate_half_order(rows: &[f32], head_dim: usize, columns: usize) -> Vec<f32> {
-    let mut out = vec![0.0; rows.len()];
+pub(crate) fn rotate_half_order<T: Copy + Default>(rows: &[T], head_dim: usize, columns: usize) -> Vec<T> {
+    let mut out = vec![T::default(); rows.len()];
     let head_values = head_dim * columns;
     for (to, from) in out.chunks_exact_mut(head_values).zip(rows.chunks_exact(head_values)) {
         for (row, to) in to.chunks_exact_mut(columns).enumerate() {

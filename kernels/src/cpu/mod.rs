@@ -8,6 +8,7 @@ mod copy;
 mod elementwise;
 mod hash;
 mod layout;
+mod packed;
 mod reduce;
 mod scalar;
 mod score;

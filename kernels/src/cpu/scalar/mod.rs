@@ -7,6 +7,7 @@ mod convert;
 mod dequantise;
 mod elementwise;
 mod hash;
+mod packed;
 mod reduce;
 mod score;
 mod top_k;
@@ -22,6 +23,7 @@ pub(super) use elementwise::{
     add, axpy, mix_rows, rms_norm, rope_halves, silu_mul, softmax_add, softmax_in_place,
 };
 pub(super) use hash::{hamming, hamming_sum, sign_bits};
+pub(super) use packed::{multiply_packed, quantise_rows};
 pub(super) use reduce::{count_above, dot, exp_sum, max};
 pub(super) use score::{min_max_update, page_bounds, project, project_columns, score_columns};
 pub(super) use top_k::top_k;

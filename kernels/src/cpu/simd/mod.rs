@@ -20,6 +20,7 @@ mod elementwise;
 mod hash;
 mod lanes;
 mod layout;
+mod packed;
 mod paths;
 mod reduce;
 mod rows;

@@ -7,6 +7,7 @@ use crate::cpu::bounds::{Block, Query8};
 use crate::cpu::codes::{CodeSums, CodeTotal};
 use crate::dtype::Dtype;
 use crate::layout::RowLayout;
+use crate::packed::{PackedMatrix, QuantisedRows};
 use crate::quantise::Format;
 use crate::run::{AttendScratch, CopyRun, Run, TopKScratch};
 
@@ -38,6 +39,7 @@ macro_rules! path {
                     dtype: Dtype, queries: &[f32], group: usize, blocks: &[u8], pages: usize, out: &mut [f32], out_stride: usize,
                 );
                 bounds_i8::prepare_bounds_i8(query: &[f32], d: usize, to: &mut Query8);
+                packed::quantise_rows(x: &[f32], columns: usize, to: &mut QuantisedRows);
                 dequantise::dequantise(format: Format, row: &[u8], values: &mut [f32]);
                 score::min_max_update(rows: &[f32], d: usize, minmax: &mut [f32]);
                 score::project(x: &[f32], a: &[f32], out: &mut [f32]);
@@ -140,6 +142,7 @@ path!(avx2, "avx2,fma,f16c,popcnt", kernels::avx2::Avx2, {
     pub(in crate::cpu) use kernels::bounds_i8::halves::page_bounds_i8;
     pub(in crate::cpu) use kernels::codes::halves::{code_scores, code_weights};
     pub(in crate::cpu) use kernels::hash::bytes::{hamming, hamming_sum};
+    pub(in crate::cpu) use kernels::packed::halves::multiply_packed;
 });
 path!(avx512, "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512vl,avx512dq", kernels::avx512::Avx512, {
     /// As the path says.
@@ -284,6 +287,22 @@ path!(avx512, "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512vl,avx512dq", kernels
                 margin_stride,
                 totals,
             );
+        }
+    }
+
+    /// As the path says.
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw")]
+    pub(in crate::cpu) fn multiply_packed(
+        matrix: &PackedMatrix,
+        panels: Range<usize>,
+        x: &QuantisedRows,
+        out: &mut [f32],
+    ) {
+        if is_x86_feature_detected!("avx512vnni") {
+            // SAFETY: the instruction was just found.
+            unsafe { kernels::packed::vnni::multiply_packed(matrix, panels, x, out) }
+        } else {
+            kernels::packed::halves::multiply_packed(matrix, panels, x, out);
         }
     }
 });
