@@ -7,9 +7,10 @@ use rayon::prelude::*;
 use super::gemm::{Mat, Threads, product};
 use super::packed;
 
-/// Batches up to this size multiply with quantised weights, larger ones with f32. `examples/linear_speed.rs` on one core, 1536 × 576:
-/// for 32 rows, products in 4 and 8 bits take a quarter of f32's time with AVX-512 and half of it with AVX2.
-const PACKED_MAX_BATCH: usize = 32;
+/// Batches up to this size multiply with quantised weights, larger ones with f32. Speed would want more: `examples/linear_speed.rs`
+/// has products in 4 and 8 bits ahead of f32 up to 32 rows and beyond. But large batches are what methods are compared with, and
+/// activations in 8 bits shift the KL between two of them by some thousandths (the demo's infinigen at 12 %: 0.016 and 0.020).
+const PACKED_MAX_BATCH: usize = 8;
 
 /// Columns that one task transposes: a cache line of each row.
 const TRANSPOSE_COLUMNS: usize = 16;
