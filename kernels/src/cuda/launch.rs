@@ -1,8 +1,8 @@
 //! How kernels are launched: beside their parameters, so that every caller does it alike.
 
 use super::params::{
-    AttendParams, DequantiseParams, GatherParams, HammingParams, MergeParams, QuestParams, ReportParams,
-    ResolveParams, ScoresParams, TopKParams,
+    AttendParams, CodeRestParams, CodeScoresParams, DequantiseParams, GatherParams, HammingParams,
+    MergeParams, QuestParams, ReportParams, ResolveParams, ScoresParams, TopKParams,
 };
 use crate::Dtype;
 
@@ -10,6 +10,8 @@ use crate::Dtype;
 const THREADS: u32 = 128;
 /// Largest head dimension of attention and scores.
 pub const HEAD_DIM_MAX: u32 = 2 * THREADS;
+/// Most values of a value whose means can be added up.
+pub const VALUE_DIM_MAX: u32 = SHARED_MAX / 4 / GROUP_MAX;
 /// Query heads that one block attends for; a larger group is split over blocks.
 const GROUP_MAX: u32 = 8;
 /// Shared memory of a block that needs no asking for.
@@ -167,6 +169,24 @@ impl QuestParams {
     pub fn launch(&self) -> Launch {
         let value = if self.dtype == u32::from(Dtype::F32.code()) { 4 } else { 2 };
         let shared = tile_bytes(self.tile_rows, 2 * self.d * value) + heads(self.group) * self.d * 4;
+        Launch::blocks(head_blocks(self.heads, self.group), 1, self.splits, shared)
+    }
+}
+
+impl CodeScoresParams {
+    /// The launch of `code_scores`.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        let shared = GROUP_MAX * 4 + GROUP_MAX * 2 * self.shape.d.next_multiple_of(16);
+        Launch::blocks(head_blocks(self.heads, self.group), 1, self.splits, shared)
+    }
+}
+
+impl CodeRestParams {
+    /// The launch of `code_rest`.
+    #[must_use]
+    pub fn launch(&self) -> Launch {
+        let shared = GROUP_MAX * self.shape.value_dim * 4;
         Launch::blocks(head_blocks(self.heads, self.group), 1, self.splits, shared)
     }
 }

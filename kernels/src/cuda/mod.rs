@@ -64,6 +64,7 @@ macro_rules! source {
 /// Every source.
 pub static SOURCES: &[Source] = &[
     source!("attend", ["attend"]),
+    source!("codes", ["code_scores", "code_rest"]),
     source!("dequantise", ["dequantise"]),
     source!("gather", ["gather_runs"]),
     source!("merge", ["lse_merge"]),

@@ -4,8 +4,10 @@
 
 use bytemuck::{Pod, Zeroable};
 
+mod codes;
 mod graph;
 
+pub use codes::{CodeRestParams, CodeScoresParams, CodeShape};
 pub use graph::{
     NO_PAGE, Position, ReportHeader, ReportParams, ResidencyEntry, ResidencyHeader, ResolveParams,
 };

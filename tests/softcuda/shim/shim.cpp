@@ -231,7 +231,7 @@ static int run_block() {
     return m->overflow ? STACK_OVERFLOW : m->partial ? PARTIAL_WARP : result;
 }
 
-#define KV_SOURCES(each) each(attend) each(dequantise) each(gather) each(merge) each(residency) each(score) each(select)
+#define KV_SOURCES(each) each(attend) each(codes) each(dequantise) each(gather) each(merge) each(residency) each(score) each(select)
 
 #define KV_DECLARE(name) extern const kv_source kv_source_##name;
 KV_SOURCES(KV_DECLARE)

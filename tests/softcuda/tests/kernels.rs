@@ -103,6 +103,8 @@ on_the_shim! {
     attention::splits_of_one_head_merge_to_the_whole,
     selection::scores_bounds_and_distances_are_those_of_the_cpu,
     selection::the_best_scores_are_chosen_exactly_as_on_the_cpu,
+    codes::scores_and_margins_of_codes_are_those_of_the_cpu_to_the_last_bit,
+    codes::what_codes_leave_out_is_summed_as_on_the_cpu,
     graph::a_captured_kernel_follows_residency_and_position_from_replay_to_replay,
     graph::reports_go_round_a_mailbox_and_say_which_they_are,
 }

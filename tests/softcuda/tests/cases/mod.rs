@@ -1,6 +1,7 @@
 //! What every kernel must do, on whatever runs it: each case takes a [`Device`] and compares with the CPU's kernels.
 
 pub(crate) mod attention;
+pub(crate) mod codes;
 pub(crate) mod copies;
 pub(crate) mod graph;
 pub(crate) mod selection;
