@@ -33,6 +33,9 @@ const METHODS_OF_A_SESSION: usize = 60;
 /// Rows of a page, as the daemon has them by default.
 const PAGE_ROWS: usize = 32;
 
+/// Sequences whose digests and memories there is room for besides those that are open.
+const HELD_BESIDE: usize = 6;
+
 /// Bytes of arena for each byte of tables and digests: they may take a quarter of it.
 const ARENA_FOR_TABLES: usize = 4;
 
@@ -250,8 +253,8 @@ fn digest_bytes(method: &dyn kvoyant_methods::Method, shape: &Shape, tokens: usi
 }
 
 /// Bytes of digests and memories that a session may hold at once. Of a method that shares its digests they are those of all
-/// `sequences`, of one with memories those of a `batch` of its own and of two sequences more: while one is forked, the daemon wants
-/// room for both.
+/// `sequences`, of one with memories those of a `batch` of its own, and of some more: while one is forked or grows, the daemon wants room
+/// for both.
 fn kept_bytes(
     methods: &[Box<dyn kvoyant_methods::Method>],
     shape: &Shape,
@@ -263,7 +266,7 @@ fn kept_bytes(
         let held = if needs.memory && !needs.drops_rows { batch } else { sequences + batch };
         // Memories grow by doubling.
         let tokens = if needs.memory { tokens.next_power_of_two() } else { tokens };
-        (in_daemon(method, shape, tokens) * (held + 2)) as f64
+        (in_daemon(method, shape, tokens) * (held + HELD_BESIDE)) as f64
     };
     // The daemon keeps them for dense layers too.
     methods.iter().map(|method| kept(&**method)).fold(0.0, f64::max) * shape.layers as f64

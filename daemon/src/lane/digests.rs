@@ -50,6 +50,8 @@ pub struct DigestSet {
     state: Region,
     /// Memories, `[layer][KV head]`.
     memory: Option<Region>,
+    /// What is kept for all layers together.
+    sequence: Option<Region>,
     /// Rows of each page that a pool has dropped, `[layer][KV head][capacity]`.
     dead: Option<Region>,
     /// Rows digested, per layer.
@@ -72,7 +74,7 @@ impl DigestSet {
 
     /// Bytes of everything but the blocks and the memories.
     pub(crate) fn table_bytes(&self) -> usize {
-        let parts = [Some(self.table), Some(self.state), self.dead];
+        let parts = [Some(self.table), Some(self.state), self.sequence, self.dead];
         parts.into_iter().flatten().map(|region| region.len).sum()
     }
 
@@ -145,6 +147,10 @@ impl Store for View<'_> {
         let memory = self.set.memory_of(self.first_head + kv_head, self.heads);
         memory.map_or(&mut [], |memory| self.meta.get_mut(memory))
     }
+
+    fn sequence(&mut self) -> &mut [u8] {
+        self.set.sequence.map_or(&mut [], |sequence| self.meta.get_mut(sequence))
+    }
 }
 
 impl ModelState {
@@ -206,12 +212,15 @@ impl ModelState {
             self.methods[method].init_state(layer, kv_head, bytes);
         }
         let (memory, dead) = self.new_memory(method, capacity)?;
+        let kept = self.methods[method].sequence_bytes();
+        let sequence_bytes = (kept > 0).then(|| self.meta.allocate(kept)).transpose()?;
         let set = DigestSet {
             key,
             method,
             table,
             state,
             memory,
+            sequence: sequence_bytes,
             dead,
             built: vec![0; layers],
             ready: vec![!needs.observe; layers],
@@ -243,6 +252,7 @@ impl ModelState {
         set.table = self.meta.copy(set.table)?;
         set.state = self.meta.copy(set.state)?;
         set.memory = set.memory.map(|memory| self.meta.copy(memory)).transpose()?;
+        set.sequence = set.sequence.map(|sequence| self.meta.copy(sequence)).transpose()?;
         set.dead = set.dead.map(|dead| self.meta.copy(dead)).transpose()?;
         if let Some(pool) = self.pools.iter_mut().find(|pool| pool.key == key) {
             for word in 0..words {
@@ -535,7 +545,7 @@ impl ModelState {
                 }
             }
         }
-        let regions = [Some(set.table), Some(set.state), set.memory, set.dead];
+        let regions = [Some(set.table), Some(set.state), set.memory, set.sequence, set.dead];
         regions.into_iter().flatten().for_each(|region| self.meta.release(region));
     }
 }

@@ -124,15 +124,15 @@ impl DaemonKv {
             }
             (*ready).clone()
         };
-        let mut certificates = Vec::new();
+        let (mut certificates, mut exact) = (Vec::new(), Vec::new());
         if estimates {
             let attended = (&mut *out, &mut lse[..]);
-            certificates = self.add_rest(layer, &answer, batch, positions, queries, attended)?;
+            (certificates, exact) = self.add_rest(layer, &answer, batch, positions, queries, attended)?;
         }
         let partials = (0..members.len()).filter_map(|member| answer.partial(member));
         self.stats.rows_cpu += partials.map(|partial| u64::from(partial.rows)).sum::<u64>();
         if self.measure {
-            let attended = Attended { queries, out, certificates: &certificates };
+            let attended = Attended { queries, out, certificates: &certificates, exact: &exact };
             let measured = self.pass(layer, true).measure(&answer, batch, positions, attended);
             self.stats.measured += measured;
         }

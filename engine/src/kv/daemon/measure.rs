@@ -19,6 +19,8 @@ pub(super) struct Attended<'a> {
     pub(super) out: &'a [f32],
     /// `[batch][Hq]`, or none.
     pub(super) certificates: &'a [Option<Certificate>],
+    /// `[batch]`, or none: rows that the daemon's CPU attended once it knew the true query.
+    pub(super) exact: &'a [u32],
 }
 
 impl Pass<'_> {
@@ -50,7 +52,8 @@ impl Pass<'_> {
                 rows[tokens.start.min(end)..tokens.end.min(end)].fill(true);
             }
             // An answer says how many rows the daemon's CPU attended, not which: they are known where they are all others.
-            let by_cpu = answer.partial(i).map_or(0, |partial| partial.rows as usize);
+            let later = attended.exact.get(i).copied().unwrap_or(0);
+            let by_cpu = answer.partial(i).map_or(0, |partial| partial.rows as usize) + later as usize;
             let selected = |head| answer.tokens(i, head).map(|run| run.rows).sum::<usize>();
             let whole = (0..kv_heads).map(selected).sum::<usize>() + by_cpu == kv_heads * candidates.len();
             if whole {

@@ -9,7 +9,7 @@ use super::{DaemonError, DaemonKv, DaemonSequence};
 impl DaemonKv {
     /// Merges what the daemon estimates of the rows that an answer left out into attention over the others, `out` `[members][Hq][d]` and
     /// `lse` `[members][Hq]`. Members whose rows were chosen ahead are asked for again, by their true queries. What each query head may have
-    /// missed, where that is known: `[members][Hq]`.
+    /// missed, where that is known: `[members][Hq]`; and the rows of each member that the daemon's CPU attended now.
     pub(super) fn add_rest(
         &mut self,
         layer: usize,
@@ -18,10 +18,11 @@ impl DaemonKv {
         positions: &[usize],
         queries: &[f32],
         (out, lse): (&mut [f32], &mut [f32]),
-    ) -> Result<Vec<Option<Certificate>>, DaemonError> {
+    ) -> Result<(Vec<Option<Certificate>>, Vec<u32>), DaemonError> {
         let heads = self.shape.query_heads;
         let width = heads * self.shape.head_dim;
         let mut certificates = vec![None; batch.len() * heads];
+        let mut exact = vec![0; batch.len()];
         let later = |i: &usize| {
             let needs = self.needs_of(batch[*i]);
             needs.rest && needs.hint != HintSource::Current
@@ -50,6 +51,7 @@ impl DaemonKv {
                 (Some(member), Some(again)) => {
                     if let Some(partial) = again.partial(member) {
                         Kernels::best().merge(out, lse, partial.out, partial.lse);
+                        exact[i] = partial.rows;
                     }
                     (&**again, member)
                 }
@@ -68,6 +70,7 @@ impl DaemonKv {
                 }
             }
         }
-        Ok(certificates)
+        self.stats.rows_cpu += exact.iter().map(|rows| u64::from(*rows)).sum::<u64>();
+        Ok((certificates, exact))
     }
 }
