@@ -323,7 +323,7 @@ pub(crate) struct RunArgs {
     /// A file with the prompt; `-` is standard input
     #[arg(long, value_name = "FILE")]
     pub(crate) file: Option<PathBuf>,
-    #[arg(long, value_name = "METHOD", default_value = "infinigen", conflicts_with = "attention", help = methods_help())]
+    #[arg(long, value_name = "METHOD", default_value = "kvoyant", conflicts_with = "attention", help = methods_help())]
     pub(crate) method: MethodSpec,
     /// Rows that a selection may hold per KV head: a number, or a share of the sequence (`6%`)
     #[arg(long, value_name = "N|%", conflicts_with = "attention")]

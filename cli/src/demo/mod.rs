@@ -32,6 +32,9 @@ use crate::trial::prepare;
 /// The rows after `dense`: what each is called, and the daemon's method.
 const ROWS: &[(&str, &str)] = &[
     ("full", "full"),
+    ("kvoyant", "kvoyant:budget=1%,hint=ahead"),
+    ("kvoyant", "kvoyant:budget=3%,hint=ahead"),
+    ("kvoyant", "kvoyant:budget=6%,hint=ahead"),
     ("infinigen", "infinigen:budget=3%"),
     ("infinigen", "infinigen:budget=6%"),
     ("infinigen", "infinigen:budget=12%"),

@@ -20,7 +20,7 @@ pub(crate) struct Report {
 /// One method with one budget.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Row {
-    /// `dense|full|infinigen|infinigen-alpha|quest|window|random`.
+    /// `dense|full|kvoyant|infinigen|infinigen-alpha|quest|window|random`.
     pub(crate) method: String,
     /// Share of the rows that a selection may hold (0–1), where the row has a fixed one.
     pub(crate) budget: Option<f64>,

@@ -75,6 +75,15 @@ fn lines(times: &Times, daemon: Option<(&MethodSpec, StepStats, usize)>) -> Vec<
             millis(stats.select) / n,
             millis(stats.transfer) / n,
         ));
+        if let Some(missed) = stats.certified.mean() {
+            all.push(format!(
+                "certified: a query head missed at most {:.2} % of its attention in the mean, {:.2} % at worst (of each layer's own queries, \
+                 keys and values; nothing is said about the text); at most 0.01, 0.1, 0.3, 1, 3, 10, 30 %, and more: {}",
+                missed * 100.0,
+                stats.certified.worst * 100.0,
+                stats.certified.missed.map(|count| format!("{:.0} %", count as f64 / stats.certified.heads as f64 * 100.0)).join(", "),
+            ));
+        }
         if stats.rows_cpu > 0 || !stats.feedback.is_zero() {
             all.push(format!(
                 "{:.0} rows a token attended by the daemon's CPU; {:.2} ms a token on attention rows that the method learns from",
