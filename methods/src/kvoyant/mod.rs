@@ -49,8 +49,8 @@ pub(crate) const ENTRY: Entry = Entry {
     parse: |options| Ok(Box::new(KvoyantSpec::from_options(options)?)),
 };
 
-/// Bytes of a head's memory: the share of the last row that the budget alone let in, as f32.
-const CUT_BYTES: usize = 4;
+/// Bytes of what a sequence keeps for each layer and head: the share of the last row that the budget alone let in, as f32.
+const CUT_BYTES: usize = size_of::<f32>();
 
 /// Selects, estimates and certifies.
 #[derive(Debug)]
@@ -72,6 +72,12 @@ impl Kvoyant {
         let layout = CodeLayout::new(shape.head_dim, shape.value_dim, shape.page_rows, options.bits, group)
             .map_err(|error| MethodError::Unsuitable { method: NAME, reason: error.to_string() })?;
         Ok(Self { shape: *shape, options, spec: MethodSpec::new(options), layout, kernels: Kernels::best() })
+    }
+
+    /// Where in what a sequence keeps the head's cut lies.
+    fn cut_at(&self, layer: usize, head: usize) -> std::ops::Range<usize> {
+        let at = steer::BYTES + (layer * self.shape.kv_heads + head) * CUT_BYTES;
+        at..at + CUT_BYTES
     }
 
     /// How many rows a head gets, for a request of one token.
@@ -160,7 +166,9 @@ impl Kvoyant {
             }
             self.weigh(context, &*store, head, &seen, scratch);
             let cut = self.choose(context, head, &wanted, &seen, scratch);
-            store.memory_mut(head).iter_mut().zip(cut.to_le_bytes()).for_each(|(to, from)| *to = from);
+            if let Some(kept) = store.sequence().get_mut(self.cut_at(context.layer, head)) {
+                kept.copy_from_slice(&cut.to_le_bytes());
+            }
             for id in &scratch.ids {
                 let token = seen.first_token(self.layout.rows()) + *id as usize;
                 out.push(token, token + 1);
@@ -192,7 +200,6 @@ impl Method for Kvoyant {
         Needs {
             hint: self.options.hint,
             digest: true,
-            memory: true,
             values: true,
             whole_pages: true,
             floors: true,
@@ -212,12 +219,8 @@ impl Method for Kvoyant {
         self.layout.bytes()
     }
 
-    fn memory_bytes(&self, _max_tokens: usize) -> usize {
-        CUT_BYTES
-    }
-
     fn sequence_bytes(&self) -> usize {
-        steer::BYTES
+        steer::BYTES + self.shape.layers * self.shape.kv_heads * CUT_BYTES
     }
 
     fn on_append(&self, append: &Append<'_>, digest: &mut [u8], _memory: &mut [u8], _scratch: &mut Scratch) {
@@ -305,13 +308,11 @@ impl Method for Kvoyant {
         if !steers || context.queries != 1 || self.shape.candidates(context.tokens).is_empty() {
             return;
         }
-        let cuts: Vec<f32> = context
-            .heads
-            .clone()
-            .filter_map(|head| store.memory(head).first_chunk().map(|bytes| f32::from_le_bytes(*bytes)))
-            .collect();
         let budget = self.options.rows_of(context.tokens);
         let bytes = store.sequence();
+        let cut = |head: usize| bytes.get(self.cut_at(context.layer, head))?.first_chunk();
+        let cuts: Vec<f32> =
+            context.heads.clone().filter_map(cut).map(|cut| f32::from_le_bytes(*cut)).collect();
         let mut steering = Steering::read(bytes);
         steering.note(context, selected.total_rows(), budget * context.heads.len(), &cuts);
         steering.write(bytes);
