@@ -26,6 +26,7 @@ pub(in crate::cpu) const MARGIN_MAX: f32 = 36.0;
 
 /// `Σ_j a_j·b_j` in 16 lanes, every product and sum rounded together: within each four lanes, those that are 2 apart first, then the
 /// neighbours; then what is 8 lanes apart, then 4. `n` is a multiple of [`LANES`].
+#[inline(always)]
 fn dot_lanes(n: usize, a: impl Fn(usize) -> f32, b: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0_f32; LANES];
     for first in (0..n).step_by(LANES) {
@@ -38,6 +39,7 @@ fn dot_lanes(n: usize, a: impl Fn(usize) -> f32, b: impl Fn(usize) -> f32) -> f3
 }
 
 /// At least a query's norm; too small for f32, it is a little more.
+#[inline(always)]
 pub(in crate::cpu) fn query_norm(query: &[f32]) -> f32 {
     let of = |j: usize| query.get(j).copied().unwrap_or(0.0);
     (dot_lanes(query.len().next_multiple_of(LANES), of, of) + SQUARES_MIN).sqrt() * (1.0 + 1e-5)

@@ -5,64 +5,23 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::code_room::{HEADS, Places, Room, STEP, fill};
 use super::code_sums::{Halves, Sums, Vnni, Words};
 use super::code_weights::Weighing;
 use super::lanes::{LANES, Lanes};
 use super::{Simd, prefetch};
-use crate::codes::{CodeBits, CodeLayout, DIM_MAX, TILE};
+use crate::codes::{CodeBits, CodeLayout, TILE};
 use crate::cpu::codes::CodeTotal;
 use crate::cpu::scalar::codes::{
-    BASE_MAX, MARGIN_MAX, Margins, PRODUCT_MIN, SQUARES_MIN, UNIT_MAX, WEIGHT_MAX, WEIGHT_OFF, query_norm,
+    BASE_MAX, MARGIN_MAX, Margins, PRODUCT_MIN, SQUARES_MIN, UNIT_MAX, WEIGHT_MAX, WEIGHT_OFF,
 };
 
-/// Queries that share what is read, at most.
-const HEADS: usize = 4;
 /// Bytes of blocks that several rounds of queries go over, one after the other: they stay in the second-level cache.
 const ROUND: usize = 128 << 10;
 /// Most pages of a round.
 const ROUND_PAGES: usize = 256;
 /// How far ahead memory is asked for, in bytes.
 const AHEAD: usize = 8192;
-
-/// What some queries are worked on in: side by side, a step of 16 channels after the other, so that the places of all queries of a step
-/// are known from one address.
-#[repr(C, align(64))]
-struct Room {
-    /// `[steps][HEADS][16]`, filled up with 0 where a query ends.
-    queries: [[[f32; LANES]; HEADS]; DIM_MAX / LANES],
-    /// So that a value that is read is not where an address looks like one that was just written, to the processor.
-    _apart: [[f32; LANES]; 5],
-    /// Query times step, just so; 0 from where the queries end, up to a whole stripe.
-    products: [[[f32; LANES]; HEADS]; DIM_MAX / LANES],
-    /// `[stripes][HEADS][2·stripe]`, as [`Lanes::weights`] leaves them.
-    weights: [i8; 2 * HEADS * DIM_MAX],
-}
-
-/// Where the parts of a room are.
-#[derive(Clone, Copy)]
-struct Places {
-    queries: *mut f32,
-    products: *mut f32,
-    weights: *mut i8,
-}
-
-/// From a step's values to the next one's.
-const STEP: usize = HEADS * LANES;
-
-impl Places {
-    #[inline(always)]
-    fn new(room: &mut MaybeUninit<Room>) -> Self {
-        let room = room.as_mut_ptr();
-        // SAFETY: the places are within the room.
-        unsafe {
-            Self {
-                queries: (&raw mut (*room).queries).cast(),
-                products: (&raw mut (*room).products).cast(),
-                weights: (&raw mut (*room).weights).cast(),
-            }
-        }
-    }
-}
 
 /// What the loops know of a layout.
 #[derive(Clone, Copy)]
@@ -206,7 +165,7 @@ unsafe fn all<W: Sums>(
             unsafe {
                 let norms = match filled {
                     Some(norms) if heads == group => norms,
-                    _ => fill(&shape, &queries[h * d..][..heads * d], d, room),
+                    _ => fill(shape.width, &queries[h * d..][..heads * d], d, room),
                 };
                 filled = Some(norms);
                 let blocks = blocks.as_ptr().add(first * shape.bytes);
@@ -238,31 +197,6 @@ unsafe fn all<W: Sums>(
             h += heads;
         }
     }
-}
-
-/// Puts queries `[heads][d]` into the room, and zeros where nobody else writes; their norms.
-///
-/// # Safety
-/// The places are of a room of the shape.
-#[inline(always)]
-unsafe fn fill(shape: &Shape, queries: &[f32], d: usize, room: Places) -> [f32; HEADS] {
-    let mut norms = [0.0; HEADS];
-    for (h, query) in queries.chunks_exact(d).enumerate() {
-        norms[h] = query_norm(query);
-        for (step, values) in query.chunks(LANES).enumerate() {
-            // SAFETY: passed on to the caller.
-            unsafe {
-                let to = room.queries.add(step * STEP + h * LANES);
-                to.copy_from_nonoverlapping(values.as_ptr(), values.len());
-                to.add(values.len()).write_bytes(0, LANES - values.len());
-            }
-        }
-        for step in shape.width / LANES..(shape.width / LANES).next_multiple_of(4) {
-            // SAFETY: a layout has at most DIM_MAX channels, a whole number of stripes.
-            unsafe { room.products.add(step * STEP + h * LANES).write_bytes(0, LANES) };
-        }
-    }
-    norms
 }
 
 /// Some queries and the pages they are to score.
@@ -572,7 +506,7 @@ mod tests {
             scalar::code_scores(&layout, &queries, 5, 0.5, &blocks, &mut out[0], 96, &mut margins[0], 6);
             // SAFETY: the machine has the instructions.
             unsafe {
-                words::code_scores(&layout, &queries, 5, 0.5, &blocks, &mut out[1], 96, &mut margins[1], 6)
+                words::code_scores(&layout, &queries, 5, 0.5, &blocks, &mut out[1], 96, &mut margins[1], 6);
             };
             assert_eq!(out[0], out[1], "{d} {bits:?}");
             assert_eq!(margins[0], margins[1], "{d} {bits:?}");

@@ -10,6 +10,7 @@ mod avx512;
 mod bounds;
 mod bounds_i8;
 mod code_rest;
+mod code_room;
 mod code_sums;
 mod code_weights;
 mod codes;
