@@ -77,6 +77,13 @@ fn words(report: &StatusReport) -> String {
     if attended > 0 {
         let _ = write!(out, "; {} attended by the CPU", counted(attended, "row"));
     }
+    let certified: u64 = report.sessions.iter().map(|session| session.certified_heads).sum();
+    if certified > 0 {
+        let within: u64 =
+            report.sessions.iter().map(|session| session.missed_heads[..2].iter().sum::<u64>()).sum();
+        let share = within as f64 / certified as f64 * 100.0;
+        let _ = write!(out, "; {share:.0} % of query heads missed at most 1 % of a layer's attention");
+    }
     out.push('\n');
     if report.sessions.is_empty() {
         return out;
@@ -231,6 +238,9 @@ mod tests {
             cpu_rows: 3,
             prefetched_rows: 8,
             prefetch_bytes: 2048,
+            estimated_rows: 90,
+            certified_heads: 10,
+            missed_heads: [5, 3, 1, 1, 0],
         };
         let report = StatusReport {
             version: "1.2.3".into(),

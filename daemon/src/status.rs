@@ -130,6 +130,15 @@ impl SessionStatus {
             cpu_rows: stat(Stat::CpuRows),
             prefetched_rows: stat(Stat::PrefetchedRows),
             prefetch_bytes: stat(Stat::PrefetchBytes),
+            estimated_rows: stat(Stat::EstimatedRows),
+            certified_heads: stat(Stat::CertifiedHeads),
+            missed_heads: [
+                stat(Stat::MissedTo0001),
+                stat(Stat::MissedTo001),
+                stat(Stat::MissedTo005),
+                stat(Stat::MissedTo02),
+                stat(Stat::MissedMore),
+            ],
         }
     }
 }
@@ -391,4 +400,14 @@ pub struct SessionReport {
     pub prefetched_rows: u64,
     /// Bytes copied for them.
     pub prefetch_bytes: u64,
+    /// Rows that answers left out and estimated, all query heads together.
+    #[serde(default)]
+    pub estimated_rows: u64,
+    /// Query heads of which the lane could tell how much they may have missed.
+    #[serde(default)]
+    pub certified_heads: u64,
+    /// Of these, by the share of their attention that they may have missed at most: up to 0.1 %, 1 %, 5 % and 20 %, and more. A bound
+    /// of the lane's, which does not know what selected rows got; the client's own certificates are tighter.
+    #[serde(default)]
+    pub missed_heads: [u64; 5],
 }

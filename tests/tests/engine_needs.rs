@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use kvoyant_engine::calibrate::calibrate;
 use kvoyant_engine::{
-    DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, DenseKv, Dtype, Format, KvShape, Model,
-    PrefillOptions, StepStats, argmax, synthetic,
+    DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, DenseKv, Dtype, Format, KvShape,
+    Measured, Model, PrefillOptions, StepStats, argmax, synthetic,
 };
 use kvoyant_methods::{ArtifactKind, MethodSpec};
 use kvoyant_tests::Daemon;
@@ -102,6 +102,10 @@ fn with_a_whole_budget_every_source_of_hints_gives_dense_attention() {
         "shadowkv:budget=100%,keys=moved",
         "shadowkv:budget=100%,rank=100%",
         "scout:budget=100%,query=true",
+        "kvoyant:budget=100%",
+        "kvoyant:max_missed_mass=0",
+        "kvoyant:max_missed_mass=0,hint=ahead",
+        "kvoyant:budget=100%,hint=previous,bits=4,group=16",
     ];
     for name in methods {
         let mut kv = connect(&daemon, &model, format, &[name]);
@@ -300,4 +304,43 @@ fn a_sparse_prefill_with_a_whole_budget_is_a_dense_one_and_with_a_small_one_read
         }
     }
     assert!(rows[1] > 0 && rows[1] < rows[0] / 4, "{rows:?}");
+}
+
+#[test]
+fn what_is_left_out_is_estimated_and_no_answer_misses_more_than_it_says() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 333);
+    let format = Format::Plain(Dtype::F16);
+    let expected = dense(&model, format, &prompt);
+    for arguments in [&[][..], &["--in-place", "true"]] {
+        let daemon = Daemon::start(DAEMON, arguments);
+        let mut errors = Vec::new();
+        for name in [
+            "kvoyant:budget=16",
+            "kvoyant:budget=16,tail=off",
+            "kvoyant:budget=16,hint=ahead",
+            "kvoyant:budget=16,hint=ahead,correct=0",
+            "kvoyant:max_missed_mass=0.02",
+            "kvoyant:max_missed_mass=0.02,hint=ahead",
+        ] {
+            let mut kv = connect(&daemon, &model, format, &[name]);
+            kv.measure(true);
+            let (_, stats) = difference(&mut kv, 0, &prompt, &expected, &model);
+            let Measured { certified, violations, .. } = stats.measured;
+            assert!(certified > 0, "{name}: nothing was certified");
+            assert_eq!(violations, 0, "{name}: of {certified} certificates");
+            if name.contains("max_missed_mass") {
+                assert!(stats.certified.worst <= 0.021, "{name}: {}", stats.certified.worst);
+            }
+            errors.push(stats.measured.output_error().unwrap());
+        }
+        let [estimated, dropped, ahead, uncorrected, bounded, _] = errors[..] else { panic!("{errors:?}") };
+        assert!(estimated < dropped, "estimated {estimated}, dropped {dropped}");
+        assert!(ahead < uncorrected * 1.01, "corrected {ahead}, not {uncorrected}");
+        assert!(bounded < 0.05, "{bounded}");
+        let session = &daemon.status().sessions;
+        assert!(
+            session.iter().all(|session| session.certified_heads == session.missed_heads.iter().sum::<u64>())
+        );
+    }
 }
