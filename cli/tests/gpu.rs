@@ -57,7 +57,7 @@ fn the_demo_runs_every_method_on_a_gpu_and_says_so() {
     let device = report["machine"]["device"].as_str().unwrap();
     assert!(device.starts_with("cuda:0 (") && device.contains("softcuda"), "{device}");
     let rows = report["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 11);
+    assert_eq!(rows.len(), 14);
     let find = |method: &str| rows.iter().rfind(|row| row["method"] == method).unwrap();
     let full = find("full");
     // The device sums in another order: a token may turn where two are as probable.

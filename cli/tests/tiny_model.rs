@@ -63,6 +63,9 @@ fn the_demo_prints_one_json_report_in_which_full_equals_dense_and_leaves_nothing
     let wanted = [
         "dense",
         "full",
+        "kvoyant",
+        "kvoyant",
+        "kvoyant",
         "infinigen",
         "infinigen",
         "infinigen",

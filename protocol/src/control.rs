@@ -413,7 +413,8 @@ mod tests {
         let mut bytes = encode(&ToDaemon::Mapped);
         bytes[8] = 9;
         let error = decode::<ToDaemon>(&bytes).unwrap_err();
-        assert_eq!(error.to_string(), "the peer speaks version 9 of the protocol and this side version 2");
+        let said = format!("the peer speaks version 9 of the protocol and this side version {VERSION}");
+        assert_eq!(error.to_string(), said);
         bytes[0] = 0;
         assert_eq!(decode::<ToDaemon>(&bytes), Err(ControlError::NotKvoyant));
         assert_eq!(decode::<ToDaemon>(b"GET /"), Err(ControlError::NotKvoyant));

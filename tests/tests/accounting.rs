@@ -37,6 +37,8 @@ fn spec_of(name: &str) -> String {
         "attention-predictor" => "budget=10%,weights=average",
         "hetero" => "budget=10%,roles=none",
         "louver" => "budget=10%,cap=10%",
+        // What is resident is named beside the selection.
+        "kvoyant" => "budget=10%,resident=off",
         "full" | "given" | "window" => return name.to_owned(),
         "mix" => return "mix:rest=(quest:budget=10%)".to_owned(),
         _ => "budget=10%",

@@ -17,7 +17,7 @@ fn another_version_is_told_both_versions_and_other_protocols_are_told_apart() {
     let mut hello = encode(&ToDaemon::Mapped);
     hello[8] = 77;
     for (bytes, expected) in [
-        (hello, "version 77 of the protocol and this side version 2"),
+        (hello, "version 77 of the protocol and this side version 3"),
         (b"GET / HTTP/1.1\r\n\r\n".to_vec(), "does not speak Kvoyant's protocol"),
         (encode(&ToDaemon::Mapped), "the first message must be a hello"),
     ] {

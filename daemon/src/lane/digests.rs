@@ -5,9 +5,8 @@
 //! one sequence, layer and KV head, and is the only one of them that a selection may change.
 
 mod memory;
+mod rows;
 
-use kvoyant_kernels::RowLayout;
-use kvoyant_kernels::quantise::Format;
 use kvoyant_methods::method::Append;
 use kvoyant_methods::{DigestKey, Method, Shape, Store};
 use kvoyant_protocol::control::NO_PAGE;
@@ -18,6 +17,7 @@ use crate::lane::model::ModelState;
 use crate::lane::sequences::Sequence;
 use crate::tiers::blocks::Blocks;
 use crate::tiers::heap::{Heap, Region};
+use rows::{read_keys, read_values};
 
 /// Blocks of one kind of digest.
 #[derive(Debug)]
@@ -559,52 +559,4 @@ pub(crate) enum Digested {
     Behind,
     /// The prompt's statistics are missing.
     NotObserved,
-}
-
-/// Reads the values of `count` consecutive rows out of a page, as f32 `[count][values of a row]`.
-fn read_values(
-    arena: &crate::tiers::arena::SessionArena,
-    layout: RowLayout,
-    locator: u32,
-    count: usize,
-    rows: &mut Vec<u8>,
-    values: &mut Vec<f32>,
-) -> Result<(), MemoryError> {
-    let geometry = arena.geometry();
-    let (extent, offset) = geometry.locate(locator);
-    values.resize(count * layout.value_values(), 0.0);
-    rows.clear();
-    rows.resize(count * geometry.row_bytes, 0);
-    arena.memory(extent).read(offset, rows)?;
-    layout.decode_values(rows, values);
-    Ok(())
-}
-
-/// Reads the keys of `count` consecutive rows out of a page, as f32 `[count][head dim]`.
-fn read_keys(
-    arena: &crate::tiers::arena::SessionArena,
-    layout: RowLayout,
-    locator: u32,
-    count: usize,
-    rows: &mut Vec<u8>,
-    keys: &mut Vec<f32>,
-) -> Result<(), MemoryError> {
-    let geometry = arena.geometry();
-    let (extent, offset) = geometry.locate(locator);
-    keys.clear();
-    keys.resize(count * layout.key_values(), 0.0);
-    rows.clear();
-    if let RowLayout::KeyValue { format: Format::Plain(dtype), .. } = layout {
-        let key_bytes = geometry.row_bytes / 2;
-        rows.resize(count * key_bytes, 0);
-        for (row, key) in rows.chunks_exact_mut(key_bytes).enumerate() {
-            arena.memory(extent).read(offset + row * geometry.row_bytes, key)?;
-        }
-        kvoyant_kernels::Kernels::best().to_f32(dtype, rows, keys);
-        return Ok(());
-    }
-    rows.resize(count * geometry.row_bytes, 0);
-    arena.memory(extent).read(offset, rows)?;
-    layout.decode_keys(rows, keys);
-    Ok(())
 }

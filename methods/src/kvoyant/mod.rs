@@ -160,7 +160,9 @@ impl Kvoyant {
                 out.push(candidates.start, candidates.end);
                 out.finish_head();
                 if let Some(rest) = rest.as_deref_mut() {
-                    (0..self.shape.group()).for_each(|_| drop(rest.push()));
+                    for _ in 0..self.shape.group() {
+                        rest.push();
+                    }
                 }
                 continue;
             }

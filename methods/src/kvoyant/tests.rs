@@ -94,9 +94,7 @@ fn keys(kind: usize, tokens: usize, rng: &mut Rng) -> Vec<f32> {
             3 => row.fill(0.25),
             4 => row[t % 16] *= 1000.0,
             // The edges of f16.
-            5 => {
-                row.iter_mut().skip(2).step_by(8).for_each(|k| *k = if *k > 0.0 { 65000.0 } else { -65000.0 })
-            }
+            5 => row.iter_mut().skip(2).step_by(8).for_each(|k| *k = k.signum() * 65000.0),
             6 => row.iter_mut().for_each(|k| *k *= 1e-7),
             7 if t == 40 => row[3] = f32::NAN,
             8 if t % 50 == 41 => row[3] = 1e6,

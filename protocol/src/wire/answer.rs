@@ -207,7 +207,7 @@ impl Completion {
     pub fn encode(&self) -> Descriptor {
         bytemuck::cast(RawCompletion {
             status: self.status as u8,
-            flags: u8::from(self.partials) * FLAG_PARTIALS | u8::from(self.rest) * FLAG_REST,
+            flags: (u8::from(self.partials) * FLAG_PARTIALS) | (u8::from(self.rest) * FLAG_REST),
             layer: self.layer,
             batch: self.batch,
             ticket: self.ticket,
