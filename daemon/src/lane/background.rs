@@ -105,7 +105,7 @@ impl ModelState {
         let ready = candidates.end <= sequence.lens[layer] as usize
             && sequence.residency[layer].background.is_none()
             && sequence.graph.is_none()
-            && self.digested(id, layer, candidates.end) == Digested::Yes;
+            && self.digested(id, layer, candidates.end, tokens - 1) == Digested::Yes;
         if !ready || !self.choose_ahead(id, layer, tokens) {
             return true;
         }

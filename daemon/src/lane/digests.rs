@@ -168,13 +168,16 @@ impl ModelState {
         }
     }
 
-    /// Whether the digests of a layer cover the first `tokens` rows.
-    pub(crate) fn digested(&self, id: SequenceId, layer: usize, tokens: usize) -> Digested {
+    /// Whether the digests of a layer cover the first `tokens` rows, as far as a method looks at them that selects for a token at `position`.
+    pub(crate) fn digested(&self, id: SequenceId, layer: usize, tokens: usize, position: usize) -> Digested {
         let Ok(sequence) = self.sequence(id) else { return Digested::Behind };
         let Some(key) = self.methods[sequence.method].digest_key() else { return Digested::Yes };
-        // Of a page that is not full there may be no digest, and the method knows.
+        // Pages have digests when they are full: as many rows must be there as it takes for those that a method looks at, which takes it
+        // that all tokens but the current one have been appended.
         let tokens = if self.methods[sequence.method].needs().whole_pages {
-            tokens.min(sequence.lens[layer] as usize / self.shape.page_rows * self.shape.page_rows)
+            let rows = self.shape.page_rows;
+            let full = position / rows * rows;
+            tokens.min(full).div_ceil(rows) * rows
         } else {
             tokens
         };

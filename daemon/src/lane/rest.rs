@@ -126,7 +126,7 @@ impl ModelState {
         if candidates.end > sequence.lens[layer] as usize {
             return Err(Status::NotAppended);
         }
-        if self.digested(id, layer, candidates.end) != Digested::Yes {
+        if self.digested(id, layer, candidates.end, tokens - 1) != Digested::Yes {
             return Err(Status::NotAppended);
         }
         let mut named = std::mem::take(

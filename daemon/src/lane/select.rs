@@ -147,7 +147,7 @@ impl ModelState {
         if !candidates.is_empty() && candidates.end > sequence.lens[layer] as usize {
             return Err(Status::NotAppended);
         }
-        match self.digested(id, layer, if candidates.is_empty() { 0 } else { candidates.end }) {
+        match self.digested(id, layer, if candidates.is_empty() { 0 } else { candidates.end }, tokens - 1) {
             Digested::Yes => {}
             Digested::NotObserved => return Err(Status::NotObserved),
             Digested::Behind => return Err(Status::NotAppended),

@@ -7,8 +7,8 @@
 //! *Weights.* A query gives every row an estimated score `s` and a margin `m` that bounds its error; its weight is `e^s`, and its share
 //! of the attention `e^s / (Σ e^s + F)`, where F is what the query gives to sinks and window, if that is known ([`SelectContext::floors`]).
 //!
-//! *Selection* ([`choose`]). The rows with the largest mean share in their group of query heads: as many as a budget says, in the mean of
-//! all layers, heads and steps ([`steer`]), or as many as it takes until no query head can miss more than it may.
+//! *Selection.* The rows with the largest mean share in their group of query heads: as many as a budget says, in the mean of
+//! all layers, heads and steps, or as many as it takes until no query head can miss more than it may.
 //!
 //! *Rest.* What is not attended is estimated by its weights and mean values, and merged like any partial attention; the sums that come with
 //! it certify the answer ([`crate::RestSums`]). Where the selection was made ahead, by a predicted query, the true one names rows that it
@@ -280,11 +280,13 @@ impl Method for Kvoyant {
             let mut left = seen.rows.len();
             let first = seen.first_token(self.layout.rows());
             for range in attended.head(at) {
-                let (from, to) = (range.first as usize, range.end() as usize);
-                let from = from.max(first + seen.rows.start) - first;
-                let to = to.min(first + seen.rows.end).max(first + from) - first;
-                left -= to - from;
-                self.forget_rows(&seen, from..to, scratch);
+                // Rows without a digest have no weight to be set to 0.
+                let from = (range.first as usize).max(first + seen.rows.start);
+                let to = (range.end() as usize).min(first + seen.rows.end);
+                if from < to {
+                    left -= to - from;
+                    self.forget_rows(&seen, from - first..to - first, scratch);
+                }
             }
             // Rows without a digest that are not attended cannot be estimated, only attended now.
             let mut exact =
