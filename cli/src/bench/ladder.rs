@@ -21,10 +21,8 @@ pub(crate) const PLAIN: Format = Format::Plain(Dtype::F16);
 /// FlexGen's compressed rows: `full` is compared with them too.
 const COMPRESSED: Format = Format::Int4 { group: 64 };
 
-/// The default method is compared as it moves rows: its rows chosen ahead, and so again as rows of half the bytes, twice as many of them; and
-/// as it works in place, by the true query.
-const OURS: [(&str, Format); 3] =
-    [("kvoyant:hint=ahead,multiple=2", Format::Int8), ("kvoyant:hint=ahead", PLAIN), ("kvoyant", PLAIN)];
+/// The default method is compared as it moves rows, chosen ahead, and as it works in place, by the true query.
+const OURS: [(&str, Format); 2] = [("kvoyant:hint=ahead", PLAIN), ("kvoyant", PLAIN)];
 
 /// Methods that say nothing without options: which methods to mix is the user's choice.
 const NEEDS_OPTIONS: &[&str] = &["mix"];
