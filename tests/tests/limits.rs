@@ -151,3 +151,20 @@ fn an_unknown_method_an_artifact_of_another_model_a_budget_of_nothing_and_a_hint
     }
     fake::check(&fake::ask(&neighbour, &sequence, 1), 0, 9, 1).unwrap();
 }
+
+#[test]
+fn a_position_beyond_what_was_appended_is_refused_though_its_page_has_no_digest_yet() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    let model = fake::connect(&daemon, &["kvoyant:budget=10%"]);
+    let sequence = model.open(0, 128).unwrap();
+    // Of page 1, rows 32 to 63, all but four are there; candidates of position 75 end with them.
+    fake::fill(&model, &sequence, 1, 60).unwrap();
+    let query = vec![0.5; fake::QUERY_HEADS * fake::HEAD_DIM];
+    let ask = |position: usize| {
+        let member = Member { sequence: &sequence, position, hint: Hint::Query(&query) };
+        model.speculate(1, &[member]).unwrap().wait(PATIENCE)
+    };
+    let early = ask(75);
+    assert!(matches!(early, Err(Error::NotReady { status: Status::NotAppended, .. })), "{early:?}");
+    assert!(ask(60).is_ok(), "the session goes on");
+}
