@@ -9,8 +9,8 @@ use super::packed;
 
 /// Batches up to this size multiply with quantised weights, larger ones with f32. Speed would want more: `examples/linear_speed.rs`
 /// has products in 4 and 8 bits ahead of f32 up to 32 rows and beyond. But batches are what methods are compared with, and rounding
-/// activations to 8 bits makes of the last bit's difference a KL of some thousandths: attention over the same rows in two parts
-/// instead of one is 0.0026 from dense at 2,048 tokens.
+/// activations to 8 bits makes of the last bit's difference a KL that can be as large as what is to be told apart: attention over the
+/// same rows in two parts instead of one is such a difference.
 const PACKED_MAX_BATCH: usize = 4;
 
 /// Columns that one task transposes: a cache line of each row.
