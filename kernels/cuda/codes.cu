@@ -98,7 +98,7 @@ static const float FLOAT_MAX = 3.40282347e38f;
 static const float EPSILON = 1.1920929e-7f;
 static const float BASE_MAX = 1.5e38f;
 static const float UNIT_MAX = 1e28f;
-static const float MARGIN_MAX = 60.0f;
+static const float MARGIN_MAX = 36.0f;
 
 // A query as one group's codes see it.
 struct GroupQuery {

@@ -54,9 +54,12 @@ const ROUNDING: f64 = 1e-5;
 /// What sums over codes may be off by, relatively.
 const SUMMING: f64 = 2e-5;
 
+/// At least twice the norm of any value, mean or not: numbers of 16 bits, 1,024 of them at most.
+const LARGEST_NORM: f64 = 2.0 * 65504.0 * 32.0;
+
 impl RestSums {
-    /// At least what an exponential that was rounded to 0 may have been.
-    pub const LEAST_WEIGHT: f32 = 3e-38;
+    /// At least what a row may weigh whose estimated weight was rounded to 0: less than 3e−38, by the largest margin that is told, e³⁶.
+    pub const LEAST_WEIGHT: f32 = 1.3e-22;
 
     /// Nothing was left out.
     pub const NOTHING: Self = Self {
@@ -76,7 +79,7 @@ impl RestSums {
             return Self::NOTHING;
         }
         let least = rows as f64 * f64::from(Self::LEAST_WEIGHT);
-        let above = |value: f64| up(value * (1.0 + SUMMING));
+        let above = |value: f64| up((value + least * LARGEST_NORM) * (1.0 + SUMMING));
         Self {
             max,
             weight: sums.weight as f32,
