@@ -249,6 +249,9 @@ pub(crate) struct DecodeArgs {
     /// How often each has its turn
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
     pub(crate) rounds: usize,
+    /// Who selects rows that are read in place
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) selects: Selects,
     /// Tokens decoded in a turn
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
     pub(crate) steps: usize,
@@ -331,6 +334,9 @@ pub(crate) struct RunArgs {
     /// `dense` attends over everything in this process, without a daemon
     #[arg(long, value_enum)]
     pub(crate) attention: Option<Attention>,
+    /// Who selects rows that are read in place
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) selects: Selects,
     /// How K and V are stored: f32, f16, bf16, fp8-e4m3, int8, int4-g32 or int4-g64; f16 without it
     #[arg(long, value_name = "FORMAT")]
     pub(crate) kv_format: Option<Format>,
@@ -364,6 +370,28 @@ pub(crate) struct RunArgs {
     /// The daemon that it starts
     #[command(flatten)]
     pub(crate) daemon: OwnDaemonArgs,
+}
+
+/// Who selects rows that are read in place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Selects {
+    /// Whoever costs a step less.
+    #[default]
+    Auto,
+    /// The daemon.
+    Lane,
+    /// The engine's own threads, for methods that can be.
+    Client,
+}
+
+impl From<Selects> for kvoyant_engine::Selects {
+    fn from(selects: Selects) -> Self {
+        match selects {
+            Selects::Auto => Self::Auto,
+            Selects::Lane => Self::Lane,
+            Selects::Client => Self::Client,
+        }
+    }
 }
 
 /// Kinds of attention besides the daemon's.

@@ -28,6 +28,7 @@
 mod connection;
 pub mod cuda;
 mod error;
+pub mod local;
 mod memory;
 mod model;
 mod ready;
@@ -38,7 +39,7 @@ pub use connection::{Client, Options};
 pub use error::Error;
 pub use kvoyant_kernels::quantise::Format;
 pub use kvoyant_kernels::{Dtype, RowLayout, Run};
-pub use kvoyant_protocol::control::{Failure, Mode, ModelSpec};
+pub use kvoyant_protocol::control::{Failure, Mode, ModelSpec, SelectedBy};
 pub use kvoyant_protocol::graph::GraphSpec;
 pub use kvoyant_protocol::layout::Limits;
 pub use kvoyant_protocol::wire::{Completion, SCORES_MAX, SequenceId, Stat, Status};

@@ -182,11 +182,12 @@ impl Memory {
                 }
             };
         }
-        let (extent, offset) = self.geometry.pages.locate(row);
-        match self.maps().extents.get(extent) {
-            Some(map) => map.address(offset, bytes).map(<*mut u8>::cast_const),
-            None => Err(MemoryError::OutOfBounds { offset, bytes, len: 0 }),
-        }
+        self.addresses().of(row, rows)
+    }
+
+    /// Addresses of rows in the extents, many of them.
+    pub(crate) fn addresses(&self) -> Addresses<'_> {
+        Addresses { geometry: &self.geometry, maps: self.maps() }
     }
 
     /// Address of rows as kernels on the session's device see them.
@@ -201,5 +202,23 @@ impl Memory {
         }
         let (extent, offset) = self.geometry.pages.locate(row);
         Ok(session.extent_range(extent, offset, bytes)?)
+    }
+}
+
+/// Where rows of extents lie, while no memory is added.
+pub(crate) struct Addresses<'a> {
+    geometry: &'a Geometry,
+    maps: RwLockReadGuard<'a, Maps>,
+}
+
+impl Addresses<'_> {
+    /// Address of rows, all of one page.
+    pub(crate) fn of(&self, row: u32, rows: u32) -> Result<*const u8, MemoryError> {
+        let bytes = rows as usize * self.geometry.row_bytes();
+        let (extent, offset) = self.geometry.pages.locate(row);
+        match self.maps.extents.get(extent) {
+            Some(map) => map.address(offset, bytes).map(<*mut u8>::cast_const),
+            None => Err(MemoryError::OutOfBounds { offset, bytes, len: 0 }),
+        }
     }
 }

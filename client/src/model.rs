@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvoyant_kernels::RowLayout;
-use kvoyant_protocol::control::{Mode, ModelSpec, ToClient, ToDaemon};
+use kvoyant_protocol::control::{Mode, ModelSpec, SelectedBy, ToClient, ToDaemon};
 use kvoyant_protocol::wire::{BatchEntry, FeedbackRows, Observe, Operation, QUERIES_MAX, Stat};
 
 use crate::connection::Control;
@@ -140,15 +140,23 @@ impl Model {
     /// # Errors
     /// [`Failure::Backpressure`](crate::Failure::Backpressure) if the arena is full.
     pub fn open(&self, method: usize, tokens: usize) -> Result<Sequence, Error> {
+        self.open_selected_by(method, tokens, SelectedBy::Lane)
+    }
+
+    /// The same, and who selects its rows: with [`SelectedBy::Client`] it is not speculated (see [`crate::local`]).
+    ///
+    /// # Errors
+    /// As for [`Self::open`]; [`Failure::BadMethod`](crate::Failure::BadMethod) where the method cannot do without the lane.
+    pub fn open_selected_by(&self, method: usize, tokens: usize, by: SelectedBy) -> Result<Sequence, Error> {
         let method = u16::try_from(method).map_err(|_| Error::Size {
             what: "a method's index",
             found: method,
             wanted: u16::MAX.into(),
         })?;
-        let message = ToDaemon::Open { method, tokens: narrow("tokens", tokens)? };
+        let message = ToDaemon::Open { method, tokens: narrow("tokens", tokens)?, by };
         match self.inner.control.request(&message, &self.inner.memory)? {
             ToClient::Opened { sequence, table, room } => {
-                Sequence::new(Arc::clone(&self.inner), sequence, table, room, 0)
+                Sequence::new(Arc::clone(&self.inner), (sequence, by), table, room, 0)
             }
             other => Err(Error::Broken(format!("{other:?} came instead of a sequence"))),
         }

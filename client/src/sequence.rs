@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvoyant_kernels::{RowLayout, Run};
-use kvoyant_protocol::control::{NO_PAGE, TableRef, ToClient, ToDaemon};
+use kvoyant_protocol::control::{NO_PAGE, SelectedBy, TableRef, ToClient, ToDaemon};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::wire::SequenceId;
 
@@ -28,6 +28,7 @@ struct State {
 pub struct Sequence {
     inner: Arc<Inner>,
     id: SequenceId,
+    by: SelectedBy,
     state: Mutex<State>,
     open: bool,
 }
@@ -35,7 +36,7 @@ pub struct Sequence {
 impl Sequence {
     pub(crate) fn new(
         inner: Arc<Inner>,
-        id: SequenceId,
+        (id, by): (SequenceId, SelectedBy),
         table: TableRef,
         room: u32,
         tokens: usize,
@@ -43,7 +44,7 @@ impl Sequence {
         let map = inner.memory.table(table.file)?;
         check_table(&inner, &table, &map)?;
         let state = Mutex::new(State { table, map, room: room as usize, tokens });
-        Ok(Self { inner, id, state, open: true })
+        Ok(Self { inner, id, by, state, open: true })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -54,6 +55,12 @@ impl Sequence {
     #[must_use]
     pub fn id(&self) -> SequenceId {
         self.id
+    }
+
+    /// Who selects its rows.
+    #[must_use]
+    pub fn selected_by(&self) -> SelectedBy {
+        self.by
     }
 
     /// Tokens appended so far.
@@ -213,9 +220,23 @@ impl Sequence {
     ///
     /// The runs are valid until the sequence is truncated, closed or written to there.
     pub fn local_runs(&self, layer: usize, kv_head: usize, tokens: Range<usize>, runs: &mut Vec<Run>) {
+        self.local_runs_of(layer, kv_head, std::iter::once(tokens), runs);
+    }
+
+    /// The same of many ranges, which costs less than asking for each.
+    pub fn local_runs_of(
+        &self,
+        layer: usize,
+        kv_head: usize,
+        ranges: impl IntoIterator<Item = Range<usize>>,
+        runs: &mut Vec<Run>,
+    ) {
         let row_bytes = self.inner.geometry.row_bytes();
-        self.each_part(layer, kv_head, tokens, |row, count| {
-            let Ok(address) = self.inner.memory.address(row, count, false) else { return };
+        // In this order everywhere: forks add memory while they hold the state.
+        let state = self.state();
+        let addresses = self.inner.memory.addresses();
+        self.each_part(&state, layer, kv_head, ranges, |row, count| {
+            let Ok(address) = addresses.of(row, count) else { return };
             match runs.last_mut() {
                 Some(last) if last.rows_ptr.wrapping_add(last.rows * row_bytes) == address => {
                     last.rows += count as usize;
@@ -241,7 +262,7 @@ impl Sequence {
         // What is there already belongs to another head.
         let first = runs.len();
         let mut failed = Ok(());
-        self.each_part(layer, kv_head, tokens, |row, count| {
+        self.each_part(&self.state(), layer, kv_head, [tokens], |row, count| {
             match self.inner.memory.device_address(row, count, false) {
                 Err(error) => failed = Err(error),
                 Ok(address) => match runs[first..].last_mut() {
@@ -254,16 +275,24 @@ impl Sequence {
     }
 
     /// Calls `take` with the locator of the first row and the number of rows of each page's part of these tokens.
-    fn each_part(&self, layer: usize, kv_head: usize, tokens: Range<usize>, mut take: impl FnMut(u32, u32)) {
-        let state = self.state();
+    fn each_part(
+        &self,
+        state: &State,
+        layer: usize,
+        kv_head: usize,
+        ranges: impl IntoIterator<Item = Range<usize>>,
+        mut take: impl FnMut(u32, u32),
+    ) {
         let page_rows = self.inner.geometry.pages.page_rows;
-        let mut token = tokens.start;
-        while token < tokens.end {
-            let count = (tokens.end - token).min(page_rows - token % page_rows);
-            if let Some(row) = self.locate(&state, layer, kv_head, token) {
-                take(row, count as u32);
+        for tokens in ranges {
+            let mut token = tokens.start;
+            while token < tokens.end {
+                let count = (tokens.end - token).min(page_rows - token % page_rows);
+                if let Some(row) = self.locate(state, layer, kv_head, token) {
+                    take(row, count as u32);
+                }
+                token += count;
             }
-            token += count;
         }
     }
 
@@ -303,6 +332,14 @@ impl Sequence {
     /// Opens a copy of this sequence, perhaps with another method. Pages are shared until one of the two writes,
     /// so both must reserve before they do.
     pub fn fork(&self, method: Option<usize>) -> Result<Self, Error> {
+        self.fork_selected_by(method, self.by)
+    }
+
+    /// The same, and who selects the copy's rows.
+    ///
+    /// # Errors
+    /// [`Failure::BadMethod`](crate::Failure::BadMethod) where the method cannot do without the lane.
+    pub fn fork_selected_by(&self, method: Option<usize>, by: SelectedBy) -> Result<Self, Error> {
         let narrow = |method| {
             u16::try_from(method).map_err(|_| Error::Size {
                 what: "a method's index",
@@ -311,14 +348,14 @@ impl Sequence {
             })
         };
         let method = method.map(narrow).transpose()?;
-        let message = ToDaemon::Fork { parent: self.id, method };
+        let message = ToDaemon::Fork { parent: self.id, method, by };
         let mut state = self.state();
         match self.inner.control.request(&message, &self.inner.memory)? {
             ToClient::Opened { sequence, table, room } => {
                 state.room = state.tokens;
                 let tokens = state.tokens;
                 drop(state);
-                Self::new(Arc::clone(&self.inner), sequence, table, room, tokens)
+                Self::new(Arc::clone(&self.inner), (sequence, by), table, room, tokens)
             }
             other => Err(Error::Broken(format!("{other:?} came instead of a fork"))),
         }

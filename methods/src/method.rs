@@ -160,6 +160,11 @@ pub trait Method: Send + Sync + Debug {
         0
     }
 
+    /// Bytes that a sequence keeps for each layer and KV head of its last selection ([`Store::note`]); zeros at first, copied by forks.
+    fn note_bytes(&self) -> usize {
+        0
+    }
+
     /// Bytes of memory of one sequence, layer and KV head that can hold up to `max_tokens` tokens.
     fn memory_bytes(&self, max_tokens: usize) -> usize {
         let _ = max_tokens;

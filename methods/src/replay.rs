@@ -26,6 +26,7 @@ pub struct Replay {
     states: Vec<Vec<u8>>,
     memories: Vec<Vec<u8>>,
     sequence: Vec<u8>,
+    notes: Vec<Vec<u8>>,
     marks: Vec<u8>,
     /// Tokens that the memories can hold.
     room: usize,
@@ -63,6 +64,7 @@ struct View<'a> {
     states: &'a [Vec<u8>],
     memories: &'a mut [Vec<u8>],
     sequence: &'a mut [u8],
+    notes: &'a mut [Vec<u8>],
 }
 
 impl Store for View<'_> {
@@ -84,6 +86,10 @@ impl Store for View<'_> {
 
     fn sequence(&mut self) -> &mut [u8] {
         self.sequence
+    }
+
+    fn note(&mut self, kv_head: usize) -> &mut [u8] {
+        &mut self.notes[kv_head]
     }
 }
 
@@ -107,6 +113,7 @@ impl Replay {
             pages: vec![Vec::new(); shape.kv_heads],
             states,
             sequence: vec![0; method.sequence_bytes()],
+            notes: vec![vec![0; method.note_bytes()]; shape.kv_heads],
             memories: vec![vec![0; method.memory_bytes(max_tokens)]; shape.kv_heads],
             marks: Vec::new(),
             room: max_tokens,
@@ -159,13 +166,15 @@ impl Replay {
     #[must_use]
     pub fn digest_bytes(&self) -> usize {
         let pages = self.pages.iter().flatten().map(Vec::len).sum::<usize>();
-        pages + self.states.iter().chain(&self.memories).map(Vec::len).sum::<usize>() + self.sequence.len()
+        pages
+            + self.states.iter().chain(&self.memories).chain(&self.notes).map(Vec::len).sum::<usize>()
+            + self.sequence.len()
     }
 
     /// What the method sees: for calls that no function here makes.
     pub fn with_store<T>(&mut self, call: impl FnOnce(&mut dyn Store) -> T) -> T {
-        let Self { pages, states, memories, sequence, .. } = self;
-        call(&mut View { pages, states, memories, sequence })
+        let Self { pages, states, memories, sequence, notes, .. } = self;
+        call(&mut View { pages, states, memories, sequence, notes })
     }
 
     /// Sends prefill statistics of one KV head; digests made before are made again if the state changed.
@@ -305,9 +314,9 @@ impl Replay {
         // What it held before does not matter.
         out.push(0, 1);
         out.finish_head();
-        let Self { pages, states, memories, keys, sequence, .. } = self;
+        let Self { pages, states, memories, keys, sequence, notes, .. } = self;
         let context = SelectContext { rows: keys, ..context.clone() };
-        let mut view = View { pages, states, memories, sequence };
+        let mut view = View { pages, states, memories, sequence, notes };
         method.select(&context, &mut view, scratch, &mut out);
         if context.heads == (0..self.shape.kv_heads) {
             method.steer(&context, &out, &mut view);
@@ -321,13 +330,13 @@ impl Replay {
     /// The method's choice for the next step, where it makes one.
     pub fn prefetch(&mut self, method: &dyn Method, scratch: &mut Scratch) -> Option<Selection> {
         let mut out = Selection::new();
-        let Self { pages, states, memories, keys, sequence, .. } = self;
+        let Self { pages, states, memories, keys, sequence, notes, .. } = self;
         let context = SelectContext {
             sequence_seed: 1,
             rows: keys,
             ..SelectContext::new(&self.shape, self.layer, self.tokens + 1, &[])
         };
-        let view = &mut View { pages, states, memories, sequence };
+        let view = &mut View { pages, states, memories, sequence, notes };
         method.prefetch(&context, view, scratch, &mut out).then_some(out)
     }
 
@@ -339,9 +348,9 @@ impl Replay {
         scratch: &mut Scratch,
     ) -> (Selection, Rest) {
         let (mut out, mut rest) = (Selection::new(), Rest::new());
-        let Self { pages, states, memories, keys, sequence, .. } = self;
+        let Self { pages, states, memories, keys, sequence, notes, .. } = self;
         let context = SelectContext { rows: keys, ..context.clone() };
-        let mut view = View { pages, states, memories, sequence };
+        let mut view = View { pages, states, memories, sequence, notes };
         method.select_with_rest(&context, &mut view, scratch, &mut out, &mut rest);
         if context.heads == (0..self.shape.kv_heads) {
             method.steer(&context, &out, &mut view);
@@ -361,9 +370,15 @@ impl Replay {
         // What it held before does not matter.
         out.clear(1);
         out.push();
-        let Self { pages, states, memories, keys, sequence, .. } = self;
+        let Self { pages, states, memories, keys, sequence, notes, .. } = self;
         let context = SelectContext { rows: keys, ..context.clone() };
-        method.rest(&context, attended, &mut View { pages, states, memories, sequence }, scratch, &mut out);
+        method.rest(
+            &context,
+            attended,
+            &mut View { pages, states, memories, sequence, notes },
+            scratch,
+            &mut out,
+        );
         out
     }
 }

@@ -29,8 +29,15 @@ pub trait Store {
         &mut []
     }
 
-    /// What the sequence keeps for all its layers together, [`crate::Method::sequence_bytes`] long.
+    /// What the sequence keeps for all its layers together, [`crate::Method::sequence_bytes`] long. Only [`crate::Method::steer`] changes it:
+    /// what a selection writes there may be lost.
     fn sequence(&mut self) -> &mut [u8] {
+        &mut []
+    }
+
+    /// What a selection for a KV head leaves for [`crate::Method::steer`], [`crate::Method::note_bytes`] long.
+    fn note(&mut self, kv_head: usize) -> &mut [u8] {
+        let _ = kv_head;
         &mut []
     }
 }

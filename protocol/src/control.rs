@@ -109,6 +109,16 @@ pub struct TableRef {
 /// A page table entry without a page.
 pub const NO_PAGE: u32 = u32::MAX;
 
+/// Who selects a sequence's rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum SelectedBy {
+    /// The daemon's lane, when it is asked.
+    #[default]
+    Lane,
+    /// The client itself, which reads its rows in place: the daemon keeps no digests of the sequence, and refuses to speculate it.
+    Client,
+}
+
 /// From a client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToDaemon {
@@ -131,6 +141,8 @@ pub enum ToDaemon {
         method: u16,
         /// Tokens to make room for at once.
         tokens: u32,
+        /// Who selects its rows.
+        by: SelectedBy,
     },
     /// Opens a sequence that begins as a copy of another; pages are shared until one of them writes.
     Fork {
@@ -138,6 +150,8 @@ pub enum ToDaemon {
         parent: SequenceId,
         /// Another method, if not the parent's.
         method: Option<u16>,
+        /// Who selects its rows.
+        by: SelectedBy,
     },
     /// Makes room for rows, so that they can be written.
     Reserve {

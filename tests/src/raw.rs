@@ -4,7 +4,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Instant;
 
-use kvoyant_protocol::control::{ControlError, ModelSpec, ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::control::{
+    ControlError, ModelSpec, SelectedBy, ToClient, ToDaemon, decode, encode, features,
+};
 use kvoyant_protocol::layout::{Layout, Limits};
 use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
 use kvoyant_protocol::packet::{self, Packet};
@@ -138,7 +140,7 @@ impl Raw {
     /// # Panics
     /// If the daemon refuses.
     pub fn open(&mut self, tokens: u32) -> SequenceId {
-        match self.call(&ToDaemon::Open { method: 0, tokens }) {
+        match self.call(&ToDaemon::Open { method: 0, tokens, by: SelectedBy::Lane }) {
             Ok(ToClient::Opened { sequence, .. }) => sequence,
             other => panic!("{other:?} came instead of a sequence"),
         }

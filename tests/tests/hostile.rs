@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use kvoyant_client::{Client, Error, Failure, Limits, Options};
-use kvoyant_protocol::control::{ToClient, ToDaemon, encode};
+use kvoyant_protocol::control::{SelectedBy, ToClient, ToDaemon, encode};
 use kvoyant_protocol::wire::{Append, BatchEntry, Operation, Request, SequenceId, Speculate};
 use kvoyant_tests::raw::Raw;
 use kvoyant_tests::{Daemon, fake};
@@ -17,7 +17,7 @@ fn another_version_is_told_both_versions_and_other_protocols_are_told_apart() {
     let mut hello = encode(&ToDaemon::Mapped);
     hello[8] = 77;
     for (bytes, expected) in [
-        (hello, "version 77 of the protocol and this side version 3"),
+        (hello, &*format!("version 77 of the protocol and this side version {}", kvoyant_protocol::VERSION)),
         (b"GET / HTTP/1.1\r\n\r\n".to_vec(), "does not speak Kvoyant's protocol"),
         (encode(&ToDaemon::Mapped), "the first message must be a hello"),
     ] {
@@ -220,10 +220,17 @@ fn requests_that_would_take_a_lane_or_memory_for_themselves_are_refused() {
     let id = raw.open(100);
     for (message, expected) in [
         (ToDaemon::Reserve { sequences: vec![(id, 200), (id, 300)] }, "each once"),
-        (ToDaemon::Open { method: 0, tokens: 1 << 27 }, "are more than"),
-        (ToDaemon::Open { method: 0, tokens: 1 << 26 }, "the arena is full"),
-        (ToDaemon::Open { method: 9, tokens: 1 }, "method 9"),
-        (ToDaemon::Fork { parent: SequenceId { slot: 77, generation: 0 }, method: None }, "is not open"),
+        (ToDaemon::Open { method: 0, tokens: 1 << 27, by: SelectedBy::Lane }, "are more than"),
+        (ToDaemon::Open { method: 0, tokens: 1 << 26, by: SelectedBy::Lane }, "the arena is full"),
+        (ToDaemon::Open { method: 9, tokens: 1, by: SelectedBy::Lane }, "method 9"),
+        (
+            ToDaemon::Fork {
+                parent: SequenceId { slot: 77, generation: 0 },
+                method: None,
+                by: SelectedBy::Lane,
+            },
+            "is not open",
+        ),
     ] {
         let Ok(ToClient::Failed(failure)) = raw.call(&message) else { panic!("{message:?} was done") };
         assert!(failure.to_string().contains(expected), "{failure}");

@@ -287,7 +287,8 @@ impl Bench<'_> {
         // What reads keeps nothing of its own.
         let all: Vec<MethodSpec> = [MethodSpec::new(FullSpec)].into_iter().chain(methods).collect();
         let count = all.len();
-        let options = session::options(self.model, all, most, 1, self.progress)?;
+        let mut options = session::options(self.model, all, most, 1, self.progress)?;
+        options.selects = self.args.selects.into();
         let mut arguments = self.args.daemon.for_serve();
         arguments.extend(session::sizes(&shape, ROOM * count * most, most));
         let hints = Hints::new(self.model, &options.artifacts)?;

@@ -36,6 +36,9 @@ const PAGE_ROWS: usize = 32;
 /// Sequences whose digests and memories there is room for besides those that are open.
 const HELD_BESIDE: usize = 6;
 
+/// What the methods before leave of tables is in pieces, of which the longest may not do for the next one's.
+const PIECES: f64 = 1.5;
+
 /// Bytes of arena for each byte of tables and digests: they may take a quarter of it.
 const ARENA_FOR_TABLES: usize = 4;
 
@@ -266,7 +269,7 @@ fn kept_bytes(
         let held = if needs.memory && !needs.drops_rows { batch } else { sequences + batch };
         // Memories grow by doubling.
         let tokens = if needs.memory { tokens.next_power_of_two() } else { tokens };
-        (in_daemon(method, shape, tokens) * (held + HELD_BESIDE)) as f64
+        (in_daemon(method, shape, tokens) * (held + HELD_BESIDE)) as f64 * PIECES
     };
     // The daemon keeps them for dense layers too.
     methods.iter().map(|method| kept(&**method)).fold(0.0, f64::max) * shape.layers as f64

@@ -111,7 +111,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
         return Ok(());
     }
 
-    let options = session::options_with(&model, vec![method.clone()], most, 1, &args.artifact, progress)?;
+    let mut options = session::options_with(&model, vec![method.clone()], most, 1, &args.artifact, progress)?;
+    options.selects = args.selects.into();
     let hint_norm = Hints::new(&model, &options.artifacts)?.of(&method);
     // It must live as long as the session.
     let own = match &args.socket {

@@ -68,10 +68,11 @@ fn lines(times: &Times, daemon: Option<(&MethodSpec, StepStats, usize)>) -> Vec<
             .map_or_else(|| "nothing selected".to_owned(), |hits| format!("{:.0} % hits", hits * 100.0));
         all.push(format!(
             "{method}: of attention {:.2} ms a token waiting for rows; {:.2} MB a token moved ({:.1} % of the KV), {hits}; \
-             the daemon's own time {:.2} ms selecting, {:.2} ms transferring",
+             {} {:.2} ms selecting, {:.2} ms transferring",
             millis(stats.wait) / n,
             stats.bytes_moved as f64 / 1e6 / n,
             stats.bytes_moved as f64 / held.max(1.0) * 100.0,
+            if stats.selected_here > 0 { "this process's threads, together" } else { "the daemon" },
             millis(stats.select) / n,
             millis(stats.transfer) / n,
         ));

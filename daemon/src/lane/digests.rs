@@ -50,7 +50,7 @@ pub struct DigestSet {
     state: Region,
     /// Memories, `[layer][KV head]`.
     memory: Option<Region>,
-    /// What is kept for all layers together.
+    /// What is kept for all layers together, and behind it the notes, `[layer][KV head]`.
     sequence: Option<Region>,
     /// Rows of each page that a pool has dropped, `[layer][KV head][capacity]`.
     dead: Option<Region>,
@@ -98,6 +98,8 @@ pub(crate) struct View<'a> {
     heads: usize,
     first_head: usize,
     state_bytes: usize,
+    sequence_bytes: usize,
+    note_bytes: usize,
 }
 
 impl<'a> View<'a> {
@@ -120,6 +122,8 @@ impl<'a> View<'a> {
             heads: shape.layers * shape.kv_heads,
             first_head: layer * shape.kv_heads,
             state_bytes: method.head_state_bytes(),
+            sequence_bytes: method.sequence_bytes(),
+            note_bytes: method.note_bytes(),
         })
     }
 }
@@ -149,7 +153,16 @@ impl Store for View<'_> {
     }
 
     fn sequence(&mut self) -> &mut [u8] {
-        self.set.sequence.map_or(&mut [], |sequence| self.meta.get_mut(sequence))
+        self.set
+            .sequence
+            .map_or(&mut [], |sequence| self.meta.get_mut(part(sequence, 0, self.sequence_bytes)))
+    }
+
+    fn note(&mut self, kv_head: usize) -> &mut [u8] {
+        let at = self.sequence_bytes + (self.first_head + kv_head) * self.note_bytes;
+        let place =
+            |sequence: Region| Region { offset: sequence.offset + at, len: self.note_bytes, ..sequence };
+        self.set.sequence.map_or(&mut [], |sequence| self.meta.get_mut(place(sequence)))
     }
 }
 
@@ -215,7 +228,7 @@ impl ModelState {
             self.methods[method].init_state(layer, kv_head, bytes);
         }
         let (memory, dead) = self.new_memory(method, capacity)?;
-        let kept = self.methods[method].sequence_bytes();
+        let kept = self.methods[method].sequence_bytes() + heads * self.methods[method].note_bytes();
         let sequence_bytes = (kept > 0).then(|| self.meta.allocate(kept)).transpose()?;
         let set = DigestSet {
             key,

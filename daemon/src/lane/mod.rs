@@ -377,8 +377,12 @@ impl LaneSession {
             return Ok(Outcome::Needs { extents, message });
         }
         let result = match &message {
-            ToDaemon::Open { method, tokens } => model.open(*method, *tokens).and_then(|id| model.opened(id)),
-            ToDaemon::Fork { parent, method } => model.fork(*parent, *method).and_then(|id| model.opened(id)),
+            ToDaemon::Open { method, tokens, by } => {
+                model.open(*method, *tokens, *by).and_then(|id| model.opened(id))
+            }
+            ToDaemon::Fork { parent, method, by } => {
+                model.fork(*parent, *method, *by).and_then(|id| model.opened(id))
+            }
             ToDaemon::Reserve { sequences } => model.reserve(sequences).and_then(|()| {
                 let tables = sequences.iter().map(|(id, _)| model.table_of(*id)).collect::<Result<_, _>>()?;
                 Ok(ToClient::Reserved { tables })

@@ -4,6 +4,7 @@
 //! once it has the true query: for the rest of the layer's last answer, of which the lane has kept which rows it named.
 
 use kvoyant_methods::{HintSource, RestSums};
+use kvoyant_protocol::control::SelectedBy;
 use kvoyant_protocol::wire::{BatchEntry, HeadEntry, RestEntry, RestLayout, SequenceId, Stat, Status};
 
 use crate::device::rows::{LayerPages, PageRows};
@@ -118,6 +119,9 @@ impl ModelState {
         let candidates = self.shape.candidates(tokens);
         let heads = self.shape.kv_heads;
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
+        if sequence.by == SelectedBy::Client {
+            return Err(Status::SelectedByClient);
+        }
         let nothing = HeadEntry { first_run: answer.runs.len() as u32, runs: 0, rows: 0, resident: 0 };
         answer.heads.extend(std::iter::repeat_n(nothing, heads));
         if candidates.is_empty() || !self.methods[sequence.method].needs().rest {

@@ -6,7 +6,7 @@
 
 use kvoyant_kernels::CopyRun;
 use kvoyant_methods::{NoRows, NoStore, SelectContext, Selection, Store};
-use kvoyant_protocol::control::NO_PAGE;
+use kvoyant_protocol::control::{NO_PAGE, SelectedBy};
 use kvoyant_protocol::wire::{BatchEntry, BlockRun, HeadEntry, SequenceId, Stat, Status};
 
 use crate::device::rows::{LayerPages, PageRows};
@@ -141,6 +141,9 @@ impl ModelState {
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
         if sequence.graph.is_some() {
             return Err(Status::InGraphMode);
+        }
+        if sequence.by == SelectedBy::Client {
+            return Err(Status::SelectedByClient);
         }
         let tokens = entry.position as usize + 1;
         let candidates = self.shape.candidates(tokens);

@@ -5,7 +5,7 @@
 //! `reserve` gives it a copy. All calls here come over the control socket, not on the hot path.
 
 use kvoyant_methods::Selection;
-use kvoyant_protocol::control::{Failure, NO_PAGE, TableRef, ToDaemon};
+use kvoyant_protocol::control::{Failure, NO_PAGE, SelectedBy, TableRef, ToDaemon};
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
 
@@ -44,6 +44,8 @@ pub struct LayerSlots {
 pub struct Sequence {
     /// Index of its method.
     pub method: usize,
+    /// Who selects its rows.
+    pub by: SelectedBy,
     /// Stays with the sequence and its forks, for methods that draw.
     pub seed: u64,
     /// Its page table.
@@ -164,15 +166,32 @@ impl ModelState {
         )))
     }
 
+    /// The method whose digests the daemon keeps of a sequence, if any.
+    fn digested_here(&self, method: usize, by: SelectedBy) -> Option<usize> {
+        (by == SelectedBy::Lane).then_some(method)
+    }
+
+    /// What drops rows for good is the daemon's to decide.
+    fn check_selector(&self, method: usize, by: SelectedBy) -> Result<(), Failure> {
+        if by == SelectedBy::Lane || !self.drops_rows(method) {
+            return Ok(());
+        }
+        Err(Failure::BadMethod(format!(
+            "{} has a pool that drops rows: the daemon's lane selects for it, and no client can",
+            self.methods[method].spec()
+        )))
+    }
+
     fn drops_rows(&self, method: usize) -> bool {
         self.methods[method].needs().drops_rows
     }
 
     /// Opens an empty sequence with room for `tokens`.
-    pub fn open(&mut self, method: u16, tokens: u32) -> Result<SequenceId, Failure> {
+    pub fn open(&mut self, method: u16, tokens: u32, by: SelectedBy) -> Result<SequenceId, Failure> {
         let method = self.method_index(method)?;
+        self.check_selector(method, by)?;
         let slot = self.free_slot()?;
-        self.check_tables(self.tables_of([method], 0))?;
+        self.check_tables(self.tables_of(self.digested_here(method, by), 0))?;
         let table = self.tables.allocate(0)?;
         self.seeds += 1;
         let layers = self.shape.layers;
@@ -180,6 +199,7 @@ impl ModelState {
         residency.resize_with(layers, LayerSlots::default);
         let sequence = Sequence {
             method,
+            by,
             seed: self.seeds,
             table,
             capacity: 0,
@@ -194,10 +214,11 @@ impl ModelState {
             graph: None,
         };
         let id = self.install(slot, sequence);
-        let ready = self
-            .ensure_digests(id, method)
-            .map_err(Failure::from)
-            .and_then(|()| self.reserve(&[(id, tokens)]));
+        let digests = match by {
+            SelectedBy::Lane => self.ensure_digests(id, method),
+            SelectedBy::Client => Ok(()),
+        };
+        let ready = digests.map_err(Failure::from).and_then(|()| self.reserve(&[(id, tokens)]));
         if let Err(failure) = ready {
             self.close(id)?;
             return Err(failure);
@@ -207,11 +228,17 @@ impl ModelState {
 
     /// Opens a copy of a sequence, perhaps with another method. Neither of the two has room to write until it is
     /// given some.
-    pub fn fork(&mut self, parent: SequenceId, method: Option<u16>) -> Result<SequenceId, Failure> {
+    pub fn fork(
+        &mut self,
+        parent: SequenceId,
+        method: Option<u16>,
+        by: SelectedBy,
+    ) -> Result<SequenceId, Failure> {
         let method = match method {
             Some(method) => self.method_index(method)?,
             None => self.sequence(parent)?.method,
         };
+        self.check_selector(method, by)?;
         let from = self.sequence(parent)?.method;
         if from != method && (self.drops_rows(from) || self.drops_rows(method)) {
             return Err(Failure::BadMethod(format!(
@@ -224,10 +251,13 @@ impl ModelState {
         let slot = self.free_slot()?;
         // The parent may get digests that it had no need of, and the child has those of its method alone.
         let capacity = self.sequence(parent)?.capacity;
-        let new = (!self.has_digests(parent, method)).then_some(method);
-        let child = self.tables_of([method], capacity);
+        let digested = self.digested_here(method, by);
+        let new = digested.filter(|method| !self.has_digests(parent, *method));
+        let child = self.tables_of(digested, capacity);
         self.check_tables(child.saturating_add(self.tables_of(new, capacity)))?;
-        self.ensure_digests(parent, method)?;
+        if let Some(method) = digested {
+            self.ensure_digests(parent, method)?;
+        }
         let (rows, kept) = (self.shape.page_rows, 0..self.heads());
         let sequence = self.sequence(parent)?;
         let (tokens, capacity, from) = (sequence.tokens_max(), sequence.capacity, sequence.table);
@@ -251,7 +281,10 @@ impl ModelState {
         }
         let observation = observation.map(|from| self.meta.copy(from)).transpose()?;
         let marks = marks.map(|from| self.meta.copy(from)).transpose()?;
-        let digests = self.share_digests(parent, method)?;
+        let digests = match digested {
+            Some(method) => self.share_digests(parent, method)?,
+            None => Vec::new(),
+        };
         // Its pages are shared now: the parent may not write to them either until it asks for room again.
         self.sequence_mut(parent)?.room = room;
         let mut residency = Vec::new();
@@ -260,6 +293,7 @@ impl ModelState {
             slot,
             Sequence {
                 method,
+                by,
                 seed,
                 table,
                 capacity,
@@ -279,18 +313,18 @@ impl ModelState {
     /// Extents that must be added before a request can be met; 0 if it can be met at once, or never.
     pub(crate) fn missing_extents(&self, message: &ToDaemon) -> usize {
         let pages = match message {
-            ToDaemon::Open { method, tokens } => self.pages_to_open(*method, *tokens),
+            ToDaemon::Open { method, tokens, by } => self.pages_to_open(*method, *tokens, *by),
             ToDaemon::Reserve { sequences } => self.pages_to_reserve(sequences),
             _ => return 0,
         };
         pages.map_or(0, |pages| self.arena.missing_extents(pages))
     }
 
-    fn pages_to_open(&self, method: u16, tokens: u32) -> Result<usize, Failure> {
+    fn pages_to_open(&self, method: u16, tokens: u32, by: SelectedBy) -> Result<usize, Failure> {
         let method = self.method_index(method)?;
         self.free_slot()?;
         let pages = (check_tokens(tokens)? as usize).div_ceil(self.shape.page_rows);
-        self.check_tables(self.tables_of([method], pages))?;
+        self.check_tables(self.tables_of(self.digested_here(method, by), pages))?;
         Ok(pages * self.heads())
     }
 

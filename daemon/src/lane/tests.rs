@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use kvoyant_methods::Artifacts;
 use kvoyant_protocol::EXTENT_BYTES;
-use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToDaemon};
+use kvoyant_protocol::control::{Failure, Mode, ModelSpec, SelectedBy, ToDaemon};
 use kvoyant_protocol::layout::{Layout, Limits};
 use kvoyant_protocol::memory::Memfd;
 use kvoyant_protocol::wire::{BatchEntry, SequenceId};
@@ -67,11 +67,11 @@ impl Served {
 
     /// As a lane and its control plane do it together.
     fn open(&mut self, method: u16, tokens: u32) -> Result<SequenceId, Failure> {
-        let extents = self.model.missing_extents(&ToDaemon::Open { method, tokens });
+        let extents = self.model.missing_extents(&ToDaemon::Open { method, tokens, by: SelectedBy::Lane });
         if extents > 0 {
             self.model.arena.add(self.pool.request(1, extents).unwrap().blocking_recv().unwrap().unwrap());
         }
-        self.model.open(method, tokens)
+        self.model.open(method, tokens, SelectedBy::Lane)
     }
 
     /// A sequence of rows of zeros.
@@ -160,7 +160,7 @@ fn room_for_tables_is_asked_for_by_what_a_sequences_own_method_keeps_and_before_
     let grown = served.model.reserve(&[(kept, tokens)]);
     assert!(matches!(grown, Err(Failure::TablesFull { .. })), "{grown:?}");
     assert_eq!(served.model.sequence(kept).unwrap().room, 128);
-    let fork = served.model.fork(plain, Some(1));
+    let fork = served.model.fork(plain, Some(1), SelectedBy::Lane);
     assert!(matches!(fork, Err(Failure::TablesFull { .. })), "{fork:?}");
     served.model.close(plain).unwrap();
     served.model.reserve(&[(kept, 200)]).unwrap();

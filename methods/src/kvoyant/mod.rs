@@ -49,7 +49,7 @@ pub(crate) const ENTRY: Entry = Entry {
     parse: |options| Ok(Box::new(KvoyantSpec::from_options(options)?)),
 };
 
-/// Bytes of what a sequence keeps for each layer and head: the share of the last row that the budget alone let in, as f32.
+/// Bytes of what a selection leaves for each layer and head: the share of the last row that the budget alone let in, as f32.
 const CUT_BYTES: usize = size_of::<f32>();
 
 /// Selects, estimates and certifies.
@@ -72,12 +72,6 @@ impl Kvoyant {
         let layout = CodeLayout::new(shape.head_dim, shape.value_dim, shape.page_rows, options.bits, group)
             .map_err(|error| MethodError::Unsuitable { method: NAME, reason: error.to_string() })?;
         Ok(Self { shape: *shape, options, spec: MethodSpec::new(options), layout, kernels: Kernels::best() })
-    }
-
-    /// Where in what a sequence keeps the head's cut lies.
-    fn cut_at(&self, layer: usize, head: usize) -> std::ops::Range<usize> {
-        let at = steer::BYTES + (layer * self.shape.kv_heads + head) * CUT_BYTES;
-        at..at + CUT_BYTES
     }
 
     /// How many rows a head gets, for a request of one token.
@@ -168,9 +162,7 @@ impl Kvoyant {
             }
             self.weigh(context, &*store, head, &seen, scratch);
             let cut = self.choose(context, head, &wanted, &seen, scratch);
-            if let Some(kept) = store.sequence().get_mut(self.cut_at(context.layer, head)) {
-                kept.copy_from_slice(&cut.to_le_bytes());
-            }
+            store.note(head).iter_mut().zip(cut.to_le_bytes()).for_each(|(kept, byte)| *kept = byte);
             for id in &scratch.ids {
                 let token = seen.first_token(self.layout.rows()) + *id as usize;
                 out.push(token, token + 1);
@@ -222,7 +214,11 @@ impl Method for Kvoyant {
     }
 
     fn sequence_bytes(&self) -> usize {
-        steer::BYTES + self.shape.layers * self.shape.kv_heads * CUT_BYTES
+        steer::BYTES
+    }
+
+    fn note_bytes(&self) -> usize {
+        CUT_BYTES
     }
 
     fn on_append(&self, append: &Append<'_>, digest: &mut [u8], _memory: &mut [u8], _scratch: &mut Scratch) {
@@ -313,10 +309,9 @@ impl Method for Kvoyant {
             return;
         }
         let budget = self.options.rows_of(context.tokens);
+        let cut = |head| store.note(head).first_chunk().map_or(0.0, |cut| f32::from_le_bytes(*cut));
+        let cuts: Vec<f32> = context.heads.clone().map(cut).collect();
         let bytes = store.sequence();
-        let cut = |head: usize| bytes.get(self.cut_at(context.layer, head))?.first_chunk();
-        let cuts: Vec<f32> =
-            context.heads.clone().filter_map(cut).map(|cut| f32::from_le_bytes(*cut)).collect();
         let mut steering = Steering::read(bytes);
         steering.note(context, selected.total_rows(), budget * context.heads.len(), &cuts);
         steering.write(bytes);

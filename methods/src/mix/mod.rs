@@ -348,6 +348,10 @@ impl Method for Mix {
         self.parts.iter().map(|part| part.sequence_bytes()).sum()
     }
 
+    fn note_bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.note_bytes()).max().unwrap_or(0)
+    }
+
     fn memory_bytes(&self, max_tokens: usize) -> usize {
         if self.needs.memory {
             OWNER + self.parts.iter().map(|part| part.memory_bytes(max_tokens)).max().unwrap_or(0)

@@ -44,4 +44,8 @@ impl Store for PartStore<'_> {
         let place = self.mix.place_in_sequence(self.part);
         self.inner.sequence().get_mut(place).unwrap_or_default()
     }
+
+    fn note(&mut self, kv_head: usize) -> &mut [u8] {
+        self.inner.note(kv_head).get_mut(..self.part.note_bytes()).unwrap_or_default()
+    }
 }

@@ -26,6 +26,8 @@ pub enum Status {
     InGraphMode = 7,
     /// A hint with a value that is no number, or ids that are none of the sequence's. The session goes on.
     BadHint = 8,
+    /// A member's rows are selected by its client: the daemon keeps no digests of it.
+    SelectedByClient = 9,
 }
 
 impl Status {
@@ -39,6 +41,7 @@ impl Status {
             Self::Failed,
             Self::InGraphMode,
             Self::BadHint,
+            Self::SelectedByClient,
         ]
         .into_iter()
         .find(|status| *status as u8 == code)
@@ -54,6 +57,9 @@ impl std::fmt::Display for Status {
             Self::NotObserved => "the method needs the prompt's query statistics, which were not sent",
             Self::NotAppended => "a member's position lies beyond the rows that were appended",
             Self::Failed => "the daemon failed on it; its log says how",
+            Self::SelectedByClient => {
+                "a member was opened to be selected by its client, and has no digests in the daemon"
+            }
             Self::InGraphMode => "a member is served in graph mode, where rows are selected on the device",
             Self::BadHint => {
                 "a hint has a value that is no finite number, or ids that are none of its sequence's"

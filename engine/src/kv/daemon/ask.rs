@@ -121,6 +121,7 @@ impl DaemonKv {
         let source = |i: usize| self.needs_of(batch[i]).hint;
         let by_query = |i: &usize| matches!(source(*i), HintSource::Ahead | HintSource::Current);
         let members: Vec<usize> = (0..batch.len())
+            .filter(|i| batch[*i].digests().is_none())
             .filter(|i| Moment::of(source(*i)) == moment && (!queries.is_empty() || !by_query(i)))
             .collect();
         // A stream brings queries that the step has just computed; everything else goes as it is.

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use kvoyant_client::{Answer, Ready};
 use kvoyant_kernels::{Kernels, Run};
+use kvoyant_methods::Selection;
 use rayon::prelude::*;
 
 use super::super::KvShape;
@@ -39,6 +40,36 @@ pub(super) enum Rows {
     Answer,
     /// All of them.
     All,
+}
+
+/// What says which rows were selected.
+pub(super) trait Named: Sync {
+    /// The tokens of a member's KV head, rising.
+    fn tokens_of(&self, member: usize, kv_head: usize) -> Vec<Range<usize>>;
+
+    /// How many rows of a member were attended that it does not name, all heads together.
+    fn cpu_rows(&self, member: usize) -> usize;
+}
+
+impl Named for Answer {
+    fn tokens_of(&self, member: usize, kv_head: usize) -> Vec<Range<usize>> {
+        self.tokens(member, kv_head).map(|run| run.token..run.token + run.rows).collect()
+    }
+
+    fn cpu_rows(&self, member: usize) -> usize {
+        self.partial(member).map_or(0, |partial| partial.rows as usize)
+    }
+}
+
+/// One member's, a selection for each KV head.
+impl Named for [Selection] {
+    fn tokens_of(&self, _member: usize, kv_head: usize) -> Vec<Range<usize>> {
+        self[kv_head].head(0).iter().map(|range| range.first as usize..range.end() as usize).collect()
+    }
+
+    fn cpu_rows(&self, _member: usize) -> usize {
+        0
+    }
 }
 
 /// A group's queries and output, `[g][d]` each, and log-sum-exps, `[g]`.
@@ -153,6 +184,24 @@ impl Pass<'_> {
         (out, lse): (&mut [f32], &mut [f32]),
     ) {
         self.attend_rows(rows, ready, |_| true, batch, positions, queries, (out, lse));
+    }
+
+    /// Attention of a KV head's queries `[group][d]` over the session's own rows of these tokens, on the calling thread.
+    pub(super) fn attend_own(
+        &self,
+        sequence: &DaemonSequence,
+        head: usize,
+        tokens: impl IntoIterator<Item = Range<usize>>,
+        queries: &[f32],
+        (out, lse): (&mut [f32], &mut [f32]),
+    ) {
+        RUNS.with_borrow_mut(|runs| {
+            runs.clear();
+            sequence.inner().local_runs_of(self.layer, head, tokens, runs);
+            // SAFETY: the runs lie in mappings that the sequence keeps alive for this call. Extents are written by this session alone, and
+            // not at these rows while a step of it runs.
+            unsafe { attend_runs(self.shape.layout(), queries, runs, out, lse) };
+        });
     }
 
     #[allow(clippy::too_many_arguments)]

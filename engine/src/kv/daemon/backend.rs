@@ -36,10 +36,10 @@ impl DaemonKv {
         Pass { shape: &self.shape, sinks, window, layer, selects }
     }
 
-    /// The groups of a layer: those that were asked for, and who was not, who attends to everything.
-    fn groups(&mut self, layer: usize, members: usize) -> Vec<Group> {
+    /// The groups of a layer: those that were asked for, and who was not and has not attended yet, who attends to everything.
+    fn groups(&mut self, layer: usize, members: usize, attended: &[usize]) -> Vec<Group> {
         let asked = std::mem::take(&mut self.pending[layer]);
-        let mut left: Vec<usize> = (0..members).collect();
+        let mut left: Vec<usize> = (0..members).filter(|member| !attended.contains(member)).collect();
         let mut groups = Vec::with_capacity(asked.len() + 1);
         for Asked { members, answer, local } in asked {
             left.retain(|member| !members.contains(member));
@@ -245,6 +245,7 @@ impl KvBackend for DaemonKv {
         sequence.set_tokens(tokens);
         if !self.in_step && new > 0 {
             self.model.append(&[(sequence.inner(), new)])?;
+            self.digest(sequence, tokens)?;
         }
         Ok(())
     }
@@ -256,9 +257,11 @@ impl KvBackend for DaemonKv {
     ) -> Result<(), DaemonError> {
         self.in_step = false;
         self.pending.iter_mut().for_each(Vec::clear);
+        self.chosen.iter_mut().for_each(Vec::clear);
         self.rows.clear();
-        for sequence in batch.iter_mut() {
+        for (sequence, position) in batch.iter_mut().zip(positions) {
             self.finish_prompt(sequence)?;
+            self.digest(sequence, *position)?;
         }
         let wanted: Vec<_> =
             batch.iter().zip(positions).map(|(sequence, position)| (&**sequence, position + 1)).collect();
@@ -285,7 +288,9 @@ impl KvBackend for DaemonKv {
         positions: &[usize],
         queries: &[f32],
     ) -> Result<(), DaemonError> {
-        self.ask(Moment::Ahead, layer, &shared(batch), positions, queries)
+        self.ask(Moment::Ahead, layer, &shared(batch), positions, queries)?;
+        self.choose_here(layer, batch, positions, queries);
+        Ok(())
     }
 
     fn append(
@@ -321,11 +326,13 @@ impl KvBackend for DaemonKv {
         queries: &[f32],
         out: &mut [f32],
     ) -> Result<(), DaemonError> {
+        let mut attended = Vec::new();
         if self.speculates(layer) {
             self.ask(Moment::Current, layer, &shared(batch), positions, queries)?;
+            attended = self.attend_here(layer, batch, positions, queries, out)?;
         }
         let width = self.shape.query_heads * self.shape.head_dim;
-        for group in self.groups(layer, batch.len()) {
+        for group in self.groups(layer, batch.len(), &attended) {
             if group.members.len() == batch.len() {
                 let heads = Heads { queries, out: &mut *out };
                 self.attend_group(layer, group, &shared(batch), positions, heads)?;

@@ -32,7 +32,7 @@ impl DaemonKv {
         let needs = self.needs_of(sequence);
         let whole = needs.part == RowPart::Whole && !needs.drops_rows && needs.cpu_attention.is_none();
         let selects = needs.hint.is_query() && whole;
-        if !self.speculates(layer) || !selects {
+        if !self.speculates(layer) || !selects || sequence.digests().is_some() {
             return Ok(false);
         }
         // What it selects by must be known by now; statistics of the first chunk stand for the prompt's.

@@ -2,12 +2,11 @@
 
 use std::ops::Range;
 
-use kvoyant_client::Answer;
 use kvoyant_methods::Certificate;
 use rayon::prelude::*;
 
 use super::DaemonSequence;
-use super::attention::{Pass, dense_of, scores_of};
+use super::attention::{Named, Pass, dense_of, scores_of};
 use super::stats::Measured;
 
 /// What attention over the selected rows gave.
@@ -27,7 +26,7 @@ impl Pass<'_> {
     /// Compares each query head's attention with dense attention.
     pub(super) fn measure(
         &self,
-        answer: &Answer,
+        answer: &(impl Named + ?Sized),
         batch: &[&DaemonSequence],
         positions: &[usize],
         attended: Attended<'_>,
@@ -48,13 +47,14 @@ impl Pass<'_> {
             }
             let candidates = self.sinks.min(end)..self.window_start(end - 1);
             let mut rows = vec![false; end];
-            for tokens in self.attended(answer, (i, head), end - 1) {
+            let selected = answer.tokens_of(i, head);
+            for tokens in self.local(end - 1).iter().chain(&selected) {
                 rows[tokens.start.min(end)..tokens.end.min(end)].fill(true);
             }
             // An answer says how many rows the daemon's CPU attended, not which: they are known where they are all others.
             let later = attended.exact.get(i).copied().unwrap_or(0);
-            let by_cpu = answer.partial(i).map_or(0, |partial| partial.rows as usize) + later as usize;
-            let selected = |head| answer.tokens(i, head).map(|run| run.rows).sum::<usize>();
+            let by_cpu = answer.cpu_rows(i) + later as usize;
+            let selected = |head| answer.tokens_of(i, head).iter().map(ExactSizeIterator::len).sum::<usize>();
             let whole = (0..kv_heads).map(selected).sum::<usize>() + by_cpu == kv_heads * candidates.len();
             if whole {
                 rows.fill(true);

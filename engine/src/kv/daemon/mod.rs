@@ -11,6 +11,8 @@
 //! | none, `previous` | at the same moment, without a query or with the layer's true query one step ago |
 //! | `current`, ids | when the layer is about to attend, with its true query or what the caller names |
 //!
+//! In place, and where the engine would only wait for a lane, rows are selected in this process instead ([`Selects`], `here`).
+//!
 //! An answer is waited for when its layer attends. Members of one step may have methods of different kinds: those that are
 //! asked together are one group with one answer.
 
@@ -20,6 +22,7 @@ mod backend;
 mod chunk;
 mod device;
 mod feedback;
+mod here;
 mod measure;
 mod options;
 mod prompt;
@@ -32,12 +35,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use kvoyant_client::cuda::KernelError;
-use kvoyant_client::{Client, Mode, ModelSpec, Options, Stat};
+use kvoyant_client::local::LocalMethod;
+use kvoyant_client::{Client, Mode, ModelSpec, Options, SelectedBy, Stat};
 use kvoyant_methods::{MethodError, MethodSpec, Needs, Shape};
 use thiserror::Error;
 
 pub use ask::IdsRequest;
-pub use options::DaemonOptions;
+pub use options::{DaemonOptions, Selects};
 pub use sequence::DaemonSequence;
 pub use stats::{Certified, Measured, StepStats};
 
@@ -119,6 +123,12 @@ pub struct DaemonKv {
     options: DaemonOptions,
     model: kvoyant_client::Model,
     needs: Vec<Needs>,
+    /// Methods that select in this process, by index.
+    local: Vec<Option<LocalMethod>>,
+    /// What was chosen ahead in this process, by layer.
+    chosen: Vec<Vec<here::Chosen>>,
+    /// Sequences whose digests have begun here.
+    seeds: u64,
     /// What statistics of a prompt are collected; `None`: no method wants any.
     statistics: Option<Statistics>,
     /// Answers under way, by layer.
@@ -174,12 +184,14 @@ impl DaemonKv {
             .iter()
             .map(|spec| Ok(kvoyant_methods::build(spec, &methods_shape, artifacts)?.needs()))
             .collect::<Result<Vec<_>, MethodError>>()?;
+        let local = here::methods(&options, &model, &methods_shape, artifacts)?;
         let statistics = Statistics::wanted_by(&options.methods)?;
         let device = match model.mode() {
             Mode::Device => Some(Box::new(DeviceAttention::new(&model)?)),
             Mode::InPlace | Mode::Slab => None,
         };
         let pending = (0..shape.layers).map(|_| Vec::new()).collect();
+        let chosen = (0..shape.layers).map(|_| Vec::new()).collect();
         let made = Self {
             device,
             shape,
@@ -187,6 +199,9 @@ impl DaemonKv {
             options,
             model,
             needs,
+            local,
+            chosen,
+            seeds: 0,
             statistics,
             pending,
             in_step: false,
@@ -242,8 +257,19 @@ impl DaemonKv {
     }
 
     /// Opens an empty sequence with a method, by index.
-    pub fn sequence(&self, method: usize) -> Result<DaemonSequence, DaemonError> {
-        Ok(DaemonSequence::new(self.model.open(method, 0)?, method, self.shape.layers))
+    pub fn sequence(&mut self, method: usize) -> Result<DaemonSequence, DaemonError> {
+        // An index that is none of the session's is the daemon's to refuse.
+        let by = if method < self.local.len() { self.selector(method) } else { SelectedBy::Lane };
+        let inner = self.model.open_selected_by(method, 0, by)?;
+        let mut sequence = DaemonSequence::new(inner, method, self.shape.layers);
+        self.begin_digests(&mut sequence, None);
+        Ok(sequence)
+    }
+
+    /// Who selects a sequence's rows: the daemon's lane, or this process itself.
+    #[must_use]
+    pub fn selected_by(&self, sequence: &DaemonSequence) -> SelectedBy {
+        sequence.inner().selected_by()
     }
 
     /// A second sequence with the same tokens, perhaps with another method. The prompt counts as complete with the
@@ -254,7 +280,13 @@ impl DaemonKv {
         method: Option<usize>,
     ) -> Result<DaemonSequence, DaemonError> {
         self.finish_prompt(sequence)?;
-        Ok(sequence.fork(method)?)
+        let index = method.unwrap_or(sequence.method());
+        let by = if index < self.local.len() { self.selector(index) } else { SelectedBy::Lane };
+        let mut fork = sequence.fork(method, by)?;
+        self.begin_digests(&mut fork, Some(sequence));
+        // So that its own forks share them.
+        self.digest(&mut fork, sequence.tokens())?;
+        Ok(fork)
     }
 
     /// Drops the tokens at and after `tokens`.

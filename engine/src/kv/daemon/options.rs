@@ -19,6 +19,18 @@ pub(super) const BLOCK_QUERIES: usize = 64;
 /// The smallest block of an attention row that the session's memory is made for.
 const SMALLEST_BLOCK: usize = 4;
 
+/// Who selects rows that are read in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Selects {
+    /// Whoever costs a step less ([`kvoyant_client::local::Setting`]).
+    #[default]
+    Auto,
+    /// The daemon's lanes.
+    Lane,
+    /// This process, for methods that it can.
+    Client,
+}
+
 /// What a model registers with.
 #[derive(Debug, Clone)]
 pub struct DaemonOptions {
@@ -44,6 +56,8 @@ pub struct DaemonOptions {
     pub batch_max: usize,
     /// How long to wait for an answer before giving up.
     pub deadline: Duration,
+    /// Who selects rows, where they are read in place.
+    pub selects: Selects,
 }
 
 impl Default for DaemonOptions {
@@ -60,6 +74,7 @@ impl Default for DaemonOptions {
             context_tokens: 8192,
             batch_max: 32,
             deadline: Duration::from_secs(30),
+            selects: Selects::Auto,
         }
     }
 }

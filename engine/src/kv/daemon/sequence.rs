@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use kvoyant_client::{Error, Sequence};
+use kvoyant_client::local::LocalDigests;
+use kvoyant_client::{Error, SelectedBy, Sequence};
 
 use super::rebuilt::Rebuilt;
 
@@ -33,6 +34,8 @@ pub struct DaemonSequence {
     rebuilt: Rebuilt,
     /// Decode steps so far.
     steps: usize,
+    /// What its method keeps, where this process selects.
+    digests: Option<LocalDigests>,
 }
 
 impl DaemonSequence {
@@ -47,6 +50,7 @@ impl DaemonSequence {
             last: vec![Vec::new(); layers],
             rebuilt: Rebuilt::default(),
             steps: 0,
+            digests: None,
         }
     }
 
@@ -146,8 +150,30 @@ impl DaemonSequence {
         self.steps += 1;
     }
 
-    pub(super) fn fork(&self, method: Option<usize>) -> Result<Self, Error> {
-        let inner = self.inner.fork(method)?;
+    /// Bytes of what its method keeps in this process; those shared with forks count for each.
+    #[must_use]
+    pub fn digest_bytes(&self) -> usize {
+        self.digests.as_ref().map_or(0, LocalDigests::bytes)
+    }
+
+    pub(super) fn digests(&self) -> Option<&LocalDigests> {
+        self.digests.as_ref()
+    }
+
+    pub(super) fn digests_mut(&mut self) -> Option<&mut LocalDigests> {
+        self.digests.as_mut()
+    }
+
+    pub(super) fn take_digests(&mut self) -> Option<LocalDigests> {
+        self.digests.take()
+    }
+
+    pub(super) fn set_digests(&mut self, digests: LocalDigests) {
+        self.digests = Some(digests);
+    }
+
+    pub(super) fn fork(&self, method: Option<usize>, by: SelectedBy) -> Result<Self, Error> {
+        let inner = self.inner.fork_selected_by(method, by)?;
         let method = method.unwrap_or(self.method);
         Ok(Self {
             inner,
@@ -161,6 +187,7 @@ impl DaemonSequence {
             last: self.last.clone(),
             rebuilt: self.rebuilt.clone(),
             steps: self.steps,
+            digests: None,
         })
     }
 
@@ -173,6 +200,9 @@ impl DaemonSequence {
         }
         self.reported = self.reported.min(tokens);
         self.rebuilt.tokens = self.rebuilt.tokens.min(tokens);
+        if let Some(digests) = &mut self.digests {
+            digests.truncate(tokens);
+        }
         Ok(())
     }
 }

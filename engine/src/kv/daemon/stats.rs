@@ -16,7 +16,9 @@ pub struct StepStats {
     pub context_tokens: u64,
     /// Answers of the daemon, one per selected layer and step.
     pub answers: u64,
-    /// Time spent waiting for them.
+    /// Selections of a layer that this process made itself, for one sequence each.
+    pub selected_here: u64,
+    /// Time spent waiting for answers.
     pub wait: Duration,
     /// Rows selected, all layers and KV heads together.
     pub rows_selected: u64,
@@ -28,7 +30,7 @@ pub struct StepStats {
     pub rows_resident: u64,
     /// Bytes that were copied.
     pub bytes_moved: u64,
-    /// The daemon's time in selection and planning.
+    /// The daemon's time in selection and planning, and that of this process's threads, added up.
     pub select: Duration,
     /// The daemon's time from plan to the last byte.
     pub transfer: Duration,
@@ -202,6 +204,14 @@ impl StepStats {
         self.transfer += Duration::from_nanos(u64::from(completion.transfer_ns));
     }
 
+    /// A layer's rows, as an answer would have said it, and those that its true query asked for later.
+    pub(super) fn selected_here(&mut self, (rows, exact): (usize, usize), time: Duration) {
+        self.selected_here += 1;
+        self.rows_selected += (rows + exact) as u64;
+        self.rows_in_place += rows as u64;
+        self.select += time;
+    }
+
     /// Mean share of the true attention that the attended rows covered, if it was measured.
     #[must_use]
     pub fn attention_mass(&self) -> Option<f64> {
@@ -222,6 +232,7 @@ impl std::ops::AddAssign for StepStats {
         self.tokens += other.tokens;
         self.context_tokens += other.context_tokens;
         self.answers += other.answers;
+        self.selected_here += other.selected_here;
         self.wait += other.wait;
         self.rows_selected += other.rows_selected;
         self.rows_hit += other.rows_hit;
