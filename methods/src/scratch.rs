@@ -55,12 +55,25 @@ pub struct Scratch {
     pub(crate) ids: Vec<u32>,
     /// The memory of choosing them.
     pub(crate) top: kvoyant_kernels::TopKScratch,
+    /// Scores and margins of the part of a scan that another thread may do.
+    pub(crate) other: (Vec<f32>, Vec<f32>),
+    /// Who runs two parts of a scan, perhaps side by side.
+    pub(crate) join: Option<Join>,
 }
+
+/// Runs two parts of a selection, side by side if there is a thread for the second one.
+pub type Join = fn(&mut (dyn FnMut() + Send), &mut (dyn FnMut() + Send));
 
 impl Scratch {
     /// Empty buffers; the first selections make them grow.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Empty buffers, and somebody to share long scans with. What is selected does not depend on it.
+    #[must_use]
+    pub fn with_help(join: Join) -> Self {
+        Self { join: Some(join), ..Self::default() }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-/// What is kept of one sequence and layer.
-pub trait Store {
+/// What is kept of one sequence and layer. Threads that [help](crate::Scratch::with_help) read it side by side.
+pub trait Store: Sync {
     /// Digest block of a page, [`crate::Method::digest_bytes`] long. `page` counts from the sequence's start.
     fn page(&self, kv_head: usize, page: usize) -> &[u8];
 

@@ -18,6 +18,7 @@ pub use cost::{Setting, Work};
 pub use digests::{HeadDigests, LocalDigests};
 
 use kvoyant_kernels::RowLayout;
+use kvoyant_methods::scratch::Join;
 use kvoyant_methods::{
     HintSource, Method, Needs, NoRows, Rest, RowPart, Scratch, SelectContext, Selection, Shape,
 };
@@ -186,10 +187,16 @@ impl LocalMethod {
 }
 
 impl HeadAnswer {
-    /// A selection that was made before.
+    /// Nothing yet; `join` shares long scans with a thread that has nothing else to do.
     #[must_use]
-    pub fn of(selection: Selection) -> Self {
-        Self { selection, ..Self::default() }
+    pub fn with_help(join: Join) -> Self {
+        Self { scratch: Scratch::with_help(join), ..Self::default() }
+    }
+
+    /// Takes a selection that was made before.
+    pub fn set(&mut self, selection: &Selection) {
+        self.selection.clone_from(selection);
+        self.rest.clear(0);
     }
 
     /// What the last selection left, of its own KV head, to be [kept](LocalMethod::keep_note).

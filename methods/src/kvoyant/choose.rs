@@ -14,6 +14,9 @@ use crate::store::Store;
 const BINS: usize = 2048;
 const BIN_SHIFT: u32 = 19;
 
+/// What the largest score may be above the one that weights are relative to ([`kvoyant_kernels::CodeTotal`]).
+const ABOVE: f32 = 20.0;
+
 /// How many rows a head gets.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Wanted {
@@ -141,7 +144,8 @@ impl Kvoyant {
             let floor = context.floor(&self.shape, head, h).unwrap_or(f32::NEG_INFINITY);
             let mut attended = f64::from(floor - maxima[h]).exp();
             let largest = floor.max(maxima[h]);
-            let odds = odds * (-RestSums::rounding(largest.abs() + (seen.rows.len() as f32).ln())).exp();
+            let odds =
+                odds * (-RestSums::rounding(largest.abs() + ABOVE + (seen.rows.len() as f32).ln())).exp();
             attended += bins.iter().map(|bin| bin.1).sum::<f64>();
             // What exp rounds to nothing counts all the same.
             let mut left = seen.rows.len() as f64 * f64::from(RestSums::LEAST_WEIGHT);

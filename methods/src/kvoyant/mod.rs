@@ -101,14 +101,10 @@ impl Kvoyant {
         means.resize(g * dv, 0.0);
         let mut sums = vec![CodeSums::default(); g];
         let (rows, groups) = (self.layout.rows(), self.layout.groups());
-        let mut page = 0;
-        while page < seen.pages.len() {
-            let most = seen.pages.len() - page;
-            let blocks = store.stretch(head, seen.pages.start + page, most);
-            let count = (blocks.len() / self.layout.bytes()).clamp(1, most);
+        for (page, blocks) in self.stretches(store, head, &seen, 0..seen.pages.len()) {
             self.kernels.code_rest(
                 &self.layout,
-                &blocks[..count * self.layout.bytes()],
+                blocks,
                 g,
                 &scores[page * rows..],
                 seen.stride(rows),
@@ -117,7 +113,6 @@ impl Kvoyant {
                 &mut sums,
                 means,
             );
-            page += count;
         }
         let certified = self.options.certifies(context.step);
         for (h, sums) in sums.iter().enumerate() {

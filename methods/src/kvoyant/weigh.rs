@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
+use kvoyant_kernels::CodeTotal;
+
 use super::Kvoyant;
 use crate::context::SelectContext;
-use crate::scratch::Scratch;
+use crate::scratch::{Join, Scratch};
 use crate::store::Store;
 
 /// Which rows of a head have digests that count.
@@ -27,6 +29,99 @@ impl Seen {
     /// From one query's values to the next one's, where there are `each` a page.
     pub(super) fn stride(&self, each: usize) -> usize {
         self.pages.len() * each
+    }
+}
+
+/// Pages from which on two threads scan a head: some ten microseconds' work for each.
+const HELP_PAGES: usize = 64;
+
+/// What is scanned for one head.
+struct Scan<'a> {
+    method: &'a Kvoyant,
+    store: &'a dyn Store,
+    head: usize,
+    /// `[g][d]`.
+    queries: &'a [f32],
+    seen: &'a Seen,
+}
+
+impl Scan<'_> {
+    /// Weights and margins of some of the pages, which are the first ones of their buffers.
+    fn run(
+        &self,
+        pages: Range<usize>,
+        (weights, stride): (&mut [f32], usize),
+        (margins, margin_stride): (&mut [f32], usize),
+        totals: &mut [CodeTotal],
+    ) {
+        let Kvoyant { layout, kernels, shape, .. } = self.method;
+        let scale = 1.0 / (shape.head_dim as f32).sqrt();
+        let before = pages.start * layout.rows();
+        let own = |row: usize| row.max(before) - before;
+        let rows = own(self.seen.rows.start)..own(self.seen.rows.end);
+        let first = pages.start;
+        for (page, blocks) in self.method.stretches(self.store, self.head, self.seen, pages) {
+            kernels.code_weights(
+                layout,
+                self.queries,
+                totals.len(),
+                scale,
+                blocks,
+                page - first,
+                &rows,
+                weights,
+                stride,
+                margins,
+                margin_stride,
+                totals,
+            );
+        }
+    }
+
+    /// All pages, the second half of which another thread may take.
+    fn in_halves(
+        &self,
+        join: Join,
+        (weights, margins): (&mut [f32], &mut [f32]),
+        (other_weights, other_margins): &mut (Vec<f32>, Vec<f32>),
+        totals: &mut [CodeTotal],
+    ) {
+        let layout = &self.method.layout;
+        let (pages, g) = (self.seen.pages.len(), totals.len());
+        let (half, stride, margin_stride) =
+            (pages / 2, self.seen.stride(layout.rows()), self.seen.stride(layout.groups()));
+        let (own, own_margins) = ((pages - half) * layout.rows(), (pages - half) * layout.groups());
+        other_weights.resize(g * own, 0.0);
+        other_margins.resize(g * own_margins, 0.0);
+        let mut others = vec![CodeTotal::default(); g];
+        join(
+            &mut || self.run(0..half, (&mut *weights, stride), (&mut *margins, margin_stride), &mut *totals),
+            &mut || {
+                let of = (&mut other_weights[..], own);
+                self.run(half..pages, of, (&mut other_margins[..], own_margins), &mut others);
+            },
+        );
+        for (h, (total, other)) in totals.iter_mut().zip(&others).enumerate() {
+            let (first, second) = weights[h * stride..][..stride].split_at_mut(half * layout.rows());
+            second.copy_from_slice(&other_weights[h * own..][..own]);
+            let (_, theirs) =
+                margins[h * margin_stride..][..margin_stride].split_at_mut(half * layout.groups());
+            theirs.copy_from_slice(&other_margins[h * own_margins..][..own_margins]);
+            // Both relative to the larger one.
+            let reference = total.reference.max(other.reference);
+            let mut sum = 0.0;
+            for (part, weights) in [(&*total, first), (other, second)] {
+                if part.reference == f32::NEG_INFINITY {
+                    continue;
+                }
+                let factor = (part.reference - reference).exp();
+                if factor != 1.0 {
+                    weights.iter_mut().for_each(|weight| *weight *= factor);
+                }
+                sum += part.sum * f64::from(factor);
+            }
+            *total = CodeTotal { reference, sum };
+        }
     }
 }
 
@@ -57,7 +152,7 @@ impl Kvoyant {
         seen: &Seen,
         scratch: &mut Scratch,
     ) {
-        let Scratch { block, scores, margins, maxima, group: shares, .. } = scratch;
+        let Scratch { block, scores, margins, maxima, group: shares, other, join, .. } = scratch;
         let g = context.group(&self.shape);
         let (rows, groups) = (self.layout.rows(), self.layout.groups());
         let (stride, margin_stride) = (seen.stride(rows), seen.stride(groups));
@@ -71,38 +166,26 @@ impl Kvoyant {
             return;
         }
         let queries = context.group_queries(&self.shape, head, block);
-        let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
-        let mut page = 0;
-        while page < seen.pages.len() {
-            let most = seen.pages.len() - page;
-            let blocks = store.stretch(head, seen.pages.start + page, most);
-            let count = (blocks.len() / self.layout.bytes()).clamp(1, most);
-            self.kernels.code_scores(
-                &self.layout,
-                queries,
-                g,
-                scale,
-                &blocks[..count * self.layout.bytes()],
-                &mut scores[page * rows..],
-                stride,
-                &mut margins[page * groups..],
-                margin_stride,
-            );
-            page += count;
+        let scan = Scan { method: self, store, head, queries, seen };
+        let mut totals = vec![CodeTotal::default(); g];
+        let helped = join.filter(|_| seen.pages.len() >= HELP_PAGES);
+        if let Some(join) = helped {
+            scan.in_halves(join, (scores, margins), other, &mut totals);
+        } else {
+            scan.run(0..seen.pages.len(), (scores, stride), (margins, margin_stride), &mut totals);
         }
-        for h in 0..g {
-            let all = &mut scores[h * stride..][..stride];
-            all[..seen.rows.start].fill(0.0);
-            all[seen.rows.end..].fill(0.0);
-            let candidates = &mut all[seen.rows.clone()];
-            let margins = &margins[h * margin_stride..][..margin_stride];
-            maxima[h] = self.reference(seen, candidates, margins);
-            let sum = self.kernels.exp_in_place(candidates, maxima[h]);
+        if self.kernels.max(margins) == f32::INFINITY {
+            // A score of which nothing is known must not be what the others are relative to.
+            self.weigh_known(&scan, (scores, margins), &mut totals);
+        }
+        for (h, total) in totals.iter().enumerate() {
+            maxima[h] = if total.reference == f32::NEG_INFINITY { 0.0 } else { total.reference };
             let floor = context.floor(&self.shape, head, h).map_or(0.0, |floor| (floor - maxima[h]).exp());
-            let share = 1.0 / ((sum + floor) * g as f32);
+            let share = 1.0 / ((total.sum as f32 + floor) * g as f32);
             // Beside a floor that is out of reach no row counts.
             let share = if share.is_finite() { share } else { 0.0 };
-            self.kernels.axpy(&mut shares[seen.rows.clone()], share, candidates);
+            let weights = &scores[h * stride..][seen.rows.clone()];
+            self.kernels.axpy(&mut shares[seen.rows.clone()], share, weights);
         }
         // Rows of which nothing is known come before all others, and weigh something wherever they are left out.
         let group = self.layout.group();
@@ -118,24 +201,70 @@ impl Kvoyant {
         }
     }
 
-    /// What weights are relative to: no more than the largest true score, so that nothing that counts beside it is rounded to 0, and so
-    /// little less than the largest estimated one that no weight is infinite.
-    fn reference(&self, seen: &Seen, scores: &[f32], margins: &[f32]) -> f32 {
-        let widest = self.kernels.max(margins);
-        if widest.is_finite() {
-            return self.kernels.max(scores) - widest;
+    /// Weights relative to the scores of those groups alone whose margins are known.
+    fn weigh_known(
+        &self,
+        scan: &Scan<'_>,
+        (scores, margins): (&mut [f32], &mut [f32]),
+        totals: &mut [CodeTotal],
+    ) {
+        let Scan { store, head, queries, seen, .. } = *scan;
+        let (rows, groups, group) = (self.layout.rows(), self.layout.groups(), self.layout.group());
+        let (stride, margin_stride) = (seen.stride(rows), seen.stride(groups));
+        let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
+        for (page, blocks) in self.stretches(store, head, seen, 0..seen.pages.len()) {
+            let (scores, margins) = (&mut scores[page * rows..], &mut margins[page * groups..]);
+            let of = (queries, totals.len(), scale);
+            self.kernels.code_scores(
+                &self.layout,
+                of.0,
+                of.1,
+                of.2,
+                blocks,
+                scores,
+                stride,
+                margins,
+                margin_stride,
+            );
         }
-        let group = self.layout.group();
-        let (mut largest, mut widest) = (f32::NEG_INFINITY, 0.0_f32);
-        for (g, margin) in margins.iter().enumerate().filter(|(_, margin)| margin.is_finite()) {
-            let from = (g * group).max(seen.rows.start) - seen.rows.start;
-            let to = ((g + 1) * group).min(seen.rows.end).saturating_sub(seen.rows.start);
-            if from < to {
-                largest = largest.max(self.kernels.max(&scores[from..to]));
-                widest = widest.max(*margin);
+        for (h, total) in totals.iter_mut().enumerate() {
+            let all = &mut scores[h * stride..][..stride];
+            all[..seen.rows.start].fill(0.0);
+            all[seen.rows.end..].fill(0.0);
+            let mut largest = f32::NEG_INFINITY;
+            for (g, _) in margins[h * margin_stride..][..margin_stride]
+                .iter()
+                .enumerate()
+                .filter(|(_, margin)| margin.is_finite())
+            {
+                let (from, to) = ((g * group).max(seen.rows.start), ((g + 1) * group).min(seen.rows.end));
+                if from < to {
+                    largest = largest.max(self.kernels.max(&all[from..to]));
+                }
             }
+            let reference = if largest == f32::NEG_INFINITY { 0.0 } else { largest };
+            let sum = self.kernels.exp_in_place(&mut all[seen.rows.clone()], reference);
+            *total = CodeTotal { reference, sum: f64::from(sum) };
         }
-        if largest == f32::NEG_INFINITY { 0.0 } else { largest - widest }
+    }
+
+    /// Digests of some of the pages that are looked at, those side by side at once, with the first one's number.
+    pub(super) fn stretches<'s>(
+        &'s self,
+        store: &'s dyn Store,
+        head: usize,
+        seen: &Seen,
+        pages: Range<usize>,
+    ) -> impl Iterator<Item = (usize, &'s [u8])> + use<'s> {
+        let (bytes, first, mut page) = (self.layout.bytes(), seen.pages.start, pages.start);
+        std::iter::from_fn(move || {
+            let most = pages.end.checked_sub(page).filter(|most| *most > 0)?;
+            let blocks = store.stretch(head, first + page, most);
+            let count = (blocks.len() / bytes).clamp(1, most);
+            let at = page;
+            page += count;
+            Some((at, &blocks[..count * bytes]))
+        })
     }
 
     /// Sets the weights of the rows in `scratch.ids` to 0.

@@ -5,6 +5,7 @@
 //! when the layer attends, as with the daemon.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvoyant_client::SelectedBy;
@@ -107,12 +108,17 @@ impl Head<'_> {
         floors
     }
 
-    /// Chooses rows by a query, which may be a predicted one: `rows` says what it is to be attended with.
-    fn choose(&self, pass: &Pass<'_>, query: &[f32], local: Option<&[f32]>, whole: bool) -> HeadAnswer {
-        let mut answer = HeadAnswer::default();
+    /// Chooses rows by a query, which may be a predicted one. `local`: what it gives to the rows that are attended in any case.
+    fn choose(
+        &self,
+        pass: &Pass<'_>,
+        query: &[f32],
+        local: Option<&[f32]>,
+        whole: bool,
+        answer: &mut HeadAnswer,
+    ) {
         let floors = local.map_or_else(Vec::new, |lse| self.floors(pass, lse));
-        self.method.select(self.digests, self.request(pass.layer, query, &floors), whole, &mut answer);
-        answer
+        self.method.select(self.digests, self.request(pass.layer, query, &floors), whole, answer);
     }
 
     /// Attention over all that the head attends to, into `out` `[group][d]`. `chosen`: what was chosen ahead.
@@ -120,68 +126,50 @@ impl Head<'_> {
         &self,
         pass: &Pass<'_>,
         chosen: Option<&Selection>,
+        answer: &mut HeadAnswer,
         (out, lse): (&mut [f32], &mut [f32]),
     ) -> Done {
         let needs = *self.method.needs();
         let (d, group, queries) = (pass.shape.head_dim, pass.shape.group(), self.queries(pass));
-        let position = self.tokens - 1;
-        let local = pass.local(position);
+        let attend = |rows: &mut dyn Iterator<Item = Range<usize>>, (out, lse): (&mut [f32], &mut [f32])| {
+            pass.attend_own(self.sequence, self.kv_head, rows, queries, (out, lse));
+        };
+        let local = pass.local(self.tokens - 1);
         // What the true query gives to sinks and window is wanted before rows are chosen by it, and only then apart from theirs. That of a
         // step before says nothing of this one's.
         let floored = needs.floors && needs.hint == HintSource::Current;
-        let (mut local_out, mut local_lse) = (Vec::new(), Vec::new());
+        let mut beside = (Vec::new(), Vec::new());
         if floored {
-            (local_out, local_lse) = (vec![0.0; group * d], vec![0.0; group]);
-            pass.attend_own(
-                self.sequence,
-                self.kv_head,
-                local.clone(),
-                queries,
-                (&mut local_out, &mut local_lse),
-            );
+            beside = (vec![0.0; group * d], vec![0.0; group]);
+            attend(&mut local.clone().into_iter(), (&mut beside.0, &mut beside.1));
         }
         let since = Instant::now();
-        let at_once = needs.rest && needs.hint == HintSource::Current;
-        let mut answer = match chosen {
-            Some(selection) => HeadAnswer::of(selection.clone()),
-            None => {
-                let last = self.sequence.last(pass.layer);
-                let nothing = vec![0.0; if last.is_empty() { self.query.len() } else { 0 }];
-                let query = match needs.hint {
-                    HintSource::Previous if last.is_empty() => &nothing,
-                    HintSource::Previous => last,
-                    HintSource::None => &[],
-                    _ => self.query,
-                };
-                self.choose(pass, query, floored.then_some(&local_lse), at_once)
-            }
-        };
+        match chosen {
+            Some(selection) => answer.set(selection),
+            None => self.choose_now(pass, floored.then_some(&beside.1), answer),
+        }
+        // Before anything else is asked.
+        let note = answer.note(self.method, self.kv_head).to_vec();
         let mut selecting = since.elapsed();
-        let rows = |selection: &Selection| -> Vec<Range<usize>> {
-            selection.head(0).iter().map(|range| range.first as usize..range.end() as usize).collect()
-        };
-        let selected = rows(&answer.selection);
         if floored {
-            pass.attend_own(self.sequence, self.kv_head, selected, queries, (&mut *out, &mut *lse));
-            Kernels::best().merge(out, lse, &local_out, &local_lse);
+            attend(&mut rows_of(&answer.selection), (&mut *out, &mut *lse));
+            Kernels::best().merge(out, lse, &beside.0, &beside.1);
         } else {
             let [before, behind] = local;
-            let all = std::iter::once(before).chain(selected).chain([behind]);
-            pass.attend_own(self.sequence, self.kv_head, all, queries, (&mut *out, &mut *lse));
+            let selected = rows_of(&answer.selection);
+            attend(&mut std::iter::once(before).chain(selected).chain([behind]), (&mut *out, &mut *lse));
         }
         let mut exact = 0;
-        if needs.rest && !at_once {
+        if needs.rest && needs.hint != HintSource::Current {
             let since = Instant::now();
             let (floors, selection) = (self.floors(pass, lse), answer.selection.clone());
-            let request = self.request(pass.layer, self.query, &floors);
-            self.method.rest(self.digests, request, &selection, &mut answer);
+            self.method.rest(self.digests, self.request(pass.layer, self.query, &floors), &selection, answer);
             selecting += since.elapsed();
-            exact = answer.rest.exact().total_rows();
+            exact = answer.rest.exact().total_rows() as u32;
             if exact > 0 {
-                let (mut other, mut other_lse) = (vec![0.0; group * d], vec![0.0; group]);
-                let missed = rows(answer.rest.exact());
-                pass.attend_own(self.sequence, self.kv_head, missed, queries, (&mut other, &mut other_lse));
-                Kernels::best().merge(out, lse, &other, &other_lse);
+                let mut other = (vec![0.0; group * d], vec![0.0; group]);
+                attend(&mut rows_of(answer.rest.exact()), (&mut other.0, &mut other.1));
+                Kernels::best().merge(out, lse, &other.0, &other.1);
             }
         }
         let mut certificates = vec![None; group];
@@ -193,10 +181,49 @@ impl Head<'_> {
                 certificates[h] = Some(sums.certify(attended, out));
             }
         }
-        let note = answer.note(self.method, self.kv_head).to_vec();
-        let (member, kv_head, exact) = (self.member, self.kv_head, exact as u32);
-        Done { member, kv_head, selection: answer.selection, note, certificates, exact, selecting }
+        let (member, kv_head, selection) = (self.member, self.kv_head, answer.selection.clone());
+        Done { member, kv_head, selection, note, certificates, exact, selecting }
     }
+
+    /// Chooses rows by what the method selects by, when the layer is about to attend.
+    fn choose_now(&self, pass: &Pass<'_>, local: Option<&[f32]>, answer: &mut HeadAnswer) {
+        let needs = self.method.needs();
+        let last = self.sequence.last(pass.layer);
+        // A sequence without a past has nothing to choose from either.
+        let nothing = vec![0.0; if last.is_empty() { self.query.len() } else { 0 }];
+        let query = match needs.hint {
+            HintSource::Previous if last.is_empty() => &nothing,
+            HintSource::Previous => last,
+            HintSource::None => &[],
+            _ => self.query,
+        };
+        self.choose(pass, query, local, needs.rest && needs.hint == HintSource::Current, answer);
+    }
+}
+
+/// The rows of a selection of one head.
+fn rows_of(selection: &Selection) -> impl Iterator<Item = Range<usize>> + use<'_> {
+    selection.head(0).iter().map(|range| range.first as usize..range.end() as usize)
+}
+
+/// Working memory of tasks, for those to come. Not a thread's own: one that waits for another may begin a second task.
+#[derive(Debug, Default)]
+pub(super) struct Spare(Mutex<Vec<HeadAnswer>>);
+
+impl Spare {
+    fn with<T>(&self, task: impl FnOnce(&mut HeadAnswer) -> T) -> T {
+        let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = lock().pop();
+        let mut answer = taken.unwrap_or_else(|| HeadAnswer::with_help(join));
+        let result = task(&mut answer);
+        lock().push(answer);
+        result
+    }
+}
+
+/// Two parts of a scan, on as many threads as are idle.
+fn join(first: &mut (dyn FnMut() + Send), second: &mut (dyn FnMut() + Send)) {
+    rayon::join(first, second);
 }
 
 impl DaemonKv {
@@ -257,6 +284,7 @@ impl DaemonKv {
             .into_iter()
             .filter(|head| ahead(head.member, head).is_some())
             .collect();
+        let spare = &self.spare;
         let choose = |head: &Head<'_>| {
             let since = Instant::now();
             // The layer's own row is not there yet.
@@ -273,9 +301,11 @@ impl DaemonKv {
                 );
                 &local.1[..]
             });
-            let answer = head.choose(&pass, head.query, floors, false);
-            let note = answer.note(head.method, head.kv_head).to_vec();
-            (head.member, head.kv_head, answer.selection, note, since.elapsed())
+            spare.with(|answer| {
+                head.choose(&pass, head.query, floors, false, answer);
+                let note = answer.note(head.method, head.kv_head).to_vec();
+                (head.member, head.kv_head, answer.selection.clone(), note, since.elapsed())
+            })
         };
         let most = heads.iter().map(|head| head.tokens).max().unwrap_or(0);
         let chosen: Vec<_> = if most < PARALLEL_TOKENS {
@@ -374,9 +404,11 @@ impl DaemonKv {
             .iter()
             .filter_map(|head| Some((head, outs[head.member * kv_heads + head.kv_head].take()?)))
             .collect();
+        let spare = &self.spare;
         let one = |(head, out): (&Head<'_>, &mut [f32])| {
             let ahead = chosen_for(head.member).map(|chosen| &chosen.selections[head.kv_head]);
-            head.attend(&pass, ahead, (out, &mut vec![0.0; query_heads / kv_heads]))
+            let lse = &mut vec![0.0; query_heads / kv_heads];
+            spare.with(|answer| head.attend(&pass, ahead, answer, (out, lse)))
         };
         let most = heads.iter().map(|head| head.tokens).max().unwrap_or(0);
         let done: Vec<Done> = if most < PARALLEL_TOKENS {

@@ -127,6 +127,7 @@ pub struct DaemonKv {
     local: Vec<Option<LocalMethod>>,
     /// What was chosen ahead in this process, by layer.
     chosen: Vec<Vec<here::Chosen>>,
+    spare: here::Spare,
     /// Sequences whose digests have begun here.
     seeds: u64,
     /// What statistics of a prompt are collected; `None`: no method wants any.
@@ -201,6 +202,7 @@ impl DaemonKv {
             needs,
             local,
             chosen,
+            spare: here::Spare::default(),
             seeds: 0,
             statistics,
             pending,
