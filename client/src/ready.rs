@@ -4,7 +4,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kvoyant_kernels::{RestSums, Run};
+use kvoyant_kernels::{Dtype, Kernels, RestSums, Run};
 use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, PartialLayout, RestEntry, RestLayout, Status};
 
 use crate::cuda::StreamPending;
@@ -93,7 +93,9 @@ pub struct Answer {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RestOf<'a> {
     entries: &'a [RestEntry],
-    means: &'a [f32],
+    /// f16.
+    means: &'a [u8],
+    layout: RestLayout,
 }
 
 impl<'a> RestOf<'a> {
@@ -110,10 +112,14 @@ impl<'a> RestOf<'a> {
         })
     }
 
-    /// Estimated mean values, `[query heads][values of a row]`.
-    #[must_use]
-    pub fn means(&self) -> &'a [f32] {
-        self.means
+    /// The estimated mean value of what a query head left out, `[values of a row]`.
+    ///
+    /// # Panics
+    /// If there is no such head, or `mean` has another length.
+    pub fn mean(&self, query_head: usize, mean: &mut [f32]) {
+        let stride = 4 * self.layout.mean_words();
+        let bytes = &self.means[query_head * stride..][..2 * self.layout.values];
+        Kernels::best().to_f32(Dtype::F16, bytes, mean);
     }
 }
 
@@ -198,7 +204,8 @@ impl Answer {
     pub fn rest(&self, member: usize) -> Option<RestOf<'_>> {
         let words = self.rests.chunks_exact(self.rest_layout.words()).nth(member)?;
         let (entries, means) = words.split_at(self.rest_layout.query_heads * size_of::<RestEntry>() / 4);
-        Some(RestOf { entries: bytemuck::cast_slice(entries), means: bytemuck::cast_slice(means) })
+        let (entries, means) = (bytemuck::cast_slice(entries), bytemuck::cast_slice(means));
+        Some(RestOf { entries, means, layout: self.rest_layout })
     }
 
     /// Which tokens they are, in rising order.

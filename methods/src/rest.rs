@@ -78,6 +78,13 @@ impl Rest {
         &self.sums
     }
 
+    /// The same estimates, of which nothing is said, for there are rows that they do not know of.
+    pub fn uncertify(&mut self) {
+        for sums in &mut self.sums {
+            *sums = RestSums { rows: sums.rows.max(1), ..*sums }.uncertified();
+        }
+    }
+
     /// Merges the estimate into attention over the attended rows, `out` `[heads][dv]` and `lse` `[heads]`, and certifies the result.
     /// `certificates` gets one a head.
     pub fn merge(

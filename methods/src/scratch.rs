@@ -59,6 +59,20 @@ pub struct Scratch {
     pub(crate) other: (Vec<f32>, Vec<f32>),
     /// Who runs two parts of a scan, perhaps side by side.
     pub(crate) join: Option<Join>,
+    /// Whether a selection leaves what it saw of each KV head for the rest of it.
+    pub(crate) keeps: bool,
+    /// That, by KV head.
+    pub(crate) kept: Vec<KeptHead>,
+}
+
+/// What a selection saw of one KV head.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct KeptHead {
+    /// Whether it is of the selection before.
+    pub(crate) fresh: bool,
+    pub(crate) scores: Vec<f32>,
+    pub(crate) margins: Vec<f32>,
+    pub(crate) maxima: Vec<f32>,
 }
 
 /// Runs two parts of a selection, side by side if there is a thread for the second one.
@@ -69,6 +83,13 @@ impl Scratch {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Says whether [`crate::Method::rest`] follows the next selection at once, for the same request: it need not look at digests again then.
+    /// What was kept and not asked for is forgotten.
+    pub fn keep_for_rest(&mut self, keeps: bool) {
+        self.keeps = keeps;
+        self.kept.iter_mut().for_each(|kept| kept.fresh = false);
     }
 
     /// Empty buffers, and somebody to share long scans with. What is selected does not depend on it.

@@ -344,3 +344,39 @@ fn what_is_left_out_is_estimated_and_no_answer_misses_more_than_it_says() {
         );
     }
 }
+
+#[test]
+fn rows_that_are_attended_because_they_are_resident_are_in_no_estimate() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 333);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let run = |method: &str| {
+        let mut kv = connect(&daemon, &model, Format::Plain(Dtype::F16), &[method]);
+        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+        let mut sequence = kv.sequence(0).unwrap();
+        decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
+        kv.take_stats();
+        kv.measure(true);
+        // Queries of tokens that have little in common: rows stay from step to step, and others are selected.
+        for token in 0..40 {
+            decoder.step(&mut kv, &mut [&mut sequence], &[token * 5 % 200]).unwrap();
+        }
+        kv.take_stats()
+    };
+    let (with, without) = (run("kvoyant:budget=16"), run("kvoyant:budget=16,resident=off"));
+    let attended = |stats: &StepStats| stats.attention_mass().unwrap();
+    assert!(
+        attended(&with) > attended(&without) + 0.03,
+        "nothing was resident: {} {} {}",
+        attended(&with),
+        attended(&without),
+        without.rows_resident
+    );
+    assert_eq!((with.measured.violations, without.measured.violations), (0, 0));
+    let ratio = |stats: &StepStats| stats.measured.ratios.median().unwrap();
+    assert!(ratio(&with) < ratio(&without) * 1.06, "{} {}", ratio(&with), ratio(&without));
+    assert!(
+        with.measured.output_error().unwrap() < without.measured.output_error().unwrap(),
+        "{with:?} {without:?}"
+    );
+}

@@ -181,8 +181,9 @@ fn partial_bytes(needs: &Needs, shape: &Shape) -> f64 {
     /// Words of an estimate besides its mean value.
     const SUMS: usize = 7;
     let attended = needs.cpu_attention.is_some() || (needs.rest && needs.hint != HintSource::Current);
-    let words =
-        usize::from(attended) * (shape.value_dim + 1) + usize::from(needs.rest) * (shape.value_dim + SUMS);
+    // Means are f16.
+    let rest = SUMS + shape.value_dim.div_ceil(2);
+    let words = usize::from(attended) * (shape.value_dim + 1) + usize::from(needs.rest) * rest;
     (shape.query_heads * words * size_of::<f32>()) as f64
 }
 

@@ -87,6 +87,7 @@ pub struct Buffers {
     pub(crate) hint: Vec<f32>,
     pub(crate) floors: Vec<f32>,
     pub(crate) rest: Rest,
+    pub(crate) named: Selection,
     pub(crate) ids: Vec<u32>,
     pub(crate) digest: Vec<u8>,
     pub(crate) marks: Vec<u8>,

@@ -3,7 +3,8 @@
 //! Where a method selects by a layer's true query, the estimate comes with the selection. Where it selects ahead, the client asks again
 //! once it has the true query: for the rest of the layer's last answer, of which the lane has kept which rows it named.
 
-use kvoyant_methods::{HintSource, RestSums};
+use kvoyant_kernels::{Dtype, Kernels};
+use kvoyant_methods::{HintSource, RestSums, Selection};
 use kvoyant_protocol::control::SelectedBy;
 use kvoyant_protocol::wire::{BatchEntry, HeadEntry, RestEntry, RestLayout, SequenceId, Stat, Status};
 
@@ -49,7 +50,7 @@ impl ModelState {
         for _ in 0..layout.query_heads {
             answer.rests.extend_from_slice(bytemuck::cast_slice(&[nothing]));
         }
-        answer.rests.resize(answer.rests.len() + layout.query_heads * layout.values, 0);
+        answer.rests.resize(answer.rests.len() + layout.query_heads * layout.mean_words(), 0);
         true
     }
 
@@ -63,11 +64,20 @@ impl ModelState {
         let at = answer.rests.len() - layout.words();
         let (entries, means) =
             answer.rests[at..].split_at_mut(layout.query_heads * size_of::<RestEntry>() / 4);
-        for (words, sums) in entries.chunks_exact_mut(size_of::<RestEntry>() / 4).zip(rest.sums()) {
-            words.copy_from_slice(bytemuck::cast_slice(&[entry_of(sums)]));
+        let entries = entries.chunks_exact_mut(size_of::<RestEntry>() / 4);
+        let means = means.chunks_exact_mut(layout.mean_words());
+        for (head, ((words, to), sums)) in entries.zip(means).zip(rest.sums()).enumerate() {
+            let changed = round_mean(rest.mean(head), bytemuck::cast_slice_mut(to));
+            let added = f64::from(sums.weight) * changed;
+            let scatter = if added == 0.0 {
+                sums.scatter
+            } else {
+                ((f64::from(sums.scatter) + added) as f32).next_up()
+            };
+            let sums = RestSums { scatter, ..*sums };
+            words.copy_from_slice(bytemuck::cast_slice(&[entry_of(&sums)]));
             answer.estimated_rows += u64::from(sums.rows);
         }
-        means.copy_from_slice(bytemuck::cast_slice(rest.means()));
         answer.has_rest = true;
         self.count_missed(answer);
     }
@@ -95,15 +105,27 @@ impl ModelState {
         }
         let heads = self.shape.kv_heads;
         let Ok(sequence) = self.sequence_mut(id) else { return };
-        let named = &mut sequence.residency[layer].named;
-        named.clear();
-        let Some(first) = answer.heads.len().checked_sub(heads) else { return };
-        for head in &answer.heads[first..] {
-            for run in &answer.runs[head.first_run as usize..][..head.runs as usize] {
-                named.push(run.token as usize, (run.token + run.rows()) as usize);
-            }
-            named.finish_head();
+        name(answer, heads, &mut sequence.residency[layer].named);
+    }
+
+    /// Estimates what the answer's last member does not name, by the hint in the buffers: rows that happen to be resident are named beside
+    /// those that were selected.
+    pub(super) fn estimate_unnamed(
+        &mut self,
+        id: SequenceId,
+        layer: usize,
+        tokens: usize,
+        answer: &mut Answer,
+    ) {
+        let mut named = std::mem::take(&mut self.buffers.named);
+        name(answer, self.shape.kv_heads, &mut named);
+        self.estimate(id, layer, tokens, &named);
+        self.buffers.named = named;
+        if self.buffers.rest.exact().total_rows() > 0 {
+            // Rows without a digest that were selected and have no page: nothing is known of them.
+            self.buffers.rest.uncertify();
         }
+        self.put_rest(answer);
     }
 
     /// The rest of a layer's last answer for one member, by the true query in the buffers. Rows that the method wants attended now are
@@ -185,6 +207,31 @@ impl ModelState {
         self.buffers.partial = partial;
         Ok(())
     }
+}
+
+/// The rows that the last member of an answer names.
+fn name(answer: &Answer, heads: usize, named: &mut Selection) {
+    named.clear();
+    let Some(first) = answer.heads.len().checked_sub(heads) else { return };
+    for head in &answer.heads[first..] {
+        for run in &answer.runs[head.first_run as usize..][..head.runs as usize] {
+            named.push(run.token as usize, (run.token + run.rows()) as usize);
+        }
+        named.finish_head();
+    }
+}
+
+/// A mean value as f16; how far that is from it.
+fn round_mean(mean: &[f32], to: &mut [u8]) -> f64 {
+    const MOST: f32 = 65504.0;
+    let bytes = 2 * mean.len();
+    let within: Vec<f32> = mean.iter().map(|value| value.clamp(-MOST, MOST)).collect();
+    let kernels = Kernels::best();
+    kernels.from_f32(Dtype::F16, &within, &mut to[..bytes]);
+    let mut rounded = vec![0.0; mean.len()];
+    kernels.to_f32(Dtype::F16, &to[..bytes], &mut rounded);
+    let squares = mean.iter().zip(&rounded).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2));
+    squares.sum::<f64>().sqrt()
 }
 
 fn entry_of(sums: &RestSums) -> RestEntry {

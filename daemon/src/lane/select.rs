@@ -122,6 +122,8 @@ enum Purpose {
     Rows,
     /// Rows, and the rest.
     Whole,
+    /// Rows, of which the rest is asked for once it is known what else is attended.
+    RowsFirst,
     /// The rest of the selection in the buffers.
     Rest,
 }
@@ -156,19 +158,28 @@ impl ModelState {
             Digested::Behind => return Err(Status::NotAppended),
         }
         self.buffers.rest.clear(0);
-        let purpose = if queries == 1 && self.estimates_at_once(id) { Purpose::Whole } else { Purpose::Rows };
+        let at_once = queries == 1 && self.estimates_at_once(id);
+        let purpose = match (at_once, self.slab.is_some()) {
+            (false, _) => Purpose::Rows,
+            (true, false) => Purpose::Whole,
+            (true, true) => Purpose::RowsFirst,
+        };
         self.ask_method(id, layer, (tokens, queries), purpose);
         self.note_selected(id, layer);
-        if purpose == Purpose::Whole {
-            self.put_rest(answer);
-        }
         if self.slab.is_none() {
+            if at_once {
+                self.put_rest(answer);
+            }
             self.point(id, layer, answer)?;
             self.keep_named(id, layer, answer);
             return Ok(());
         }
         self.place(id, layer, (tokens, queries), turn, answer, background)?;
-        self.keep_named(id, layer, answer);
+        if at_once {
+            self.estimate_unnamed(id, layer, tokens, answer);
+        } else {
+            self.keep_named(id, layer, answer);
+        }
         self.plan_prefetch(id, layer, tokens, turn.ticket);
         Ok(())
     }
@@ -198,6 +209,9 @@ impl ModelState {
         let mut rest = std::mem::take(&mut self.buffers.rest);
         let floors = std::mem::take(&mut self.buffers.floors);
         let mut scratch = std::mem::take(&mut self.buffers.scratch);
+        if purpose != Purpose::Rest {
+            scratch.keep_for_rest(purpose == Purpose::RowsFirst);
+        }
         let hint = std::mem::take(&mut self.buffers.hint);
         let ids = std::mem::take(&mut self.buffers.ids);
         let slot = self.sequences.get(id.slot as usize);
@@ -233,12 +247,14 @@ impl ModelState {
             match purpose {
                 Purpose::Ahead => chosen = method.prefetch(&context, store, &mut scratch, &mut selection),
                 Purpose::Rest => method.rest(&context, &selection, store, &mut scratch, &mut rest),
-                Purpose::Rows => method.select(&context, store, &mut scratch, &mut selection),
+                Purpose::Rows | Purpose::RowsFirst => {
+                    method.select(&context, store, &mut scratch, &mut selection);
+                }
                 Purpose::Whole => {
                     method.select_with_rest(&context, store, &mut scratch, &mut selection, &mut rest);
                 }
             }
-            if matches!(purpose, Purpose::Rows | Purpose::Whole) {
+            if matches!(purpose, Purpose::Rows | Purpose::RowsFirst | Purpose::Whole) {
                 method.steer(&context, &selection, store);
                 chosen = true;
             }

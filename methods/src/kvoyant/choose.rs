@@ -188,6 +188,7 @@ impl Kvoyant {
             let Scratch { group: shares, ids, .. } = &mut *scratch;
             ids.iter().for_each(|id| shares[*id as usize] += 2.0);
             all.extend_from_slice(&shares[seen.rows.clone()]);
+            self.keep(head, scratch);
         }
         let Scratch { ids, top, .. } = &mut *scratch;
         self.kernels.top_k(&all, (budget * heads).min(all.len()), top, ids);

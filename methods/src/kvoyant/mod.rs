@@ -168,6 +168,8 @@ impl Kvoyant {
                 self.forget(&seen, scratch);
                 let left = seen.rows.len() - scratch.ids.len();
                 self.rest_of(context, head, left, Scan { store: &*store, scratch, seen }, rest);
+            } else {
+                self.keep(head, scratch);
             }
         }
     }
@@ -267,7 +269,9 @@ impl Method for Kvoyant {
         let steering = Steering::read(store.sequence());
         for (at, head) in context.heads.clone().enumerate() {
             let seen = self.seen(context);
-            self.weigh(context, &*store, head, &seen, scratch);
+            if !self.recall(head, scratch) {
+                self.weigh(context, &*store, head, &seen, scratch);
+            }
             let mut left = seen.rows.len();
             let first = seen.first_token(self.layout.rows());
             for range in attended.head(at) {

@@ -6,7 +6,7 @@ use kvoyant_kernels::CodeTotal;
 
 use super::Kvoyant;
 use crate::context::SelectContext;
-use crate::scratch::{Join, Scratch};
+use crate::scratch::{Join, KeptHead, Scratch};
 use crate::store::Store;
 
 /// Which rows of a head have digests that count.
@@ -265,6 +265,36 @@ impl Kvoyant {
             page += count;
             Some((at, &blocks[..count * bytes]))
         })
+    }
+
+    /// Leaves a head's weights for the rest of this selection, if that is to follow.
+    pub(super) fn keep(&self, head: usize, scratch: &mut Scratch) {
+        if !scratch.keeps {
+            return;
+        }
+        if scratch.kept.len() <= head {
+            scratch.kept.resize_with(head + 1, KeptHead::default);
+        }
+        Self::swap_kept(head, scratch);
+        scratch.kept[head].fresh = true;
+    }
+
+    /// Weights that a selection has left for its rest; false where there are none.
+    pub(super) fn recall(&self, head: usize, scratch: &mut Scratch) -> bool {
+        let fresh = scratch.kept.get_mut(head).is_some_and(|kept| std::mem::take(&mut kept.fresh));
+        if fresh {
+            Self::swap_kept(head, scratch);
+        }
+        fresh
+    }
+
+    /// Buffers change places, so that none of them has to be made anew.
+    fn swap_kept(head: usize, scratch: &mut Scratch) {
+        let Scratch { scores, margins, maxima, kept, .. } = scratch;
+        let kept = &mut kept[head];
+        std::mem::swap(scores, &mut kept.scores);
+        std::mem::swap(margins, &mut kept.margins);
+        std::mem::swap(maxima, &mut kept.maxima);
     }
 
     /// Sets the weights of the rows in `scratch.ids` to 0.

@@ -336,7 +336,8 @@ pub struct RestEntry {
 }
 
 /// Where estimates of the rows left out lie: behind the partial attentions, one for each member. For each query head a [`RestEntry`],
-/// then `[query heads][values]` f32: the estimated mean value of what it left out.
+/// then `[query heads]` of `values` f16 and up to a whole word: the estimated mean value of what it left out. What its rounding changed is
+/// part of [`RestEntry::scatter`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RestLayout {
     /// Query heads.
@@ -349,7 +350,13 @@ impl RestLayout {
     /// Words of 32 bits of one member's.
     #[must_use]
     pub fn words(self) -> usize {
-        self.query_heads * (size_of::<RestEntry>() / 4 + self.values)
+        self.query_heads * (size_of::<RestEntry>() / 4 + self.mean_words())
+    }
+
+    /// Words of 32 bits of one mean value.
+    #[must_use]
+    pub fn mean_words(self) -> usize {
+        self.values.div_ceil(2)
     }
 
     /// Bytes of one member's.

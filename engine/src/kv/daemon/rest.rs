@@ -59,10 +59,12 @@ impl DaemonKv {
             };
             let Some(rest) = answer.rest(member) else { continue };
             let d = self.shape.head_dim;
+            let mut mean = vec![0.0; d];
             for (h, sums) in rest.sums().enumerate() {
                 let (out, lse) = (&mut out[h * d..][..d], &mut lse[h..=h]);
                 let attended = lse[0];
-                Kernels::best().merge(out, lse, &rest.means()[h * d..][..d], &[sums.lse()]);
+                rest.mean(h, &mut mean);
+                Kernels::best().merge(out, lse, &mean, &[sums.lse()]);
                 if sums.rows == 0 || sums.is_certified() {
                     let certificate = sums.certify(attended, out);
                     self.stats.certified.add(&certificate);
