@@ -29,6 +29,7 @@
 //! ```
 #![deny(unsafe_code)]
 
+mod awake;
 pub mod calibrate;
 mod capture;
 mod chat;

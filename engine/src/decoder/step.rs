@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::prefill::rotate_rows;
 use super::{Decoder, HintNorm, StepTiming, logits, norm_rows};
+use crate::awake::awake;
 use crate::error::ForwardError;
 use crate::kv::KvBackend;
 use crate::weights::Precision;
@@ -54,7 +55,7 @@ impl Decoder {
         self.check(tokens, positions.iter().max().map_or(0, |longest| longest + 1))?;
 
         // On one of rayon's own threads a product begins at once, and another thread joins in when it can.
-        rayon::scope(|_| self.step_here(backend, batch, tokens, &positions))
+        awake(|| self.step_here(backend, batch, tokens, &positions))
     }
 
     fn step_here<B: KvBackend>(

@@ -33,7 +33,7 @@ impl Seen {
 }
 
 /// Pages from which on two threads scan a head: some ten microseconds' work for each.
-const HELP_PAGES: usize = 64;
+const HELP_PAGES: usize = 32;
 
 /// What is scanned for one head.
 struct Scan<'a> {
