@@ -64,7 +64,7 @@ mod tests {
                 (0..200).map(|i| awake(|| (0..64_usize).into_par_iter().map(|j| i * j).sum::<usize>())).sum()
             });
             assert_eq!(sum, 199 * 100 * 63 * 32);
-            let panicked = std::panic::catch_unwind(|| pool.install(|| awake(|| panic!("on purpose"))));
+            let panicked = pool.install(|| std::panic::catch_unwind(|| awake(|| panic!("on purpose"))));
             assert!(panicked.is_err());
         }
     }

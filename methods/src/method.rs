@@ -87,7 +87,7 @@ pub trait Method: Send + Sync + Debug {
         false
     }
 
-    /// Takes in new rows of *one* page; where [`Needs::whole_pages`] is set, all of them, once the page is full. `memory` is the head's, and
+    /// Takes in new rows of *one* page; where [`Needs::sealed_rows`] is set, whole groups of so many. `memory` is the head's, and
     /// long enough for them.
     ///
     /// After a truncation inside a page the page's remaining rows come again, from `first_row` 0 (see

@@ -80,8 +80,9 @@ pub struct Needs {
     pub drops_rows: bool,
     /// Values beside the keys in [`crate::Append`].
     pub values: bool,
-    /// Pages come to [`crate::Method::on_append`] when they are full, whole.
-    pub whole_pages: bool,
+    /// Rows come to [`crate::Method::on_append`] in whole groups of so many of a page's, once those are full; 0: as they are appended. It divides
+    /// a page's rows.
+    pub sealed_rows: usize,
     /// What the query gives to rows that are attended in any case ([`crate::SelectContext::floors`]).
     pub floors: bool,
     /// [`crate::Method::rest`] by the true query of each decode step, with or after the selection.
@@ -100,6 +101,17 @@ pub struct Needs {
     pub cpu_attention: Option<CpuAttention>,
     /// What is moved of a selected row.
     pub part: RowPart,
+}
+
+impl Needs {
+    /// Of the first `tokens` rows of a sequence, how many can have been digested.
+    #[must_use]
+    pub fn digestible(&self, tokens: usize) -> usize {
+        match self.sealed_rows {
+            0 => tokens,
+            rows => tokens / rows * rows,
+        }
+    }
 }
 
 /// Marks of a token's text, for methods that cut at boundaries of meaning. A mark says how strong the boundary *after*

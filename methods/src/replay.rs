@@ -230,13 +230,10 @@ impl Replay {
         let mut scratch = Scratch::new();
         let needs = method.needs();
         let wants_values = needs.values;
-        let mut token = from;
-        // Whole pages only, from the first row of the one that was not full.
-        let (to, chunk) = if needs.whole_pages {
-            token = from / page_rows * page_rows;
-            (to / page_rows * page_rows, usize::MAX)
-        } else {
-            (to, chunk)
+        let mut token = needs.digestible(from);
+        let (to, chunk) = match needs.sealed_rows {
+            0 => (to, chunk),
+            _ => (needs.digestible(to), usize::MAX),
         };
         while token < to {
             let first_row = token % page_rows;

@@ -57,7 +57,7 @@ impl HeadDigests {
         tokens: usize,
     ) -> Result<(), Error> {
         let (needs, rows) = (method.needs(), shape.page_rows);
-        let end = if needs.whole_pages { tokens / rows * rows } else { tokens };
+        let end = needs.digestible(tokens);
         if !needs.digest || layer < shape.dense_layers || self.built >= end {
             return Ok(());
         }

@@ -185,14 +185,12 @@ impl ModelState {
     pub(crate) fn digested(&self, id: SequenceId, layer: usize, tokens: usize, position: usize) -> Digested {
         let Ok(sequence) = self.sequence(id) else { return Digested::Behind };
         let Some(key) = self.methods[sequence.method].digest_key() else { return Digested::Yes };
-        // Pages have digests when they are full: as many rows must be there as it takes for those that a method looks at, which takes it
+        // Groups of rows have digests when they are full: as many must be there as it takes for those that a method looks at, which takes it
         // that all tokens but the current one have been appended.
-        let tokens = if self.methods[sequence.method].needs().whole_pages {
-            let rows = self.shape.page_rows;
-            let full = position / rows * rows;
-            tokens.min(full).div_ceil(rows) * rows
-        } else {
-            tokens
+        let needs = self.methods[sequence.method].needs();
+        let tokens = match needs.sealed_rows {
+            0 => tokens,
+            rows => tokens.min(needs.digestible(position)).div_ceil(rows) * rows,
         };
         match sequence.digests.iter().find(|set| set.serves(key, sequence.method)) {
             Some(set) if !set.ready[layer] => Digested::NotObserved,
@@ -398,10 +396,7 @@ impl ModelState {
         let set = &sequence.digests[index];
         let needs = self.methods[set.method].needs();
         let rows = self.shape.page_rows;
-        let (from, mut to) = (set.built[layer] as usize, sequence.lens[layer] as usize);
-        if needs.whole_pages {
-            to = to / rows * rows;
-        }
+        let (from, to) = (set.built[layer] as usize, needs.digestible(sequence.lens[layer] as usize));
         if !set.ready[layer] || from >= to {
             return Ok(());
         }

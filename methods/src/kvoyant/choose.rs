@@ -31,7 +31,7 @@ pub(super) enum Wanted {
 }
 
 impl Kvoyant {
-    /// Puts the chosen rows into `scratch.ids`, ascending, counted from the first page's first row; the least share among them, where
+    /// Puts the chosen rows into `scratch.ids`, ascending, counted from the first block's first row; the least share among them, where
     /// they are as many as a budget says.
     pub(super) fn choose(
         &self,

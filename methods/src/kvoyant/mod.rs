@@ -1,8 +1,8 @@
 //! `kvoyant`, the default: choose rows, attend to all that is there, estimate what is left, and bound what the answer misses.
 //!
-//! *Digest* ([`kvoyant_kernels::CodeLayout`]): when a page is full, its keys in codes of 4 or 6 bits, the means of its values, and how
-//! far both are off. No row of a page that is not full has one: such rows are selected always, and there are none where the window is at
-//! least as long as a page.
+//! *Digest* ([`kvoyant_kernels::CodeLayout`]): when a block of rows is full, its keys in codes of 4 or 6 bits, the means of its values, and how far
+//! both are off. A page is a whole number of blocks. No row of a block that is not full has one: such rows are selected always, and there are
+//! none where the window is at least as long as a block.
 //!
 //! *Weights.* A query gives every row an estimated score `s` and a margin `m` that bounds its error; its weight is `e^s`, and its share
 //! of the attention `e^s / (Σ e^s + F)`, where F is what the query gives to sinks and window, if that is known ([`SelectContext::floors`]).
@@ -58,8 +58,18 @@ pub struct Kvoyant {
     shape: Shape,
     options: KvoyantSpec,
     spec: MethodSpec,
+    /// Of a block.
     layout: CodeLayout,
     kernels: Kernels,
+}
+
+/// Rows of a block, unless groups or pages say otherwise.
+const BLOCK_ROWS: usize = 32;
+
+/// Rows of a block, of pages of so many.
+fn block_rows(page_rows: usize, group: Option<usize>) -> usize {
+    let rows = group.unwrap_or(0).max(BLOCK_ROWS);
+    if page_rows.is_multiple_of(rows) { rows } else { page_rows }
 }
 
 impl Kvoyant {
@@ -68,10 +78,15 @@ impl Kvoyant {
     /// # Errors
     /// There are no codes for its pages in groups of that many rows.
     pub fn new(options: KvoyantSpec, shape: &Shape) -> Result<Self, MethodError> {
-        let group = options.group.unwrap_or(shape.page_rows);
-        let layout = CodeLayout::new(shape.head_dim, shape.value_dim, shape.page_rows, options.bits, group)
+        let rows = block_rows(shape.page_rows, options.group);
+        let group = options.group.unwrap_or(rows);
+        let layout = CodeLayout::new(shape.head_dim, shape.value_dim, rows, options.bits, group)
             .map_err(|error| MethodError::Unsuitable { method: NAME, reason: error.to_string() })?;
         Ok(Self { shape: *shape, options, spec: MethodSpec::new(options), layout, kernels: Kernels::best() })
+    }
+
+    fn blocks_of_a_page(&self) -> usize {
+        self.shape.page_rows / self.layout.rows()
     }
 
     /// How many rows a head gets, for a request of one token.
@@ -101,14 +116,14 @@ impl Kvoyant {
         means.resize(g * dv, 0.0);
         let mut sums = vec![CodeSums::default(); g];
         let (rows, groups) = (self.layout.rows(), self.layout.groups());
-        for (page, blocks) in self.stretches(store, head, &seen, 0..seen.pages.len()) {
+        for (block, blocks) in self.stretches(store, head, &seen, 0..seen.blocks.len()) {
             self.kernels.code_rest(
                 &self.layout,
                 blocks,
                 g,
-                &scores[page * rows..],
+                &scores[block * rows..],
                 seen.stride(rows),
-                &margins[page * groups..],
+                &margins[block * groups..],
                 seen.stride(groups),
                 &mut sums,
                 means,
@@ -192,7 +207,7 @@ impl Method for Kvoyant {
             hint: self.options.hint,
             digest: true,
             values: true,
-            whole_pages: true,
+            sealed_rows: self.layout.rows(),
             floors: true,
             rest: self.options.tail || self.options.certificate != Certify::Off,
             attend_resident: self.options.resident,
@@ -207,7 +222,7 @@ impl Method for Kvoyant {
     }
 
     fn digest_bytes(&self) -> usize {
-        self.layout.bytes()
+        self.blocks_of_a_page() * self.layout.bytes()
     }
 
     fn sequence_bytes(&self) -> usize {
@@ -219,10 +234,18 @@ impl Method for Kvoyant {
     }
 
     fn on_append(&self, append: &Append<'_>, digest: &mut [u8], _memory: &mut [u8], _scratch: &mut Scratch) {
-        let whole = append.first_row == 0 && append.keys.len() == self.shape.page_rows * self.shape.head_dim;
-        debug_assert!(whole, "pages come whole");
-        if whole {
-            self.layout.encode(append.keys, append.values, digest);
+        let (rows, bytes) = (self.layout.rows(), self.layout.bytes());
+        let (keys, values) = (rows * self.shape.head_dim, rows * self.shape.value_dim);
+        let whole = append.first_row.is_multiple_of(rows) && append.keys.len().is_multiple_of(keys);
+        debug_assert!(whole, "blocks come whole");
+        if !whole {
+            return;
+        }
+        let blocks = digest[append.first_row / rows * bytes..].chunks_exact_mut(bytes);
+        for ((keys, values), block) in
+            append.keys.chunks_exact(keys).zip(append.values.chunks_exact(values)).zip(blocks)
+        {
+            self.layout.encode(keys, values, block);
         }
     }
 

@@ -138,7 +138,7 @@ pub struct KvoyantSpec {
     pub amount: Amount,
     /// Bits of a key's codes.
     pub bits: CodeBits,
-    /// Rows that share a channel's offset and step; `None`: those of a page.
+    /// Rows that share a channel's offset and step; `None`: those of a block.
     pub group: Option<usize>,
     /// What the budget is divided among.
     pub scope: Scope,

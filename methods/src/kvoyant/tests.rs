@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::infinigen::HeadRows;
 use crate::rest::Certificate;
+use crate::shape::Shape;
 use crate::shape::tests::small;
 use crate::testing::{Rng, Store as Kept, logits, mean_softmax};
 
@@ -422,4 +423,40 @@ fn options_are_read_back_and_wrong_ones_refused_with_what_would_do() {
     let wide = *parse("kvoyant:group=64").unwrap().options::<KvoyantSpec>().unwrap();
     let error = Kvoyant::new(wide, &small()).unwrap_err().to_string();
     assert!(error.contains("groups of 64"), "{error}");
+}
+
+#[test]
+fn a_page_of_several_blocks_is_as_so_many_pages() {
+    let long = Shape { page_rows: 128, ..small() };
+    for options in
+        ["budget=12,bits=4,group=16", "max_missed_mass=0.02", "budget=9,scope=layer", "budget=20,hint=ahead"]
+    {
+        let spec: MethodSpec = format!("kvoyant:{options}").parse().unwrap();
+        let spec = *spec.options::<KvoyantSpec>().unwrap();
+        let answers = [small(), long].map(|shape| {
+            let method = Kvoyant::new(spec, &shape).unwrap();
+            let mut rng = Rng::new(5);
+            let (first, second) = (keys(9, 200, &mut rng), keys(9, 97, &mut rng));
+            let values = rng.normal(297 * 16);
+            let mut kept = Kept::new(&method, &shape, 1, 500);
+            kept.append_rows(&method, &first, &values[..200 * 16], 29);
+            // Within a page and within a block.
+            kept.truncate(&method, 171);
+            kept.append_rows(&method, &second, &values[200 * 16..], 1);
+            let hint = rng.normal(32);
+            let context = SelectContext::new(&shape, 1, 268, &hint);
+            let chosen = kept.select_with(&method, &context, &mut Scratch::new());
+            let rest = kept.rest(&method, &context, &chosen, &mut Scratch::new());
+            (kept.select_with_rest(&method, &context, &mut Scratch::new()), rest)
+        });
+        let [((chosen, whole), rest), ((chosen_long, whole_long), rest_long)] = answers;
+        assert_eq!(chosen, chosen_long, "{options}");
+        for (rest, long) in [(whole, whole_long), (rest, rest_long)] {
+            assert_eq!(rest.exact(), long.exact(), "{options}");
+            for (a, b) in rest.sums().iter().zip(long.sums()) {
+                assert_eq!(a.rows, b.rows, "{options}");
+                assert!((a.upper - b.upper).abs() <= 1e-5 * a.upper, "{options}: {a:?} {b:?}");
+            }
+        }
+    }
 }

@@ -13,27 +13,27 @@ use crate::store::Store;
 #[derive(Debug, Clone)]
 pub(super) struct Seen {
     /// Pages that are looked at.
-    pub(super) pages: Range<usize>,
-    /// Of the rows of these pages, counted from the first one's first row, the candidates.
+    pub(super) blocks: Range<usize>,
+    /// Of the rows of these blocks, counted from the first one's first row, the candidates.
     pub(super) rows: Range<usize>,
     /// Candidates from this token on have no digest.
     pub(super) sealed_end: usize,
 }
 
 impl Seen {
-    /// The token of the first row of the first page.
-    pub(super) fn first_token(&self, page_rows: usize) -> usize {
-        self.pages.start * page_rows
+    /// The token of the first row of the first block.
+    pub(super) fn first_token(&self, block_rows: usize) -> usize {
+        self.blocks.start * block_rows
     }
 
-    /// From one query's values to the next one's, where there are `each` a page.
+    /// From one query's values to the next one's, where there are `each` a block.
     pub(super) fn stride(&self, each: usize) -> usize {
-        self.pages.len() * each
+        self.blocks.len() * each
     }
 }
 
-/// Pages from which on two threads scan a head: some ten microseconds' work for each.
-const HELP_PAGES: usize = 32;
+/// Blocks from which on two threads scan a head: some ten microseconds' work for each.
+const HELP_BLOCKS: usize = 32;
 
 /// What is scanned for one head.
 struct Scan<'a> {
@@ -46,28 +46,28 @@ struct Scan<'a> {
 }
 
 impl Scan<'_> {
-    /// Weights and margins of some of the pages, which are the first ones of their buffers.
+    /// Weights and margins of some of the blocks, which are the first ones of their buffers.
     fn run(
         &self,
-        pages: Range<usize>,
+        blocks: Range<usize>,
         (weights, stride): (&mut [f32], usize),
         (margins, margin_stride): (&mut [f32], usize),
         totals: &mut [CodeTotal],
     ) {
         let Kvoyant { layout, kernels, shape, .. } = self.method;
         let scale = 1.0 / (shape.head_dim as f32).sqrt();
-        let before = pages.start * layout.rows();
+        let before = blocks.start * layout.rows();
         let own = |row: usize| row.max(before) - before;
         let rows = own(self.seen.rows.start)..own(self.seen.rows.end);
-        let first = pages.start;
-        for (page, blocks) in self.method.stretches(self.store, self.head, self.seen, pages) {
+        let first = blocks.start;
+        for (block, bytes) in self.method.stretches(self.store, self.head, self.seen, blocks) {
             kernels.code_weights(
                 layout,
                 self.queries,
                 totals.len(),
                 scale,
-                blocks,
-                page - first,
+                bytes,
+                block - first,
                 &rows,
                 weights,
                 stride,
@@ -78,7 +78,7 @@ impl Scan<'_> {
         }
     }
 
-    /// All pages, the second half of which another thread may take.
+    /// All blocks, the second half of which another thread may take.
     fn in_halves(
         &self,
         join: Join,
@@ -87,10 +87,10 @@ impl Scan<'_> {
         totals: &mut [CodeTotal],
     ) {
         let layout = &self.method.layout;
-        let (pages, g) = (self.seen.pages.len(), totals.len());
+        let (blocks, g) = (self.seen.blocks.len(), totals.len());
         let (half, stride, margin_stride) =
-            (pages / 2, self.seen.stride(layout.rows()), self.seen.stride(layout.groups()));
-        let (own, own_margins) = ((pages - half) * layout.rows(), (pages - half) * layout.groups());
+            (blocks / 2, self.seen.stride(layout.rows()), self.seen.stride(layout.groups()));
+        let (own, own_margins) = ((blocks - half) * layout.rows(), (blocks - half) * layout.groups());
         other_weights.resize(g * own, 0.0);
         other_margins.resize(g * own_margins, 0.0);
         let mut others = vec![CodeTotal::default(); g];
@@ -98,7 +98,7 @@ impl Scan<'_> {
             &mut || self.run(0..half, (&mut *weights, stride), (&mut *margins, margin_stride), &mut *totals),
             &mut || {
                 let of = (&mut other_weights[..], own);
-                self.run(half..pages, of, (&mut other_margins[..], own_margins), &mut others);
+                self.run(half..blocks, of, (&mut other_margins[..], own_margins), &mut others);
             },
         );
         for (h, (total, other)) in totals.iter_mut().zip(&others).enumerate() {
@@ -128,21 +128,21 @@ impl Scan<'_> {
 impl Kvoyant {
     /// The rows of a request that have digests.
     pub(super) fn seen(&self, context: &SelectContext<'_>) -> Seen {
-        let rows = self.shape.page_rows;
+        let rows = self.layout.rows();
         let candidates = self.shape.candidates(context.tokens);
         // All tokens but the current one have been appended.
         let full = (context.tokens.saturating_sub(1)) / rows * rows;
         let sealed_end = candidates.end.min(full).max(candidates.start);
         if sealed_end == candidates.start {
-            return Seen { pages: 0..0, rows: 0..0, sealed_end };
+            return Seen { blocks: 0..0, rows: 0..0, sealed_end };
         }
-        let pages = candidates.start / rows..sealed_end.div_ceil(rows);
-        let first = pages.start * rows;
-        Seen { pages, rows: candidates.start - first..sealed_end - first, sealed_end }
+        let blocks = candidates.start / rows..sealed_end.div_ceil(rows);
+        let first = blocks.start * rows;
+        Seen { blocks, rows: candidates.start - first..sealed_end - first, sealed_end }
     }
 
-    /// Fills `scratch.scores` with weights `[queries of the group][rows of the pages]`, relative to `e^maxima`; those of rows that are no
-    /// candidates are 0. `scratch.margins` is `[queries][groups of the pages]`, and `scratch.group` gets each row's mean share of the
+    /// Fills `scratch.scores` with weights `[queries of the group][rows of the blocks]`, relative to `e^maxima`; those of rows that are no
+    /// candidates are 0. `scratch.margins` is `[queries][groups of the blocks]`, and `scratch.group` gets each row's mean share of the
     /// attention.
     pub(super) fn weigh(
         &self,
@@ -162,17 +162,17 @@ impl Kvoyant {
         maxima.resize(g, f32::NEG_INFINITY);
         shares.clear();
         shares.resize(stride, 0.0);
-        if seen.pages.is_empty() {
+        if seen.blocks.is_empty() {
             return;
         }
         let queries = context.group_queries(&self.shape, head, block);
         let scan = Scan { method: self, store, head, queries, seen };
         let mut totals = vec![CodeTotal::default(); g];
-        let helped = join.filter(|_| seen.pages.len() >= HELP_PAGES);
+        let helped = join.filter(|_| seen.blocks.len() >= HELP_BLOCKS);
         if let Some(join) = helped {
             scan.in_halves(join, (scores, margins), other, &mut totals);
         } else {
-            scan.run(0..seen.pages.len(), (scores, stride), (margins, margin_stride), &mut totals);
+            scan.run(0..seen.blocks.len(), (scores, stride), (margins, margin_stride), &mut totals);
         }
         if self.kernels.max(margins) == f32::INFINITY {
             // A score of which nothing is known must not be what the others are relative to.
@@ -212,8 +212,8 @@ impl Kvoyant {
         let (rows, groups, group) = (self.layout.rows(), self.layout.groups(), self.layout.group());
         let (stride, margin_stride) = (seen.stride(rows), seen.stride(groups));
         let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
-        for (page, blocks) in self.stretches(store, head, seen, 0..seen.pages.len()) {
-            let (scores, margins) = (&mut scores[page * rows..], &mut margins[page * groups..]);
+        for (block, blocks) in self.stretches(store, head, seen, 0..seen.blocks.len()) {
+            let (scores, margins) = (&mut scores[block * rows..], &mut margins[block * groups..]);
             let of = (queries, totals.len(), scale);
             self.kernels.code_scores(
                 &self.layout,
@@ -248,22 +248,24 @@ impl Kvoyant {
         }
     }
 
-    /// Digests of some of the pages that are looked at, those side by side at once, with the first one's number.
+    /// Digests of some of the blocks that are looked at, those side by side at once, with the first one's number.
     pub(super) fn stretches<'s>(
         &'s self,
         store: &'s dyn Store,
         head: usize,
         seen: &Seen,
-        pages: Range<usize>,
+        range: Range<usize>,
     ) -> impl Iterator<Item = (usize, &'s [u8])> + use<'s> {
-        let (bytes, first, mut page) = (self.layout.bytes(), seen.pages.start, pages.start);
+        let (bytes, per_page) = (self.layout.bytes(), self.blocks_of_a_page());
+        let (first, mut block) = (seen.blocks.start, range.start);
         std::iter::from_fn(move || {
-            let most = pages.end.checked_sub(page).filter(|most| *most > 0)?;
-            let blocks = store.stretch(head, first + page, most);
-            let count = (blocks.len() / bytes).clamp(1, most);
-            let at = page;
-            page += count;
-            Some((at, &blocks[..count * bytes]))
+            let most = range.end.checked_sub(block).filter(|most| *most > 0)?;
+            let (page, within) = ((first + block) / per_page, (first + block) % per_page);
+            let there = &store.stretch(head, page, (within + most).div_ceil(per_page))[within * bytes..];
+            let count = (there.len() / bytes).clamp(1, most);
+            let at = block;
+            block += count;
+            Some((at, &there[..count * bytes]))
         })
     }
 

@@ -207,7 +207,7 @@ fn common_needs(mix: &MixSpec, parts: &[Box<dyn Method>]) -> Result<Needs, Metho
                 "they attend missing rows in different ways"
             } else if reports && needs.feedback != other.feedback {
                 "they want different attention rows"
-            } else if needs.digest && other.digest && needs.whole_pages != other.whole_pages {
+            } else if needs.digest && other.digest && needs.sealed_rows != other.sealed_rows {
                 "one digests whole pages, the other rows as they come"
             } else if needs.drops_rows && other.drops_rows {
                 "both drop rows for good"
@@ -227,7 +227,7 @@ fn common_needs(mix: &MixSpec, parts: &[Box<dyn Method>]) -> Result<Needs, Metho
         common.drops_rows |= needs.drops_rows;
         common.rows |= needs.rows;
         common.values |= needs.values;
-        common.whole_pages |= needs.whole_pages;
+        common.sealed_rows = common.sealed_rows.max(needs.sealed_rows);
         common.floors |= needs.floors;
         common.attend_resident |= needs.attend_resident;
         common.feedback = common.feedback.or(needs.feedback);
