@@ -17,17 +17,23 @@ const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 /// Long enough for heads to be looked at side by side.
 const PROMPT: usize = 700;
 
-const METHODS: [&str; 9] = [
+/// Those that merge means come last: a lane's cross as f16.
+const METHODS: [&str; 11] = [
+    "kvoyant:budget=24,tail=off",
+    "kvoyant:budget=24,tail=off,hint=ahead",
+    "quest:budget=64,hint=current",
+    "hata:budget=48",
+    "window",
     "kvoyant:budget=24",
     "kvoyant:budget=24,bits=4,group=16,scope=head",
     "kvoyant:budget=24,hint=ahead",
     "kvoyant:budget=24,hint=previous,correct=0",
     "kvoyant:max_missed_mass=0.01",
     "kvoyant:max_missed_mass=0.01,hint=ahead",
-    "quest:budget=64,hint=current",
-    "hata:budget=48",
-    "window",
 ];
+
+/// Of the methods, those that merge no means.
+const EXACT: usize = 5;
 
 fn prompt(model: &Model) -> Vec<u32> {
     let vocabulary = model.config().vocabulary as u32;
@@ -73,12 +79,12 @@ fn steps(
         .collect()
 }
 
-/// Sums over digests are cut where their memory is, so that what is estimated may differ in its last bits.
-fn assert_alike(what: &str, lane: &[Vec<f32>], client: &[Vec<f32>]) {
+/// Sums over digests are cut where their memory is, so that thresholds may differ in their last bits.
+fn assert_alike(what: &str, lane: &[Vec<f32>], client: &[Vec<f32>], most: f32) {
     assert_eq!(lane.len(), client.len(), "{what}");
     let worst = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     for (step, (lane, client)) in lane.iter().zip(client).enumerate() {
-        assert!(worst(lane, client) < 1e-3, "{what}, step {step}: {}", worst(lane, client));
+        assert!(worst(lane, client) < most, "{what}, step {step}: {}", worst(lane, client));
     }
 }
 
@@ -86,7 +92,7 @@ fn assert_alike(what: &str, lane: &[Vec<f32>], client: &[Vec<f32>]) {
 fn a_client_selects_what_a_lane_selects() {
     let model = synthetic::tiny(7);
     let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
-    for name in METHODS {
+    for (at, name) in METHODS.into_iter().enumerate() {
         let [lane, client] = [Selects::Lane, Selects::Client].map(|selects| {
             let mut kv = connect(&daemon, &model, &[name], selects);
             let mut sequence = read(&mut kv, 0, &model);
@@ -94,14 +100,14 @@ fn a_client_selects_what_a_lane_selects() {
             let logits = steps(&mut kv, &mut [&mut sequence], &model, 40);
             (logits, kv.take_stats(), kv.selected_by(&sequence), sequence.digest_bytes())
         });
-        assert_alike(name, &lane.0, &client.0);
+        assert_alike(name, &lane.0, &client.0, if at < EXACT { 1e-3 } else { 0.1 });
         assert_eq!((lane.2, client.2), (SelectedBy::Lane, SelectedBy::Client), "{name}");
         let rows = [&lane, &client].map(|run| run.1.rows_selected as f64);
-        assert!((rows[0] - rows[1]).abs() <= 0.01 * rows[0], "{name}: {rows:?}");
+        assert!((rows[0] - rows[1]).abs() <= 0.02 * rows[0], "{name}: {rows:?}");
         let [by_lane, here] = [lane.1.certified, client.1.certified];
         assert_eq!(by_lane.heads, here.heads, "{name}");
         assert!(
-            (by_lane.missed_mass - here.missed_mass).abs() <= 0.01 * by_lane.missed_mass,
+            (by_lane.missed_mass - here.missed_mass).abs() <= 0.02 * by_lane.missed_mass,
             "{name}: {by_lane:?} {here:?}"
         );
         assert_eq!((lane.1.selected_here, client.1.answers), (0, 0), "{name}");
@@ -116,8 +122,8 @@ fn forks_truncations_and_batches_are_as_by_a_lane() {
     let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
     // Methods with the same digests, with others, and one that no client can.
     let methods = [
-        "kvoyant:budget=24",
-        "kvoyant:budget=9,hint=ahead",
+        "kvoyant:budget=24,tail=off",
+        "kvoyant:budget=9,hint=ahead,tail=off",
         "quest:budget=64,hint=current",
         "oracle:budget=5%",
     ];
@@ -138,7 +144,7 @@ fn forks_truncations_and_batches_are_as_by_a_lane() {
         all
     });
     assert_eq!(lane.len(), client.len());
-    assert_alike("all", &lane, &client);
+    assert_alike("all", &lane, &client, 1e-3);
 }
 
 #[test]
