@@ -35,6 +35,9 @@ pub(crate) struct Row {
     /// Share of dense's attention probability that lies on the rows attended (0–1); mean over layers that
     /// select, heads and measured steps; none where it could not be measured.
     pub(crate) attention_mass: Option<f64>,
+    /// What certificates bound: the attention probability (0–1) that a query head can have missed of a layer, for its own queries, keys and
+    /// values, mean; none where the method certifies nothing. It says nothing about the text.
+    pub(crate) certified_missed_mass: Option<f64>,
     /// Bytes moved a step over the bytes of all KV held (0–1).
     pub(crate) kv_moved_share: f64,
     /// Bytes moved for each token decoded.
@@ -64,6 +67,7 @@ impl Row {
             kl_to_dense: measured.agreement.kl(),
             perplexity: measured.agreement.perplexity(),
             attention_mass: costs.attention_mass,
+            certified_missed_mass: costs.certified_missed_mass,
             kv_moved_share: costs.kv_moved_share,
             bytes_per_token: costs.bytes_per_token,
             ms_per_token: measured.clock.ms_per_token(),
@@ -96,6 +100,7 @@ mod tests {
             kl_to_dense: 0.015,
             perplexity: 3.25,
             attention_mass: Some(0.94),
+            certified_missed_mass: Some(0.07),
             kv_moved_share: 0.1,
             bytes_per_token: 4.5e6,
             ms_per_token: 12.0,
@@ -121,6 +126,7 @@ mod tests {
             "kl_to_dense",
             "perplexity",
             "attention_mass",
+            "certified_missed_mass",
             "kv_moved_share",
             "bytes_per_token",
             "ms_per_token",

@@ -64,7 +64,7 @@ fn judged(share: f64, good: f64, poor: f64) -> Cell {
 
 /// Groups of columns: a title over each.
 const GROUPS: &[(&str, usize)] =
-    &[("answers", 2), ("next token, against dense", 3), ("attention", 1), ("what it costs", 6)];
+    &[("answers", 2), ("next token, against dense", 3), ("attention", 2), ("what it costs", 6)];
 
 const COLUMNS: &[Column] = &[
     Column { head: ["single", "fact"], width: 6, cell: |row, dense| task(Task::Single, row, dense) },
@@ -76,6 +76,11 @@ const COLUMNS: &[Column] = &[
         head: ["mass", "covered"],
         width: 7,
         cell: |row, _| row.attention_mass.map_or_else(|| plain("–".into()), |mass| judged(mass, 0.9, 0.75)),
+    },
+    Column {
+        head: ["missed", "up to"],
+        width: 6,
+        cell: |row, _| plain(row.certified_missed_mass.map_or_else(|| "–".into(), fine_percent)),
     },
     Column { head: ["KV", "moved"], width: 6, cell: |row, _| plain(fine_percent(row.kv_moved_share)) },
     Column { head: ["MB per", "token"], width: 6, cell: |row, _| plain(megabytes(row.bytes_per_token)) },
@@ -191,6 +196,7 @@ mod tests {
             kl_to_dense: -1e-9,
             perplexity: 1234.56,
             attention_mass: Some(1.0),
+            certified_missed_mass: Some(1.0),
             kv_moved_share: 1.0,
             bytes_per_token: 123_456_789.0,
             ms_per_token: 1234.5,

@@ -4,7 +4,7 @@ use super::report::Row;
 use crate::trial::plan::Size;
 
 /// Columns of a line: as wide as the table.
-const WIDTH: usize = 103;
+const WIDTH: usize = 110;
 
 /// What the sentences need to know besides the rows.
 #[derive(Clone, Debug)]
@@ -73,6 +73,13 @@ fn sentences(rows: &[Row], effort: &Effort) -> Vec<String> {
         all.push(format!(
             "Attention ran on {device}, all but dense's; linear layers ran on the CPU, so times are not a GPU's."
         ));
+    }
+    if rows.iter().any(|row| row.certified_missed_mass.is_some()) {
+        all.push(
+            "Missed up to: what certificates bound of each layer's attention, for its own queries, keys and values; it \
+             says nothing about the text."
+                .to_owned(),
+        );
     }
     let find = |method: &str| {
         rows.iter()
