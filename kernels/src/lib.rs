@@ -27,7 +27,9 @@ mod rest;
 mod run;
 
 pub use codes::{CodeBits, CodeLayout, NoCodes};
-pub use cpu::{CodeSums, CodeTotal, ENV, Kernels, Path, PathError};
+pub use cpu::{
+    CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights, ENV, Kernels, Path, PathError,
+};
 pub use dtype::{Dtype, UnknownDtype};
 pub use layout::{RowLayout, UnknownLayout};
 pub use random::SplitMix64;

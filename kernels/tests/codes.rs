@@ -5,7 +5,9 @@ mod common;
 
 use common::{Draw, close, paths, scalar};
 use half::f16;
-use kvoyant_kernels::{CodeBits, CodeLayout, CodeSums, CodeTotal, Kernels};
+use kvoyant_kernels::{
+    CodeBits, CodeLayout, CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights, Kernels,
+};
 use proptest::prelude::*;
 
 fn layouts() -> impl Strategy<Value = CodeLayout> {
@@ -109,7 +111,9 @@ fn scores(
     // A little more than there must be: what lies between is left alone.
     let (stride, margin_stride) = (pages * layout.rows() + 3, pages * layout.groups() + 1);
     let (mut out, mut margins) = (vec![7.0; group * stride], vec![7.0; group * margin_stride]);
-    kernels.code_scores(layout, queries, group, scale, blocks, &mut out, stride, &mut margins, margin_stride);
+    let scan = CodeScan { layout, queries, group, scale, blocks };
+    let mut into = CodeOut { rows: &mut out, stride, margins: &mut margins, margin_stride };
+    kernels.code_scores(&scan, &mut into);
     (out, margins)
 }
 
@@ -285,9 +289,9 @@ proptest! {
             let mut totals = vec![CodeTotal::default(); group];
             let (first, rest) = blocks.split_at(cut * layout.bytes());
             for (blocks, before) in [(first, 0), (rest, cut)] {
-                kernels.code_weights(
-                    &layout, &queries, group, 0.5, blocks, before, &rows, &mut weights, stride, &mut found, margin_stride, &mut totals,
-                );
+                let scan = CodeScan { layout: &layout, queries: &queries, group, scale: 0.5, blocks };
+                let mut out = CodeOut { rows: &mut weights, stride, margins: &mut found, margin_stride };
+                kernels.code_weights(&scan, &mut CodeWeighing { before, rows: &rows, totals: &mut totals }, &mut out);
             }
             assert_eq!(found, margins, "on {}", kernels.path());
             (weights, totals)
@@ -380,7 +384,8 @@ proptest! {
         let begin = CodeSums { weight: 1e-3, upper: 2e-3, lower: 5e-4, scatter: 1e-3, spread: 1e-4 };
         let run = |kernels: Kernels| {
             let (mut sums, mut means) = (vec![begin; group], vec![0.5; group * dv]);
-            kernels.code_rest(&layout, &blocks, group, &weights, stride, &margins, margin_stride, &mut sums, &mut means);
+            let of = CodeWeights { rows: &weights, stride, margins: &margins, margin_stride };
+            kernels.code_rest(&layout, &blocks, &of, &mut sums, &mut means);
             (sums, means)
         };
         let (expected, means) = run(scalar());
@@ -416,7 +421,8 @@ fn what_nothing_is_known_of_is_bounded_by_nothing_and_spoils_no_mean() {
     for kernels in paths() {
         let run = |weights: &[f32], margins: &[f32]| {
             let (mut sums, mut means) = ([CodeSums::default()], vec![0.0; 20]);
-            kernels.code_rest(&layout, &blocks, 1, weights, 64, margins, 4, &mut sums, &mut means);
+            let of = CodeWeights { rows: weights, stride: 64, margins, margin_stride: 4 };
+            kernels.code_rest(&layout, &blocks, &of, &mut sums, &mut means);
             assert!(means.iter().all(|mean| mean.is_finite()), "{means:?} on {}", kernels.path());
             sums[0]
         };

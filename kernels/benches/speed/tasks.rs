@@ -4,7 +4,8 @@ use std::cell::Cell;
 use std::hint::black_box;
 
 use kvoyant_kernels::{
-    AttendScratch, CodeBits, CodeLayout, CodeSums, CodeTotal, Dtype, Kernels, Run, TopKScratch,
+    AttendScratch, CodeBits, CodeLayout, CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights,
+    Dtype, Kernels, Run, TopKScratch,
 };
 
 use crate::{Task, limits};
@@ -102,7 +103,9 @@ impl Codes {
         let [name, _] = self.names();
         Task::new(name, move || {
             let (blocks, scores, margins) = (parts.next(), &mut scores, &mut margins);
-            kernels.code_scores(&layout, &queries, g, 0.1, blocks, scores, n, margins, groups);
+            let scan = CodeScan { layout: &layout, queries: &queries, group: g, scale: 0.1, blocks };
+            let mut out = CodeOut { rows: scores, stride: n, margins, margin_stride: groups };
+            kernels.code_scores(&scan, &mut out);
             black_box(&scores);
         })
     }
@@ -120,11 +123,12 @@ impl Codes {
         Task::new(name, move || {
             let (blocks, weights, margins) = (parts.next(), &mut weights, &mut margins);
             totals.fill(CodeTotal::default());
-            let (all, totals) = (0..n, &mut totals);
-            kernels.code_weights(
-                &layout, &queries, g, 0.1, blocks, 0, &all, weights, n, margins, groups, totals,
-            );
-            for (factor, total) in factors.iter_mut().zip(&*totals) {
+            let scan = CodeScan { layout: &layout, queries: &queries, group: g, scale: 0.1, blocks };
+            let mut out =
+                CodeOut { rows: &mut *weights, stride: n, margins: &mut *margins, margin_stride: groups };
+            let mut weighing = CodeWeighing { before: 0, rows: &(0..n), totals: &mut totals };
+            kernels.code_weights(&scan, &mut weighing, &mut out);
+            for (factor, total) in factors.iter_mut().zip(&totals) {
                 *factor = (1.0 / (total.sum * g as f64)) as f32;
             }
             kernels.mix_rows(weights, n, &factors, &mut shares);
@@ -140,7 +144,8 @@ impl Codes {
             }
             sums.fill(CodeSums::default());
             means.fill(0.0);
-            kernels.code_rest(&layout, blocks, g, weights, n, margins, groups, &mut sums, &mut means);
+            let of = CodeWeights { rows: weights, stride: n, margins, margin_stride: groups };
+            kernels.code_rest(&layout, blocks, &of, &mut sums, &mut means);
             black_box((&sums, &means));
         })
     }

@@ -38,11 +38,79 @@ impl Default for CodeTotal {
     }
 }
 
+/// Queries that share a KV head, and the pages that they look at.
+#[derive(Debug, Clone, Copy)]
+pub struct CodeScan<'a> {
+    /// Of the digests.
+    pub layout: &'a CodeLayout,
+    /// `[group][d]`.
+    pub queries: &'a [f32],
+    /// How many queries.
+    pub group: usize,
+    /// What products are multiplied by.
+    pub scale: f32,
+    /// `[pages]` blocks of the layout.
+    pub blocks: &'a [u8],
+}
+
+/// Where scores or weights go, and margins: those of row t and query h to `rows[h·stride + t]`, those of group g to
+/// `margins[h·margin_stride + g]`.
+#[derive(Debug)]
+pub struct CodeOut<'a> {
+    /// `[group]`, `stride` apart.
+    pub rows: &'a mut [f32],
+    /// From one query's rows to the next one's.
+    pub stride: usize,
+    /// `[group]`, `margin_stride` apart.
+    pub margins: &'a mut [f32],
+    /// From one query's margins to the next one's.
+    pub margin_stride: usize,
+}
+
+/// What weights are asked for, where pages come as several stretches, in order.
+#[derive(Debug)]
+pub struct CodeWeighing<'a> {
+    /// Pages that came before.
+    pub before: usize,
+    /// Rows that count, of all, from the first page on.
+    pub rows: &'a Range<usize>,
+    /// One for each query, as the stretch before left them.
+    pub totals: &'a mut [CodeTotal],
+}
+
+/// Weights and margins of all rows of pages, as [`CodeOut`] has them.
+#[derive(Debug, Clone, Copy)]
+pub struct CodeWeights<'a> {
+    /// `[group]`, `stride` apart.
+    pub rows: &'a [f32],
+    /// From one query's rows to the next one's.
+    pub stride: usize,
+    /// `[group]`, `margin_stride` apart.
+    pub margins: &'a [f32],
+    /// From one query's margins to the next one's.
+    pub margin_stride: usize,
+}
+
+impl CodeScan<'_> {
+    /// Checks it; how many pages it is over.
+    fn pages(&self, what: &str) -> usize {
+        let d = columns(what, self.queries, self.group);
+        assert_eq!(d, self.layout.head_dim(), "{what}: values of a query");
+        check_blocks(what, self.layout, self.blocks)
+    }
+}
+
+impl CodeOut<'_> {
+    fn check(&self, what: &str, scan: &CodeScan<'_>, pages: usize) {
+        check_out(what, scan.group, pages * scan.layout.rows(), self.rows, self.stride);
+        check_out(what, scan.group, pages * scan.layout.groups(), self.margins, self.margin_stride);
+    }
+}
+
 impl Kernels {
     /// Scores of all rows of pages from their digests, and how far each may be off.
     ///
-    /// `queries` is `[group][d]`, `blocks` is `[pages]` blocks of `layout`. `out[h·out_stride + t]` is `scale·q_h·k̂_t`, and
-    /// `margins[h·margin_stride + g]` at least `scale·|q_h·k_t − q_h·k̂_t|` for every row t of group g, with all that this very
+    /// A score is `scale·q_h·k̂_t`, and a margin at least `scale·|q_h·k_t − q_h·k̂_t|` for every row t of its group, with all that this very
     /// computation may have lost; `+∞` where nothing is known. A score that is no number becomes −1.5e38, and none is infinite. The same
     /// on every path, to the last bit.
     ///
@@ -50,80 +118,27 @@ impl Kernels {
     ///
     /// # Panics
     /// When `group` is 0 or does not divide `queries`, or a slice is too short.
-    #[allow(clippy::too_many_arguments)]
-    pub fn code_scores(
-        self,
-        layout: &CodeLayout,
-        queries: &[f32],
-        group: usize,
-        scale: f32,
-        blocks: &[u8],
-        out: &mut [f32],
-        out_stride: usize,
-        margins: &mut [f32],
-        margin_stride: usize,
-    ) {
-        let d = columns("code_scores", queries, group);
-        assert_eq!(d, layout.head_dim(), "code_scores: values of a query");
-        let pages = check_blocks("code_scores", layout, blocks);
-        check_out("code_scores", group, pages * layout.rows(), out, out_stride);
-        check_out("code_scores", group, pages * layout.groups(), margins, margin_stride);
-        dispatch!(
-            self,
-            code_scores(layout, queries, group, scale, blocks, out, out_stride, margins, margin_stride)
-        );
+    pub fn code_scores(self, scan: &CodeScan<'_>, out: &mut CodeOut<'_>) {
+        let pages = scan.pages("code_scores");
+        out.check("code_scores", scan, pages);
+        dispatch!(self, code_scores(scan, out));
     }
 
-    /// Weights of rows, in the same pass over the blocks that [`Kernels::code_scores`] makes: `weights[h·stride + t]` is
-    /// `e^(score − reference)`, 0 where that is below 3e−38 and where row t does not count, and `totals[h]` has the reference and the sum.
+    /// Weights of rows, in the same pass over the blocks that [`Kernels::code_scores`] makes: `e^(score − reference)`, 0 where that is below
+    /// 3e−38 and where a row does not count; the totals have references and sums.
     ///
-    /// A long context's blocks may come as several stretches, in order: `before` is how many pages came before. `weights`, `margins` and
-    /// `rows`, the rows that count, are of all pages, from the first one on, and `totals` is what the call before left. When a page has a
-    /// score that is more than 20 above the reference, its largest score becomes the reference, and all weights so far are multiplied.
+    /// `out` is of all pages, those that came before among them. When a page has a score that is more than 20 above the reference, its largest
+    /// score becomes the reference, and all weights so far are multiplied.
     ///
     /// The references are the same on every path.
     ///
     /// # Panics
     /// When `group` is 0 or does not divide `queries`, or a slice is too short.
-    #[allow(clippy::too_many_arguments)]
-    pub fn code_weights(
-        self,
-        layout: &CodeLayout,
-        queries: &[f32],
-        group: usize,
-        scale: f32,
-        blocks: &[u8],
-        before: usize,
-        rows: &Range<usize>,
-        weights: &mut [f32],
-        stride: usize,
-        margins: &mut [f32],
-        margin_stride: usize,
-        totals: &mut [CodeTotal],
-    ) {
-        let d = columns("code_weights", queries, group);
-        assert_eq!(d, layout.head_dim(), "code_weights: values of a query");
-        assert_eq!(totals.len(), group, "code_weights: totals of {group} queries");
-        let pages = before + check_blocks("code_weights", layout, blocks);
-        check_out("code_weights", group, pages * layout.rows(), weights, stride);
-        check_out("code_weights", group, pages * layout.groups(), margins, margin_stride);
-        dispatch!(
-            self,
-            code_weights(
-                layout,
-                queries,
-                group,
-                scale,
-                blocks,
-                before,
-                rows,
-                weights,
-                stride,
-                margins,
-                margin_stride,
-                totals
-            )
-        );
+    pub fn code_weights(self, scan: &CodeScan<'_>, weighing: &mut CodeWeighing<'_>, out: &mut CodeOut<'_>) {
+        let pages = weighing.before + scan.pages("code_weights");
+        assert_eq!(weighing.totals.len(), scan.group, "code_weights: totals of {} queries", scan.group);
+        out.check("code_weights", scan, pages);
+        dispatch!(self, code_weights(scan, weighing, out));
     }
 
     /// `scores_t ← e^(scores_t − max)`, and their sum. Scores and `max` are finite; where their difference is above 88, what comes out is
@@ -139,36 +154,28 @@ impl Kernels {
     }
 
     /// Adds up what the rows of pages with weights other than 0 amount to: `sums` is `[group]`, and `means` `[group][value_dim]` gets
-    /// `Σ w·v̄` added. `weights` and `margins` are as [`Kernels::code_weights`], or [`Kernels::code_scores`] and
+    /// `Σ w·v̄` added. Weights and margins are as [`Kernels::code_weights`], or [`Kernels::code_scores`] and
     /// [`Kernels::exp_in_place`], left them, but for rows whose weights were set to 0 since.
     ///
     /// What is added to `upper`, `scatter` and `spread` is not below, and to `lower` not above, what exact arithmetic would add by more
     /// than 1e−5 of it. Where a margin is `+∞`, `upper` becomes it and the others are worth nothing.
     ///
     /// # Panics
-    /// When `group` is 0, or a slice is too short.
-    #[allow(clippy::too_many_arguments)]
+    /// When there are no sums, or a slice is too short.
     pub fn code_rest(
         self,
         layout: &CodeLayout,
         blocks: &[u8],
-        group: usize,
-        weights: &[f32],
-        stride: usize,
-        margins: &[f32],
-        margin_stride: usize,
+        weights: &CodeWeights<'_>,
         sums: &mut [CodeSums],
         means: &mut [f32],
     ) {
-        let pages = check_blocks("code_rest", layout, blocks);
-        assert!(group > 0 && sums.len() == group, "code_rest: sums of {group} queries");
+        let (pages, group) = (check_blocks("code_rest", layout, blocks), sums.len());
+        assert!(group > 0, "code_rest: sums of no query");
         assert_eq!(means.len(), group * layout.value_dim(), "code_rest: means are [{group}][values]");
-        check_out("code_rest", group, pages * layout.rows(), weights, stride);
-        check_out("code_rest", group, pages * layout.groups(), margins, margin_stride);
-        dispatch!(
-            self,
-            code_rest(layout, blocks, group, weights, stride, margins, margin_stride, sums, means)
-        );
+        check_out("code_rest", group, pages * layout.rows(), weights.rows, weights.stride);
+        check_out("code_rest", group, pages * layout.groups(), weights.margins, weights.margin_stride);
+        dispatch!(self, code_rest(layout, blocks, weights, sums, means));
     }
 }
 

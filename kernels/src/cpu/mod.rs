@@ -20,7 +20,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-pub use codes::{CodeSums, CodeTotal};
+pub use codes::{CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights};
 
 /// The environment variable that forces a path: `scalar`, `avx2` or `avx512`.
 pub const ENV: &str = "KVOYANT_KERNELS";

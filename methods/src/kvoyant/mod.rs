@@ -22,7 +22,7 @@ mod steer;
 mod tests;
 mod weigh;
 
-use kvoyant_kernels::{CodeLayout, CodeSums, Kernels};
+use kvoyant_kernels::{CodeLayout, CodeSums, CodeWeights, Kernels};
 
 pub use spec::{Amount, Certify, KvoyantSpec, MissedMass, Scope};
 
@@ -117,17 +117,13 @@ impl Kvoyant {
         let mut sums = vec![CodeSums::default(); g];
         let (rows, groups) = (self.layout.rows(), self.layout.groups());
         for (block, blocks) in self.stretches(store, head, &seen, 0..seen.blocks.len()) {
-            self.kernels.code_rest(
-                &self.layout,
-                blocks,
-                g,
-                &scores[block * rows..],
-                seen.stride(rows),
-                &margins[block * groups..],
-                seen.stride(groups),
-                &mut sums,
-                means,
-            );
+            let of = CodeWeights {
+                rows: &scores[block * rows..],
+                stride: seen.stride(rows),
+                margins: &margins[block * groups..],
+                margin_stride: seen.stride(groups),
+            };
+            self.kernels.code_rest(&self.layout, blocks, &of, &mut sums, means);
         }
         let certified = self.options.certifies(context.step);
         for (h, sums) in sums.iter().enumerate() {

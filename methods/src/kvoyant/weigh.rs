@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use kvoyant_kernels::CodeTotal;
+use kvoyant_kernels::{CodeOut, CodeScan, CodeTotal, CodeWeighing};
 
 use super::Kvoyant;
 use crate::context::SelectContext;
@@ -47,35 +47,24 @@ struct Scan<'a> {
 
 impl Scan<'_> {
     /// Weights and margins of some of the blocks, which are the first ones of their buffers.
-    fn run(
-        &self,
-        blocks: Range<usize>,
-        (weights, stride): (&mut [f32], usize),
-        (margins, margin_stride): (&mut [f32], usize),
-        totals: &mut [CodeTotal],
-    ) {
-        let Kvoyant { layout, kernels, shape, .. } = self.method;
-        let scale = 1.0 / (shape.head_dim as f32).sqrt();
+    fn run(&self, blocks: Range<usize>, out: &mut CodeOut<'_>, totals: &mut [CodeTotal]) {
+        let Kvoyant { layout, kernels, .. } = self.method;
         let before = blocks.start * layout.rows();
         let own = |row: usize| row.max(before) - before;
         let rows = own(self.seen.rows.start)..own(self.seen.rows.end);
         let first = blocks.start;
         for (block, bytes) in self.method.stretches(self.store, self.head, self.seen, blocks) {
-            kernels.code_weights(
-                layout,
-                self.queries,
-                totals.len(),
-                scale,
-                bytes,
-                block - first,
-                &rows,
-                weights,
-                stride,
-                margins,
-                margin_stride,
-                totals,
-            );
+            let scan = self.of(totals.len(), bytes);
+            let mut weighing = CodeWeighing { before: block - first, rows: &rows, totals };
+            kernels.code_weights(&scan, &mut weighing, out);
         }
+    }
+
+    /// A stretch of blocks, for the kernels.
+    fn of<'b>(&'b self, group: usize, blocks: &'b [u8]) -> CodeScan<'b> {
+        let Kvoyant { layout, shape, .. } = self.method;
+        let scale = 1.0 / (shape.head_dim as f32).sqrt();
+        CodeScan { layout, queries: self.queries, group, scale, blocks }
     }
 
     /// All blocks, the second half of which another thread may take.
@@ -94,13 +83,16 @@ impl Scan<'_> {
         other_weights.resize(g * own, 0.0);
         other_margins.resize(g * own_margins, 0.0);
         let mut others = vec![CodeTotal::default(); g];
-        join(
-            &mut || self.run(0..half, (&mut *weights, stride), (&mut *margins, margin_stride), &mut *totals),
-            &mut || {
-                let of = (&mut other_weights[..], own);
-                self.run(half..blocks, of, (&mut other_margins[..], own_margins), &mut others);
-            },
-        );
+        let mut out = CodeOut { rows: &mut *weights, stride, margins: &mut *margins, margin_stride };
+        let mut other = CodeOut {
+            rows: &mut *other_weights,
+            stride: own,
+            margins: &mut *other_margins,
+            margin_stride: own_margins,
+        };
+        join(&mut || self.run(0..half, &mut out, &mut *totals), &mut || {
+            self.run(half..blocks, &mut other, &mut others);
+        });
         for (h, (total, other)) in totals.iter_mut().zip(&others).enumerate() {
             let (first, second) = weights[h * stride..][..stride].split_at_mut(half * layout.rows());
             second.copy_from_slice(&other_weights[h * own..][..own]);
@@ -172,7 +164,8 @@ impl Kvoyant {
         if let Some(join) = helped {
             scan.in_halves(join, (scores, margins), other, &mut totals);
         } else {
-            scan.run(0..seen.blocks.len(), (scores, stride), (margins, margin_stride), &mut totals);
+            let mut out = CodeOut { rows: &mut *scores, stride, margins: &mut *margins, margin_stride };
+            scan.run(0..seen.blocks.len(), &mut out, &mut totals);
         }
         if self.kernels.max(margins) == f32::INFINITY {
             // A score of which nothing is known must not be what the others are relative to.
@@ -208,24 +201,13 @@ impl Kvoyant {
         (scores, margins): (&mut [f32], &mut [f32]),
         totals: &mut [CodeTotal],
     ) {
-        let Scan { store, head, queries, seen, .. } = *scan;
+        let Scan { store, head, seen, .. } = *scan;
         let (rows, groups, group) = (self.layout.rows(), self.layout.groups(), self.layout.group());
         let (stride, margin_stride) = (seen.stride(rows), seen.stride(groups));
-        let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
         for (block, blocks) in self.stretches(store, head, seen, 0..seen.blocks.len()) {
-            let (scores, margins) = (&mut scores[block * rows..], &mut margins[block * groups..]);
-            let of = (queries, totals.len(), scale);
-            self.kernels.code_scores(
-                &self.layout,
-                of.0,
-                of.1,
-                of.2,
-                blocks,
-                scores,
-                stride,
-                margins,
-                margin_stride,
-            );
+            let (rows, margins) = (&mut scores[block * rows..], &mut margins[block * groups..]);
+            let mut out = CodeOut { rows, stride, margins, margin_stride };
+            self.kernels.code_scores(&scan.of(totals.len(), blocks), &mut out);
         }
         for (h, total) in totals.iter_mut().enumerate() {
             let all = &mut scores[h * stride..][..stride];

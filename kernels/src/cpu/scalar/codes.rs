@@ -1,9 +1,7 @@
 //! Attention over digests in codes. Sums are in the order of 16 lanes, so that every path can have the same.
 
-use std::ops::Range;
-
 use crate::codes::{CodeLayout, TILE, read_f16, read_f32};
-use crate::cpu::codes::{CodeSums, CodeTotal};
+use crate::cpu::codes::{CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights};
 
 /// Sums that run side by side: what one register of the widest path holds.
 const LANES: usize = 16;
@@ -122,18 +120,8 @@ pub(in crate::cpu) fn group_query(
     GroupQuery { base, unit: (unit * margins.score_scale).min(UNIT_MAX), margin }
 }
 
-#[allow(clippy::too_many_arguments)]
-pub(in crate::cpu) fn code_scores(
-    layout: &CodeLayout,
-    queries: &[f32],
-    group: usize,
-    scale: f32,
-    blocks: &[u8],
-    out: &mut [f32],
-    out_stride: usize,
-    margins: &mut [f32],
-    margin_stride: usize,
-) {
+pub(in crate::cpu) fn code_scores(scan: &CodeScan<'_>, out: &mut CodeOut<'_>) {
+    let CodeScan { layout, queries, group, scale, blocks } = *scan;
     let (d, rows, groups) = (layout.head_dim(), layout.rows(), layout.groups());
     let mut weights = vec![0_i16; layout.padded()];
     let terms = Margins::new(layout, scale);
@@ -145,10 +133,10 @@ pub(in crate::cpu) fn code_scores(
                 let of_group =
                     (read_f32(block, layout.norms_at() + 4 * g), read_f32(block, layout.errors_at() + 4 * g));
                 let query = group_query(layout, &terms, (query, norm), bytes, of_group, &mut weights);
-                margins[h * margin_stride + page * groups + g] = query.margin;
+                out.margins[h * out.margin_stride + page * groups + g] = query.margin;
                 for (t, tile) in bytes[4 * layout.padded()..].chunks_exact(layout.tile_bytes()).enumerate() {
-                    let at = h * out_stride + page * rows + g * layout.group() + t * TILE;
-                    for (row, out) in out[at..at + TILE].iter_mut().enumerate() {
+                    let at = h * out.stride + page * rows + g * layout.group() + t * TILE;
+                    for (row, out) in out.rows[at..at + TILE].iter_mut().enumerate() {
                         let term = |j: usize| i32::from(weights[j]) * i32::from(layout.code(tile, row, j));
                         let sum: i32 = (0..d).map(term).sum();
                         *out = query.unit.mul_add(sum as f32, query.base);
@@ -159,24 +147,21 @@ pub(in crate::cpu) fn code_scores(
     }
 }
 
-#[allow(clippy::too_many_arguments)]
 pub(in crate::cpu) fn code_weights(
-    layout: &CodeLayout,
-    queries: &[f32],
-    group: usize,
-    scale: f32,
-    blocks: &[u8],
-    before: usize,
-    rows: &Range<usize>,
-    weights: &mut [f32],
-    stride: usize,
-    margins: &mut [f32],
-    margin_stride: usize,
-    totals: &mut [CodeTotal],
+    scan: &CodeScan<'_>,
+    weighing: &mut CodeWeighing<'_>,
+    out: &mut CodeOut<'_>,
 ) {
-    let each = layout.rows();
-    let (of_pages, of_margins) = (&mut weights[before * each..], &mut margins[before * layout.groups()..]);
-    code_scores(layout, queries, group, scale, blocks, of_pages, stride, of_margins, margin_stride);
+    let CodeScan { layout, blocks, .. } = *scan;
+    let CodeWeighing { before, rows, totals } = weighing;
+    let (before, each) = (*before, layout.rows());
+    let mut of_pages = CodeOut {
+        rows: &mut out.rows[before * each..],
+        margins: &mut out.margins[before * layout.groups()..],
+        ..*out
+    };
+    code_scores(scan, &mut of_pages);
+    let (weights, stride) = (&mut *out.rows, out.stride);
     for (h, total) in totals.iter_mut().enumerate() {
         for page in before..before + blocks.len() / layout.bytes() {
             let (done, scores) = weights[h * stride..][..(page + 1) * each].split_at_mut(page * each);
@@ -213,18 +198,15 @@ pub(in crate::cpu) fn indices_above(values: &[f32], threshold: f32, ids: &mut Ve
     ids.extend(above.map(|(id, _)| id as u32));
 }
 
-#[allow(clippy::too_many_arguments)]
 pub(in crate::cpu) fn code_rest(
     layout: &CodeLayout,
     blocks: &[u8],
-    group: usize,
-    weights: &[f32],
-    stride: usize,
-    margins: &[f32],
-    margin_stride: usize,
+    of: &CodeWeights<'_>,
     sums: &mut [CodeSums],
     means: &mut [f32],
 ) {
+    let CodeWeights { rows: weights, stride, margins, margin_stride } = *of;
+    let group = sums.len();
     let (dv, span, groups) = (layout.value_dim(), layout.span(), layout.groups());
     // Rows that share both a margin and a mean.
     let cell = span.min(layout.group());

@@ -6,7 +6,7 @@
 use super::stored::{F16, Loaded};
 use super::{Simd, prefetch};
 use crate::codes::CodeLayout;
-use crate::cpu::codes::CodeSums;
+use crate::cpu::codes::{CodeSums, CodeWeights};
 
 /// Cells at a time.
 const CELLS: usize = 64;
@@ -61,19 +61,16 @@ struct Cells {
 }
 
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
 pub(super) fn code_rest<S: Simd>(
     s: S,
     layout: &CodeLayout,
     blocks: &[u8],
-    group: usize,
-    weights: &[f32],
-    stride: usize,
-    margins: &[f32],
-    margin_stride: usize,
+    of: &CodeWeights<'_>,
     sums: &mut [CodeSums],
     means: &mut [f32],
 ) {
+    let CodeWeights { rows: weights, stride, margins, margin_stride } = *of;
+    let group = sums.len();
     let cell = layout.span().min(layout.group());
     let count = blocks.len() / layout.bytes() * (layout.rows() / cell);
     let (mut place, dv) = (Place { layout, cell, block: blocks.as_ptr(), row: 0 }, layout.value_dim());

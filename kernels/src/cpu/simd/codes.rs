@@ -3,7 +3,6 @@
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
-use std::ops::Range;
 
 use super::code_room::{HEADS, Places, Room, STEP, fill};
 use super::code_sums::{Halves, Sums, Vnni, Words};
@@ -11,7 +10,7 @@ use super::code_weights::Weighing;
 use super::lanes::{LANES, Lanes};
 use super::{Simd, prefetch};
 use crate::codes::{CodeBits, CodeLayout, TILE};
-use crate::cpu::codes::CodeTotal;
+use crate::cpu::codes::{CodeOut, CodeScan, CodeWeighing};
 use crate::cpu::scalar::codes::{
     BASE_MAX, MARGIN_MAX, Margins, PRODUCT_MIN, SQUARES_MIN, UNIT_MAX, WEIGHT_MAX, WEIGHT_OFF,
 };
@@ -64,6 +63,16 @@ pub(super) struct Out {
 }
 
 impl Out {
+    #[inline(always)]
+    fn new(out: &mut CodeOut<'_>) -> Self {
+        Self {
+            scores: out.rows.as_mut_ptr(),
+            stride: out.stride,
+            margins: out.margins.as_mut_ptr(),
+            margin_stride: out.margin_stride,
+        }
+    }
+
     /// From a page and a query on.
     ///
     /// # Safety
@@ -82,55 +91,15 @@ impl Out {
 }
 
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn code_scores<W: Sums>(
-    w: W,
-    layout: &CodeLayout,
-    queries: &[f32],
-    group: usize,
-    scale: f32,
-    blocks: &[u8],
-    out: &mut [f32],
-    out_stride: usize,
-    margins: &mut [f32],
-    margin_stride: usize,
-) {
-    let out =
-        Out { scores: out.as_mut_ptr(), stride: out_stride, margins: margins.as_mut_ptr(), margin_stride };
+fn code_scores<W: Sums>(w: W, scan: &CodeScan<'_>, out: &mut CodeOut<'_>) {
     // SAFETY: the public method checked queries, blocks and the room for scores and margins.
-    unsafe { all(w, layout, queries, group, scale, blocks, out, None) };
+    unsafe { all(w, scan, Out::new(out), None) };
 }
 
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn code_weights<W: Sums>(
-    w: W,
-    layout: &CodeLayout,
-    queries: &[f32],
-    group: usize,
-    scale: f32,
-    blocks: &[u8],
-    before: usize,
-    rows: &Range<usize>,
-    weights: &mut [f32],
-    stride: usize,
-    margins: &mut [f32],
-    margin_stride: usize,
-    totals: &mut [CodeTotal],
-) {
-    let out = Out { scores: weights.as_mut_ptr(), stride, margins: margins.as_mut_ptr(), margin_stride };
-    let asked = Asked { before, rows, totals };
+fn code_weights<W: Sums>(w: W, scan: &CodeScan<'_>, weighing: &mut CodeWeighing<'_>, out: &mut CodeOut<'_>) {
     // SAFETY: the public method checked queries, blocks and the room for weights and margins, those of the pages before included.
-    unsafe { all(w, layout, queries, group, scale, blocks, out, Some(asked)) };
-}
-
-/// What weights are asked for.
-struct Asked<'a> {
-    /// Pages that have theirs.
-    before: usize,
-    /// Rows that count.
-    rows: &'a Range<usize>,
-    totals: &'a mut [CodeTotal],
+    unsafe { all(w, scan, Out::new(out), Some(weighing)) };
 }
 
 /// Scores, or weights, of all pages for all queries.
@@ -139,17 +108,8 @@ struct Asked<'a> {
 /// The blocks are whole, there is a query for each of the group, and `out` has room for their scores and margins: where weights are asked
 /// for, those of the pages before included.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn all<W: Sums>(
-    w: W,
-    layout: &CodeLayout,
-    queries: &[f32],
-    group: usize,
-    scale: f32,
-    blocks: &[u8],
-    out: Out,
-    mut asked: Option<Asked<'_>>,
-) {
+unsafe fn all<W: Sums>(w: W, scan: &CodeScan<'_>, out: Out, mut asked: Option<&mut CodeWeighing<'_>>) {
+    let CodeScan { layout, queries, group, scale, blocks } = *scan;
     let (d, shape, terms) = (layout.head_dim(), Shape::new(layout), Margins::new(layout, scale));
     let pages = blocks.len() / shape.bytes;
     // Weights' sums are brought together after each round.
@@ -173,7 +133,7 @@ unsafe fn all<W: Sums>(
                 let out = out.at(&shape, page, h);
                 // No closures: the compiler may leave them out of line, and with them the instruction set.
                 let mut weighing = match &mut asked {
-                    Some(Asked { rows, totals, .. }) => {
+                    Some(CodeWeighing { rows, totals, .. }) => {
                         let totals = &mut totals[h..h + heads];
                         Some(Weighing::new(w.lanes(), shape.rows, page * shape.rows, rows, totals))
                     }
@@ -409,67 +369,21 @@ macro_rules! path {
             use super::*;
 
             #[target_feature(enable = $features)]
-            #[allow(clippy::too_many_arguments)]
-            pub(in crate::cpu) fn code_scores(
-                layout: &CodeLayout,
-                queries: &[f32],
-                group: usize,
-                scale: f32,
-                blocks: &[u8],
-                out: &mut [f32],
-                out_stride: usize,
-                margins: &mut [f32],
-                margin_stride: usize,
-            ) {
+            pub(in crate::cpu) fn code_scores(scan: &CodeScan<'_>, out: &mut CodeOut<'_>) {
                 // SAFETY: this function's own features say that the instructions are there.
                 let sums = unsafe { $sums::new() };
-                super::code_scores(
-                    sums,
-                    layout,
-                    queries,
-                    group,
-                    scale,
-                    blocks,
-                    out,
-                    out_stride,
-                    margins,
-                    margin_stride,
-                );
+                super::code_scores(sums, scan, out);
             }
 
             #[target_feature(enable = $features)]
-            #[allow(clippy::too_many_arguments)]
             pub(in crate::cpu) fn code_weights(
-                layout: &CodeLayout,
-                queries: &[f32],
-                group: usize,
-                scale: f32,
-                blocks: &[u8],
-                before: usize,
-                rows: &Range<usize>,
-                weights: &mut [f32],
-                stride: usize,
-                margins: &mut [f32],
-                margin_stride: usize,
-                totals: &mut [CodeTotal],
+                scan: &CodeScan<'_>,
+                weighing: &mut CodeWeighing<'_>,
+                out: &mut CodeOut<'_>,
             ) {
                 // SAFETY: as above.
                 let sums = unsafe { $sums::new() };
-                super::code_weights(
-                    sums,
-                    layout,
-                    queries,
-                    group,
-                    scale,
-                    blocks,
-                    before,
-                    rows,
-                    weights,
-                    stride,
-                    margins,
-                    margin_stride,
-                    totals,
-                );
+                super::code_weights(sums, scan, weighing, out);
             }
         }
     };
@@ -503,11 +417,17 @@ mod tests {
             let queries = values(5 * d);
             let (mut out, mut margins) =
                 ([vec![0.0; 5 * 96], vec![0.0; 5 * 96]], [vec![0.0; 30], vec![0.0; 30]]);
-            scalar::code_scores(&layout, &queries, 5, 0.5, &blocks, &mut out[0], 96, &mut margins[0], 6);
+            let scan = CodeScan { layout: &layout, queries: &queries, group: 5, scale: 0.5, blocks: &blocks };
+            let mut runs = out.iter_mut().zip(&mut margins).map(|(rows, margins)| CodeOut {
+                rows,
+                stride: 96,
+                margins,
+                margin_stride: 6,
+            });
+            let [mut twin, mut by_words] = std::array::from_fn(|_| runs.next().unwrap());
+            scalar::code_scores(&scan, &mut twin);
             // SAFETY: the machine has the instructions.
-            unsafe {
-                words::code_scores(&layout, &queries, 5, 0.5, &blocks, &mut out[1], 96, &mut margins[1], 6);
-            };
+            unsafe { words::code_scores(&scan, &mut by_words) };
             assert_eq!(out[0], out[1], "{d} {bits:?}");
             assert_eq!(margins[0], margins[1], "{d} {bits:?}");
         }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::codes::CodeLayout;
 use crate::cpu::bounds::{Block, Query8};
-use crate::cpu::codes::{CodeSums, CodeTotal};
+use crate::cpu::codes::{CodeOut, CodeScan, CodeSums, CodeWeighing, CodeWeights};
 use crate::dtype::Dtype;
 use crate::layout::RowLayout;
 use crate::packed::{PackedMatrix, QuantisedRows};
@@ -58,8 +58,7 @@ macro_rules! path {
                 attend::merge(o: &mut [f32], lse: &mut [f32], other_o: &[f32], other_lse: &[f32]);
                 code_rest::indices_above(values: &[f32], threshold: f32, ids: &mut Vec<u32>);
                 code_rest::code_rest(
-                    layout: &CodeLayout, blocks: &[u8], group: usize, weights: &[f32], stride: usize, margins: &[f32],
-                    margin_stride: usize, sums: &mut [CodeSums], means: &mut [f32],
+                    layout: &CodeLayout, blocks: &[u8], of: &CodeWeights<'_>, sums: &mut [CodeSums], means: &mut [f32],
                 );
                 top_k::top_k(scores: &[f32], k: usize, scratch: &mut TopKScratch, out: &mut Vec<u32>);
             );
@@ -195,98 +194,27 @@ path!(avx512, "avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512vl,avx512dq", kernels
 
     /// As the path says.
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
-    #[allow(clippy::too_many_arguments)]
-    pub(in crate::cpu) fn code_scores(
-        layout: &CodeLayout,
-        queries: &[f32],
-        group: usize,
-        scale: f32,
-        blocks: &[u8],
-        out: &mut [f32],
-        out_stride: usize,
-        margins: &mut [f32],
-        margin_stride: usize,
-    ) {
+    pub(in crate::cpu) fn code_scores(scan: &CodeScan<'_>, out: &mut CodeOut<'_>) {
         if is_x86_feature_detected!("avx512vnni") {
             // SAFETY: the instruction was just found.
-            unsafe {
-                kernels::codes::vnni::code_scores(
-                    layout,
-                    queries,
-                    group,
-                    scale,
-                    blocks,
-                    out,
-                    out_stride,
-                    margins,
-                    margin_stride,
-                );
-            }
+            unsafe { kernels::codes::vnni::code_scores(scan, out) };
         } else {
-            kernels::codes::words::code_scores(
-                layout,
-                queries,
-                group,
-                scale,
-                blocks,
-                out,
-                out_stride,
-                margins,
-                margin_stride,
-            );
+            kernels::codes::words::code_scores(scan, out);
         }
     }
 
     /// As the path says.
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
-    #[allow(clippy::too_many_arguments)]
     pub(in crate::cpu) fn code_weights(
-        layout: &CodeLayout,
-        queries: &[f32],
-        group: usize,
-        scale: f32,
-        blocks: &[u8],
-        before: usize,
-        rows: &Range<usize>,
-        weights: &mut [f32],
-        stride: usize,
-        margins: &mut [f32],
-        margin_stride: usize,
-        totals: &mut [CodeTotal],
+        scan: &CodeScan<'_>,
+        weighing: &mut CodeWeighing<'_>,
+        out: &mut CodeOut<'_>,
     ) {
         if is_x86_feature_detected!("avx512vnni") {
             // SAFETY: the instruction was just found.
-            unsafe {
-                kernels::codes::vnni::code_weights(
-                    layout,
-                    queries,
-                    group,
-                    scale,
-                    blocks,
-                    before,
-                    rows,
-                    weights,
-                    stride,
-                    margins,
-                    margin_stride,
-                    totals,
-                );
-            }
+            unsafe { kernels::codes::vnni::code_weights(scan, weighing, out) };
         } else {
-            kernels::codes::words::code_weights(
-                layout,
-                queries,
-                group,
-                scale,
-                blocks,
-                before,
-                rows,
-                weights,
-                stride,
-                margins,
-                margin_stride,
-                totals,
-            );
+            kernels::codes::words::code_weights(scan, weighing, out);
         }
     }
 

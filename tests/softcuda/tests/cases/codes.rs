@@ -1,7 +1,7 @@
 //! Digests in codes: scores, margins, and what is left out.
 
 use kvoyant_kernels::cuda::params::{CodeRestParams, CodeScoresParams, CodeShape};
-use kvoyant_kernels::{CodeBits, CodeLayout, CodeSums, Kernels};
+use kvoyant_kernels::{CodeBits, CodeLayout, CodeOut, CodeScan, CodeSums, CodeWeights, Kernels};
 
 use super::{Device, Numbers, assert_close};
 
@@ -58,17 +58,20 @@ pub(crate) fn scores_and_margins_of_codes_are_those_of_the_cpu_to_the_last_bit(d
         let mut wanted = vec![-7.0_f32; HEADS * group * stride];
         let mut wanted_margins = vec![-7.0_f32; HEADS * group * margin_stride];
         for head in 0..HEADS {
-            Kernels::best().code_scores(
-                &layout,
-                &queries[head * group * d..][..group * d],
+            let scan = CodeScan {
+                layout: &layout,
+                queries: &queries[head * group * d..][..group * d],
                 group,
-                0.125,
-                of_head(&layout, &blocks, head),
-                &mut wanted[head * group * stride..][..group * stride],
+                scale: 0.125,
+                blocks: of_head(&layout, &blocks, head),
+            };
+            let mut out = CodeOut {
+                rows: &mut wanted[head * group * stride..][..group * stride],
                 stride,
-                &mut wanted_margins[head * group * margin_stride..][..group * margin_stride],
+                margins: &mut wanted_margins[head * group * margin_stride..][..group * margin_stride],
                 margin_stride,
-            );
+            };
+            Kernels::best().code_scores(&scan, &mut out);
         }
         let out = device.put(&vec![-7.0_f32; wanted.len()]);
         let margins = device.put(&vec![-7.0_f32; wanted_margins.len()]);
@@ -119,11 +122,12 @@ pub(crate) fn what_codes_leave_out_is_summed_as_on_the_cpu(device: &mut impl Dev
             Kernels::best().code_rest(
                 &layout,
                 of_head(&layout, &blocks, head),
-                group,
-                &weights[first * stride..][..group * stride],
-                stride,
-                &margins[first * margin_stride..][..group * margin_stride],
-                margin_stride,
+                &CodeWeights {
+                    rows: &weights[first * stride..][..group * stride],
+                    stride,
+                    margins: &margins[first * margin_stride..][..group * margin_stride],
+                    margin_stride,
+                },
                 &mut wanted[first..][..group],
                 &mut wanted_means[first * dv..][..group * dv],
             );
