@@ -239,6 +239,7 @@ mod tests {
             prefetched_rows: 8,
             prefetch_bytes: 2048,
             estimated_rows: 90,
+            late_rows: 0,
             certified_heads: 10,
             missed_heads: [5, 3, 1, 1, 0],
         };

@@ -1,9 +1,11 @@
 //! A registered model: sequences, batches, speculations.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvoyant_kernels::RowLayout;
 use kvoyant_protocol::control::{Mode, ModelSpec, SelectedBy, ToClient, ToDaemon};
+use kvoyant_protocol::futex::now_ns;
 use kvoyant_protocol::wire::{BatchEntry, FeedbackRows, Observe, Operation, QUERIES_MAX, Stat};
 
 use crate::connection::Control;
@@ -273,6 +275,20 @@ impl Model {
         self.speculate_block(layer, members, 1)
     }
 
+    /// As [`Self::speculate`], and says in how long the rows are wanted: methods that [leave late rows](kvoyant_methods::Needs::leaves_late)
+    /// select no more of what is not ready yet than the daemon's link is likely to bring by then.
+    ///
+    /// # Errors
+    /// As for [`Self::speculate`].
+    pub fn speculate_within(
+        &self,
+        layer: usize,
+        members: &[Member<'_>],
+        within: Duration,
+    ) -> Result<Pending, Error> {
+        self.ask(layer, members, 1, false, Some(within))
+    }
+
     /// As [`Self::speculate`], for a block of so many query tokens of each member at once: candidates are counted for its
     /// first token, and the block itself and its window are the caller's.
     ///
@@ -284,7 +300,7 @@ impl Model {
         members: &[Member<'_>],
         queries: usize,
     ) -> Result<Pending, Error> {
-        self.ask(layer, members, queries, false)
+        self.ask(layer, members, queries, false, None)
     }
 
     /// Asks for an estimate of the rows that a layer's last answer left out, by its true query: for sequences whose method selects by a query
@@ -294,7 +310,7 @@ impl Model {
     /// # Errors
     /// As for [`Self::speculate`].
     pub fn rest(&self, layer: usize, members: &[Member<'_>]) -> Result<Pending, Error> {
-        self.ask(layer, members, 1, true)
+        self.ask(layer, members, 1, true, None)
     }
 
     fn ask(
@@ -303,6 +319,7 @@ impl Model {
         members: &[Member<'_>],
         queries: usize,
         rest: bool,
+        within: Option<Duration>,
     ) -> Result<Pending, Error> {
         let heads = queries * self.inner.geometry.query_heads;
         let wanted = heads * self.inner.geometry.head_dim;
@@ -329,7 +346,9 @@ impl Model {
             (entry, member.hint.bytes())
         });
         let layer = self.layer(layer)?;
-        let ask = Ask { layer, queries, floors, rest };
+        let deadline_ns =
+            within.map_or(0, |within| now_ns() + within.as_nanos().min(u128::from(u32::MAX)) as u64);
+        let ask = Ask { layer, queries, floors, rest, deadline_ns };
         let ticket = self.inner.rings.speculate(&self.inner.control, ask, entries)?;
         Ok(Pending::new(Arc::clone(&self.inner), ticket))
     }

@@ -157,6 +157,8 @@ pub(crate) struct Ask {
     pub(crate) floors: bool,
     /// Whether only the rest of the last answer is asked for.
     pub(crate) rest: bool,
+    /// When the rows are wanted, on the monotonic clock; 0: whenever they are ready.
+    pub(crate) deadline_ns: u64,
 }
 
 /// See the module.
@@ -316,14 +318,14 @@ impl Rings {
         }
         let ticket = submit.last_ticket + 1;
         let hint_bytes = offset as u32;
-        let Ask { layer, queries, floors, rest } = ask;
+        let Ask { layer, queries, floors, rest, deadline_ns } = ask;
         let speculate = Speculate {
             layer,
             batch,
             ticket,
             hint_bytes,
             queries,
-            deadline_ns: 0,
+            deadline_ns,
             doorbell: false,
             floors,
             rest,

@@ -131,6 +131,7 @@ impl SessionStatus {
             prefetched_rows: stat(Stat::PrefetchedRows),
             prefetch_bytes: stat(Stat::PrefetchBytes),
             estimated_rows: stat(Stat::EstimatedRows),
+            late_rows: stat(Stat::LateRows),
             certified_heads: stat(Stat::CertifiedHeads),
             missed_heads: [
                 stat(Stat::MissedTo0001),
@@ -403,6 +404,9 @@ pub struct SessionReport {
     /// Rows that answers left out and estimated, all query heads together.
     #[serde(default)]
     pub estimated_rows: u64,
+    /// Rows that were left out of answers because they would have come after their deadline.
+    #[serde(default)]
+    pub late_rows: u64,
     /// Query heads of which the lane could tell how much they may have missed.
     #[serde(default)]
     pub certified_heads: u64,

@@ -2,8 +2,18 @@
 
 use std::ops::Range;
 
+use crate::selection::Selection;
 use crate::shape::Shape;
 use crate::store::{NoRows, RowSource};
+
+/// What can be ready by the time it is wanted.
+#[derive(Debug, Clone, Copy)]
+pub struct InTime<'a> {
+    /// Rows that are ready now, of every KV head of the request.
+    pub resident: &'a Selection,
+    /// How many more rows of each KV head can be by then.
+    pub room: usize,
+}
 
 /// One request for one sequence and layer.
 #[derive(Clone)]
@@ -32,6 +42,8 @@ pub struct SelectContext<'a> {
     pub step: u64,
     /// The rows, where the method needs them.
     pub rows: &'a dyn RowSource,
+    /// What can be ready in time, where that is limited and the method [leaves out](crate::Needs::leaves_late) what cannot.
+    pub in_time: Option<InTime<'a>>,
 }
 
 impl<'a> SelectContext<'a> {
@@ -49,6 +61,7 @@ impl<'a> SelectContext<'a> {
             sequence_seed: 0,
             step: tokens as u64,
             rows: &NoRows,
+            in_time: None,
         }
     }
 

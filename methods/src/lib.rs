@@ -79,7 +79,7 @@ pub use kvoyant_kernels::Dtype;
 
 pub use artifact::{Artifact, ArtifactKind, Artifacts, Tensor, TensorArtifact};
 pub use budget::{Budget, Share};
-pub use context::SelectContext;
+pub use context::{InTime, SelectContext};
 pub use error::{BudgetError, MethodError, SpecError};
 pub use method::{Append, DigestKey, FeedbackRow, HintNorm, Method, Truncated};
 pub use needs::{CpuAttention, Feedback, HintSource, Needs, RowPart, mark};

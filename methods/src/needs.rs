@@ -89,6 +89,8 @@ pub struct Needs {
     pub rest: bool,
     /// All rows of a selected layer that are resident are attended, not only those selected.
     pub attend_resident: bool,
+    /// Selections leave out rows that would come too late ([`crate::SelectContext::in_time`]).
+    pub leaves_late: bool,
     /// Keys of the rows themselves while it selects ([`crate::RowSource`]).
     pub rows: bool,
     /// Attention rows ([`crate::Method::on_feedback`]).

@@ -26,6 +26,8 @@ pub struct Selection {
     ranges: Vec<TokenRange>,
     /// Per finished head, where its ranges end.
     ends: Vec<usize>,
+    /// Rows that would have been selected, had they not come too late.
+    late: usize,
 }
 
 impl Selection {
@@ -39,6 +41,7 @@ impl Selection {
     pub fn clear(&mut self) {
         self.ranges.clear();
         self.ends.clear();
+        self.late = 0;
     }
 
     /// Adds `first..end` to the head under way; empty is fine, adjacent ranges become one.
@@ -64,6 +67,17 @@ impl Selection {
     /// Ends the head under way; what is pushed next belongs to the next head.
     pub fn finish_head(&mut self) {
         self.ends.push(self.ranges.len());
+    }
+
+    /// Counts rows that are left out because they would come too late.
+    pub fn leave(&mut self, rows: usize) {
+        self.late += rows;
+    }
+
+    /// Rows that were left out because they would have come too late, all heads together.
+    #[must_use]
+    pub fn late(&self) -> usize {
+        self.late
     }
 
     /// Ranges of the head under way so far.

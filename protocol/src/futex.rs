@@ -127,6 +127,20 @@ struct FutexWaitv {
     reserved: u32,
 }
 
+fn now() -> libc::timespec {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is a valid timespec to write to.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now
+}
+
+/// Nanoseconds on the monotonic clock, which all processes of a machine share.
+#[must_use]
+pub fn now_ns() -> u64 {
+    let now = now();
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
 /// Sleeps until the bell or any word differs from the value seen, a wake-up comes, or the timeout passes. The bell
 /// and the first [`WAIT_ANY_MAX`]` - 1` words are watched. Needs Linux 5.16; on an older kernel it returns
 /// `Unsupported`.
@@ -141,9 +155,7 @@ pub fn wait_any(bell: (&Bell, u32), words: &[(Word<'_>, u32)], timeout: Duration
         waiter.address = word.memory.futex_word(word.offset) as u64;
     }
     // The system call takes an absolute time.
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `now` is a valid timespec to write to.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let now = now();
     let wait = timespec(timeout);
     let mut until = libc::timespec {
         tv_sec: now.tv_sec.saturating_add(wait.tv_sec),

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use kvoyant_client::Stat;
 use kvoyant_engine::calibrate::calibrate;
 use kvoyant_engine::{
     DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, DenseKv, Dtype, Format, KvShape,
@@ -379,4 +380,32 @@ fn rows_that_are_attended_because_they_are_resident_are_in_no_estimate() {
         with.measured.output_error().unwrap() < without.measured.output_error().unwrap(),
         "{with:?} {without:?}"
     );
+}
+
+#[test]
+fn rows_that_would_come_after_the_deadline_are_left_to_the_estimate_and_certified_with_it() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 333);
+    // Each row takes long enough that next to none can come while a layer of the tiny model runs.
+    let daemon = Daemon::start(DAEMON, &["--shape-gbps", "0.01", "--shape-latency-us", "200"]);
+    let run = |late: &str| {
+        let method = format!("kvoyant:budget=64,hint=ahead,late={late}");
+        let mut kv = connect(&daemon, &model, Format::Plain(Dtype::F16), &[&method]);
+        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+        let mut sequence = kv.sequence(0).unwrap();
+        decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
+        kv.take_stats();
+        for token in 0..24 {
+            kv.measure(token % 4 == 3);
+            decoder.step(&mut kv, &mut [&mut sequence], &[token * 7 % 200]).unwrap();
+        }
+        (kv.take_stats(), kv.model().stat(Stat::LateRows))
+    };
+    let ((waited, none), (left, late)) = (run("wait"), run("leave"));
+    assert_eq!(none, 0);
+    assert!(late > 1000, "{late} rows were late");
+    assert!(left.bytes_moved < waited.bytes_moved / 2, "{} {}", left.bytes_moved, waited.bytes_moved);
+    assert!(left.measured.certified > 0);
+    assert_eq!((left.measured.violations, waited.measured.violations), (0, 0));
+    assert!(left.measured.output_error().unwrap() < 0.5, "{left:?}");
 }

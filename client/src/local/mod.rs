@@ -182,6 +182,7 @@ impl LocalMethod {
             sequence_seed: digests.seed(),
             step: request.tokens as u64,
             rows: &NoRows,
+            in_time: None,
         }
     }
 }

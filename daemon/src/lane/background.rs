@@ -133,7 +133,7 @@ impl ModelState {
         background: &mut Background,
     ) -> Result<(), Status> {
         let before = background.answer.bytes;
-        self.make_room(self.pages_short(slots), Turn { ticket: 0, released_through });
+        self.make_room(self.pages_short(slots), Turn { ticket: 0, released_through, room: None });
         let mut result = Ok(());
         for (head, set) in slots.heads.iter_mut().enumerate() {
             let keep = (self.buffers.selection.rows(head) as f64 * self.keep) as usize;

@@ -239,7 +239,7 @@ impl ModelState {
         let sequence = self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?;
         let mut slots = std::mem::take(&mut sequence.residency[layer]);
         slots.heads.resize_with(self.shape.kv_heads, SlotSet::default);
-        self.make_room(self.pages_short(&slots), Turn { ticket: 0, released_through });
+        self.make_room(self.pages_short(&slots), Turn { ticket: 0, released_through, room: None });
         let mut result = Ok(());
         for (head, set) in slots.heads.iter_mut().enumerate() {
             let keep = (self.buffers.selection.rows(head) as f64 * self.keep) as usize;

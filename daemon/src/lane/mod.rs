@@ -9,6 +9,7 @@ pub mod digests;
 pub mod error;
 pub mod graph;
 pub mod kept;
+mod link;
 pub mod mailbox;
 pub mod model;
 mod place;

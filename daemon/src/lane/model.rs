@@ -88,6 +88,8 @@ pub struct Buffers {
     pub(crate) floors: Vec<f32>,
     pub(crate) rest: Rest,
     pub(crate) named: Selection,
+    pub(crate) resident: Selection,
+    pub(crate) room: Option<usize>,
     pub(crate) ids: Vec<u32>,
     pub(crate) digest: Vec<u8>,
     pub(crate) marks: Vec<u8>,

@@ -1,10 +1,67 @@
-//! Whether there is room for what a sequence needs beside its rows: page tables, digests, memories, marks.
+//! Whether there is room for what a request needs: pages for rows, and beside them page tables, digests, memories, marks.
 
-use kvoyant_protocol::control::Failure;
+use kvoyant_protocol::control::{Failure, NO_PAGE, SelectedBy, ToDaemon};
+use kvoyant_protocol::wire::SequenceId;
 
+use crate::lane::digests::DigestSet;
 use crate::lane::model::{HEAP_FILE_BYTES, ModelState};
+use crate::lane::sequences::{RESERVE_MAX, check_tokens};
 
 impl ModelState {
+    /// Extents that must be added before a request can be met; 0 if it can be met at once, or never.
+    pub(crate) fn missing_extents(&self, message: &ToDaemon) -> usize {
+        let pages = match message {
+            ToDaemon::Open { method, tokens, by } => self.pages_to_open(*method, *tokens, *by),
+            ToDaemon::Reserve { sequences } => self.pages_to_reserve(sequences),
+            _ => return 0,
+        };
+        pages.map_or(0, |pages| self.arena.missing_extents(pages))
+    }
+
+    fn pages_to_open(&self, method: u16, tokens: u32, by: SelectedBy) -> Result<usize, Failure> {
+        let method = self.method_index(method)?;
+        self.free_slot()?;
+        let pages = (check_tokens(tokens)? as usize).div_ceil(self.shape.page_rows);
+        self.check_tables(self.tables_of(self.digested_here(method, by), pages))?;
+        Ok(pages * self.heads())
+    }
+
+    /// Free pages that a reservation needs.
+    pub(super) fn pages_to_reserve(&self, list: &[(SequenceId, u32)]) -> Result<usize, Failure> {
+        let rows = self.shape.page_rows;
+        let kept = 0..self.heads();
+        let mut needed = 0;
+        let mut named: Vec<_> = list.iter().map(|(id, _)| *id).collect();
+        named.sort_unstable();
+        if list.len() > RESERVE_MAX || named.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(Failure::BadModel(format!(
+                "a reservation names {} sequences, of which there may be {RESERVE_MAX}, each once",
+                list.len()
+            )));
+        }
+        for (id, tokens) in list {
+            let tokens = check_tokens(*tokens)? as usize;
+            let sequence = self.sequence(*id)?;
+            needed += tokens.div_ceil(rows).saturating_sub(sequence.pages) * kept.len();
+            let first = sequence.tokens() / rows;
+            for head in kept.clone() {
+                needed += (first..sequence.pages)
+                    .map(|page| self.tables.word(sequence.table, head * sequence.capacity + page))
+                    .filter(|page| *page == NO_PAGE || self.arena.is_shared(*page))
+                    .count();
+            }
+        }
+        if needed <= self.arena.obtainable_pages() {
+            let mut wanted = 0_u64;
+            for (id, tokens) in list {
+                let methods = self.sequence(*id)?.digests.iter().map(DigestSet::method);
+                wanted = wanted.saturating_add(self.tables_of(methods, (*tokens as usize).div_ceil(rows)));
+            }
+            self.check_tables(wanted)?;
+        }
+        Ok(needed)
+    }
+
     /// Bytes that a sequence's table of `pages` pages, its marks and statistics, and its digests for each of these methods
     /// may take.
     pub(super) fn tables_of(&self, methods: impl IntoIterator<Item = usize>, pages: usize) -> u64 {

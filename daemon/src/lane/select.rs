@@ -5,7 +5,7 @@
 //! into the transfer plan.
 
 use kvoyant_kernels::CopyRun;
-use kvoyant_methods::{NoRows, NoStore, SelectContext, Selection, Store};
+use kvoyant_methods::{InTime, NoRows, NoStore, SelectContext, Selection, Store};
 use kvoyant_protocol::control::{NO_PAGE, SelectedBy};
 use kvoyant_protocol::wire::{BatchEntry, BlockRun, HeadEntry, SequenceId, Stat, Status};
 
@@ -43,6 +43,8 @@ pub struct Answer {
     pub has_rest: bool,
     /// Rows in them, for each query head.
     pub estimated_rows: u64,
+    /// Rows that would have come too late.
+    pub late: u64,
     /// Counters of what certified query heads may have missed.
     pub missed: Vec<Stat>,
     /// Background transfers that bring rows which the answer names.
@@ -62,7 +64,7 @@ impl Answer {
         self.missed.clear();
         self.after.clear();
         (self.rows, self.hits, self.in_place, self.resident, self.bytes) = (0, 0, 0, 0, 0);
-        (self.cpu_rows, self.has_rest, self.estimated_rows) = (0, false, 0);
+        (self.cpu_rows, self.has_rest, self.estimated_rows, self.late) = (0, false, 0, 0);
     }
 
     /// Bytes of the block table.
@@ -111,6 +113,8 @@ pub struct Turn {
     pub ticket: u64,
     /// Last ticket whose answer is not read any more.
     pub released_through: u64,
+    /// Rows that can be copied by the time that they are wanted; none where nobody said when that is, or nothing is known of the link.
+    pub room: Option<u64>,
 }
 
 /// What a method is asked for.
@@ -164,7 +168,10 @@ impl ModelState {
             (true, false) => Purpose::Whole,
             (true, true) => Purpose::RowsFirst,
         };
+        self.buffers.room = self.room_in_time(id, layer, turn, answer);
         self.ask_method(id, layer, (tokens, queries), purpose);
+        self.buffers.room = None;
+        answer.late += self.buffers.selection.late() as u64;
         self.note_selected(id, layer);
         if self.slab.is_none() {
             if at_once {
@@ -182,6 +189,27 @@ impl ModelState {
         }
         self.plan_prefetch(id, layer, tokens, turn.ticket);
         Ok(())
+    }
+
+    /// How many rows of each KV head can be ready in time besides those that are, which go to the buffers; none where that is not limited.
+    fn room_in_time(&mut self, id: SequenceId, layer: usize, turn: Turn, answer: &Answer) -> Option<usize> {
+        let room = turn.room?;
+        let sequence = self.sequence(id).ok()?;
+        if self.slab.is_none() || !self.methods[sequence.method].needs().leaves_late {
+            return None;
+        }
+        let mut resident = std::mem::take(&mut self.buffers.resident);
+        resident.clear();
+        let slots = &self.sequence(id).ok()?.residency[layer].heads;
+        for kv_head in 0..self.shape.kv_heads {
+            if let Some(set) = slots.get(kv_head) {
+                set.entries().for_each(|entry| resident.push(entry.token as usize, entry.token as usize + 1));
+            }
+            resident.finish_head();
+        }
+        self.buffers.resident = resident;
+        let planned = answer.bytes / self.arena.geometry().row_bytes as u64;
+        Some((room.saturating_sub(planned) / self.shape.kv_heads as u64) as usize)
     }
 
     /// Has the sequence's method choose rows ahead of any hint; true where it did.
@@ -214,6 +242,7 @@ impl ModelState {
         }
         let hint = std::mem::take(&mut self.buffers.hint);
         let ids = std::mem::take(&mut self.buffers.ids);
+        let resident = std::mem::take(&mut self.buffers.resident);
         let slot = self.sequences.get(id.slot as usize);
         let mut chosen = false;
         if let Some(sequence) = slot.and_then(|slot| slot.sequence.as_ref()) {
@@ -237,6 +266,7 @@ impl ModelState {
                 sequence_seed: sequence.seed,
                 step: tokens as u64,
                 rows: if method.needs().rows { &rows } else { &NoRows },
+                in_time: self.buffers.room.map(|room| InTime { resident: &resident, room }),
             };
             let of = (method, sequence.method);
             let mut view = View::new(&mut self.meta, &self.pools, sequence, of, (&self.shape, layer));
@@ -261,7 +291,7 @@ impl ModelState {
             self.buffers.pages = rows.into_scratch();
         }
         (self.buffers.selection, self.buffers.scratch) = (selection, scratch);
-        (self.buffers.rest, self.buffers.floors) = (rest, floors);
+        (self.buffers.rest, self.buffers.floors, self.buffers.resident) = (rest, floors, resident);
         (self.buffers.hint, self.buffers.ids) = (hint, ids);
         chosen
     }

@@ -5,7 +5,7 @@
 //! `reserve` gives it a copy. All calls here come over the control socket, not on the hot path.
 
 use kvoyant_methods::Selection;
-use kvoyant_protocol::control::{Failure, NO_PAGE, SelectedBy, TableRef, ToDaemon};
+use kvoyant_protocol::control::{Failure, NO_PAGE, SelectedBy, TableRef};
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
 
@@ -97,7 +97,7 @@ pub struct SequenceSlot {
     pub sequence: Option<Sequence>,
 }
 
-fn check_tokens(tokens: u32) -> Result<u32, Failure> {
+pub(super) fn check_tokens(tokens: u32) -> Result<u32, Failure> {
     if tokens > TOKENS_MAX {
         return Err(Failure::BadModel(format!("{tokens} tokens are more than {TOKENS_MAX}")));
     }
@@ -139,7 +139,7 @@ impl ModelState {
         self.shape.layers * self.shape.kv_heads
     }
 
-    fn free_slot(&self) -> Result<usize, Failure> {
+    pub(super) fn free_slot(&self) -> Result<usize, Failure> {
         let max = self.sequences.len() as u32;
         self.sequences
             .iter()
@@ -155,7 +155,7 @@ impl ModelState {
         id
     }
 
-    fn method_index(&self, method: u16) -> Result<usize, Failure> {
+    pub(super) fn method_index(&self, method: u16) -> Result<usize, Failure> {
         let method = usize::from(method);
         if method < self.methods.len() {
             return Ok(method);
@@ -167,7 +167,7 @@ impl ModelState {
     }
 
     /// The method whose digests the daemon keeps of a sequence, if any.
-    fn digested_here(&self, method: usize, by: SelectedBy) -> Option<usize> {
+    pub(super) fn digested_here(&self, method: usize, by: SelectedBy) -> Option<usize> {
         (by == SelectedBy::Lane).then_some(method)
     }
 
@@ -308,60 +308,6 @@ impl ModelState {
                 graph: None,
             },
         ))
-    }
-
-    /// Extents that must be added before a request can be met; 0 if it can be met at once, or never.
-    pub(crate) fn missing_extents(&self, message: &ToDaemon) -> usize {
-        let pages = match message {
-            ToDaemon::Open { method, tokens, by } => self.pages_to_open(*method, *tokens, *by),
-            ToDaemon::Reserve { sequences } => self.pages_to_reserve(sequences),
-            _ => return 0,
-        };
-        pages.map_or(0, |pages| self.arena.missing_extents(pages))
-    }
-
-    fn pages_to_open(&self, method: u16, tokens: u32, by: SelectedBy) -> Result<usize, Failure> {
-        let method = self.method_index(method)?;
-        self.free_slot()?;
-        let pages = (check_tokens(tokens)? as usize).div_ceil(self.shape.page_rows);
-        self.check_tables(self.tables_of(self.digested_here(method, by), pages))?;
-        Ok(pages * self.heads())
-    }
-
-    /// Free pages that a reservation needs.
-    fn pages_to_reserve(&self, list: &[(SequenceId, u32)]) -> Result<usize, Failure> {
-        let rows = self.shape.page_rows;
-        let kept = 0..self.heads();
-        let mut needed = 0;
-        let mut named: Vec<_> = list.iter().map(|(id, _)| *id).collect();
-        named.sort_unstable();
-        if list.len() > RESERVE_MAX || named.windows(2).any(|pair| pair[0] == pair[1]) {
-            return Err(Failure::BadModel(format!(
-                "a reservation names {} sequences, of which there may be {RESERVE_MAX}, each once",
-                list.len()
-            )));
-        }
-        for (id, tokens) in list {
-            let tokens = check_tokens(*tokens)? as usize;
-            let sequence = self.sequence(*id)?;
-            needed += tokens.div_ceil(rows).saturating_sub(sequence.pages) * kept.len();
-            let first = sequence.tokens() / rows;
-            for head in kept.clone() {
-                needed += (first..sequence.pages)
-                    .map(|page| self.tables.word(sequence.table, head * sequence.capacity + page))
-                    .filter(|page| *page == NO_PAGE || self.arena.is_shared(*page))
-                    .count();
-            }
-        }
-        if needed <= self.arena.obtainable_pages() {
-            let mut wanted = 0_u64;
-            for (id, tokens) in list {
-                let methods = self.sequence(*id)?.digests.iter().map(DigestSet::method);
-                wanted = wanted.saturating_add(self.tables_of(methods, (*tokens as usize).div_ceil(rows)));
-            }
-            self.check_tables(wanted)?;
-        }
-        Ok(needed)
     }
 
     /// Gives sequences room to write: private pages up to so many tokens each. All of them or none.

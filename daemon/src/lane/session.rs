@@ -20,6 +20,7 @@ use kvoyant_protocol::wire::{BatchEntry, Completion, Operation, Request, STATS, 
 use crate::device::{AnswerWords, BACKGROUND, Device, Done, Publication, Report, Transfer};
 use crate::lane::background::Background;
 use crate::lane::error::SessionError;
+use crate::lane::link::Link;
 use crate::lane::mailbox::Report as GraphReport;
 use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
@@ -68,6 +69,7 @@ pub struct LaneSession {
     streams: bool,
     flights: VecDeque<Flight>,
     in_transfer: usize,
+    link: Link,
     stats: [u64; STATS],
     batch: Vec<BatchEntry>,
     answer: Answer,
@@ -119,6 +121,7 @@ impl LaneSession {
             streams: false,
             flights: VecDeque::with_capacity(layout.limits.ring_slots as usize),
             in_transfer: 0,
+            link: Link::default(),
             stats: [0; STATS],
             batch: Vec::new(),
             answer: Answer::default(),
@@ -336,6 +339,8 @@ impl LaneSession {
             floors: request.floors,
             rest: request.rest,
         };
+        let row_bytes = model.arena.geometry().row_bytes as u64;
+        let room = self.link.bytes_until(request.deadline_ns).map(|bytes| bytes / row_bytes);
         for entry in &self.batch {
             let tokens = entry.position as usize + 1;
             let by_query = request.rest || model.selects_by_query(entry.sequence);
@@ -343,7 +348,7 @@ impl LaneSession {
             if work > WORK_MAX {
                 return Err(SessionError::Work { products: work });
             }
-            let turn = Turn { ticket, released_through: self.released_through };
+            let turn = Turn { ticket, released_through: self.released_through, room };
             let most = self.layout.limits.table_bytes as usize;
             if attends && !model.begin_partial(&mut self.answer, most) {
                 status = Status::TableFull;
@@ -400,6 +405,7 @@ impl LaneSession {
         let after = std::mem::take(&mut self.answer.after);
         self.flights.push_back(Flight { completion, planned, waiting, after });
         self.count(Stat::CpuRows, u64::from(self.answer.cpu_rows));
+        self.count(Stat::LateRows, self.answer.late);
         self.count_rest();
         if waiting {
             self.transfer(ticket, publish.map(Publication::Answer), tools);
@@ -511,6 +517,7 @@ impl LaneSession {
             if flight.completion.ticket == done.ticket {
                 let took = done.finished.saturating_duration_since(flight.planned).as_nanos();
                 flight.completion.transfer_ns = took.min(u128::from(u32::MAX)) as u32;
+                self.link.took(flight.completion.bytes_moved, took as u64);
                 flight.waiting = false;
                 if done.failed {
                     flight.completion.status = Status::Failed;

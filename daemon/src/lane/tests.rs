@@ -88,7 +88,7 @@ impl Served {
         let entry = BatchEntry { sequence: id, position: 200, value: 0 };
         let (mut answer, mut background) = (Answer::default(), Background::default());
         self.model.buffers.hint = vec![1.0; QUERY_HEADS * HEAD_DIM];
-        let turn = Turn { ticket, released_through: 0 };
+        let turn = Turn { ticket, released_through: 0, room: None };
         self.model.speculate(layer, &entry, 1, turn, &mut answer, &mut background).unwrap();
     }
 }

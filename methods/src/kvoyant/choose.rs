@@ -4,7 +4,7 @@ use super::Kvoyant;
 use super::spec::{Amount, part_of};
 use super::steer::Steering;
 use super::weigh::Seen;
-use crate::context::SelectContext;
+use crate::context::{InTime, SelectContext};
 use crate::rest::RestSums;
 use crate::scratch::Scratch;
 use crate::selection::Selection;
@@ -65,6 +65,39 @@ impl Kvoyant {
                 0.0
             }
         }
+    }
+
+    /// Takes out of the chosen rows those that would come too late: of the rows that are not there yet, only as many as can come are left,
+    /// those with the largest shares. How many were taken out.
+    pub(super) fn leave_late(
+        &self,
+        context: &SelectContext<'_>,
+        head: usize,
+        seen: &Seen,
+        scratch: &mut Scratch,
+    ) -> usize {
+        let Some(InTime { resident, room }) = context.in_time else { return 0 };
+        let Scratch { group: shares, ids, hits: absent, top, .. } = scratch;
+        let first = seen.first_token(self.layout.rows()) as u32;
+        let mut there = resident.tokens(head - context.heads.start).peekable();
+        absent.clear();
+        for id in &*ids {
+            let token = first + id;
+            while there.next_if(|resident| *resident < token).is_some() {}
+            if there.peek() != Some(&token) {
+                absent.push(*id);
+            }
+        }
+        if absent.len() <= room {
+            return 0;
+        }
+        let of: Vec<f32> = absent.iter().map(|id| shares[*id as usize]).collect();
+        let mut come = Vec::new();
+        self.kernels.top_k(&of, room, top, &mut come);
+        let come: Vec<u32> = come.iter().map(|at| absent[*at as usize]).collect();
+        let late = absent.len() - come.len();
+        ids.retain(|id| absent.binary_search(id).is_err() || come.binary_search(id).is_ok());
+        late
     }
 
     fn best(&self, seen: &Seen, count: usize, scratch: &mut Scratch) {

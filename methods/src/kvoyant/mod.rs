@@ -85,6 +85,11 @@ impl Kvoyant {
         Ok(Self { shape: *shape, options, spec: MethodSpec::new(options), layout, kernels: Kernels::best() })
     }
 
+    /// Whether rows of all heads compete with one another.
+    fn chooses_together(&self) -> bool {
+        self.options.scope == Scope::Layer && matches!(self.options.amount, Amount::Budget(_))
+    }
+
     fn blocks_of_a_page(&self) -> usize {
         self.shape.page_rows / self.layout.rows()
     }
@@ -169,6 +174,7 @@ impl Kvoyant {
             self.weigh(context, &*store, head, &seen, scratch);
             let cut = self.choose(context, head, &wanted, &seen, scratch);
             store.note(head).iter_mut().zip(cut.to_le_bytes()).for_each(|(kept, byte)| *kept = byte);
+            out.leave(self.leave_late(context, head, &seen, scratch));
             for id in &scratch.ids {
                 let token = seen.first_token(self.layout.rows()) + *id as usize;
                 out.push(token, token + 1);
@@ -207,6 +213,7 @@ impl Method for Kvoyant {
             floors: true,
             rest: self.options.tail || self.options.certificate != Certify::Off,
             attend_resident: self.options.resident,
+            leaves_late: !self.options.waits && !self.chooses_together(),
             ..Needs::default()
         }
     }
@@ -252,7 +259,7 @@ impl Method for Kvoyant {
         scratch: &mut Scratch,
         out: &mut Selection,
     ) {
-        if self.options.scope == Scope::Layer && matches!(self.options.amount, Amount::Budget(_)) {
+        if self.chooses_together() {
             self.choose_together(context, store, scratch, out);
         } else {
             self.choose_all(context, store, scratch, out, None);
@@ -267,7 +274,7 @@ impl Method for Kvoyant {
         out: &mut Selection,
         rest: &mut Rest,
     ) {
-        if self.options.scope == Scope::Layer && matches!(self.options.amount, Amount::Budget(_)) {
+        if self.chooses_together() {
             self.select(context, store, scratch, out);
             return self.rest(context, out, store, scratch, rest);
         }
@@ -329,9 +336,11 @@ impl Method for Kvoyant {
         let budget = self.options.rows_of(context.tokens);
         let cut = |head| store.note(head).first_chunk().map_or(0.0, |cut| f32::from_le_bytes(*cut));
         let cuts: Vec<f32> = context.heads.clone().map(cut).collect();
+        // What came too late was wanted all the same: a threshold does not make it come.
+        let selected = selected.total_rows() + selected.late();
         let bytes = store.sequence();
         let mut steering = Steering::read(bytes);
-        steering.note(context, selected.total_rows(), budget * context.heads.len(), &cuts);
+        steering.note(context, selected, budget * context.heads.len(), &cuts);
         steering.write(bytes);
     }
 }

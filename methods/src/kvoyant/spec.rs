@@ -112,6 +112,7 @@ impl fmt::Display for Certify {
 }
 
 const SWITCH: &[(&str, bool)] = &[("on", true), ("off", false)];
+const LATE: &[(&str, bool)] = &[("wait", true), ("leave", false)];
 const SCOPES: &[(&str, Scope)] =
     &[("threshold", Scope::Threshold), ("layer", Scope::Layer), ("head", Scope::Head)];
 const BITS: &[(&str, CodeBits)] = &[("4", CodeBits::Four), ("6", CodeBits::Six)];
@@ -127,6 +128,7 @@ const KNOWN: &[&str] = &[
     "resident",
     "correct",
     "certificate",
+    "late",
     "hint",
     "hint_norm",
 ];
@@ -154,6 +156,8 @@ pub struct KvoyantSpec {
     pub correct: f64,
     /// When answers are certified.
     pub certificate: Certify,
+    /// Whether rows that would come after an answer's deadline are waited for; else they are left to the estimate.
+    pub waits: bool,
     /// Which query selects.
     pub hint: HintSource,
     /// How the engine makes a hint ahead of its layer.
@@ -173,6 +177,7 @@ impl Default for KvoyantSpec {
             resident: true,
             correct: CORRECT,
             certificate: Certify::default(),
+            waits: true,
             hint: HintSource::Current,
             hint_norm: HintNorm::default(),
         }
@@ -236,6 +241,7 @@ impl KvoyantSpec {
             certificate: options
                 .take_value("certificate", "give every, off, or a number of steps", |_: &Certify| true)?
                 .unwrap_or_default(),
+            waits: options.take_word("late", LATE)?.unwrap_or(default.waits),
             hint: options.take_word("hint", HintSource::QUERIES)?.unwrap_or(default.hint),
             hint_norm: options.take_word("hint_norm", HintNorm::WORDS)?.unwrap_or_default(),
         };
@@ -266,6 +272,7 @@ impl Spec for KvoyantSpec {
         writer.word_unless("resident", SWITCH, self.resident, default.resident);
         writer.option_unless("correct", &self.correct, &default.correct);
         writer.option_unless("certificate", &self.certificate, &default.certificate);
+        writer.word_unless("late", LATE, self.waits, default.waits);
         writer.word_unless("hint", HintSource::QUERIES, self.hint, default.hint);
         writer.word_unless("hint_norm", HintNorm::WORDS, self.hint_norm, default.hint_norm);
     }

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::infinigen::HeadRows;
+use crate::context::InTime;
 use crate::rest::Certificate;
 use crate::shape::Shape;
 use crate::shape::tests::small;
@@ -301,14 +301,7 @@ fn rows_are_nearly_those_with_the_largest_true_shares() {
         // Rows without a digest are selected besides.
         let sealed = shape.candidates(270).start..256;
         for kv_head in 0..2 {
-            let rows: Vec<f32> = (0..270)
-                .flat_map(|t| (0..2).flat_map(move |head| (0..8).map(move |j| (t, head, j))))
-                .map(|(t, head, j)| case.kept.keys(head)[t * 8 + j])
-                .collect();
-            assert_eq!(HeadRows::keys(&rows, &shape, kv_head).rows().count(), 270);
-            let all = logits(&shape, &case.hint, &rows, kv_head);
-            let scores: Vec<f32> = all.chunks(270).flat_map(|row| row[sealed.clone()].to_vec()).collect();
-            let shares = mean_softmax(&scores, sealed.len());
+            let shares = true_shares(&case, kv_head, sealed.clone())[sealed.clone()].to_vec();
             let mut best: Vec<usize> = (0..sealed.len()).collect();
             best.sort_by(|a, b| shares[*b].total_cmp(&shares[*a]));
             let chosen: Vec<usize> = selection.tokens(kv_head).map(|t| t as usize - sealed.start).collect();
@@ -457,6 +450,76 @@ fn a_page_of_several_blocks_is_as_so_many_pages() {
                 assert_eq!(a.rows, b.rows, "{options}");
                 assert!((a.upper - b.upper).abs() <= 1e-5 * a.upper, "{options}: {a:?} {b:?}");
             }
+        }
+    }
+}
+
+/// The mean share in its group that each row of a sealed range has of the range's attention, by its exact key; 0 elsewhere.
+fn true_shares(case: &Case, kv_head: usize, sealed: std::ops::Range<usize>) -> Vec<f32> {
+    let rows: Vec<f32> = (0..case.tokens)
+        .flat_map(|t| (0..2).flat_map(move |head| (0..8).map(move |j| (t, head, j))))
+        .map(|(t, head, j)| case.kept.keys(head)[t * 8 + j])
+        .collect();
+    let all = logits(&small(), &case.hint, &rows, kv_head);
+    let scores: Vec<f32> = all.chunks(case.tokens).flat_map(|row| row[sealed.clone()].to_vec()).collect();
+    let mut shares = vec![0.0; sealed.start];
+    shares.extend(mean_softmax(&scores, sealed.len()));
+    shares.resize(case.tokens, 0.0);
+    shares
+}
+
+#[test]
+fn of_rows_that_would_come_late_the_best_come_and_the_others_are_estimated() {
+    let method = method("budget=24,hint=ahead,late=leave");
+    assert!(
+        method.needs().leaves_late && !self::method("budget=24,scope=layer,late=leave").needs().leaves_late
+    );
+    for seed in 0..20 {
+        let case = case(&method, 0, 280, 1.0, seed);
+        let hint = case.hint.clone();
+        let context = SelectContext::new(&small(), 1, 280, &hint);
+        let all = case.kept.clone().select_with(&method, &context, &mut Scratch::new());
+        assert_eq!(all.late(), 0);
+        // Every third of the chosen rows is there, and others that nobody asked for.
+        let mut resident = Selection::new();
+        for head in 0..2 {
+            let mut tokens: Vec<u32> = all.tokens(head).step_by(3).chain([9, 77]).collect();
+            tokens.sort_unstable();
+            tokens.dedup();
+            tokens.iter().for_each(|t| resident.push(*t as usize, *t as usize + 1));
+            resident.finish_head();
+        }
+        for room in [0, 3, 1000] {
+            let in_time = Some(InTime { resident: &resident, room });
+            let mut kept = case.kept.clone();
+            let some =
+                kept.select_with(&method, &SelectContext { in_time, ..context.clone() }, &mut Scratch::new());
+            let mut late = 0;
+            for head in 0..2 {
+                let there: Vec<u32> = resident.tokens(head).collect();
+                // Rows without a digest are selected besides.
+                let absent = |t: &u32| *t < 256 && !there.contains(t);
+                let come: Vec<u32> = some.tokens(head).filter(absent).collect();
+                let left: Vec<u32> = all.tokens(head).filter(|t| absent(t) && !come.contains(t)).collect();
+                assert!(
+                    some.tokens(head).all(|t| all.tokens(head).any(|a| a == t)),
+                    "nothing else is chosen"
+                );
+                assert!(all.tokens(head).all(|t| !there.contains(&t) || some.tokens(head).any(|s| s == t)));
+                assert_eq!(come.len(), room.min(come.len() + left.len()), "room for {room}");
+                // By the queries that chose, what is left weighs no more than what comes, but for what codes are off by.
+                let shares = true_shares(&case, head, small().candidates(280).start..256);
+                let share = |t: &u32| f64::from(shares[*t as usize]);
+                let least = come.iter().map(share).fold(f64::INFINITY, f64::min);
+                let most = left.iter().map(share).fold(0.0, f64::max);
+                assert!(come.is_empty() || most <= least * 1.5, "{most} {least}");
+                late += left.len();
+            }
+            assert_eq!(some.late(), late);
+            // What was late does not move the threshold.
+            let mut waited = case.kept.clone();
+            waited.select_with(&method, &context, &mut Scratch::new());
+            assert_eq!(kept.sequence(), waited.sequence());
         }
     }
 }

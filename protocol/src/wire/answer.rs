@@ -414,10 +414,12 @@ pub enum Stat {
     MissedTo02,
     /// More.
     MissedMore,
+    /// Rows that were left out of answers because they would have come after their deadline.
+    LateRows,
 }
 
 /// How many counters there are.
-pub const STATS: usize = Stat::MissedMore as usize + 1;
+pub const STATS: usize = Stat::LateRows as usize + 1;
 
 #[cfg(test)]
 mod tests {

@@ -150,6 +150,7 @@ impl DaemonKv {
             };
             // What a predicted query gives is no part of the answer.
             let local = local.filter(|_| moment == Moment::Current);
+            self.asked[layer] = (moment == Moment::Ahead).then(Instant::now);
             self.pending[layer].push(Asked { members: told, answer, local });
         }
         Ok(())
@@ -235,7 +236,12 @@ impl DaemonKv {
                 Member { sequence: batch[i].inner(), position: positions[i], hint }
             })
             .collect();
-        Ok(self.model.speculate(layer, &members)?)
+        let within =
+            self.hidden[layer].filter(|_| asked.iter().any(|i| self.needs_of(batch[*i]).leaves_late));
+        Ok(match within {
+            Some(within) => self.model.speculate_within(layer, &members, within)?,
+            None => self.model.speculate(layer, &members)?,
+        })
     }
 
     /// What the engine names, in the form of the wire; empty for members that name nothing.

@@ -258,6 +258,7 @@ impl KvBackend for DaemonKv {
         self.in_step = false;
         self.pending.iter_mut().for_each(Vec::clear);
         self.chosen.iter_mut().for_each(Vec::clear);
+        self.asked.fill(None);
         self.rows.clear();
         for (sequence, position) in batch.iter_mut().zip(positions) {
             self.finish_prompt(sequence)?;
@@ -326,6 +327,12 @@ impl KvBackend for DaemonKv {
         queries: &[f32],
         out: &mut [f32],
     ) -> Result<(), DaemonError> {
+        if let Some(asked) = self.asked[layer].take() {
+            // The shortest of the last steps, nearly: what is late then is late at most now and then.
+            let took = asked.elapsed();
+            self.hidden[layer] =
+                Some(self.hidden[layer].map_or(took, |before| took.min(before + before / 16)));
+        }
         let mut attended = Vec::new();
         if self.speculates(layer) {
             self.ask(Moment::Current, layer, &shared(batch), positions, queries)?;

@@ -32,7 +32,7 @@ mod sequence;
 mod stats;
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvoyant_client::cuda::KernelError;
 use kvoyant_client::local::LocalMethod;
@@ -134,6 +134,10 @@ pub struct DaemonKv {
     statistics: Option<Statistics>,
     /// Answers under way, by layer.
     pending: Vec<Vec<Asked>>,
+    /// When a layer was asked for ahead of it, in this step.
+    asked: Vec<Option<Instant>>,
+    /// How long a layer's rows have lately been asked for before it attended.
+    hidden: Vec<Option<Duration>>,
     in_step: bool,
     /// Whether a member of this step wants hints ahead of their layers.
     hinted: bool,
@@ -193,6 +197,7 @@ impl DaemonKv {
         };
         let pending = (0..shape.layers).map(|_| Vec::new()).collect();
         let chosen = (0..shape.layers).map(|_| Vec::new()).collect();
+        let (asked, hidden) = (vec![None; shape.layers], vec![None; shape.layers]);
         let made = Self {
             device,
             shape,
@@ -206,6 +211,8 @@ impl DaemonKv {
             seeds: 0,
             statistics,
             pending,
+            asked,
+            hidden,
             in_step: false,
             hinted: false,
             ids: None,
