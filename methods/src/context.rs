@@ -11,7 +11,7 @@ use crate::store::{NoRows, RowSource};
 pub struct InTime<'a> {
     /// Rows that are ready now, of every KV head of the request.
     pub resident: &'a Selection,
-    /// How many more rows of each KV head can be by then.
+    /// How many more rows of each KV head can be by then; [`usize::MAX`]: any number.
     pub room: usize,
 }
 
@@ -42,7 +42,8 @@ pub struct SelectContext<'a> {
     pub step: u64,
     /// The rows, where the method needs them.
     pub rows: &'a dyn RowSource,
-    /// What can be ready in time, where that is limited and the method [leaves out](crate::Needs::leaves_late) what cannot.
+    /// What can be ready in time, where that is limited and the method [leaves out](crate::Needs::leaves_late) what cannot, or where it
+    /// [asks](crate::Needs::sees_resident) what is ready.
     pub in_time: Option<InTime<'a>>,
 }
 

@@ -60,7 +60,8 @@ pub trait Method: Send + Sync + Debug {
     fn needs(&self) -> Needs;
 
     /// Sequences whose methods have equal keys can share digest blocks, if their states are equal too (those
-    /// of a fork are). `None`: it keeps nothing. A method with a memory has a key, perhaps with digests of 0 bytes.
+    /// of a fork are); they also have as many [`Self::sequence_bytes`] and [`Self::note_bytes`]. `None`: it keeps nothing. A method with a memory
+    /// has a key, perhaps with digests of 0 bytes.
     fn digest_key(&self) -> Option<DigestKey> {
         None
     }

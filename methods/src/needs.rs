@@ -91,6 +91,8 @@ pub struct Needs {
     pub attend_resident: bool,
     /// Selections leave out rows that would come too late ([`crate::SelectContext::in_time`]).
     pub leaves_late: bool,
+    /// Selections look at which rows are resident ([`crate::SelectContext::in_time`]), whether time is limited or not.
+    pub sees_resident: bool,
     /// Keys of the rows themselves while it selects ([`crate::RowSource`]).
     pub rows: bool,
     /// Attention rows ([`crate::Method::on_feedback`]).

@@ -28,6 +28,8 @@ pub struct Selection {
     ends: Vec<usize>,
     /// Rows that would have been selected, had they not come too late.
     late: usize,
+    /// Rows that would have been selected, had what is there not been enough.
+    spared: usize,
 }
 
 impl Selection {
@@ -41,7 +43,7 @@ impl Selection {
     pub fn clear(&mut self) {
         self.ranges.clear();
         self.ends.clear();
-        self.late = 0;
+        (self.late, self.spared) = (0, 0);
     }
 
     /// Adds `first..end` to the head under way; empty is fine, adjacent ranges become one.
@@ -78,6 +80,18 @@ impl Selection {
     #[must_use]
     pub fn late(&self) -> usize {
         self.late
+    }
+
+    /// Counts rows that are left out because what is there is enough.
+    pub fn spare(&mut self, rows: usize) {
+        self.spared += rows;
+    }
+
+    /// Rows that were wanted, all heads together: those selected, and those left out because they would have come too late or because what is
+    /// there is enough.
+    #[must_use]
+    pub fn wanted(&self) -> usize {
+        self.total_rows() + self.late + self.spared
     }
 
     /// Ranges of the head under way so far.

@@ -409,3 +409,29 @@ fn rows_that_would_come_after_the_deadline_are_left_to_the_estimate_and_certifie
     assert_eq!((left.measured.violations, waited.measured.violations), (0, 0));
     assert!(left.measured.output_error().unwrap() < 0.5, "{left:?}");
 }
+
+#[test]
+fn a_head_whose_queries_hardly_change_moves_next_to_nothing_and_is_certified_all_the_same() {
+    let model = synthetic::tiny(7);
+    let prompt = prompt(&model, 333);
+    let daemon = Daemon::start(DAEMON, &[]);
+    let run = |method: &str| {
+        let mut kv = connect(&daemon, &model, Format::Plain(Dtype::F16), &[method]);
+        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+        let mut sequence = kv.sequence(0).unwrap();
+        decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
+        kv.measure(true);
+        // One token over and over: its queries turn with its position alone.
+        decoder.step(&mut kv, &mut [&mut sequence], &[9]).unwrap();
+        kv.take_stats();
+        for _ in 0..16 {
+            decoder.step(&mut kv, &mut [&mut sequence], &[9]).unwrap();
+        }
+        kv.take_stats()
+    };
+    let (reused, chosen) = (run("kvoyant:budget=48,reuse=0.5"), run("kvoyant:budget=48"));
+    assert!(reused.bytes_moved < chosen.bytes_moved / 2, "{} {}", reused.bytes_moved, chosen.bytes_moved);
+    assert!(reused.measured.certified > 0);
+    assert_eq!((reused.measured.violations, chosen.measured.violations), (0, 0));
+    assert!(reused.measured.output_error().unwrap() < 0.5, "{reused:?}");
+}

@@ -191,11 +191,11 @@ impl ModelState {
         Ok(())
     }
 
-    /// How many rows of each KV head can be ready in time besides those that are, which go to the buffers; none where that is not limited.
+    /// How many rows of each KV head can be ready in time besides those that are, which go to the buffers; none where the method does not ask.
     fn room_in_time(&mut self, id: SequenceId, layer: usize, turn: Turn, answer: &Answer) -> Option<usize> {
-        let room = turn.room?;
-        let sequence = self.sequence(id).ok()?;
-        if self.slab.is_none() || !self.methods[sequence.method].needs().leaves_late {
+        let needs = self.methods[self.sequence(id).ok()?.method].needs();
+        let limit = turn.room.filter(|_| needs.leaves_late);
+        if self.slab.is_none() || (limit.is_none() && !needs.sees_resident) {
             return None;
         }
         let mut resident = std::mem::take(&mut self.buffers.resident);
@@ -209,7 +209,8 @@ impl ModelState {
         }
         self.buffers.resident = resident;
         let planned = answer.bytes / self.arena.geometry().row_bytes as u64;
-        Some((room.saturating_sub(planned) / self.shape.kv_heads as u64) as usize)
+        let each = |room: u64| (room.saturating_sub(planned) / self.shape.kv_heads as u64) as usize;
+        Some(limit.map_or(usize::MAX, each))
     }
 
     /// Has the sequence's method choose rows ahead of any hint; true where it did.

@@ -1,9 +1,9 @@
 //! Which rows are selected, by their shares of the attention.
 
-use super::Kvoyant;
 use super::spec::{Amount, part_of};
 use super::steer::Steering;
 use super::weigh::Seen;
+use super::{CUT_BYTES, Kvoyant};
 use crate::context::{InTime, SelectContext};
 use crate::rest::RestSums;
 use crate::scratch::Scratch;
@@ -67,16 +67,42 @@ impl Kvoyant {
         }
     }
 
-    /// Takes out of the chosen rows those that would come too late: of the rows that are not there yet, only as many as can come are left,
-    /// those with the largest shares. How many were taken out.
-    pub(super) fn leave_late(
+    /// Whether a head's queries are so near to those that it last selected by that what is resident will do. If not, they are the ones from now
+    /// on: `note` keeps them.
+    pub(super) fn is_near(&self, context: &SelectContext<'_>, head: usize, note: &mut [u8]) -> bool {
+        let (Some(least), Some(kept)) = (self.options.reuse, note.get_mut(CUT_BYTES..)) else { return false };
+        let d = self.shape.head_dim;
+        let queries = context.group_queries(&self.shape, head, &mut Vec::new()).to_vec();
+        if context.queries != 1 || kept.len() != queries.len() * size_of::<f32>() {
+            return false;
+        }
+        let last: Vec<f32> = kept.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let cosine = |(a, b): (&[f32], &[f32])| {
+            let dot = |x: &[f32], y: &[f32]| f64::from(self.kernels.dot(x, y));
+            let norms = (dot(a, a) * dot(b, b)).sqrt();
+            if norms > 0.0 { dot(a, b) / norms } else { 0.0 }
+        };
+        let all = queries.chunks_exact(d).zip(last.chunks_exact(d));
+        let mean = all.map(cosine).sum::<f64>() / self.shape.group() as f64;
+        if mean >= least {
+            return true;
+        }
+        kept.iter_mut()
+            .zip(queries.iter().flat_map(|q| q.to_le_bytes()))
+            .for_each(|(kept, byte)| *kept = byte);
+        false
+    }
+
+    /// Takes out of the chosen rows those that there is no room for in time: of the rows that are not there yet, only as many as can come
+    /// are left, those with the largest shares. How many were taken out.
+    pub(super) fn leave_out(
         &self,
         context: &SelectContext<'_>,
         head: usize,
+        InTime { resident, room }: InTime<'_>,
         seen: &Seen,
         scratch: &mut Scratch,
     ) -> usize {
-        let Some(InTime { resident, room }) = context.in_time else { return 0 };
         let Scratch { group: shares, ids, hits: absent, top, .. } = scratch;
         let first = seen.first_token(self.layout.rows()) as u32;
         let mut there = resident.tokens(head - context.heads.start).peekable();

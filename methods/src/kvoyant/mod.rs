@@ -26,7 +26,7 @@ use kvoyant_kernels::{CodeLayout, CodeSums, CodeWeights, Kernels};
 
 pub use spec::{Amount, Certify, KvoyantSpec, MissedMass, Scope};
 
-use crate::context::SelectContext;
+use crate::context::{InTime, SelectContext};
 use crate::error::MethodError;
 use crate::method::{Append, DigestKey, Method};
 use crate::needs::{HintSource, Needs};
@@ -49,7 +49,8 @@ pub(crate) const ENTRY: Entry = Entry {
     parse: |options| Ok(Box::new(KvoyantSpec::from_options(options)?)),
 };
 
-/// Bytes of what a selection leaves for each layer and head: the share of the last row that the budget alone let in, as f32.
+/// Bytes of what a selection leaves for each layer and head: the share of the last row that the budget alone let in, as f32. Behind it, with
+/// `reuse`, lie the queries that it was made by, `[g][d]` f32.
 const CUT_BYTES: usize = size_of::<f32>();
 
 /// Selects, estimates and certifies.
@@ -174,7 +175,12 @@ impl Kvoyant {
             self.weigh(context, &*store, head, &seen, scratch);
             let cut = self.choose(context, head, &wanted, &seen, scratch);
             store.note(head).iter_mut().zip(cut.to_le_bytes()).for_each(|(kept, byte)| *kept = byte);
-            out.leave(self.leave_late(context, head, &seen, scratch));
+            if let Some(in_time) = context.in_time {
+                let near = self.is_near(context, head, store.note(head));
+                let in_time = InTime { room: if near { 0 } else { in_time.room }, ..in_time };
+                let left = self.leave_out(context, head, in_time, &seen, scratch);
+                if near { out.spare(left) } else { out.leave(left) }
+            }
             for id in &scratch.ids {
                 let token = seen.first_token(self.layout.rows()) + *id as usize;
                 out.push(token, token + 1);
@@ -214,6 +220,7 @@ impl Method for Kvoyant {
             rest: self.options.tail || self.options.certificate != Certify::Off,
             attend_resident: self.options.resident,
             leaves_late: !self.options.waits && !self.chooses_together(),
+            sees_resident: self.options.reuse.is_some() && !self.chooses_together(),
             ..Needs::default()
         }
     }
@@ -221,7 +228,9 @@ impl Method for Kvoyant {
     fn digest_key(&self) -> Option<DigestKey> {
         let levels = u64::from(self.options.bits.levels());
         let (group, bytes) = (self.layout.group() as u64, self.layout.bytes() as u64);
-        Some(DigestKey { method: NAME, parameters: [levels, group, bytes, self.shape.value_dim as u64] })
+        // What selections leave lies with the digests, and is longer where queries are kept.
+        let values = self.shape.value_dim as u64 | u64::from(self.options.reuse.is_some()) << 32;
+        Some(DigestKey { method: NAME, parameters: [levels, group, bytes, values] })
     }
 
     fn digest_bytes(&self) -> usize {
@@ -233,7 +242,10 @@ impl Method for Kvoyant {
     }
 
     fn note_bytes(&self) -> usize {
-        CUT_BYTES
+        match self.options.reuse {
+            Some(_) => CUT_BYTES + self.shape.group() * self.shape.head_dim * size_of::<f32>(),
+            None => CUT_BYTES,
+        }
     }
 
     fn on_append(&self, append: &Append<'_>, digest: &mut [u8], _memory: &mut [u8], _scratch: &mut Scratch) {
@@ -336,8 +348,8 @@ impl Method for Kvoyant {
         let budget = self.options.rows_of(context.tokens);
         let cut = |head| store.note(head).first_chunk().map_or(0.0, |cut| f32::from_le_bytes(*cut));
         let cuts: Vec<f32> = context.heads.clone().map(cut).collect();
-        // What came too late was wanted all the same: a threshold does not make it come.
-        let selected = selected.total_rows() + selected.late();
+        // What was left out was wanted all the same: no threshold makes it come.
+        let selected = selected.wanted();
         let bytes = store.sequence();
         let mut steering = Steering::read(bytes);
         steering.note(context, selected, budget * context.heads.len(), &cuts);

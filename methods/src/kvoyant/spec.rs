@@ -129,6 +129,7 @@ const KNOWN: &[&str] = &[
     "correct",
     "certificate",
     "late",
+    "reuse",
     "hint",
     "hint_norm",
 ];
@@ -158,6 +159,8 @@ pub struct KvoyantSpec {
     pub certificate: Certify,
     /// Whether rows that would come after an answer's deadline are waited for; else they are left to the estimate.
     pub waits: bool,
+    /// From which cosine between a head's queries and those that it last selected by what is resident is enough.
+    pub reuse: Option<f64>,
     /// Which query selects.
     pub hint: HintSource,
     /// How the engine makes a hint ahead of its layer.
@@ -178,6 +181,7 @@ impl Default for KvoyantSpec {
             correct: CORRECT,
             certificate: Certify::default(),
             waits: true,
+            reuse: None,
             hint: HintSource::Current,
             hint_norm: HintNorm::default(),
         }
@@ -242,6 +246,7 @@ impl KvoyantSpec {
                 .take_value("certificate", "give every, off, or a number of steps", |_: &Certify| true)?
                 .unwrap_or_default(),
             waits: options.take_word("late", LATE)?.unwrap_or(default.waits),
+            reuse: share(&mut options, "reuse")?,
             hint: options.take_word("hint", HintSource::QUERIES)?.unwrap_or(default.hint),
             hint_norm: options.take_word("hint_norm", HintNorm::WORDS)?.unwrap_or_default(),
         };
@@ -273,6 +278,9 @@ impl Spec for KvoyantSpec {
         writer.option_unless("correct", &self.correct, &default.correct);
         writer.option_unless("certificate", &self.certificate, &default.certificate);
         writer.word_unless("late", LATE, self.waits, default.waits);
+        if let Some(cosine) = self.reuse {
+            writer.option("reuse", cosine);
+        }
         writer.word_unless("hint", HintSource::QUERIES, self.hint, default.hint);
         writer.word_unless("hint_norm", HintNorm::WORDS, self.hint_norm, default.hint_norm);
     }

@@ -523,3 +523,33 @@ fn of_rows_that_would_come_late_the_best_come_and_the_others_are_estimated() {
         }
     }
 }
+
+#[test]
+fn a_head_whose_queries_are_near_its_last_ones_takes_nothing_that_is_not_there() {
+    let method = method("budget=24,reuse=0.95");
+    assert!(method.needs().sees_resident);
+    assert_ne!(method.digest_key(), self::method("budget=24").digest_key(), "notes are of another length");
+    let mut case = case(&method, 0, 280, 1.0, 3);
+    let mut resident = Selection::new();
+    let ask = |kept: &mut Kept, tokens: usize, hint: &[f32], resident: &Selection| {
+        let in_time = Some(InTime { resident, room: usize::MAX });
+        let context = SelectContext { in_time, ..SelectContext::new(&small(), 1, tokens, hint) };
+        kept.select_with(&method, &context, &mut Scratch::new())
+    };
+    (0..2).for_each(|_| resident.finish_head());
+    let hint = case.hint.clone();
+    let first = ask(&mut case.kept, 280, &hint, &resident);
+    assert_eq!((first.wanted(), first.late()), (first.total_rows(), 0));
+    // The second head turns away, the first one hardly.
+    let mut next = hint.clone();
+    next.iter_mut()
+        .enumerate()
+        .for_each(|(j, q)| *q += if j < 16 { 0.15 } else { 2.0 * (j % 3) as f32 - 2.0 });
+    let second = ask(&mut case.kept, 280, &next, &first);
+    assert!(second.tokens(0).all(|t| first.tokens(0).any(|f| f == t)), "all of it is there");
+    assert!(second.tokens(1).any(|t| first.tokens(1).all(|f| f != t)), "some of it is new");
+    assert!(second.wanted() > second.total_rows() && second.late() == 0);
+    // Near to what the head last chose by, not to what it last was asked by.
+    let third = ask(&mut case.kept, 280, &hint, &first);
+    assert!(third.tokens(0).all(|t| first.tokens(0).any(|f| f == t)));
+}
