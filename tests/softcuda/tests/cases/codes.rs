@@ -45,6 +45,17 @@ fn of_head<'a>(layout: &CodeLayout, blocks: &'a [u8], head: usize) -> &'a [u8] {
     &blocks[head * STRIDE * layout.bytes()..][..PAGES[head] * layout.bytes()]
 }
 
+/// The margin of a query in the first group of some blocks.
+fn first_margin(layout: &CodeLayout, query: &[f32], blocks: &[u8]) -> f32 {
+    let pages = blocks.len() / layout.bytes();
+    let (stride, margin_stride) = (pages * layout.rows(), pages * layout.groups());
+    let (mut rows, mut margins) = (vec![0.0; stride], vec![0.0; margin_stride]);
+    let scan = CodeScan { layout, queries: query, group: 1, scale: 0.125, blocks };
+    let mut out = CodeOut { rows: &mut rows, stride, margins: &mut margins, margin_stride };
+    Kernels::best().code_scores(&scan, &mut out);
+    margins[0]
+}
+
 pub(crate) fn scores_and_margins_of_codes_are_those_of_the_cpu_to_the_last_bit(device: &mut impl Device) {
     for (layout, group) in layouts() {
         let mut numbers = Numbers::new(layout.head_dim() as u64);
@@ -54,6 +65,12 @@ pub(crate) fn scores_and_margins_of_codes_are_those_of_the_cpu_to_the_last_bit(d
         // What has no weights, and what is no number.
         queries[..d].fill(1e-33);
         queries[2 * group * d] = f32::NAN;
+        // A margin a little larger than what is told.
+        if group > 1 {
+            let large = &mut queries[(3 * group - 1) * d..][..d];
+            let factor = 45.0 / first_margin(&layout, large, of_head(&layout, &blocks, 2));
+            large.iter_mut().for_each(|q| *q *= factor);
+        }
         let (stride, margin_stride) = (STRIDE * layout.rows(), STRIDE * layout.groups());
         let mut wanted = vec![-7.0_f32; HEADS * group * stride];
         let mut wanted_margins = vec![-7.0_f32; HEADS * group * margin_stride];
@@ -73,6 +90,8 @@ pub(crate) fn scores_and_margins_of_codes_are_those_of_the_cpu_to_the_last_bit(d
             };
             Kernels::best().code_scores(&scan, &mut out);
         }
+        let untold = wanted_margins[(3 * group - 1) * margin_stride];
+        assert!(group == 1 || untold == f32::INFINITY, "{untold}, {layout:?}");
         let out = device.put(&vec![-7.0_f32; wanted.len()]);
         let margins = device.put(&vec![-7.0_f32; wanted_margins.len()]);
         let params = CodeScoresParams {
