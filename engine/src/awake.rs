@@ -10,6 +10,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// How long a thread that found no work looks away.
 const LOOK_AWAY: usize = 16;
 
+/// After how many looks it lets others have the core: a lane of the daemon may wait for one.
+const GIVE_WAY: usize = 8;
+
 thread_local! {
     static AWAKE: Cell<bool> = const { Cell::new(false) };
 }
@@ -35,8 +38,16 @@ pub(crate) fn awake<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 }
 
 fn look_for_work(over: &AtomicBool) {
+    let mut looks = 0;
     while !over.load(Ordering::Relaxed) {
-        if rayon::yield_now() != Some(rayon::Yield::Executed) {
+        if rayon::yield_now() == Some(rayon::Yield::Executed) {
+            looks = 0;
+            continue;
+        }
+        looks += 1;
+        if looks % GIVE_WAY == 0 {
+            std::thread::yield_now();
+        } else {
             (0..LOOK_AWAY).for_each(|_| std::hint::spin_loop());
         }
     }

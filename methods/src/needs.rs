@@ -95,6 +95,8 @@ pub struct Needs {
     pub sees_resident: bool,
     /// Keys of the rows themselves while it selects ([`crate::RowSource`]).
     pub rows: bool,
+    /// Which rows of a KV head are selected depends on the others of its layer: it cannot be asked for one head after the other.
+    pub heads_together: bool,
     /// Attention rows ([`crate::Method::on_feedback`]).
     pub feedback: Option<Feedback>,
     /// Marks of the tokens' text ([`crate::Append::marks`]).

@@ -6,8 +6,8 @@ use std::time::Duration;
 use kvoyant_client::{Error, Failure, Hint, Member, SelectedBy, Status};
 use kvoyant_engine::calibrate::calibrate;
 use kvoyant_engine::{
-    DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, Dtype, Format, KvShape, Model,
-    PrefillOptions, Selects, argmax, synthetic,
+    DaemonError, DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, Dtype, Format, KvBackend,
+    KvShape, Model, PrefillOptions, Selects, argmax, synthetic,
 };
 use kvoyant_methods::MethodSpec;
 use kvoyant_tests::Daemon;
@@ -190,4 +190,38 @@ fn a_method_that_drops_rows_is_a_lanes_alone() {
         matches!(&refused, Err(Error::Failed(Failure::BadMethod(why))) if why.contains("pool")),
         "{refused:?}"
     );
+}
+
+#[test]
+fn a_method_that_divides_a_budget_among_heads_is_a_lanes_too() {
+    let model = synthetic::tiny(7);
+    let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
+    let mut kv = connect(&daemon, &model, &["kvoyant:budget=24,scope=layer"], Selects::Client);
+    let mut sequence = read(&mut kv, 0, &model);
+    assert_eq!(kv.selected_by(&sequence), SelectedBy::Lane);
+    steps(&mut kv, &mut [&mut sequence], &model, 2);
+    assert_eq!(kv.take_stats().selected_here, 0);
+}
+
+#[test]
+fn a_query_that_is_no_number_is_refused_as_by_a_lane_and_the_sequence_goes_on() {
+    let model = synthetic::tiny(7);
+    let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
+    for selects in [Selects::Lane, Selects::Client] {
+        let mut kv = connect(&daemon, &model, &["kvoyant:budget=24"], selects);
+        let mut sequence = read(&mut kv, 0, &model);
+        let width = model.config().query_heads * model.config().head_dim;
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut queries = vec![0.1; width];
+            queries[width - 1] = bad;
+            let (mut batch, mut out) = ([&mut sequence], vec![0.0; width]);
+            kv.begin_step(&mut batch, &[PROMPT]).unwrap();
+            let refused = kv.attend(2, &mut batch, &[PROMPT], &queries, &mut out);
+            let bad_hint =
+                matches!(refused, Err(DaemonError::Client(Error::NotReady { status: Status::BadHint, .. })));
+            assert!(bad_hint, "{selects:?}, {bad}: {refused:?}");
+        }
+        let next = steps(&mut kv, &mut [&mut sequence], &model, 1);
+        assert!(next[0].iter().all(|logit| logit.is_finite()));
+    }
 }

@@ -24,6 +24,7 @@ use kvoyant_methods::{
 };
 
 use crate::Error;
+use crate::Status;
 use crate::sequence::Sequence;
 use digests::View;
 
@@ -65,13 +66,14 @@ pub struct HeadAnswer {
 }
 
 impl LocalMethod {
-    /// Whether a method's needs can be met here: digests of its own rows, and queries.
+    /// Whether a method's needs can be met here: digests of its own rows, and queries, one KV head after the other.
     #[must_use]
     pub fn suits(needs: &Needs) -> bool {
         let learns = needs.observe || needs.feedback.is_some() || needs.marks;
         let remembers = needs.memory || needs.drops_rows || needs.prefetch;
         let moves = needs.part != RowPart::Whole || needs.cpu_attention.is_some();
-        !(learns || remembers || moves || needs.rows || needs.hint == HintSource::Ids)
+        let others = needs.rows || needs.heads_together || needs.hint == HintSource::Ids;
+        !(learns || remembers || moves || others)
     }
 
     /// For sequences of a model of that shape and layout; `None` where the method [does not suit](Self::suits).
@@ -123,13 +125,17 @@ impl LocalMethod {
     }
 
     /// Chooses rows of one KV head, and estimates the others where the method does and `whole` is set. The same rows that a lane would choose.
+    ///
+    /// # Errors
+    /// [`Error::NotReady`] with [`Status::BadHint`], as a lane would have it, where a value of the query or a floor is no number.
     pub fn select(
         &self,
         digests: &LocalDigests,
         request: HeadRequest<'_>,
         whole: bool,
         answer: &mut HeadAnswer,
-    ) {
+    ) -> Result<(), Error> {
+        self.check(&request)?;
         let HeadAnswer { selection, rest, notes, sequence, scratch } = answer;
         selection.clear();
         rest.clear(0);
@@ -140,20 +146,26 @@ impl LocalMethod {
         } else {
             self.method.select(&context, &mut view, scratch, selection);
         }
+        Ok(())
     }
 
     /// Estimates what `attended` leaves out, by the true query. It has one head: the request's.
+    ///
+    /// # Errors
+    /// As for [`Self::select`].
     pub fn rest(
         &self,
         digests: &LocalDigests,
         request: HeadRequest<'_>,
         attended: &Selection,
         answer: &mut HeadAnswer,
-    ) {
+    ) -> Result<(), Error> {
+        self.check(&request)?;
         let HeadAnswer { rest, notes, sequence, scratch, .. } = answer;
         let context = self.context(digests, request);
         let mut view = View::of_copy(digests, request.layer, (sequence, notes));
         self.method.rest(&context, attended, &mut view, scratch, rest);
+        Ok(())
     }
 
     /// Keeps what a selection for a KV head left for [`Self::steer`].
@@ -168,6 +180,34 @@ impl LocalMethod {
             ..SelectContext::new(&self.shape, layer, tokens, &[])
         };
         self.method.steer(&context, selected, &mut View::of(digests, layer));
+    }
+
+    /// What a lane checks of a hint: sizes, and that values are numbers.
+    fn check(&self, request: &HeadRequest<'_>) -> Result<(), Error> {
+        let Shape { query_heads, head_dim: d, .. } = self.shape;
+        let group = self.shape.group();
+        let wanted = if self.needs.hint == HintSource::None { request.query.len() } else { query_heads * d };
+        for (what, found, wanted) in [
+            ("a hint (values)", request.query.len(), wanted),
+            (
+                "floors of a hint",
+                request.floors.len(),
+                if request.floors.is_empty() { 0 } else { query_heads },
+            ),
+        ] {
+            if found != wanted {
+                return Err(Error::Size { what, found, wanted });
+            }
+        }
+        let own = |values: &[f32], each: usize, holds: fn(&f32) -> bool| {
+            let first = request.kv_head * group * each;
+            values.get(first..first + group * each).is_none_or(|values| values.iter().all(holds))
+        };
+        let finite = own(request.query, d, |value| value.is_finite());
+        if finite && own(request.floors, 1, |floor| !floor.is_nan() && *floor < f32::INFINITY) {
+            return Ok(());
+        }
+        Err(Error::NotReady { layer: request.layer as u16, status: Status::BadHint })
     }
 
     fn context<'a>(&self, digests: &LocalDigests, request: HeadRequest<'a>) -> SelectContext<'a> {

@@ -219,6 +219,7 @@ impl Method for Kvoyant {
             floors: true,
             rest: self.options.tail || self.options.certificate != Certify::Off,
             attend_resident: self.options.resident,
+            heads_together: self.chooses_together(),
             leaves_late: !self.options.waits && !self.chooses_together(),
             sees_resident: self.options.reuse.is_some() && !self.chooses_together(),
             ..Needs::default()

@@ -290,8 +290,7 @@ impl KvBackend for DaemonKv {
         queries: &[f32],
     ) -> Result<(), DaemonError> {
         self.ask(Moment::Ahead, layer, &shared(batch), positions, queries)?;
-        self.choose_here(layer, batch, positions, queries);
-        Ok(())
+        self.choose_here(layer, batch, positions, queries)
     }
 
     fn append(

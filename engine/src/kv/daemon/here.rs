@@ -116,9 +116,9 @@ impl Head<'_> {
         local: Option<&[f32]>,
         whole: bool,
         answer: &mut HeadAnswer,
-    ) {
+    ) -> Result<(), kvoyant_client::Error> {
         let floors = local.map_or_else(Vec::new, |lse| self.floors(pass, lse));
-        self.method.select(self.digests, self.request(pass.layer, query, &floors), whole, answer);
+        self.method.select(self.digests, self.request(pass.layer, query, &floors), whole, answer)
     }
 
     /// Attention over all that the head attends to, into `out` `[group][d]`. `chosen`: what was chosen ahead.
@@ -128,7 +128,7 @@ impl Head<'_> {
         chosen: Option<&Selection>,
         answer: &mut HeadAnswer,
         (out, lse): (&mut [f32], &mut [f32]),
-    ) -> Done {
+    ) -> Result<Done, kvoyant_client::Error> {
         let needs = *self.method.needs();
         let (d, group, queries) = (pass.shape.head_dim, pass.shape.group(), self.queries(pass));
         let attend = |rows: &mut dyn Iterator<Item = Range<usize>>, (out, lse): (&mut [f32], &mut [f32])| {
@@ -146,7 +146,7 @@ impl Head<'_> {
         let since = Instant::now();
         match chosen {
             Some(selection) => answer.set(selection),
-            None => self.choose_now(pass, floored.then_some(&beside.1), answer),
+            None => self.choose_now(pass, floored.then_some(&beside.1), answer)?,
         }
         // Before anything else is asked.
         let note = answer.note(self.method, self.kv_head).to_vec();
@@ -163,7 +163,8 @@ impl Head<'_> {
         if needs.rest && needs.hint != HintSource::Current {
             let since = Instant::now();
             let (floors, selection) = (self.floors(pass, lse), answer.selection.clone());
-            self.method.rest(self.digests, self.request(pass.layer, self.query, &floors), &selection, answer);
+            let request = self.request(pass.layer, self.query, &floors);
+            self.method.rest(self.digests, request, &selection, answer)?;
             selecting += since.elapsed();
             exact = answer.rest.exact().total_rows() as u32;
             if exact > 0 {
@@ -182,11 +183,16 @@ impl Head<'_> {
             }
         }
         let (member, kv_head, selection) = (self.member, self.kv_head, answer.selection.clone());
-        Done { member, kv_head, selection, note, certificates, exact, selecting }
+        Ok(Done { member, kv_head, selection, note, certificates, exact, selecting })
     }
 
     /// Chooses rows by what the method selects by, when the layer is about to attend.
-    fn choose_now(&self, pass: &Pass<'_>, local: Option<&[f32]>, answer: &mut HeadAnswer) {
+    fn choose_now(
+        &self,
+        pass: &Pass<'_>,
+        local: Option<&[f32]>,
+        answer: &mut HeadAnswer,
+    ) -> Result<(), kvoyant_client::Error> {
         let needs = self.method.needs();
         let last = self.sequence.last(pass.layer);
         // A sequence without a past has nothing to choose from either.
@@ -197,7 +203,7 @@ impl Head<'_> {
             HintSource::None => &[],
             _ => self.query,
         };
-        self.choose(pass, query, local, needs.rest && needs.hint == HintSource::Current, answer);
+        self.choose(pass, query, local, needs.rest && needs.hint == HintSource::Current, answer)
     }
 }
 
@@ -273,16 +279,15 @@ impl DaemonKv {
         batch: &mut [&mut DaemonSequence],
         positions: &[usize],
         queries: &[f32],
-    ) {
+    ) -> Result<(), DaemonError> {
         self.chosen[layer].clear();
         let pass = Pass { selects: true, ..self.pass(layer, true) };
         let (d, group, kv_heads) = (self.shape.head_dim, self.shape.group(), self.shape.kv_heads);
         let shared: Vec<&DaemonSequence> = batch.iter().map(|sequence| &**sequence).collect();
-        let ahead = |i: usize, head: &Head<'_>| (head.method.needs().hint == HintSource::Ahead).then_some(i);
         let heads: Vec<Head<'_>> = self
             .heads_here(&shared, positions, queries)
             .into_iter()
-            .filter(|head| ahead(head.member, head).is_some())
+            .filter(|head| head.method.needs().hint == HintSource::Ahead)
             .collect();
         let spare = &self.spare;
         let choose = |head: &Head<'_>| {
@@ -302,16 +307,16 @@ impl DaemonKv {
                 &local.1[..]
             });
             spare.with(|answer| {
-                head.choose(&pass, head.query, floors, false, answer);
+                head.choose(&pass, head.query, floors, false, answer)?;
                 let note = answer.note(head.method, head.kv_head).to_vec();
-                (head.member, head.kv_head, answer.selection.clone(), note, since.elapsed())
+                Ok((head.member, head.kv_head, answer.selection.clone(), note, since.elapsed()))
             })
         };
         let most = heads.iter().map(|head| head.tokens).max().unwrap_or(0);
         let chosen: Vec<_> = if most < PARALLEL_TOKENS {
-            heads.iter().map(choose).collect()
+            heads.iter().map(choose).collect::<Result<_, DaemonError>>()?
         } else {
-            heads.par_iter().map(choose).collect()
+            heads.par_iter().map(choose).collect::<Result<_, DaemonError>>()?
         };
         for of_member in chosen.chunks(kv_heads) {
             let member = of_member[0].0;
@@ -324,6 +329,7 @@ impl DaemonKv {
             self.steer(&mut *batch[member], layer, positions[member] + 1, &selections);
             self.chosen[layer].push(Chosen { member, selections });
         }
+        Ok(())
     }
 
     fn keep_note(&self, sequence: &mut DaemonSequence, layer: usize, kv_head: usize, note: &[u8]) {
@@ -412,9 +418,9 @@ impl DaemonKv {
         };
         let most = heads.iter().map(|head| head.tokens).max().unwrap_or(0);
         let done: Vec<Done> = if most < PARALLEL_TOKENS {
-            tasks.into_iter().map(one).collect()
+            tasks.into_iter().map(one).collect::<Result<_, _>>()?
         } else {
-            tasks.into_par_iter().map(one).collect()
+            tasks.into_par_iter().map(one).collect::<Result<_, _>>()?
         };
         let mut members = Vec::new();
         for of_member in done.chunks(kv_heads) {
