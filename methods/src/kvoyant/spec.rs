@@ -251,6 +251,17 @@ impl KvoyantSpec {
             hint_norm: options.take_word("hint_norm", HintNorm::WORDS)?.unwrap_or_default(),
         };
         options.finish(KNOWN)?;
+        // With rows chosen ahead the second look makes good what was left out.
+        let promises = matches!(spec.amount, Amount::MissedMass(_)) && spec.hint == HintSource::Current;
+        for (second, leaves) in [("late", !spec.waits), ("reuse", spec.reuse.is_some())] {
+            if promises && leaves {
+                return Err(SpecError::Conflict {
+                    first: "max_missed_mass",
+                    second,
+                    reason: "rows that are left out may weigh more than may be missed; with hint=ahead they are attended later",
+                });
+            }
+        }
         Ok(spec)
     }
 }

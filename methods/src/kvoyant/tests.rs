@@ -399,6 +399,8 @@ fn options_are_read_back_and_wrong_ones_refused_with_what_would_do() {
         "kvoyant:budget=2%",
         "kvoyant:max_missed_mass=0.01,bits=4,group=16",
         "kvoyant:budget=64,scope=layer,floor=0,multiple=2,tail=off,resident=off,correct=0.25,certificate=8,hint=ahead",
+        "kvoyant:budget=2%,late=leave,reuse=0.9",
+        "kvoyant:max_missed_mass=0.1,late=leave,reuse=0.9,hint=ahead",
     ] {
         assert_eq!(parse(text).unwrap().to_string(), text);
     }
@@ -410,6 +412,11 @@ fn options_are_read_back_and_wrong_ones_refused_with_what_would_do() {
         assert!(refused(&format!("kvoyant:max_missed_mass={missed}")).contains("0 to 1"), "{missed}");
     }
     assert!(refused("kvoyant:budget=2%,max_missed_mass=0.1").contains("exclude"));
+    for left in ["late=leave", "reuse=0.9"] {
+        assert!(refused(&format!("kvoyant:max_missed_mass=0.1,{left}")).contains("exclude"), "{left}");
+    }
+    assert!(refused("kvoyant:late=never").contains("wait, leave"));
+    assert!(refused("kvoyant:reuse=2").contains("0 to 1"));
     assert!(refused("kvoyant:bits=5").contains("4, 6"));
     assert!(refused("kvoyant:group=24").contains("multiple of 16"));
     assert!(refused("kvoyant:certificate=0").contains("number of steps"));
