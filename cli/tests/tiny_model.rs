@@ -108,7 +108,17 @@ fn bench_decode_says_where_time_goes_and_keeps_a_pace() {
     let home = tempfile::tempdir().unwrap();
     let mut child = kvoyant(home.path())
         .args(["bench", "decode", "--model", "tiny", "--lengths", "96,200", "--rounds", "2", "--steps", "3"])
-        .args(["--attention", "dense", "--attention", "full", "--in-place", "--paced", "--json"])
+        .args([
+            "--attention",
+            "dense",
+            "--attention",
+            "full",
+            "--in-place",
+            "--selects",
+            "lane",
+            "--paced",
+            "--json",
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -132,7 +142,7 @@ fn bench_decode_says_where_time_goes_and_keeps_a_pace() {
         assert_eq!((row["length"].as_u64(), row["attention"].as_str()), (Some(length), Some(attention)));
         assert!(row["ms_per_token"].as_f64().unwrap() > 0.0, "{row}");
         assert_eq!(row["rounds_ms"].as_array().unwrap().len(), 2, "{row}");
-        // Only the daemon is waited for.
+        // Only the daemon is waited for, where it selects.
         assert_eq!(row["wait_ms"].as_f64().unwrap() > 0.0, attention == "full", "{row}");
     }
     assert_eq!(rows.len(), wanted.len());
