@@ -66,7 +66,7 @@ pub struct CodeLayout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "there are no digests of pages of {rows} rows in groups of {group} with keys of {d} values: rows and group are multiples of 16, \
-     the group divides the rows, rows above 32 are a multiple of 32 (at most {ROWS_MAX}), and keys have 1 to {DIM_MAX} values"
+     the group divides the rows, rows above 32 are a multiple of 32 (at most {ROWS_MAX}), and keys and values have 1 to {DIM_MAX} numbers each"
 )]
 pub struct NoCodes {
     /// Rows of a page.
@@ -91,7 +91,7 @@ impl CodeLayout {
     ) -> Result<Self, NoCodes> {
         let span = rows.min(SPAN);
         let fits = (1..=DIM_MAX).contains(&d)
-            && value_dim > 0
+            && (1..=DIM_MAX).contains(&value_dim)
             && (TILE..=ROWS_MAX).contains(&rows)
             && group >= TILE
             && group.is_multiple_of(TILE)

@@ -54,7 +54,8 @@ const ROUNDING: f64 = 1e-5;
 /// What sums over codes may be off by, relatively.
 const SUMMING: f64 = 2e-5;
 
-/// At least twice the norm of any value, mean or not: numbers of 16 bits, 1,024 of them at most.
+/// At least twice the norm of any value, mean or not, that f16 holds: 1,024 numbers at most. What larger ones (of f32 or bf16) add where their
+/// weight is rounded to nothing is far below what attention in f32 rounds them by.
 const LARGEST_NORM: f64 = 2.0 * 65504.0 * 32.0;
 
 impl RestSums {

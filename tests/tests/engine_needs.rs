@@ -67,6 +67,15 @@ fn worst(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
+/// A sequence of the first method that has read the prompt; nothing of that is in the statistics.
+fn read(kv: &mut DaemonKv, model: &Arc<Model>, prompt: &[u32]) -> (Decoder, DaemonSequence) {
+    let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+    let mut sequence = kv.sequence(0).unwrap();
+    decoder.prefill(kv, &mut sequence, prompt, PrefillOptions::default()).unwrap();
+    kv.take_stats();
+    (decoder, sequence)
+}
+
 /// Decodes what dense attention would, one method alone, and gives the largest difference of its logits and what it cost.
 fn difference(
     kv: &mut DaemonKv,
@@ -353,10 +362,7 @@ fn rows_that_are_attended_because_they_are_resident_are_in_no_estimate() {
     let daemon = Daemon::start(DAEMON, &[]);
     let run = |method: &str| {
         let mut kv = connect(&daemon, &model, Format::Plain(Dtype::F16), &[method]);
-        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
-        let mut sequence = kv.sequence(0).unwrap();
-        decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
-        kv.take_stats();
+        let (mut decoder, mut sequence) = read(&mut kv, &model, &prompt);
         kv.measure(true);
         // Queries of tokens that have little in common: rows stay from step to step, and others are selected.
         for token in 0..40 {
@@ -391,10 +397,7 @@ fn rows_that_would_come_after_the_deadline_are_left_to_the_estimate_and_certifie
     let run = |late: &str| {
         let method = format!("kvoyant:budget=64,hint=ahead,late={late}");
         let mut kv = connect(&daemon, &model, Format::Plain(Dtype::F16), &[&method]);
-        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
-        let mut sequence = kv.sequence(0).unwrap();
-        decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
-        kv.take_stats();
+        let (mut decoder, mut sequence) = read(&mut kv, &model, &prompt);
         for token in 0..24 {
             kv.measure(token % 4 == 3);
             decoder.step(&mut kv, &mut [&mut sequence], &[token * 7 % 200]).unwrap();
@@ -417,9 +420,7 @@ fn a_head_whose_queries_hardly_change_moves_next_to_nothing_and_is_certified_all
     let daemon = Daemon::start(DAEMON, &[]);
     let run = |method: &str| {
         let mut kv = connect(&daemon, &model, Format::Plain(Dtype::F16), &[method]);
-        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
-        let mut sequence = kv.sequence(0).unwrap();
-        decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
+        let (mut decoder, mut sequence) = read(&mut kv, &model, &prompt);
         kv.measure(true);
         // One token over and over: its queries turn with its position alone.
         decoder.step(&mut kv, &mut [&mut sequence], &[9]).unwrap();

@@ -10,10 +10,10 @@ use std::time::Duration;
 /// (`cargo bench -p kvoyant-kernels --bench speed`).
 const SCAN_BYTES: f64 = 3e9;
 
-/// From a request to the lane and from its answer to the engine: two wake-ups.
+/// From a request to the lane and from its answer to the engine: two wake-ups, roughly.
 const HANDOVER: Duration = Duration::from_micros(30);
 
-/// Bytes of weights that a core computes with in a second.
+/// Bytes of weights that a core computes with in a second, roughly: it only has to tell milliseconds from microseconds.
 const WEIGHT_BYTES: f64 = 10e9;
 
 /// Weights of a decoder layer over the square of its width: four projections of attention, three of a gated network some 2.7 times as

@@ -137,12 +137,6 @@ impl LocalDigests {
         &mut self.heads
     }
 
-    /// Rows that every head's digests cover, of those that have any.
-    #[must_use]
-    pub fn rows(&self) -> usize {
-        self.heads.last().map_or(0, |head| head.built)
-    }
-
     /// Bytes that they take, those shared with forks included.
     #[must_use]
     pub fn bytes(&self) -> usize {
