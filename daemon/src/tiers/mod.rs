@@ -9,6 +9,7 @@
 //! | [`heap`] | regions of daemon-owned files, by offset: page tables, digests, counters |
 //! | [`blocks`] | refcounted digest blocks in such regions |
 //! | [`residency`] | which rows of which head lie in which slots of a device slab |
+//! | [`nvme`] | pages on disk: slots, checksums, I/O by deadline |
 
 pub mod arena;
 pub mod blocks;
@@ -16,6 +17,7 @@ pub mod cgroup;
 pub mod extent;
 pub mod heap;
 pub mod host_memory;
+pub mod nvme;
 pub mod pin;
 pub mod pool;
 pub mod residency;

@@ -1,0 +1,208 @@
+//! The area of a device: a file or a block device that is opened, locked and made as large as it is to be.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::statvfs::fstatvfs;
+
+use super::operation::Kind;
+use super::recovery::{self, Place};
+use super::superblock::{self, SUPERBLOCK_BYTES};
+use super::{CHUNK_BYTES, SpillError, raw};
+
+/// Bytes before the first chunk.
+pub(super) const HEAD_BYTES: u64 = 1 << 20;
+
+/// The area's name in a folder.
+const NAME: &str = "kvoyant-spill-0";
+
+/// How often a file that was removed under us is opened anew.
+const ATTEMPTS: usize = 8;
+
+/// An area that is ours alone while it exists.
+#[derive(Debug)]
+pub(super) struct Area {
+    /// The file or device.
+    pub(super) path: PathBuf,
+    /// It, open and locked.
+    pub(super) file: Arc<File>,
+    /// Bytes of its chunks.
+    pub(super) bytes: u64,
+    /// Whether it goes around the page cache.
+    pub(super) direct: bool,
+    /// Whether its space is set aside.
+    pub(super) allocated: bool,
+    place: Place,
+}
+
+impl Area {
+    /// Opens or makes an area with `bytes` bytes for pages, rounded down to chunks; 0 on a block device: all of it.
+    pub(super) fn open(path: &Path, bytes: u64) -> Result<Self, SpillError> {
+        let path = if path.is_dir() { path.join(NAME) } else { path.to_owned() };
+        let (file, place) = open_locked(&path)?;
+        let wanted = match place {
+            Place::File => bytes,
+            Place::Block(there) => {
+                let there = there.saturating_sub(HEAD_BYTES);
+                if bytes == 0 { there } else { bytes.min(there) }
+            }
+        };
+        let bytes = wanted - wanted % CHUNK_BYTES;
+        if bytes == 0 {
+            return Err(SpillError::TooSmall { path, bytes: wanted });
+        }
+        recovery::take_over(&file, &path, place)?;
+        let made = Self { path, file: Arc::new(file), bytes, direct: false, allocated: true, place };
+        made.fill()
+    }
+
+    /// Marks it as ours and sets its space aside. What could not be made is removed.
+    fn fill(mut self) -> Result<Self, SpillError> {
+        let prepared = self.prepare();
+        if prepared.is_err() {
+            self.close();
+        }
+        prepared.map(|()| self)
+    }
+
+    fn prepare(&mut self) -> Result<(), SpillError> {
+        let fail = |path: &Path, what| {
+            let path = path.to_owned();
+            move |source| SpillError::Io { path, what, source }
+        };
+        // The mark comes first: a daemon that is killed after this leaves an area that the next one takes over.
+        self.file
+            .write_all_at(&superblock::encode(self.bytes), 0)
+            .and_then(|()| self.file.sync_data())
+            .map_err(fail(&self.path, "mark"))?;
+        if self.place == Place::File {
+            self.file
+                .set_permissions(PermissionsExt::from_mode(0o600))
+                .map_err(fail(&self.path, "restrict"))?;
+            self.allocate()?;
+        }
+        self.direct = go_direct(&self.file);
+        if !self.direct {
+            tracing::warn!(
+                "{} does not take direct I/O: spilled pages go through the page cache, which costs copies and memory",
+                self.path.display()
+            );
+        }
+        Ok(())
+    }
+
+    fn allocate(&mut self) -> Result<(), SpillError> {
+        let bytes = HEAD_BYTES + self.bytes;
+        match -raw::change_range(&self.file, Kind::Allocate, 0, bytes as usize) {
+            0 => Ok(()),
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => {
+                let free = fstatvfs(&*self.file)
+                    .map_or(0, |fs| fs.blocks_available() as u64 * fs.fragment_size() as u64);
+                Err(SpillError::NoSpace { path: self.path.clone(), wanted: bytes, free })
+            }
+            libc::EOPNOTSUPP | libc::ENOSYS => {
+                self.allocated = false;
+                tracing::warn!(
+                    "the file system of {} cannot set space aside: the spill area may turn out to have less than it is to",
+                    self.path.display()
+                );
+                let sized = self.file.set_len(bytes);
+                sized.map_err(|source| SpillError::Io { path: self.path.clone(), what: "size", source })
+            }
+            errno => Err(SpillError::Io {
+                path: self.path.clone(),
+                what: "set space aside in",
+                source: io::Error::from_raw_os_error(errno),
+            }),
+        }
+    }
+
+    /// Leaves nothing behind: a file is removed, a block device loses its mark and discards what it held.
+    pub(super) fn close(&self) {
+        match self.place {
+            Place::File if recovery::leads_to(&self.path, &self.file) => {
+                if let Err(error) = std::fs::remove_file(&self.path) {
+                    tracing::warn!("the spill area {} cannot be removed: {error}", self.path.display());
+                }
+            }
+            Place::File => {}
+            Place::Block(bytes) => {
+                recovery::discard(&self.file, &self.path, bytes);
+                go_buffered(&self.file);
+                let wiped = self.file.write_all_at(&[0; SUPERBLOCK_BYTES], 0);
+                if let Err(error) = wiped.and_then(|()| self.file.sync_data()) {
+                    tracing::warn!(
+                        "the mark of the spill area {} cannot be wiped: {error}",
+                        self.path.display()
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Opens a file, made if it is not there, or a block device, and locks it against other daemons.
+fn open_locked(path: &Path) -> Result<(File, Place), SpillError> {
+    let fail = |what| move |source| SpillError::Io { path: path.to_owned(), what, source };
+    let is_block = std::fs::metadata(path).is_ok_and(|there| there.file_type().is_block_device());
+    for _ in 0..ATTEMPTS {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).mode(0o600);
+        if is_block {
+            // Nobody else has it: no mounted file system, no volume group.
+            options.custom_flags(libc::O_CLOEXEC | libc::O_EXCL);
+        } else {
+            // Not through a link that somebody else may have put there, nor waiting for a pipe's other end.
+            options.create(true).truncate(false);
+            options.custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        }
+        let file = match options.open(path) {
+            Err(error) if is_block && error.raw_os_error() == Some(libc::EBUSY) => {
+                return Err(SpillError::Busy { path: path.to_owned() });
+            }
+            opened => opened.map_err(fail("open"))?,
+        };
+        let place = recovery::place(&file, path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(SpillError::Busy { path: path.to_owned() }),
+            Err(TryLockError::Error(source)) => return Err(fail("lock")(source)),
+        }
+        // Another daemon may just have removed it.
+        if recovery::leads_to(path, &file) {
+            return Ok((file, place));
+        }
+    }
+    Err(SpillError::Busy { path: path.to_owned() })
+}
+
+fn set_direct(file: &File, direct: bool) -> nix::Result<()> {
+    let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_DIRECT, direct);
+    fcntl(file, FcntlArg::F_SETFL(flags)).map(drop)
+}
+
+/// Goes around the page cache from now on, if the file system lets us do so in steps of pages.
+fn go_direct(file: &File) -> bool {
+    if set_direct(file, true).is_err() {
+        return false;
+    }
+    let mut buffer = vec![0; 2 * SUPERBLOCK_BYTES];
+    let skip = buffer.as_ptr().align_offset(SUPERBLOCK_BYTES);
+    let aligned = buffer.get_mut(skip..skip + SUPERBLOCK_BYTES);
+    let works =
+        aligned.is_some_and(|aligned| file.read_at(aligned, 0).is_ok_and(|read| read == SUPERBLOCK_BYTES));
+    if !works {
+        go_buffered(file);
+    }
+    works
+}
+
+fn go_buffered(file: &File) {
+    // Where it cannot be undone, what follows fails and says so.
+    let _ = set_direct(file, false);
+}
