@@ -100,8 +100,7 @@ impl Area {
         match -raw::change_range(&self.file, Kind::Allocate, 0, bytes as usize) {
             0 => Ok(()),
             libc::ENOSPC | libc::EDQUOT | libc::EFBIG => {
-                let free = fstatvfs(&*self.file)
-                    .map_or(0, |fs| fs.blocks_available() as u64 * fs.fragment_size() as u64);
+                let free = fstatvfs(&*self.file).map_or(0, |fs| fs.blocks_available() * fs.fragment_size());
                 Err(SpillError::NoSpace { path: self.path.clone(), wanted: bytes, free })
             }
             libc::EOPNOTSUPP | libc::ENOSYS => {

@@ -30,7 +30,7 @@ pub(super) trait Engine: Debug {
     fn waker(&self) -> Arc<dyn Wake>;
 
     /// Takes an operation, of which there are never more than [`Setup::capacity`].
-    fn push(&mut self, operation: Box<Operation>);
+    fn push(&mut self, operation: Operation);
 
     /// Starts what was pushed and gives back what has ended, as it ended: fewer bytes than wanted are no error here, and
     /// neither continued nor retried. With `block`, sleeps until something has ended or the waker is used.

@@ -73,7 +73,7 @@ impl Faulty {
     }
 
     fn finish(&mut self, mut completed: Completed) -> Completed {
-        let Operation { kind, offset, .. } = *completed.operation;
+        let Operation { kind, offset, .. } = completed.operation;
         let Some(at) = self.pending.iter().position(|(of, place, _)| *of == kind && *place == offset) else {
             return completed;
         };
@@ -100,7 +100,7 @@ impl Engine for Faulty {
         self.inner.waker()
     }
 
-    fn push(&mut self, mut operation: Box<Operation>) {
+    fn push(&mut self, mut operation: Operation) {
         match self.fault(operation.kind) {
             Some(Fault::Error(errno)) => self.hold(Completed { operation, result: -errno }),
             Some(Fault::Nothing) => self.hold(Completed { operation, result: 0 }),

@@ -10,7 +10,7 @@ use super::operation::{Completed, Operation};
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Noop {
-    pushed: Vec<Box<Operation>>,
+    pushed: Vec<Operation>,
     waker: Arc<Waker>,
 }
 
@@ -44,7 +44,7 @@ impl Engine for Noop {
         Arc::clone(&self.waker) as Arc<dyn Wake>
     }
 
-    fn push(&mut self, operation: Box<Operation>) {
+    fn push(&mut self, operation: Operation) {
         self.pushed.push(operation);
     }
 

@@ -131,14 +131,14 @@ impl Operation {
 /// An operation that an engine gives back.
 #[derive(Debug)]
 pub(super) struct Completed {
-    pub(super) operation: Box<Operation>,
+    pub(super) operation: Operation,
     /// Bytes that were moved, or the negated error number.
     pub(super) result: i32,
 }
 
 impl Completed {
     /// Does it here and now, with the system's plain calls.
-    pub(super) fn by_hand(operation: Box<Operation>, file: &std::fs::File, vectors: &mut Vectors) -> Self {
+    pub(super) fn by_hand(operation: Operation, file: &std::fs::File, vectors: &mut Vectors) -> Self {
         let result = match operation.kind {
             Kind::Read | Kind::Write => {
                 operation.vectors(vectors);

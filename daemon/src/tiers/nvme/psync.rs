@@ -25,7 +25,7 @@ enum Event {
 #[derive(Debug)]
 pub(super) struct Psync {
     /// `None` once it stops.
-    work: Option<Sender<Box<Operation>>>,
+    work: Option<Sender<Operation>>,
     events: Receiver<Event>,
     waker: Arc<Waker>,
     threads: Vec<JoinHandle<()>>,
@@ -44,7 +44,7 @@ impl Wake for Waker {
 impl Psync {
     /// Starts its threads.
     pub(super) fn new(setup: &Setup) -> io::Result<Self> {
-        let (work, jobs) = unbounded::<Box<Operation>>();
+        let (work, jobs) = unbounded::<Operation>();
         let (ended, events) = unbounded();
         let mut engine = Self {
             work: Some(work),
@@ -65,7 +65,7 @@ impl Psync {
     }
 }
 
-fn serve(jobs: &Receiver<Box<Operation>>, ended: &Sender<Event>, file: &File) {
+fn serve(jobs: &Receiver<Operation>, ended: &Sender<Event>, file: &File) {
     let mut vectors = Vectors::default();
     for operation in jobs {
         let completed = Completed::by_hand(operation, file, &mut vectors);
@@ -84,7 +84,7 @@ impl Engine for Psync {
         Arc::clone(&self.waker) as Arc<dyn Wake>
     }
 
-    fn push(&mut self, operation: Box<Operation>) {
+    fn push(&mut self, operation: Operation) {
         if let Some(work) = &self.work {
             // The threads live for as long as this end of the channel does.
             let _ = work.send(operation);

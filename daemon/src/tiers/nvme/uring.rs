@@ -48,7 +48,7 @@ const WOKEN: u64 = u64::MAX;
 struct Place {
     /// Completions of earlier operations do not match.
     generation: u32,
-    operation: Option<Box<Operation>>,
+    operation: Option<Operation>,
     vectors: Vectors,
 }
 
@@ -275,7 +275,7 @@ impl Engine for Uring {
         Arc::clone(&self.waker) as Arc<dyn Wake>
     }
 
-    fn push(&mut self, operation: Box<Operation>) {
+    fn push(&mut self, operation: Operation) {
         let erases = !matches!(operation.kind, Kind::Read | Kind::Write);
         let place = if self.io_poll && erases { None } else { self.vacant.pop() };
         let Some(place) = place else {

@@ -47,7 +47,7 @@ pub(super) struct Worker {
     said_unregistered: bool,
     said_unerased: bool,
     /// To be used again.
-    spare: Vec<Box<Operation>>,
+    spare: Vec<Operation>,
     ended: Vec<Completed>,
     refused: Vec<Queued>,
     /// Pages, begun, that another of their operation may have spoilt: each is tried by itself.
@@ -174,7 +174,7 @@ impl Worker {
         if self.reads + self.writes >= self.depths.all {
             return false;
         }
-        let mut operation = self.spare.pop().unwrap_or_else(|| Box::new(Operation::empty()));
+        let mut operation = self.spare.pop().unwrap_or_else(Operation::empty);
         let of_it = |page: &Queued| page.job.direction == direction;
         match (self.alone.iter().position(of_it), direction) {
             (Some(at), _) => operation.pages.push(self.alone.swap_remove(at)),
@@ -190,7 +190,7 @@ impl Worker {
     }
 
     /// Begins an operation with the pages that it has, whose slots are marked.
-    fn start(&mut self, mut operation: Box<Operation>, direction: Direction) {
+    fn start(&mut self, mut operation: Operation, direction: Direction) {
         let counters = &self.disk.counters;
         match direction {
             Direction::Read => {
@@ -221,7 +221,7 @@ impl Worker {
     }
 
     fn change(&mut self, chunk: u32, kind: Kind) {
-        let mut operation = self.spare.pop().unwrap_or_else(|| Box::new(Operation::empty()));
+        let mut operation = self.spare.pop().unwrap_or_else(Operation::empty);
         operation.set_range(kind, self.disk.chunk_offset(chunk), CHUNK_BYTES as usize);
         self.engine.push(operation);
     }
@@ -275,7 +275,7 @@ impl Worker {
     }
 
     /// What an attempt at pages came to.
-    fn progress(&mut self, mut operation: Box<Operation>, result: i32, now: u64) {
+    fn progress(&mut self, mut operation: Operation, result: i32, now: u64) {
         let left = operation.bytes - operation.done;
         let failure = match result {
             1.. => {
