@@ -22,7 +22,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Be the daemon (the same as `kvoyantd`)
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Say what a running daemon holds
     Status(StatusArgs),
     /// Say what this machine can do, what it cannot, and what mends it

@@ -282,7 +282,7 @@ impl Client {
         let files = artifacts.iter().map(|bytes| artifact_file(bytes)).collect::<Result<Vec<_>, _>>()?;
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let Received { message, fds } = self.control.call(&ToDaemon::Register(spec.clone()), &fds)?;
-        let ToClient::Registered { device, mode, page_rows, slab } = message else {
+        let ToClient::Registered { device, mode, page_rows, slab, spills } = message else {
             return Err(Error::Broken(format!("{message:?} came instead of a registration")));
         };
         let slab = match slab {
@@ -320,6 +320,7 @@ impl Client {
             spec,
             device,
             mode,
+            spills,
         })))
     }
 }

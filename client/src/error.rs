@@ -91,6 +91,20 @@ pub enum Error {
         /// The room.
         room: usize,
     },
+    /// Rows that lie on disk, read without being [fetched](crate::Model::fetch).
+    #[error("the rows of token {token} in layer {layer} lie on disk: fetch the layer before reading it")]
+    Spilled {
+        /// The layer.
+        layer: usize,
+        /// The first such token.
+        token: usize,
+    },
+    /// Rows that the daemon could not read back from disk.
+    #[error("the rows from token {token} on are lost: truncate the sequence there, and compute them again")]
+    Lost {
+        /// The first lost token of any layer.
+        token: usize,
+    },
     /// Limits that cannot be.
     #[error(transparent)]
     Limits(#[from] LimitError),

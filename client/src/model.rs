@@ -24,6 +24,7 @@ pub(crate) struct Inner {
     pub(crate) spec: ModelSpec,
     pub(crate) device: String,
     pub(crate) mode: Mode,
+    pub(crate) spills: bool,
 }
 
 /// A model that the daemon serves. Clones share one session.
@@ -83,6 +84,17 @@ impl<'a> Hint<'a> {
     }
 }
 
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asking {
+    /// Rows to attend to.
+    Rows,
+    /// An estimate of those that were left out.
+    Rest,
+    /// Pages in host memory.
+    Pages,
+}
+
 impl Model {
     pub(crate) fn new(inner: Arc<Inner>) -> Self {
         Self { inner }
@@ -108,6 +120,13 @@ impl Model {
     #[must_use]
     pub fn mode(&self) -> Mode {
         self.inner.mode
+    }
+
+    /// Whether the daemon may move pages to disk. Then rows outside sinks and window are only there while an answer names them, or between
+    /// [`Model::fetch`] and the end of what it returns.
+    #[must_use]
+    pub fn spills(&self) -> bool {
+        self.inner.spills
     }
 
     /// Rows of a page.
@@ -286,7 +305,7 @@ impl Model {
         members: &[Member<'_>],
         within: Duration,
     ) -> Result<Pending, Error> {
-        self.ask(layer, members, 1, false, Some(within))
+        self.ask(layer, members, 1, Asking::Rows, Some(within))
     }
 
     /// As [`Self::speculate`], for a block of so many query tokens of each member at once: candidates are counted for its
@@ -300,7 +319,7 @@ impl Model {
         members: &[Member<'_>],
         queries: usize,
     ) -> Result<Pending, Error> {
-        self.ask(layer, members, queries, false, None)
+        self.ask(layer, members, queries, Asking::Rows, None)
     }
 
     /// Asks for an estimate of the rows that a layer's last answer left out, by its true query: for sequences whose method selects by a query
@@ -310,7 +329,20 @@ impl Model {
     /// # Errors
     /// As for [`Self::speculate`].
     pub fn rest(&self, layer: usize, members: &[Member<'_>]) -> Result<Pending, Error> {
-        self.ask(layer, members, 1, true, None)
+        self.ask(layer, members, 1, Asking::Rest, None)
+    }
+
+    /// Has the daemon bring all pages of a layer of these sequences' first tokens back to host memory. They stay there until the answer is
+    /// dropped; it names no rows. Only needed where the model [spills](Self::spills), of any layer.
+    ///
+    /// # Errors
+    /// As for [`Self::speculate`].
+    pub fn fetch(&self, layer: usize, sequences: &[(&Sequence, usize)]) -> Result<Pending, Error> {
+        let members: Vec<_> = sequences
+            .iter()
+            .map(|(sequence, tokens)| Member { sequence, position: *tokens, hint: Hint::None })
+            .collect();
+        self.ask(layer, &members, 1, Asking::Pages, None)
     }
 
     fn ask(
@@ -318,7 +350,7 @@ impl Model {
         layer: usize,
         members: &[Member<'_>],
         queries: usize,
-        rest: bool,
+        asking: Asking,
         within: Option<Duration>,
     ) -> Result<Pending, Error> {
         let heads = queries * self.inner.geometry.query_heads;
@@ -348,7 +380,8 @@ impl Model {
         let layer = self.layer(layer)?;
         let deadline_ns =
             within.map_or(0, |within| now_ns() + within.as_nanos().min(u128::from(u32::MAX)) as u64);
-        let ask = Ask { layer, queries, floors, rest, deadline_ns };
+        let (rest, fetch) = (asking == Asking::Rest, asking == Asking::Pages);
+        let ask = Ask { layer, queries, floors, rest, fetch, deadline_ns };
         let ticket = self.inner.rings.speculate(&self.inner.control, ask, entries)?;
         Ok(Pending::new(Arc::clone(&self.inner), ticket))
     }

@@ -157,6 +157,8 @@ pub(crate) struct Ask {
     pub(crate) floors: bool,
     /// Whether only the rest of the last answer is asked for.
     pub(crate) rest: bool,
+    /// Whether pages are asked for, and no rows.
+    pub(crate) fetch: bool,
     /// When the rows are wanted, on the monotonic clock; 0: whenever they are ready.
     pub(crate) deadline_ns: u64,
 }
@@ -318,7 +320,7 @@ impl Rings {
         }
         let ticket = submit.last_ticket + 1;
         let hint_bytes = offset as u32;
-        let Ask { layer, queries, floors, rest, deadline_ns } = ask;
+        let Ask { layer, queries, floors, rest, fetch, deadline_ns } = ask;
         let speculate = Speculate {
             layer,
             batch,
@@ -329,6 +331,7 @@ impl Rings {
             doorbell: false,
             floors,
             rest,
+            fetch,
         };
         submit.last_ticket = ticket;
         self.push(&mut submit, Operation::Speculate(speculate));
@@ -366,6 +369,7 @@ impl Rings {
             doorbell: true,
             floors: false,
             rest: false,
+            fetch: false,
         };
         submit.last_ticket = ticket;
         self.push(&mut submit, Operation::Speculate(speculate));

@@ -1,15 +1,17 @@
 //! A sequence: rows are written straight into its pages, and can be read there whatever the daemon does.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kvoyant_kernels::{RowLayout, Run};
-use kvoyant_protocol::control::{NO_PAGE, SelectedBy, TableRef, ToClient, ToDaemon};
+use kvoyant_protocol::control::{NO_PAGE, PageWord, SelectedBy, TableRef, ToClient, ToDaemon};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::wire::SequenceId;
 
 use crate::error::Error;
+use crate::memory::Geometry;
 use crate::model::Inner;
 
 /// How long dropping a sequence waits for a daemon that does not answer.
@@ -30,6 +32,8 @@ pub struct Sequence {
     id: SequenceId,
     by: SelectedBy,
     state: Mutex<State>,
+    /// Set once rows were left out that are not gone for good.
+    missed: AtomicBool,
     open: bool,
 }
 
@@ -44,7 +48,7 @@ impl Sequence {
         let map = inner.memory.table(table.file)?;
         check_table(&inner, &table, &map)?;
         let state = Mutex::new(State { table, map, room: room as usize, tokens });
-        Ok(Self { inner, id, by, state, open: true })
+        Ok(Self { inner, id, by, state, missed: AtomicBool::new(false), open: true })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -102,17 +106,47 @@ impl Sequence {
         Ok(position)
     }
 
-    /// Row locator of a token, if its page is there.
-    fn locate(&self, state: &State, layer: usize, kv_head: usize, token: usize) -> Option<u32> {
+    /// What the page table says of a token.
+    fn word(&self, state: &State, layer: usize, kv_head: usize, token: usize) -> PageWord {
         let geometry = &self.inner.geometry;
         let capacity = state.table.capacity as usize;
-        let (page, row) = (token / geometry.pages.page_rows, token % geometry.pages.page_rows);
+        let page = token / geometry.pages.page_rows;
         if page >= capacity || layer >= geometry.layers || kv_head >= geometry.kv_heads {
-            return None;
+            return PageWord::None;
         }
         let word = (layer * geometry.kv_heads + kv_head) * capacity + page;
-        let page = state.map.load_u32(state.table.offset as usize + word * 4);
-        (page != NO_PAGE).then(|| page.wrapping_mul(geometry.pages.page_rows as u32).wrapping_add(row as u32))
+        PageWord::of(state.map.load_u32(state.table.offset as usize + word * 4))
+    }
+
+    /// Row locator of a token, if its page is there.
+    fn locate(&self, state: &State, layer: usize, kv_head: usize, token: usize) -> Result<u32, Error> {
+        let page_rows = self.inner.geometry.pages.page_rows;
+        match self.word(state, layer, kv_head, token) {
+            PageWord::Page(page) => {
+                Ok(page.wrapping_mul(page_rows as u32).wrapping_add((token % page_rows) as u32))
+            }
+            PageWord::None => Err(Error::NoRoom { position: token, room: state.room }),
+            PageWord::Spilled => Err(Error::Spilled { layer, token }),
+            PageWord::Lost => Err(Error::Lost { token }),
+        }
+    }
+
+    /// The first token of which some layer's rows are lost.
+    #[must_use]
+    pub fn first_lost(&self) -> Option<usize> {
+        let state = self.state();
+        let Geometry { layers, kv_heads, pages, .. } = self.inner.geometry;
+        let each = (0..layers).flat_map(|layer| (0..kv_heads).map(move |head| (layer, head)));
+        let lost = |token: &usize| {
+            each.clone().any(|(layer, head)| self.word(&state, layer, head, *token) == PageWord::Lost)
+        };
+        (0..state.tokens).step_by(pages.page_rows).find(lost)
+    }
+
+    /// Whether rows were left out, since this was last asked, that are not gone for good: they lie on disk and were not
+    /// [fetched](crate::Model::fetch), or are lost. What was attended without them is not what was asked for.
+    pub fn take_missed(&self) -> bool {
+        self.missed.swap(false, Ordering::Relaxed)
     }
 
     /// Copies the page table out, `[layer][KV head][capacity]`, with [`NO_PAGE`] where it ends earlier.
@@ -152,9 +186,7 @@ impl Sequence {
         while at < count {
             let token = position + at;
             let part = (count - at).min(page_rows - token % page_rows);
-            let row = self
-                .locate(&state, layer, kv_head, token)
-                .ok_or(Error::NoRoom { position: token, room: state.room })?;
+            let row = self.locate(&state, layer, kv_head, token)?;
             self.inner.memory.write(row, &rows[at * row_bytes..(at + part) * row_bytes])?;
             at += part;
         }
@@ -189,7 +221,7 @@ impl Sequence {
     /// own extents, as the model's format has kept them.
     ///
     /// # Errors
-    /// [`Error::NoRoom`] where the sequence has no page.
+    /// [`Error::NoRoom`] where the sequence has no page; [`Error::Spilled`] and [`Error::Lost`] where it is not in host memory.
     pub fn read(
         &self,
         layer: usize,
@@ -216,7 +248,7 @@ impl Sequence {
     }
 
     /// Runs of rows in the session's own extents: what this process can always read itself. Tokens that the daemon
-    /// no longer keeps (a method's pool may drop some) are left out.
+    /// no longer keeps (a method's pool may drop some) are left out. So are those on disk, of which [`Sequence::take_missed`] tells.
     ///
     /// The runs are valid until the sequence is truncated, closed or written to there.
     pub fn local_runs(&self, layer: usize, kv_head: usize, tokens: Range<usize>, runs: &mut Vec<Run>) {
@@ -288,8 +320,10 @@ impl Sequence {
             let mut token = tokens.start;
             while token < tokens.end {
                 let count = (tokens.end - token).min(page_rows - token % page_rows);
-                if let Some(row) = self.locate(state, layer, kv_head, token) {
-                    take(row, count as u32);
+                match self.locate(state, layer, kv_head, token) {
+                    Ok(row) => take(row, count as u32),
+                    Err(Error::NoRoom { .. }) => {}
+                    Err(_) => self.missed.store(true, Ordering::Relaxed),
                 }
                 token += count;
             }
@@ -299,7 +333,7 @@ impl Sequence {
     /// Copies rows of the session's own extents out, in the storage type: `[tokens][2 · head dim]`, K then V.
     ///
     /// # Errors
-    /// [`Error::NoRoom`] where the sequence has no page.
+    /// [`Error::NoRoom`] where the sequence has no page; [`Error::Spilled`] and [`Error::Lost`] where it is not in host memory.
     pub fn read_rows(
         &self,
         layer: usize,
@@ -320,10 +354,12 @@ impl Sequence {
         while at < tokens.len() {
             let token = tokens.start + at;
             let part = (tokens.len() - at).min(page_rows - token % page_rows);
-            let row = self
-                .locate(&state, layer, kv_head, token)
-                .ok_or(Error::NoRoom { position: token, room: state.room })?;
+            let row = self.locate(&state, layer, kv_head, token)?;
             self.inner.memory.read(row, &mut rows[at * row_bytes..(at + part) * row_bytes])?;
+            // A page that left meanwhile may have made room for another one.
+            if self.locate(&state, layer, kv_head, token)? != row {
+                return Err(Error::Spilled { layer, token });
+            }
             at += part;
         }
         Ok(())

@@ -22,10 +22,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use crate::artifacts;
 use crate::config::Config;
 use crate::device::{Device, Importer, SlabRequest};
-use crate::lane::model::{ModelState, shape_of};
+use crate::lane::model::{ModelState, Placement, shape_of};
 use crate::lane::session::LaneSession;
+use crate::lane::spill::SpillTo;
 use crate::lane::{Command, Ending, LaneHandle, Outcome, Reply};
 use crate::status::{Registry, SessionStatus};
+use crate::tiers::nvme::Spill;
 use crate::tiers::pool::{ExtentPool, Refusal};
 
 /// How long a client may take for each step of the handshake.
@@ -45,6 +47,7 @@ pub struct Plane {
     device: Arc<dyn Device>,
     pool: Arc<ExtentPool>,
     registry: Arc<Registry>,
+    spill: Option<SpillTo>,
     boot_id: u64,
     next_session: AtomicU64,
     places: Arc<Semaphore>,
@@ -61,11 +64,14 @@ impl Plane {
         device: Arc<dyn Device>,
         pool: Arc<ExtentPool>,
         registry: Arc<Registry>,
+        spill: Option<Arc<Spill>>,
         boot_id: u64,
     ) -> Self {
         let places = Arc::new(Semaphore::new(config.max_sessions as usize));
         let (next_session, readings) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
-        Self { config, lanes, device, pool, registry, boot_id, next_session, places, readings }
+        let host_share = config.host_percent / 100.0;
+        let spill = spill.map(|spill| SpillTo { spill, host_share });
+        Self { config, lanes, device, pool, registry, spill, boot_id, next_session, places, readings }
     }
 
     /// Waits until the device is lost, and says why. For ever, where that cannot be.
@@ -370,6 +376,11 @@ async fn ask(
                 message = again;
                 extents
             }
+            // The lane keeps those until they are done.
+            Ok(Outcome::Later(again)) => {
+                message = again;
+                0
+            }
             Err(_) => return Err(Ended::Protocol(session.ending.ended().await)),
         };
         // Whatever ends the wait gives back what was claimed.
@@ -412,7 +423,8 @@ async fn register(
         name.clone_from(&spec.name);
     }
     let (extents, device) = (plane.pool.supply(session.status.uid), Arc::clone(&plane.device));
-    let (sequences_max, keep) = (session.sequences_max, plane.config.keep);
+    let sequences_max = session.sequences_max;
+    let placement = Placement { keep: plane.config.keep, spill: plane.spill.clone() };
     let default = plane.config.slab.as_u64();
     let asked = match (spec.slab_bytes, plane.device.mode()) {
         (0, _) => default,
@@ -442,7 +454,7 @@ async fn register(
         .await?
     };
     let model = beside(move || {
-        ModelState::new(spec, &artifacts, sequences_max, extents, &*device, slab, keep)
+        ModelState::new(spec, &artifacts, sequences_max, extents, &*device, slab, placement)
             .map_err(Ended::Refused)
     })
     .await?;
@@ -458,6 +470,7 @@ async fn register(
         mode: plane.device.mode(),
         page_rows: model.shape.page_rows as u32,
         slab,
+        spills: model.spill.is_some(),
     };
     Ok((Box::new(model), message, fds))
 }

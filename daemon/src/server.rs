@@ -26,6 +26,7 @@ use crate::status::Registry;
 use crate::tiers::arena::ArenaBudget;
 use crate::tiers::cgroup::{Limits, TooLarge};
 use crate::tiers::host_memory::{HUGE_PAGE_BYTES, HugePages, free_huge_pages};
+use crate::tiers::nvme::{Spill, SpillError};
 use crate::tiers::pin::{MlockPin, Pin};
 use crate::tiers::pool::{ExtentPool, PoolSettings};
 
@@ -63,6 +64,9 @@ pub enum ServerError {
     /// Threads or the runtime could not be started.
     #[error("cannot start: {0}")]
     Start(io::Error),
+    /// Pages could not leave host memory.
+    #[error("cannot use the places in `spill`: {0}")]
+    Spill(#[from] SpillError),
     /// The arena is larger than what may be had.
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
@@ -252,6 +256,7 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         })
         .collect::<Result<_, _>>()
         .map_err(ServerError::Start)?;
+    let spill = config.spill().map(|settings| Spill::start(&settings)).transpose()?;
     let boot_id = boot_id();
     let mode = match device.mode() {
         Mode::InPlace => "in-place",
@@ -260,7 +265,8 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     };
     let registry =
         Arc::new(Registry::new(Arc::clone(&pool), Arc::clone(&device), mode.into(), lanes.len(), boot_id));
-    let plane = Arc::new(Plane::new(config.clone(), lanes, device, pool, Arc::clone(&registry), boot_id));
+    let plane =
+        Arc::new(Plane::new(config.clone(), lanes, device, pool, Arc::clone(&registry), spill, boot_id));
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::Start)?;
     runtime.block_on(async {

@@ -59,6 +59,10 @@ pub struct SessionStatus {
     pub tokens: AtomicU64,
     /// Pages in use.
     pub pages: AtomicU64,
+    /// Most pages in use at a time, where pages can leave host memory.
+    pub pages_peak: AtomicU64,
+    /// Pages on disk alone.
+    pub spilled_pages: AtomicU64,
     /// Bytes of a page.
     pub page_bytes: AtomicU64,
     /// Extents.
@@ -87,6 +91,8 @@ impl SessionStatus {
             sequences: AtomicU64::new(0),
             tokens: AtomicU64::new(0),
             pages: AtomicU64::new(0),
+            pages_peak: AtomicU64::new(0),
+            spilled_pages: AtomicU64::new(0),
             page_bytes: AtomicU64::new(0),
             extents: AtomicU64::new(0),
             digest_bytes: AtomicU64::new(0),
@@ -109,6 +115,8 @@ impl SessionStatus {
             sequences: get(&self.sequences),
             tokens: get(&self.tokens),
             pages: get(&self.pages),
+            pages_peak: get(&self.pages_peak),
+            spilled_pages: get(&self.spilled_pages),
             page_bytes: get(&self.page_bytes),
             kv_bytes: get(&self.pages) * get(&self.page_bytes),
             extents: get(&self.extents),
@@ -132,6 +140,10 @@ impl SessionStatus {
             prefetch_bytes: stat(Stat::PrefetchBytes),
             estimated_rows: stat(Stat::EstimatedRows),
             late_rows: stat(Stat::LateRows),
+            pages_written: stat(Stat::PagesWritten),
+            pages_read: stat(Stat::PagesRead),
+            pages_lost: stat(Stat::PagesLost),
+            page_wait_ns: stat(Stat::PageWaitNs),
             certified_heads: stat(Stat::CertifiedHeads),
             missed_heads: [
                 stat(Stat::MissedTo0001),
@@ -370,6 +382,12 @@ pub struct SessionReport {
     pub sequences: u64,
     pub tokens: u64,
     pub pages: u64,
+    /// Most pages in host memory at a time, where pages can leave it.
+    #[serde(default)]
+    pub pages_peak: u64,
+    /// Pages on disk alone.
+    #[serde(default)]
+    pub spilled_pages: u64,
     pub page_bytes: u64,
     pub kv_bytes: u64,
     pub extents: u64,
@@ -407,6 +425,18 @@ pub struct SessionReport {
     /// Rows that were left out of answers because they would have come after their deadline.
     #[serde(default)]
     pub late_rows: u64,
+    /// Pages written to disk.
+    #[serde(default)]
+    pub pages_written: u64,
+    /// Pages read back.
+    #[serde(default)]
+    pub pages_read: u64,
+    /// Pages that could not be read back whole.
+    #[serde(default)]
+    pub pages_lost: u64,
+    /// Time that answers waited for pages, in ns.
+    #[serde(default)]
+    pub page_wait_ns: u64,
     /// Query heads of which the lane could tell how much they may have missed.
     #[serde(default)]
     pub certified_heads: u64,

@@ -109,6 +109,47 @@ pub struct TableRef {
 /// A page table entry without a page.
 pub const NO_PAGE: u32 = u32::MAX;
 
+/// A page table entry whose page lies on disk: [fetched](crate::wire::Speculate::fetch) before it can be read.
+pub const SPILLED: u32 = u32::MAX - 1;
+
+/// A page table entry whose page could not be read back whole: its tokens have to be computed again.
+pub const LOST: u32 = u32::MAX - 2;
+
+/// What a page table entry says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageWord {
+    /// The page with this id.
+    Page(u32),
+    /// There is none: the sequence is shorter, or a method's pool has dropped it.
+    None,
+    /// See [`SPILLED`].
+    Spilled,
+    /// See [`LOST`].
+    Lost,
+}
+
+impl PageWord {
+    /// Reads an entry.
+    #[must_use]
+    pub fn of(word: u32) -> Self {
+        match word {
+            NO_PAGE => Self::None,
+            SPILLED => Self::Spilled,
+            LOST => Self::Lost,
+            page => Self::Page(page),
+        }
+    }
+
+    /// The page, where it can be read.
+    #[must_use]
+    pub fn page(self) -> Option<u32> {
+        match self {
+            Self::Page(page) => Some(page),
+            Self::None | Self::Spilled | Self::Lost => None,
+        }
+    }
+}
+
 /// Who selects a sequence's rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum SelectedBy {
@@ -219,6 +260,8 @@ pub enum ToClient {
         page_rows: u32,
         /// The session's slab.
         slab: SlabRef,
+        /// Whether pages may leave host memory: then rows outside sinks and window are fetched before the client reads them itself.
+        spills: bool,
     },
     /// New memory: consecutive extents or table files, one descriptor each. Comes before the answer that uses it.
     Memory {
@@ -334,6 +377,16 @@ pub enum Failure {
     /// The daemon failed inside.
     #[error("the daemon failed: {0}")]
     Internal(String),
+    /// Rows that are to stay were lost with their page.
+    #[error(
+        "the rows of sequence {sequence} from token {token} on are lost: drop them, and compute them again"
+    )]
+    RowsLost {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// First token that is lost.
+        token: u32,
+    },
     /// Host memory that the budget has could not be made ready.
     #[error("host memory cannot be made ready: {0}")]
     NotReady(String),

@@ -30,7 +30,7 @@ pub mod wire;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"KVOYANT\0");
 
 /// Version of everything in this crate. Both sides must have the same one.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// Bytes of one extent of the arena: a memfd of its own.
 pub const EXTENT_BYTES: usize = 64 << 20;

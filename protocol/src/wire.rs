@@ -110,6 +110,9 @@ const FLAG_FLOORS: u8 = 1 << 2;
 /// Asks for the rest of the last answer.
 const FLAG_REST: u8 = 1 << 3;
 
+/// Asks for all pages of a layer to be in host memory.
+const FLAG_FETCH: u8 = 1 << 4;
+
 /// Asks for the rows of one layer for a whole batch: *query push*.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Speculate {
@@ -133,6 +136,8 @@ pub struct Speculate {
     pub floors: bool,
     /// Asks for no rows, but for an estimate of those that the layer's last answer left out, by the layer's true query: see [`RestLayout`].
     pub rest: bool,
+    /// Asks for no rows, but that all pages of the members' first `position` tokens are in host memory until the answer is let go of.
+    pub fetch: bool,
 }
 
 /// Says that rows have been written to their pages.
@@ -236,7 +241,7 @@ impl Request {
     pub fn parse(descriptor: &Descriptor, limits: &Limits) -> Result<Self, RequestError> {
         let raw: RawRequest = bytemuck::pod_read_unaligned(descriptor);
         let known = match raw.operation {
-            SPECULATE => FLAG_DOORBELL | FLAG_FLOORS | FLAG_REST,
+            SPECULATE => FLAG_DOORBELL | FLAG_FLOORS | FLAG_REST | FLAG_FETCH,
             FEEDBACK => FLAG_FULL,
             _ => 0,
         };
@@ -264,6 +269,7 @@ impl Request {
                 doorbell: raw.flags & FLAG_DOORBELL != 0,
                 floors: raw.flags & FLAG_FLOORS != 0,
                 rest: raw.flags & FLAG_REST != 0,
+                fetch: raw.flags & FLAG_FETCH != 0,
             }),
             APPEND => Operation::Append(Append {
                 layer: (raw.layer != ALL_LAYERS).then_some(raw.layer),
@@ -292,7 +298,12 @@ impl Request {
         match self.operation {
             Operation::Speculate(s) => {
                 raw.operation = SPECULATE;
-                let flags = [(s.doorbell, FLAG_DOORBELL), (s.floors, FLAG_FLOORS), (s.rest, FLAG_REST)];
+                let flags = [
+                    (s.doorbell, FLAG_DOORBELL),
+                    (s.floors, FLAG_FLOORS),
+                    (s.rest, FLAG_REST),
+                    (s.fetch, FLAG_FETCH),
+                ];
                 raw.flags = flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum();
                 raw.layer = s.layer;
                 raw.batch = s.batch;
@@ -343,11 +354,11 @@ mod tests {
         #[test]
         fn a_request_parses_to_what_was_encoded(
             layer in 0u16..1000, batch in 1u32..=8, ticket: u64, through: u64, bytes in 0u32..=4096,
-            deadline: u64, doorbell: bool, floors: bool, rest: bool, queries in 1u32..=QUERIES_MAX, kind in 0..6,
+            deadline: u64, doorbell: bool, floors: bool, rest: bool, fetch: bool, queries in 1u32..=QUERIES_MAX, kind in 0..6,
         ) {
             let operation = match kind {
                 0 => Operation::Speculate(Speculate {
-                    layer, batch, ticket, hint_bytes: bytes, queries, deadline_ns: deadline, doorbell, floors, rest,
+                    layer, batch, ticket, hint_bytes: bytes, queries, deadline_ns: deadline, doorbell, floors, rest, fetch,
                 }),
                 1 => Operation::Append(Append { layer: (layer % 2 == 0).then_some(layer), batch }),
                 2 => Operation::Observe(Observe { layer, payload_bytes: bytes }),

@@ -53,6 +53,7 @@ fn a_client_that_lies_is_disconnected_with_the_reason_and_its_neighbour_sees_not
             doorbell: false,
             floors: false,
             rest: false,
+            fetch: false,
         }),
     };
     type Attack<'a> = (&'a str, &'a str, Box<dyn Fn(&mut Raw, SequenceId) + 'a>);
@@ -284,6 +285,7 @@ fn a_request_with_a_doorbell_waits_for_it() {
             doorbell,
             floors: false,
             rest: false,
+            fetch: false,
         }),
     };
     let entry = BatchEntry { sequence: id, position: 0, value: 0 };

@@ -133,6 +133,7 @@ fn an_unknown_method_an_artifact_of_another_model_a_budget_of_nothing_and_a_hint
             doorbell: false,
             floors: false,
             rest: false,
+            fetch: false,
         };
         let request = Request { release_through: ticket, operation: Operation::Speculate(speculate) };
         raw.push(&request, &[BatchEntry { sequence: id, position: 100, value: 0 }]);

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use kvoyant_kernels::{AttendScratch, Kernels, RowLayout, Run};
 use kvoyant_methods::{RowSource, TokenRange};
-use kvoyant_protocol::control::NO_PAGE;
+use kvoyant_protocol::control::PageWord;
 
 use crate::tiers::arena::SessionArena;
 use crate::tiers::heap::{Heap, Region};
@@ -74,8 +74,8 @@ impl<'a> PageRows<'a> {
         let mut token = tokens.start;
         while token < end {
             let count = (end - token).min(page_rows - token % page_rows);
-            let page = self.tables.word(self.pages.table, base + token / page_rows);
-            if page != NO_PAGE {
+            let word = PageWord::of(self.tables.word(self.pages.table, base + token / page_rows));
+            if let Some(page) = word.page() {
                 let (extent, offset) = geometry.locate(page * page_rows as u32 + (token % page_rows) as u32);
                 each(token, extent, offset, count);
             }

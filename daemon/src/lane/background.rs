@@ -8,6 +8,7 @@
 use kvoyant_methods::{CpuAttention, TokenRange};
 use kvoyant_protocol::wire::{HeadEntry, PartialLayout, SequenceId, Status};
 
+use crate::device::BACKGROUND;
 use crate::device::rows::{LayerPages, PageRows};
 use crate::lane::digests::Digested;
 use crate::lane::model::ModelState;
@@ -108,6 +109,10 @@ impl ModelState {
             && self.digested(id, layer, candidates.end, tokens - 1) == Digested::Yes;
         if !ready || !self.choose_ahead(id, layer, tokens) {
             return true;
+        }
+        background.answer.key = BACKGROUND | background.number;
+        if let Some(state) = &mut self.spill {
+            state.hold(id, layer);
         }
         let Ok(sequence) = self.sequence_mut(id) else { return true };
         let mut slots = std::mem::take(&mut sequence.residency[layer]);

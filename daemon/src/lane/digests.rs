@@ -4,12 +4,13 @@
 //! needs the prompt's statistics has its digests built once those have come; before, rows only wait. A memory belongs to
 //! one sequence, layer and KV head, and is the only one of them that a selection may change.
 
+mod behind;
 mod memory;
 mod rows;
 
 use kvoyant_methods::method::Append;
 use kvoyant_methods::{DigestKey, Method, Shape, Store};
-use kvoyant_protocol::control::NO_PAGE;
+use kvoyant_protocol::control::PageWord;
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
 
@@ -327,7 +328,14 @@ impl ModelState {
     }
 
     /// Copies each head's part of a region into its larger part of another, and releases the old one.
-    fn move_parts(&mut self, from: Region, to: Region, heads: usize, from_len: usize, to_len: usize) {
+    pub(super) fn move_parts(
+        &mut self,
+        from: Region,
+        to: Region,
+        heads: usize,
+        from_len: usize,
+        to_len: usize,
+    ) {
         for head in 0..heads {
             let bytes = self.meta.get(part(from, head, from_len)).to_vec();
             self.meta.get_mut(part(to, head, to_len))[..from_len].copy_from_slice(&bytes);
@@ -397,6 +405,8 @@ impl ModelState {
         let needs = self.methods[set.method].needs();
         let rows = self.shape.page_rows;
         let (from, to) = (set.built[layer] as usize, needs.digestible(sequence.lens[layer] as usize));
+        // What lies on disk is digested when somebody asks for it.
+        let to = self.in_memory_to(sequence, layer, from, to);
         if !set.ready[layer] || from >= to {
             return Ok(());
         }
@@ -417,11 +427,10 @@ impl ModelState {
                 let (page, first_row) = (token / rows, token % rows);
                 let count = (to - token).min(rows - first_row);
                 let word = head * capacity + page;
-                let id = self.tables.word(pages, word);
-                if id == NO_PAGE {
+                let Some(id) = PageWord::of(self.tables.word(pages, word)).page() else {
                     token += count;
                     continue;
-                }
+                };
                 let locator = id * rows as u32 + first_row as u32;
                 read_keys(&self.arena, self.layout, locator, count, &mut buffers.rows, &mut buffers.keys)?;
                 buffers.values.clear();
@@ -478,6 +487,7 @@ impl ModelState {
         let set = &sequence.digests[index];
         let Some(dead) = set.dead else { return };
         let (pages, capacity, set) = (sequence.table, sequence.capacity, set.clone());
+        let slots = sequence.slots;
         let (rows, heads, total) = (self.shape.page_rows, self.shape.kv_heads, self.total_heads());
         let mut victims: Vec<u32> = Vec::new();
         for kv_head in 0..heads {
@@ -490,11 +500,7 @@ impl ModelState {
                 let gone = self.meta.word(dead, word) + 1;
                 self.meta.set_word(dead, word, gone);
                 if gone as usize == rows {
-                    let page = self.tables.word(pages, word);
-                    if page != NO_PAGE {
-                        self.tables.set_word(pages, word, NO_PAGE);
-                        self.arena.release(page);
-                    }
+                    self.drop_page(pages, slots, word);
                 }
             }
         }

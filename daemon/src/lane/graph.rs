@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kvoyant_kernels::cuda::params::{ResidencyEntry, ResidencyHeader};
 use kvoyant_methods::{Needs, RowPart};
-use kvoyant_protocol::control::{Failure, NO_PAGE};
+use kvoyant_protocol::control::{Failure, PageWord};
 use kvoyant_protocol::graph::GraphLayout;
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::{SequenceId, Status};
@@ -118,6 +118,9 @@ impl ModelState {
     pub fn serve_graph(&mut self, id: SequenceId, slot: u32) -> Result<(), Failure> {
         let refused = |reason: String| Failure::Graph { sequence: id, reason };
         let sequence = self.sequence(id)?;
+        if !self.is_whole(sequence) {
+            return Err(refused("some of its pages are on disk, where no kernel can read them".into()));
+        }
         if sequence.graph.is_some() {
             return Err(refused("it is already".into()));
         }
@@ -215,7 +218,7 @@ impl ModelState {
                     }
                     let at = token as usize;
                     let there = (candidates.start..end).contains(&at)
-                        && self.tables.word(sequence.table, base + at / rows) != NO_PAGE;
+                        && self.page_word(sequence.table, base + at / rows) != PageWord::None;
                     if there && last.replace(token) != Some(token) {
                         selection.push(at, at + 1);
                     }

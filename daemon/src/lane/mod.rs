@@ -18,6 +18,7 @@ mod room;
 pub mod select;
 pub mod sequences;
 pub mod session;
+pub mod spill;
 #[cfg(test)]
 mod tests;
 
@@ -35,6 +36,8 @@ use crate::device::{Device, Report};
 use crate::lane::error::SessionError;
 use crate::lane::model::{Announcement, ModelState};
 use crate::lane::session::{LaneSession, Tools};
+use crate::lane::spill::Before;
+use crate::tiers::nvme::SpillReport;
 use crate::tiers::pool::Supply;
 
 /// Requests of one session that a lane handles before it looks at the next one.
@@ -75,6 +78,8 @@ pub enum Outcome {
         /// The request.
         message: ToDaemon,
     },
+    /// Pages have to come or go first. The lane does the request itself then; nobody else gets to see this.
+    Later(ToDaemon),
 }
 
 /// How a lane tells the control plane that a session has to end.
@@ -134,7 +139,9 @@ impl LaneHandle {
         let (commands, inbox) = unbounded();
         let bell = Arc::new(Bell::default());
         let report = Arc::new(Report::new(Arc::clone(&bell)));
-        let lane = Lane { inbox, bell: Arc::clone(&bell), report, device, sessions: Vec::new(), spin_for };
+        let pages = Arc::new(SpillReport::new(Arc::clone(&bell)));
+        let lane =
+            Lane { inbox, bell: Arc::clone(&bell), report, pages, device, sessions: Vec::new(), spin_for };
         let thread = std::thread::Builder::new().name(format!("lane-{index}")).spawn(move || {
             let _bomb = Bomb;
             if let Some(cpu) = cpu {
@@ -194,6 +201,8 @@ struct Attached {
     session: Box<LaneSession>,
     ending: Arc<Ending>,
     broken: bool,
+    /// A control request that waits for pages to come or go.
+    parked: Option<(ToDaemon, oneshot::Sender<Outcome>)>,
     detaching: Option<oneshot::Sender<()>>,
 }
 
@@ -202,6 +211,7 @@ struct Lane {
     inbox: Receiver<Command>,
     bell: Arc<Bell>,
     report: Arc<Report>,
+    pages: Arc<SpillReport>,
     device: Arc<dyn Device>,
     sessions: Vec<Attached>,
     spin_for: Duration,
@@ -231,8 +241,18 @@ impl Lane {
                     }
                 }
             }
-            let mut armed = false;
             let tools = Tools { device: &*self.device, report: &self.report };
+            while let Some(ended) = self.pages.pop() {
+                busy = true;
+                if let Some(attached) = self.sessions.iter_mut().find(|a| a.session.id == ended.session) {
+                    let result = attached.session.page_ended(&ended, tools);
+                    attached.check(result);
+                    if let Some((message, reply)) = attached.parked.take() {
+                        attached.control(message, reply, tools);
+                    }
+                }
+            }
+            let mut armed = false;
             for attached in &mut self.sessions {
                 if !stopping && !attached.broken && attached.detaching.is_none() {
                     let result = attached.session.poll(tools, FAIR_SHARE);
@@ -254,7 +274,9 @@ impl Lane {
     }
 
     fn words(&self) -> impl Iterator<Item = (Word<'_>, u32)> {
-        let serving = |attached: &&Attached| !attached.broken && attached.detaching.is_none();
+        let serving = |attached: &&Attached| {
+            !attached.broken && attached.detaching.is_none() && !attached.session.waits_for_pages
+        };
         self.sessions.iter().filter(serving).map(|attached| attached.session.word())
     }
 
@@ -303,9 +325,16 @@ impl Lane {
         match command {
             Command::Stop => {}
             Command::Attach(session, ending) => {
-                self.sessions.push(Attached { session, ending, broken: false, detaching: None });
+                self.sessions.push(Attached {
+                    session,
+                    ending,
+                    broken: false,
+                    parked: None,
+                    detaching: None,
+                });
             }
-            Command::Register(id, model, reply) => {
+            Command::Register(id, mut model, reply) => {
+                model.attach_spill(id, &self.pages);
                 if let Some(attached) = self.find(id) {
                     attached.session.model = Some(model);
                     let _ = reply.send(Reply::plain(ToClient::Done));
@@ -313,14 +342,7 @@ impl Lane {
             }
             Command::Control(id, message, reply) => {
                 if let Some(attached) = self.find(id) {
-                    let drained = attached.session.drain(tools);
-                    if attached.check(drained).is_some() {
-                        let answer = attached.session.control(message);
-                        attached.session.refresh_status();
-                        if let Some(answer) = attached.check(answer) {
-                            let _ = reply.send(answer);
-                        }
-                    }
+                    attached.control(message, reply, tools);
                 }
             }
             Command::Supply(id, supply) => {
@@ -351,6 +373,24 @@ impl Lane {
 }
 
 impl Attached {
+    /// Does what a control message asks once all requests before it are done, and everything is there that it needs.
+    fn control(&mut self, message: ToDaemon, reply: oneshot::Sender<Outcome>, tools: Tools<'_>) {
+        if self.broken || self.detaching.is_some() {
+            return;
+        }
+        let drained = self.session.drain(tools);
+        if self.check(drained).is_none() {
+            return;
+        }
+        let answer = self.session.control(message);
+        self.session.refresh_status();
+        match self.check(answer) {
+            Some(Outcome::Later(message)) => self.parked = Some((message, reply)),
+            Some(answer) => drop(reply.send(answer)),
+            None => {}
+        }
+    }
+
     /// Ends the session on an error.
     fn check<T>(&mut self, result: Result<T, SessionError>) -> Option<T> {
         match result {
@@ -373,6 +413,12 @@ impl LaneSession {
             let failure = Failure::BadModel("a model must be registered first".into());
             return Ok(Outcome::Answered(Reply::plain(ToClient::Failed(failure))));
         };
+        let before = model.before_control(&message);
+        model.submit_pages();
+        if before == Before::Later || self.waits_for_pages {
+            return Ok(Outcome::Later(message));
+        }
+        let Some(model) = &mut self.model else { return Ok(Outcome::Later(message)) };
         let extents = model.missing_extents(&message);
         if extents > 0 {
             return Ok(Outcome::Needs { extents, message });

@@ -22,6 +22,7 @@ use crate::lane::digests::DigestPool;
 use crate::lane::graph::GraphState;
 use crate::lane::kept::Keepers;
 use crate::lane::sequences::SequenceSlot;
+use crate::lane::spill::{SpillState, SpillTo};
 use crate::tiers::arena::{PageGeometry, SessionArena};
 use crate::tiers::heap::{Heap, Region};
 use crate::tiers::pool::Supply;
@@ -104,6 +105,15 @@ pub struct Buffers {
     pub(crate) missing: Vec<TokenRange>,
 }
 
+/// How much is kept where.
+#[derive(Debug, Clone)]
+pub struct Placement {
+    /// How many times as many rows as are selected a head keeps on the device.
+    pub keep: f64,
+    /// Where pages go that leave host memory; `None`: they stay.
+    pub spill: Option<SpillTo>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct ModelState {
@@ -135,6 +145,8 @@ pub struct ModelState {
     pub slab: Option<SlabState>,
     /// Graph mode, if the session wants it.
     pub graph: Option<GraphState>,
+    /// Where pages may go that leave host memory.
+    pub(crate) spill: Option<SpillState>,
     /// What transfers hold on to.
     pub memory: Arc<SessionMemory>,
     /// How many times as many rows as are selected a head keeps on the device.
@@ -165,7 +177,7 @@ impl ModelState {
         extents: Supply,
         device: &dyn Device,
         slab: SlabRequest,
-        keep: f64,
+        Placement { keep, spill }: Placement,
     ) -> Result<Self, Failure> {
         let (shape, layout) = shape_of(&spec)?;
         let row_bytes = row_bytes_of(layout)?;
@@ -248,6 +260,7 @@ impl ModelState {
             open: Vec::new(),
             slab,
             graph,
+            spill: spill.map(|to| SpillState::new(to, geometry.page_bytes())),
             memory,
             keep,
             attends,

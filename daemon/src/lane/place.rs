@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use kvoyant_kernels::CopyRun;
 use kvoyant_methods::RowPart;
-use kvoyant_protocol::control::NO_PAGE;
+use kvoyant_protocol::control::PageWord;
 use kvoyant_protocol::wire::{HeadEntry, SequenceId, Status};
 
 use crate::lane::background::Background;
@@ -68,6 +68,10 @@ impl ModelState {
             result = result.and(self.place_head(id, layer, kv_head, set, keep, evict, answer));
             answer.resident = answer.resident.saturating_add(set.resident() as u32);
         }
+        if result.is_err() {
+            // Rows have slots that nothing will be copied to.
+            self.clear_slots(&mut slots);
+        }
         self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer] = slots;
         result
     }
@@ -96,13 +100,14 @@ impl ModelState {
         let Some(slab) = &mut self.slab else { return Err(Status::Failed) };
         let wanted = self.buffers.selection.head(kv_head);
         set.place(wanted, keep, evict, &mut slab.pages, &mut self.buffers.place, &mut placed);
-        let Some(slab) = &self.slab else { return Err(Status::Failed) };
+        let slab = slab.slab.clone();
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
         let geometry = self.arena.geometry();
         let (rows, row_bytes) = (geometry.page_rows as u32, geometry.row_bytes);
         let needs = self.methods[sequence.method].needs();
         let part = moved_part(needs.part, row_bytes);
-        let base = (layer * self.shape.kv_heads + kv_head) * sequence.capacity;
+        let head = layer * self.shape.kv_heads + kv_head;
+        let (table, base) = (sequence.table, head * sequence.capacity);
         let first_run = answer.runs.len();
         let (mut total, mut named) = (0, 0);
         // Rows that are there are attended at no cost: they stand between those that were selected.
@@ -117,10 +122,30 @@ impl ModelState {
         };
         for row in &placed {
             name_others(answer, row.token);
-            let page = self.tables.word(sequence.table, base + (row.token / rows) as usize);
-            if page == NO_PAGE {
+            let index = (row.token / rows) as usize;
+            let word = self.page_word(table, base + index);
+            if word == PageWord::None {
                 continue;
             }
+            // A row that lies in a slot is there, wherever its page is.
+            if let Some(slot) = row.slot.filter(|_| !row.fresh) {
+                answer.push_row(first_run, slot, row.token, 1, true);
+                answer.hits = answer.hits.saturating_add(1);
+                total += 1;
+                continue;
+            }
+            let page = match word.page() {
+                Some(page) => page,
+                None => match self.page_for(id, (head, index), answer) {
+                    Ok(Some(page)) => page,
+                    Ok(None) => continue,
+                    Err(status) => {
+                        self.buffers.placed = placed;
+                        return Err(status);
+                    }
+                },
+            };
+            self.note_use(page);
             let locator = page * rows + row.token % rows;
             match row.slot {
                 None => {
@@ -129,17 +154,12 @@ impl ModelState {
                 }
                 Some(slot) => {
                     answer.push_row(first_run, slot, row.token, 1, true);
-                    if row.fresh {
-                        let (extent, offset) = geometry.locate(locator);
-                        let (from, to, bytes) =
-                            (offset + part.start, slot as usize * row_bytes + part.start, part.len());
-                        let src =
-                            self.arena.memory(extent).address(from, bytes).map_err(|_| Status::Failed)?;
-                        let dst = slab.slab.address(to, bytes).map_err(|_| Status::Failed)?;
-                        answer.push_copy(CopyRun { src: src.cast_const(), dst, bytes });
-                    } else {
-                        answer.hits = answer.hits.saturating_add(1);
-                    }
+                    let (extent, offset) = geometry.locate(locator);
+                    let (from, to, bytes) =
+                        (offset + part.start, slot as usize * row_bytes + part.start, part.len());
+                    let src = self.arena.memory(extent).address(from, bytes).map_err(|_| Status::Failed)?;
+                    let dst = slab.address(to, bytes).map_err(|_| Status::Failed)?;
+                    answer.push_copy(CopyRun { src: src.cast_const(), dst, bytes });
                 }
             }
             total += 1;

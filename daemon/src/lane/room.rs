@@ -1,6 +1,6 @@
 //! Whether there is room for what a request needs: pages for rows, and beside them page tables, digests, memories, marks.
 
-use kvoyant_protocol::control::{Failure, NO_PAGE, SelectedBy, ToDaemon};
+use kvoyant_protocol::control::{Failure, PageWord, SelectedBy, ToDaemon};
 use kvoyant_protocol::wire::SequenceId;
 
 use crate::lane::digests::DigestSet;
@@ -10,12 +10,16 @@ use crate::lane::sequences::{RESERVE_MAX, check_tokens};
 impl ModelState {
     /// Extents that must be added before a request can be met; 0 if it can be met at once, or never.
     pub(crate) fn missing_extents(&self, message: &ToDaemon) -> usize {
-        let pages = match message {
+        self.pages_for(message).map_or(0, |pages| self.arena.missing_extents(pages))
+    }
+
+    /// Free pages that a request needs.
+    pub(super) fn pages_for(&self, message: &ToDaemon) -> Result<usize, Failure> {
+        match message {
             ToDaemon::Open { method, tokens, by } => self.pages_to_open(*method, *tokens, *by),
             ToDaemon::Reserve { sequences } => self.pages_to_reserve(sequences),
-            _ => return 0,
-        };
-        pages.map_or(0, |pages| self.arena.missing_extents(pages))
+            _ => Ok(0),
+        }
     }
 
     fn pages_to_open(&self, method: u16, tokens: u32, by: SelectedBy) -> Result<usize, Failure> {
@@ -46,8 +50,12 @@ impl ModelState {
             let first = sequence.tokens() / rows;
             for head in kept.clone() {
                 needed += (first..sequence.pages)
-                    .map(|page| self.tables.word(sequence.table, head * sequence.capacity + page))
-                    .filter(|page| *page == NO_PAGE || self.arena.is_shared(*page))
+                    .map(|page| self.page_word(sequence.table, head * sequence.capacity + page))
+                    .filter(|word| match word {
+                        PageWord::None => true,
+                        PageWord::Page(page) => self.arena.is_shared(*page),
+                        PageWord::Spilled | PageWord::Lost => false,
+                    })
                     .count();
             }
         }
@@ -73,7 +81,8 @@ impl ModelState {
             (per_page * capacity + method.head_state_bytes()).saturating_add(memory) as u64
         };
         let kept = methods.into_iter().map(kept).fold(0, u64::saturating_add);
-        let per_head = kept.saturating_add((4 * capacity + self.shape.head_dim * 4) as u64);
+        let slots = if self.spill.is_some() { 4 * capacity } else { 0 };
+        let per_head = kept.saturating_add((4 * capacity + slots + self.shape.head_dim * 4) as u64);
         let marks = (capacity * self.shape.page_rows) as u64;
         per_head.saturating_mul(self.heads() as u64).saturating_add(marks)
     }

@@ -6,7 +6,7 @@
 
 use kvoyant_kernels::CopyRun;
 use kvoyant_methods::{InTime, NoRows, NoStore, SelectContext, Selection, Store};
-use kvoyant_protocol::control::{NO_PAGE, SelectedBy};
+use kvoyant_protocol::control::SelectedBy;
 use kvoyant_protocol::wire::{BatchEntry, BlockRun, HeadEntry, SequenceId, Stat, Status};
 
 use crate::device::rows::{LayerPages, PageRows};
@@ -49,6 +49,12 @@ pub struct Answer {
     pub missed: Vec<Stat>,
     /// Background transfers that bring rows which the answer names.
     pub after: Vec<u64>,
+    /// Who waits for pages: a ticket or a background transfer's key; 0: nobody.
+    pub key: u64,
+    /// Pages on their way from disk that it needs, by operation.
+    pub reads: Vec<u64>,
+    /// When the rows are wanted, on the monotonic clock; 0: as soon as they can be.
+    pub deadline_ns: u64,
     /// Rows of an extent: runs in extents end there, since extents are mapped apart.
     pub rows_per_extent: u32,
 }
@@ -63,6 +69,8 @@ impl Answer {
         self.rests.clear();
         self.missed.clear();
         self.after.clear();
+        self.reads.clear();
+        (self.key, self.deadline_ns) = (0, 0);
         (self.rows, self.hits, self.in_place, self.resident, self.bytes) = (0, 0, 0, 0, 0);
         (self.cpu_rows, self.has_rest, self.estimated_rows, self.late) = (0, false, 0, 0);
     }
@@ -156,6 +164,13 @@ impl ModelState {
         if !candidates.is_empty() && candidates.end > sequence.lens[layer] as usize {
             return Err(Status::NotAppended);
         }
+        if let Some(state) = &mut self.spill {
+            state.hold(id, layer);
+        }
+        if let Some(status) = self.misses_rows(id, layer) {
+            return Err(status);
+        }
+        self.catch_up(id, layer).map_err(|_| Status::Failed)?;
         match self.digested(id, layer, if candidates.is_empty() { 0 } else { candidates.end }, tokens - 1) {
             Digested::Yes => {}
             Digested::NotObserved => return Err(Status::NotObserved),
@@ -177,7 +192,7 @@ impl ModelState {
             if at_once {
                 self.put_rest(answer);
             }
-            self.point(id, layer, answer)?;
+            self.point(id, layer, turn, answer)?;
             self.keep_named(id, layer, answer);
             return Ok(());
         }
@@ -298,20 +313,33 @@ impl ModelState {
     }
 
     /// Runs that point into the session's own extents.
-    fn point(&mut self, id: SequenceId, layer: usize, answer: &mut Answer) -> Result<(), Status> {
-        let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
+    fn point(&mut self, id: SequenceId, layer: usize, turn: Turn, answer: &mut Answer) -> Result<(), Status> {
+        // What the answer names stays where it is.
+        self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer].last_ticket = turn.ticket;
+        let selection = std::mem::take(&mut self.buffers.selection);
+        let result = self.point_at(id, layer, &selection, answer);
+        self.buffers.selection = selection;
+        result
+    }
+
+    fn point_at(
+        &mut self,
+        id: SequenceId,
+        layer: usize,
+        selection: &Selection,
+        answer: &mut Answer,
+    ) -> Result<(), Status> {
         let (rows, heads) = (self.shape.page_rows as u32, self.shape.kv_heads);
         for kv_head in 0..heads {
             let first_run = answer.runs.len();
             let mut total = 0;
-            for range in self.buffers.selection.head(kv_head) {
+            for range in selection.head(kv_head) {
                 let mut token = range.first;
                 while token < range.end() {
                     let (page, row) = (token / rows, token % rows);
                     let count = (range.end() - token).min(rows - row);
-                    let word = (layer * heads + kv_head) * sequence.capacity + page as usize;
-                    let own = self.tables.word(sequence.table, word);
-                    if own != NO_PAGE {
+                    if let Some(own) = self.page_for(id, (layer * heads + kv_head, page as usize), answer)? {
+                        self.note_use(own);
                         answer.push_row(first_run, own * rows + row, token, count, false);
                         total += count;
                     }

@@ -5,7 +5,7 @@
 //! `reserve` gives it a copy. All calls here come over the control socket, not on the hot path.
 
 use kvoyant_methods::Selection;
-use kvoyant_protocol::control::{Failure, NO_PAGE, SelectedBy, TableRef};
+use kvoyant_protocol::control::{Failure, NO_PAGE, PageWord, SelectedBy, TableRef};
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
 
@@ -52,6 +52,10 @@ pub struct Sequence {
     pub table: Region,
     /// Pages that each head's part of the table can hold.
     pub capacity: usize,
+    /// Where its pages lie on disk, laid out as the page table; where pages can leave host memory.
+    pub slots: Option<Region>,
+    /// Whether its pages have to stay where they are for now.
+    pub stays: bool,
     /// Pages that each head has.
     pub pages: usize,
     /// Tokens up to which rows may be written.
@@ -193,6 +197,7 @@ impl ModelState {
         let slot = self.free_slot()?;
         self.check_tables(self.tables_of(self.digested_here(method, by), 0))?;
         let table = self.tables.allocate(0)?;
+        let slots = self.new_slot_table(0)?;
         self.seeds += 1;
         let layers = self.shape.layers;
         let mut residency = Vec::new();
@@ -203,6 +208,8 @@ impl ModelState {
             seed: self.seeds,
             table,
             capacity: 0,
+            slots,
+            stays: false,
             pages: 0,
             room: 0,
             lens: vec![0; layers],
@@ -274,11 +281,12 @@ impl ModelState {
                 let word = self.tables.word(table, index);
                 if page >= pages {
                     self.tables.set_word(table, index, NO_PAGE);
-                } else if word != NO_PAGE {
-                    self.arena.share(word);
+                } else if let Some(page) = PageWord::of(word).page() {
+                    self.arena.share(page);
                 }
             }
         }
+        let slots = self.share_slots(self.sequence(parent)?.slots, capacity, pages)?;
         let observation = observation.map(|from| self.meta.copy(from)).transpose()?;
         let marks = marks.map(|from| self.meta.copy(from)).transpose()?;
         let digests = match digested {
@@ -297,6 +305,8 @@ impl ModelState {
                 seed,
                 table,
                 capacity,
+                slots,
+                stays: false,
                 pages,
                 room,
                 lens,
@@ -331,28 +341,32 @@ impl ModelState {
         self.grow_table(id, pages)?;
         let Ok(sequence) = self.sequence(id) else { return Ok(()) };
         let (table, capacity, have) = (sequence.table, sequence.capacity, sequence.pages);
-        let lens = sequence.lens.clone();
+        let (slots, lens) = (sequence.slots, sequence.lens.clone());
         let first = sequence.tokens() / rows;
         let mut buffer = std::mem::take(&mut self.buffers.rows);
         for head in 0..self.heads() {
             for page in first..have {
                 let index = head * capacity + page;
-                let shared = self.tables.word(table, index);
-                if shared == NO_PAGE {
-                    // A pool gave it up, and a truncation came back to it.
-                    let Some(own) = self.arena.take() else { unreachable!("pages were reserved") };
-                    self.tables.set_word(table, index, own);
-                } else if self.arena.is_shared(shared) {
-                    let Some(own) = self.arena.take() else { unreachable!("pages were reserved") };
-                    let filled =
-                        (lens[head / self.shape.kv_heads] as usize).saturating_sub(page * rows).min(rows);
-                    self.arena.copy_rows(shared, own, filled, &mut buffer)?;
-                    self.arena.release(shared);
-                    self.tables.set_word(table, index, own);
+                match self.page_word(table, index) {
+                    PageWord::None => {
+                        // A pool gave it up, and a truncation came back to it.
+                        let own = self.take_page(id, head, page);
+                        self.tables.set_word(table, index, own);
+                    }
+                    PageWord::Page(shared) if self.arena.is_shared(shared) => {
+                        let own = self.take_page(id, head, page);
+                        let filled =
+                            (lens[head / self.shape.kv_heads] as usize).saturating_sub(page * rows).min(rows);
+                        self.arena.copy_rows(shared, own, filled, &mut buffer)?;
+                        self.drop_page(table, slots, index);
+                        self.tables.set_word(table, index, own);
+                    }
+                    // Its own, or full and on disk: nothing is written to that any more.
+                    PageWord::Page(_) | PageWord::Spilled | PageWord::Lost => {}
                 }
             }
             for page in have..pages {
-                let Some(own) = self.arena.take() else { unreachable!("pages were reserved") };
+                let own = self.take_page(id, head, page);
                 self.tables.set_word(table, head * capacity + page, own);
             }
         }
@@ -368,7 +382,7 @@ impl ModelState {
     fn grow_table(&mut self, id: SequenceId, pages: usize) -> Result<(), MemoryError> {
         let heads = self.heads();
         let Ok(sequence) = self.sequence(id) else { return Ok(()) };
-        let (old, old_capacity) = (sequence.table, sequence.capacity);
+        let (old, old_capacity, old_slots) = (sequence.table, sequence.capacity, sequence.slots);
         if pages <= old_capacity {
             return Ok(());
         }
@@ -385,8 +399,12 @@ impl ModelState {
             }
         }
         self.tables.release(old);
+        let slots = self.new_slot_table(capacity)?;
+        if let (Some(old), Some(new)) = (old_slots, slots) {
+            self.move_parts(old, new, heads, old_capacity * 4, capacity * 4);
+        }
         if let Ok(sequence) = self.sequence_mut(id) {
-            (sequence.table, sequence.capacity) = (table, capacity);
+            (sequence.table, sequence.capacity, sequence.slots) = (table, capacity, slots);
         }
         self.grow_digests(id, old_capacity, capacity)
     }
@@ -401,7 +419,8 @@ impl ModelState {
             let own = kept
                 .clone()
                 .flat_map(|head| (0..sequence.pages).map(move |page| head * sequence.capacity + page))
-                .filter(|index| !self.arena.is_shared(self.tables.word(sequence.table, *index)))
+                .filter_map(|index| self.page_word(sequence.table, index).page())
+                .filter(|page| !self.arena.is_shared(*page))
                 .count();
             owners.push((own, id));
         }
@@ -433,17 +452,29 @@ impl ModelState {
     pub fn truncate(&mut self, id: SequenceId, tokens: u32, released_through: u64) -> Result<(), Failure> {
         let rows = self.shape.page_rows;
         let kept = 0..self.heads();
+        match self.first_away(id, tokens as usize) {
+            Some((token, PageWord::Lost)) => {
+                return Err(Failure::RowsLost { sequence: id, token: token as u32 });
+            }
+            Some((token, _)) => {
+                return Err(Failure::NotReady(format!(
+                    "the rows of sequence {id} from token {token} on lie on disk, and no page can make room for them"
+                )));
+            }
+            None => {}
+        }
         let sequence = self.sequence(id)?;
         let (table, capacity, have) = (sequence.table, sequence.capacity, sequence.pages);
+        let (slots, lens) = (sequence.slots, sequence.lens.clone());
         let pages = (tokens as usize).div_ceil(rows).min(have);
         for head in kept {
             for page in pages..have {
-                let index = head * capacity + page;
-                let own = self.tables.word(table, index);
-                if own != NO_PAGE {
-                    self.arena.release(own);
-                    self.tables.set_word(table, index, NO_PAGE);
-                }
+                self.drop_page(table, slots, head * capacity + page);
+            }
+            // What is on disk of the page that is cut is not it any more.
+            let cut = tokens as usize / rows;
+            if cut < pages && lens[head / self.shape.kv_heads] > tokens {
+                self.page_changes(table, slots, head * capacity + cut);
             }
         }
         let sequence = self.sequence_mut(id)?;
@@ -489,17 +520,14 @@ impl ModelState {
         self.planned.retain(|(planned, _)| *planned != id);
         for head in kept {
             for page in 0..sequence.pages {
-                let own = self.tables.word(sequence.table, head * sequence.capacity + page);
-                if own != NO_PAGE {
-                    self.arena.release(own);
-                }
+                self.drop_page(sequence.table, sequence.slots, head * sequence.capacity + page);
             }
         }
         if let (Some(slot), Some(graph)) = (sequence.graph, &mut self.graph) {
             graph.close(slot);
         }
         self.tables.release(sequence.table);
-        for region in [sequence.observation, sequence.marks].into_iter().flatten() {
+        for region in [sequence.observation, sequence.marks, sequence.slots].into_iter().flatten() {
             self.meta.release(region);
         }
         for mut layer in sequence.residency {
@@ -526,6 +554,9 @@ impl ModelState {
 
     /// Moves slab pages that nobody reads or writes any more from limbo to the free ones.
     pub fn settle(&mut self, released_through: u64) {
+        if let Some(state) = &mut self.spill {
+            state.released(released_through);
+        }
         let Some(slab) = &mut self.slab else { return };
         if slab.limbo.is_empty() {
             return;

@@ -2,8 +2,10 @@
 //!
 //! Whatever a client does wrong here ends this session, with a reason, and no other.
 
+mod held;
 mod hints;
 pub(super) mod limits;
+mod release;
 mod reports;
 mod told;
 
@@ -12,12 +14,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use kvoyant_protocol::layout::{Layout, c2d, d2c};
+use kvoyant_protocol::layout::{Layout, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
 use kvoyant_protocol::wire::{BatchEntry, Completion, Operation, Request, STATS, Speculate, Stat, Status};
 
-use crate::device::{AnswerWords, BACKGROUND, Device, Done, Publication, Report, Transfer};
+use crate::device::{AnswerWords, BACKGROUND, Device, Done, Publication, Report};
 use crate::lane::background::Background;
 use crate::lane::error::SessionError;
 use crate::lane::link::Link;
@@ -25,8 +27,10 @@ use crate::lane::mailbox::Report as GraphReport;
 use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::Sequence;
+use crate::lane::session::held::Held;
 use crate::lane::session::hints::HintArea;
 use crate::lane::session::limits::{WORK_MAX, charge};
+use crate::lane::spill::{Before, SpillState};
 use crate::status::SessionStatus;
 
 /// How long a session may keep its lane before another one gets its turn; one request may take longer.
@@ -68,6 +72,9 @@ pub struct LaneSession {
     /// Whether answers are made known to the client's streams, which may be ahead of its CPU and of the lane.
     streams: bool,
     flights: VecDeque<Flight>,
+    held: Vec<Held>,
+    /// Whether the next request waits for pages from disk.
+    pub waits_for_pages: bool,
     in_transfer: usize,
     link: Link,
     stats: [u64; STATS],
@@ -120,6 +127,8 @@ impl LaneSession {
             asked_release: 0,
             streams: false,
             flights: VecDeque::with_capacity(layout.limits.ring_slots as usize),
+            held: Vec::new(),
+            waits_for_pages: false,
             in_transfer: 0,
             link: Link::default(),
             stats: [0; STATS],
@@ -151,15 +160,16 @@ impl LaneSession {
         self.released_through
     }
 
-    /// Whether copies are on their way. The session's memory must stay until they are not.
+    /// Whether copies are on their way, or pages from or to disk. The session's memory must stay until they are not.
     #[must_use]
     pub fn in_transfer(&self) -> bool {
-        self.in_transfer > 0
+        let spill = self.model.as_ref().and_then(|model| model.spill.as_ref());
+        self.in_transfer > 0 || spill.is_some_and(SpillState::is_busy)
     }
 
     /// Handles up to `most` requests; true if there was one.
     pub fn poll(&mut self, tools: Tools<'_>, most: u32) -> Result<bool, SessionError> {
-        self.armed = false;
+        (self.armed, self.waits_for_pages) = (false, false);
         self.streams = tools.device.publishes();
         self.post_ready()?;
         if self.streams {
@@ -196,11 +206,23 @@ impl LaneSession {
                 self.armed = true;
                 break;
             }
+            if self.must_wait_for_pages(&request, index)? {
+                self.seen = Some((index, arrived));
+                self.waits_for_pages = true;
+                break;
+            }
             self.handle(&request, index, arrived, tools)?;
             self.requests.advance(&self.d2c);
             handled += 1;
         }
         let prepared = self.prepare(tools, since);
+        if let Some(model) = self.model.as_mut().filter(|model| model.spill.is_some()) {
+            if !self.waits_for_pages {
+                model.after_request();
+            }
+            model.keep_within();
+            model.submit_pages();
+        }
         Ok(self.reports(tools, most)? | (handled > 0) | prepared)
     }
 
@@ -220,6 +242,21 @@ impl LaneSession {
         Ok(())
     }
 
+    /// Whether the lane itself has to read rows for a request that are not in memory.
+    fn must_wait_for_pages(&mut self, request: &Request, index: u32) -> Result<bool, SessionError> {
+        let members = match request.operation {
+            Operation::Speculate(speculate) => speculate.batch,
+            Operation::Observe(_) => 1,
+            _ => return Ok(false),
+        };
+        if self.model.as_ref().is_none_or(|model| model.spill.is_none()) {
+            return Ok(false);
+        }
+        self.read_batch(index, members)?;
+        let Some(model) = &mut self.model else { return Ok(false) };
+        Ok(model.before_request(&request.operation, &self.batch) == Before::Later)
+    }
+
     fn handle(
         &mut self,
         request: &Request,
@@ -236,58 +273,6 @@ impl LaneSession {
             Operation::Feedback(feedback) => self.feedback(&feedback, index),
             Operation::Mark { payload_bytes } => self.mark(payload_bytes, index),
         }
-    }
-
-    fn release(&mut self, through: u64) -> Result<(), SessionError> {
-        // An answer can only be let go of once it has been given. A client with streams is given it by the device, before
-        // its lane knows; then the release counts once the lane does.
-        if through > if self.streams { self.last_ticket } else { self.posted } {
-            return Err(SessionError::Ticket {
-                ticket: self.last_ticket,
-                released: through,
-                last: self.last_ticket,
-                released_before: self.released_through,
-            });
-        }
-        self.asked_release = self.asked_release.max(through);
-        let through = self.asked_release.min(self.posted);
-        if through > self.released_through {
-            self.released_through = through;
-            if let Some(model) = &mut self.model {
-                model.settle(through);
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether a request takes a slot that the client's streams have let go of and the lane has not: it has yet to hear
-    /// that the answer there was given.
-    fn must_catch_up(&self, request: &Request) -> bool {
-        let Operation::Speculate(speculate) = request.operation else { return false };
-        let slots = u64::from(self.layout.limits.ring_slots);
-        let asked = self.asked_release.max(request.release_through).min(self.last_ticket);
-        let beyond = |released: u64| speculate.ticket.saturating_sub(released) > slots;
-        beyond(self.released_through) && !beyond(asked)
-    }
-
-    /// Lets go of what a stream of the client's has let go of, as far as it has been posted.
-    fn release_by_stream(&mut self) -> Result<(), SessionError> {
-        // The word has a ticket's low 32 bits, and no more tickets than ring slots lie between what is released and the
-        // last one asked for.
-        let word = self.c2d.load_u32(c2d::RELEASED);
-        let ahead = word.wrapping_sub(self.stream_released as u32).cast_signed();
-        if ahead > 0 {
-            self.stream_released += u64::from(ahead.unsigned_abs());
-            if self.stream_released > self.last_ticket {
-                return Err(SessionError::Ticket {
-                    ticket: self.last_ticket,
-                    released: self.stream_released,
-                    last: self.last_ticket,
-                    released_before: self.released_through,
-                });
-            }
-        }
-        self.release(self.stream_released)
     }
 
     fn read_batch(&mut self, index: u32, members: u32) -> Result<(), SessionError> {
@@ -318,15 +303,16 @@ impl LaneSession {
         self.read_batch(index, request.batch)?;
         let model = self.model.as_mut().ok_or(SessionError::NoModel)?;
         let layer = usize::from(request.layer);
-        if !model.speculates(layer) {
+        if !(model.speculates(layer) || request.fetch && layer < model.shape.layers) {
             return Err(SessionError::Layer {
                 layer: request.layer,
-                verb: "speculated",
+                verb: if request.fetch { "fetched" } else { "speculated" },
                 layers: model.shape.layers,
             });
         }
         self.answer.clear();
         self.answer.rows_per_extent = model.rows_per_extent();
+        (self.answer.key, self.answer.deadline_ns) = (ticket, request.deadline_ns);
         self.background.clear(self.backgrounds + 1, model.rows_per_extent());
         let (attends, estimates) = (model.attends || request.rest, model.estimating);
         let mut work = 0_usize;
@@ -343,6 +329,15 @@ impl LaneSession {
         let room = self.link.bytes_until(request.deadline_ns).map(|bytes| bytes / row_bytes);
         for entry in &self.batch {
             let tokens = entry.position as usize + 1;
+            if request.fetch {
+                match model.fetch(layer, entry, ticket, &mut self.answer) {
+                    Ok(()) => continue,
+                    Err(failed) => {
+                        status = failed;
+                        break;
+                    }
+                }
+            }
             let by_query = request.rest || model.selects_by_query(entry.sequence);
             work = work.saturating_add(charge(&model.shape, tokens, area.queries, by_query)?);
             if work > WORK_MAX {
@@ -401,14 +396,22 @@ impl LaneSession {
             .device
             .publishes()
             .then(|| AnswerWords { word: completion.timeline(), table_bytes: completion.table_bytes });
-        let waiting = publish.is_some() || !self.answer.copies.is_empty();
+        let copies = publish.is_some() || !self.answer.copies.is_empty();
+        let reads = !self.answer.reads.is_empty();
         let after = std::mem::take(&mut self.answer.after);
-        self.flights.push_back(Flight { completion, planned, waiting, after });
+        self.flights.push_back(Flight { completion, planned, waiting: copies || reads, after });
         self.count(Stat::CpuRows, u64::from(self.answer.cpu_rows));
         self.count(Stat::LateRows, self.answer.late);
         self.count_rest();
-        if waiting {
-            self.transfer(ticket, publish.map(Publication::Answer), tools);
+        let transfer =
+            if copies { self.new_transfer(ticket, publish.map(Publication::Answer), tools) } else { None };
+        match transfer {
+            transfer if reads => {
+                let members = self.batch.iter().map(|entry| (entry.sequence, layer)).collect();
+                self.hold(ticket, transfer, members);
+            }
+            Some(transfer) => self.submit(transfer, tools),
+            None => {}
         }
         self.bring_ahead(tools);
         self.post_ready()
@@ -432,13 +435,19 @@ impl LaneSession {
         if self.background.layers.is_empty() {
             return;
         }
+        let layers = self.background.layers.clone();
         model.background_begins(&mut self.background);
         self.backgrounds = self.background.number;
         let (rows, bytes) = (self.background.rows, self.background.answer.bytes);
         self.count(Stat::PrefetchedRows, rows);
         self.count(Stat::PrefetchBytes, bytes);
         std::mem::swap(&mut self.answer, &mut self.background.answer);
-        self.transfer(BACKGROUND | self.backgrounds, None, tools);
+        let key = BACKGROUND | self.backgrounds;
+        match self.new_transfer(key, None, tools) {
+            transfer if !self.answer.reads.is_empty() => self.hold(key, transfer, layers),
+            Some(transfer) => self.submit(transfer, tools),
+            None => {}
+        }
         std::mem::swap(&mut self.answer, &mut self.background.answer);
     }
 
@@ -456,28 +465,6 @@ impl LaneSession {
             self.bring_ahead(tools);
         }
         any
-    }
-
-    fn transfer(&mut self, ticket: u64, publish: Option<Publication>, tools: Tools<'_>) {
-        let Some(model) = &self.model else { return };
-        let spare = self.spare_copies.pop().unwrap_or_default();
-        let copies = std::mem::replace(&mut self.answer.copies, spare);
-        let mut transfer = Transfer {
-            session: self.id,
-            ticket,
-            copies,
-            bytes: self.answer.bytes,
-            memory: Arc::clone(&model.memory),
-            publish,
-            report: Arc::clone(tools.report),
-        };
-        self.in_transfer += 1;
-        // The device's queue is longer than all rings together in any sane configuration; should it be full all
-        // the same, the copy threads are busy, and a lane that waits for them stalls nobody who is not stalled.
-        while let Err(back) = tools.device.submit(transfer) {
-            transfer = back;
-            std::thread::yield_now();
-        }
     }
 
     fn write_table(&mut self, ticket: u64) -> Result<u32, SessionError> {
@@ -580,6 +567,11 @@ impl LaneSession {
             |cell: &std::sync::atomic::AtomicU64, value: usize| cell.store(value as u64, Ordering::Relaxed);
         set(&self.status.sequences, model.open_sequences());
         set(&self.status.pages, model.arena.used_pages());
+        if let Some(spill) = &model.spill {
+            let (spilled, peak) = spill.pages();
+            set(&self.status.spilled_pages, spilled);
+            set(&self.status.pages_peak, peak);
+        }
         set(&self.status.page_bytes, model.arena.geometry().page_bytes());
         set(&self.status.extents, model.arena.extents());
         model.show_kept(&self.status);

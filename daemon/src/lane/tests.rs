@@ -13,7 +13,7 @@ use kvoyant_protocol::wire::{BatchEntry, SequenceId};
 use crate::device::host::{HostDevice, Shape as Link};
 use crate::device::{Importer, SlabRequest};
 use crate::lane::background::Background;
-use crate::lane::model::{HEAP_FILE_BYTES, ModelState};
+use crate::lane::model::{HEAP_FILE_BYTES, ModelState, Placement};
 use crate::lane::select::{Answer, Turn};
 use crate::tiers::arena::ArenaBudget;
 use crate::tiers::pool::{ExtentPool, PoolSettings};
@@ -61,7 +61,16 @@ impl Served {
             features: 0,
             importer: Arc::new(Importer { process: None, closed: AtomicBool::new(false) }),
         };
-        let model = ModelState::new(spec, &Artifacts::none(), 8, pool.supply(1), &device, slab, 1.0).unwrap();
+        let model = ModelState::new(
+            spec,
+            &Artifacts::none(),
+            8,
+            pool.supply(1),
+            &device,
+            slab,
+            Placement { keep: 1.0, spill: None },
+        )
+        .unwrap();
         Self { pool, model }
     }
 

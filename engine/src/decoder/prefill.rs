@@ -84,7 +84,7 @@ impl Decoder {
         self.check(tokens, backend.tokens(sequence) + tokens.len())?;
         let mut done = 0;
         let mut last = Vec::new();
-        for chunk in tokens.chunks(self.options.chunk_tokens) {
+        for chunk in tokens.chunks(backend.chunk_tokens(self.options.chunk_tokens)) {
             let layers = &mut options.layers;
             rayon::scope(|_| self.prefill_chunk(backend, sequence, chunk, layers))?;
             let first = done;

@@ -76,6 +76,21 @@ pub trait KvBackend: Send {
         Ok(())
     }
 
+    /// Tokens of a prompt to compute at once, of at most so many.
+    fn chunk_tokens(&self, most: usize) -> usize {
+        most
+    }
+
+    /// The first token whose rows are lost, if any are: it and those after it have to be computed again.
+    fn first_lost(&self, _sequence: &Self::Sequence) -> Option<usize> {
+        None
+    }
+
+    /// Drops the rows of tokens from `tokens` on, lost ones among them.
+    fn forget_from(&mut self, _sequence: &mut Self::Sequence, _tokens: usize) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
     /// Whether [`mark_tokens`](Self::mark_tokens) is wanted.
     fn wants_marks(&self) -> bool {
         false

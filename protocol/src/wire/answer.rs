@@ -28,6 +28,10 @@ pub enum Status {
     BadHint = 8,
     /// A member's rows are selected by its client: the daemon keeps no digests of it.
     SelectedByClient = 9,
+    /// Rows that it needs could not be read back from disk: their tokens have to be computed again. The page table says which.
+    RowsLost = 10,
+    /// Host memory has no room for the pages that it needs at once.
+    HostFull = 11,
 }
 
 impl Status {
@@ -42,6 +46,8 @@ impl Status {
             Self::InGraphMode,
             Self::BadHint,
             Self::SelectedByClient,
+            Self::RowsLost,
+            Self::HostFull,
         ]
         .into_iter()
         .find(|status| *status as u8 == code)
@@ -59,6 +65,11 @@ impl std::fmt::Display for Status {
             Self::Failed => "the daemon failed on it; its log says how",
             Self::SelectedByClient => {
                 "a member was opened to be selected by its client, and has no digests in the daemon"
+            }
+            Self::RowsLost => "rows could not be read back from disk: drop them, and compute them again",
+            Self::HostFull => {
+                "host memory has no room for the pages that it needs at once: raise the daemon's arena or host_share, or \
+                 ask for fewer rows"
             }
             Self::InGraphMode => "a member is served in graph mode, where rows are selected on the device",
             Self::BadHint => {
@@ -416,10 +427,18 @@ pub enum Stat {
     MissedMore,
     /// Rows that were left out of answers because they would have come after their deadline.
     LateRows,
+    /// Pages written to disk.
+    PagesWritten,
+    /// Pages read back from disk.
+    PagesRead,
+    /// Pages that could not be read back whole.
+    PagesLost,
+    /// Time that answers waited for pages from disk, ns.
+    PageWaitNs,
 }
 
 /// How many counters there are.
-pub const STATS: usize = Stat::LateRows as usize + 1;
+pub const STATS: usize = Stat::PageWaitNs as usize + 1;
 
 #[cfg(test)]
 mod tests {

@@ -72,6 +72,8 @@ impl LaneSession {
 
     fn answer_report(&mut self, update: Box<RecordUpdate>, tools: Tools<'_>) {
         self.count(Stat::BytesMoved, self.answer.bytes);
-        self.transfer(0, Some(Publication::Records(update)), tools);
+        if let Some(transfer) = self.new_transfer(0, Some(Publication::Records(update)), tools) {
+            self.submit(transfer, tools);
+        }
     }
 }

@@ -212,7 +212,15 @@ impl DaemonKv {
     ) -> Result<Pending, DaemonError> {
         let heads = self.shape.query_heads;
         let width = heads * self.shape.head_dim;
+        let named: Vec<_> = asked
+            .iter()
+            .filter(|i| self.needs_of(batch[**i]).hint == HintSource::Ids)
+            .map(|&i| (batch[i], positions[i]))
+            .collect();
+        // Who names rows may look at all of them.
+        let lease = if named.is_empty() { None } else { self.lease(layer, &named)? };
         let given = self.given(layer, asked, batch, positions, queries)?;
+        drop(lease);
         // A sequence without a past has nothing to choose from either.
         let nothing = vec![0.0; width];
         let members: Vec<_> = asked

@@ -11,6 +11,7 @@ use super::super::{KvBackend, KvShape};
 use super::ask::{Asked, Moment, Partial, Waiting};
 use super::attention::{Pass, Rows};
 use super::device::Layer;
+use super::lease::SPILLING_CHUNK;
 use super::measure::Attended;
 use super::{DaemonError, DaemonKv, DaemonSequence};
 
@@ -65,6 +66,9 @@ impl DaemonKv {
         let estimates = batch.iter().any(|sequence| self.needs_of(sequence).rest);
         let mut lse = vec![0.0; members.len() * self.shape.query_heads];
         let deadline = self.options.deadline;
+        let reads_all = asked.is_none() || self.measure || learns;
+        let whole: Vec<_> = batch.iter().copied().zip(positions.iter().copied()).collect();
+        let _lease = if reads_all { self.lease(layer, &whole)? } else { None };
         let answer = if let Some(device) = &mut self.device {
             let asked = match asked {
                 None => None,
@@ -188,6 +192,7 @@ impl KvBackend for DaemonKv {
         v: &mut [f32],
     ) -> Result<(), DaemonError> {
         let (layout, row_bytes) = (self.shape.layout(), self.shape.row_bytes());
+        let _lease = self.lease(layer, &[(sequence, tokens.end)])?;
         let head_values = tokens.len() * self.shape.head_dim;
         let sequence = sequence.inner();
         k.par_chunks_mut(head_values).zip(v.par_chunks_mut(head_values)).enumerate().try_for_each(
@@ -213,6 +218,18 @@ impl KvBackend for DaemonKv {
         }
         self.keep_queries(layer, sequence, start, queries);
         Ok(())
+    }
+
+    fn chunk_tokens(&self, most: usize) -> usize {
+        if self.model.spills() { most.min(SPILLING_CHUNK) } else { most }
+    }
+
+    fn first_lost(&self, sequence: &DaemonSequence) -> Option<usize> {
+        sequence.inner().first_lost()
+    }
+
+    fn forget_from(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
+        self.truncate(sequence, tokens)
     }
 
     fn wants_marks(&self) -> bool {
@@ -356,6 +373,7 @@ impl KvBackend for DaemonKv {
                 out[own(i)].copy_from_slice(attended);
             }
         }
+        self.check_missed(layer, &shared(batch))?;
         if self.keeps_last() {
             for (sequence, query) in batch.iter_mut().zip(queries.chunks_exact(width)) {
                 sequence.set_last(layer, query);

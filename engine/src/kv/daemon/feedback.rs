@@ -68,6 +68,7 @@ impl DaemonKv {
             let kept = tail.queries.len() / width;
             let first = (tail.end - kept).max(from).max(tail.end.saturating_sub(prompt_rows));
             let pass = self.pass(layer, true);
+            let _lease = self.lease(layer, &[(sequence, tail.end)])?;
             let rows: Vec<Vec<f32>> = (first..tail.end.min(sequence.tokens()))
                 .into_par_iter()
                 .map(|position| {

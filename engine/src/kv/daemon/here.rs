@@ -240,7 +240,12 @@ impl DaemonKv {
 
     /// Who selects for a method.
     pub(super) fn selector(&self, method: usize) -> SelectedBy {
-        if self.here(method).is_some() { SelectedBy::Client } else { SelectedBy::Lane }
+        // Rows that leave memory are the lane's to bring back.
+        if self.here(method).is_some() && !self.model.spills() {
+            SelectedBy::Client
+        } else {
+            SelectedBy::Lane
+        }
     }
 
     /// Gives a new sequence the digests of its method, where they are kept here. A fork's begin as its parent's, if they are of the same kind.

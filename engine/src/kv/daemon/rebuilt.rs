@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use super::super::attend::attend;
 use super::attention::Pass;
+use super::lease::lease_of;
 use super::{DaemonError, DaemonKv, DaemonSequence};
 use crate::rope::Rope;
 
@@ -88,13 +89,18 @@ impl DaemonKv {
         let (layout, row_bytes) = (self.shape.layout(), self.shape.row_bytes());
         let inner = sequence.inner();
         let selected: Vec<bool> = (0..self.shape.layers).map(|layer| self.speculates(layer)).collect();
+        // Layers that have to be brought back to memory come one after the other.
+        let at_once = if self.model.spills() { selected.len() } else { 1 };
+        let (whole, model, deadline) = (&*sequence, &self.model, self.options.deadline);
         let layers = selected
             .into_par_iter()
+            .with_min_len(at_once)
             .enumerate()
             .map(|(layer, selected)| {
                 if !selected {
                     return Ok(vec![None; ranks.len()]);
                 }
+                let _lease = lease_of(model, deadline, layer, &[(whole, tokens)])?;
                 let mut all = vec![0.0; tokens * heads * d];
                 let (mut rows, mut keys) = (vec![0; tokens * row_bytes], vec![0.0; tokens * d]);
                 for head in 0..heads {

@@ -17,6 +17,15 @@ use crate::device::cuda;
 use crate::device::cuda::store::default_folder;
 use crate::device::host::Shape;
 use crate::tiers::host_memory::HugePages;
+use crate::tiers::nvme::{EngineChoice, SpillSettings};
+
+mod flags;
+
+pub use flags::Flags;
+
+/// Operations in flight on each device, and how many of them may be writes while reads wait.
+const SPILL_DEPTH: u32 = 128;
+const SPILL_WRITE_DEPTH: u32 = 16;
 
 /// Everything that can be set. Every key is also an environment variable `KVOYANT_<KEY>` and, with dashes, a flag.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -48,6 +57,14 @@ pub struct Config {
     pub zerocopy: String,
     /// Folder of what is kept between starts: calibrations, compiled kernels.
     pub state: PathBuf,
+    /// Where pages go that leave host memory: folders, files or raw block devices, striped; empty: they stay.
+    pub spill: Vec<PathBuf>,
+    /// Bytes set aside in each of them; 0: all of a block device.
+    pub spill_bytes: ByteSize,
+    /// How it is read and written: `auto`, `uring` or `psync`.
+    pub spill_engine: String,
+    /// How much of a session's KV may be in host memory at a time where there is `spill`, in percent. What needs more at once gets it.
+    pub host_percent: f64,
     /// Whether the host device answers in place instead of copying into a slab.
     pub in_place: bool,
     /// Slab of one session, in slab mode.
@@ -170,6 +187,10 @@ impl Default for Config {
             signal: "auto".into(),
             zerocopy: "auto".into(),
             state: default_folder(),
+            spill: Vec::new(),
+            spill_bytes: ByteSize::gib(16),
+            spill_engine: "auto".into(),
+            host_percent: 100.0,
             in_place: false,
             slab: ByteSize::mib(256),
             keep: 2.0,
@@ -268,6 +289,21 @@ impl Config {
                 "in_place, shape_gbps and shape_latency_us go with the device `host` alone",
             );
         }
+        one_of("spill_engine", &self.spill_engine, &["auto", "uring", "psync"])?;
+        if !(self.host_percent > 0.0 && self.host_percent <= 100.0) {
+            return bad(
+                "host_percent",
+                self.host_percent.to_string(),
+                "it must be more than 0 and at most 100",
+            );
+        }
+        if self.host_percent < 100.0 && self.spill.is_empty() {
+            return bad(
+                "host_percent",
+                self.host_percent.to_string(),
+                "name a place for the rest with `spill`",
+            );
+        }
         if !(1..=256).contains(&self.lanes) {
             return bad("lanes", self.lanes.to_string(), "it must be 1 to 256");
         }
@@ -335,6 +371,24 @@ impl Config {
         }
     }
 
+    /// Where pages go that leave host memory.
+    #[must_use]
+    pub fn spill(&self) -> Option<SpillSettings> {
+        (!self.spill.is_empty()).then(|| SpillSettings {
+            paths: self.spill.clone(),
+            bytes: self.spill_bytes.as_u64(),
+            engine: match self.spill_engine.as_str() {
+                "uring" => EngineChoice::Uring,
+                "psync" => EngineChoice::Psync,
+                _ => EngineChoice::Auto,
+            },
+            depth: SPILL_DEPTH,
+            write_depth: SPILL_WRITE_DEPTH,
+            sq_poll: false,
+            io_poll: false,
+        })
+    }
+
     /// How the host device answers.
     #[must_use]
     pub fn mode(&self) -> Mode {
@@ -349,107 +403,6 @@ impl Config {
             latency: Duration::from_micros(self.shape_latency_us),
         }
     }
-}
-
-/// The same keys as flags.
-#[derive(Debug, Clone, Default, clap::Args, Serialize)]
-pub struct Flags {
-    /// Control socket that clients connect to
-    #[arg(long, value_name = "PATH")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub socket: Option<PathBuf>,
-    /// Admin socket
-    #[arg(long, value_name = "PATH")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub admin_socket: Option<PathBuf>,
-    /// Host memory for KV, all sessions together, e.g. 64GiB
-    #[arg(long, value_name = "BYTES")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub arena: Option<ByteSize>,
-    /// Lock the arena into memory as far as the memlock limit allows
-    #[arg(long, value_name = "BOOL")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pin: Option<bool>,
-    /// Make and pin so much of the arena ahead of time: auto, all, or e.g. 64GiB
-    #[arg(long, value_name = "BYTES")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pin_ahead: Option<PinAhead>,
-    /// Threads that make and pin memory
-    #[arg(long, value_name = "N")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pin_threads: Option<usize>,
-    /// Make the arena of huge pages: auto, off, require
-    #[arg(long, value_name = "WHEN")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub huge_pages: Option<HugePages>,
-    /// Device that attention runs on: host, or a GPU such as cuda:0
-    #[arg(long, value_name = "DEVICE")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub device: Option<String>,
-    /// Device memory of all sessions together, on a GPU (0: four fifths of what is free)
-    #[arg(long, value_name = "BYTES")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub device_memory: Option<ByteSize>,
-    /// How a GPU's memory goes to clients: auto, descriptor or handle
-    #[arg(long, value_name = "HOW")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub export: Option<String>,
-    /// How a GPU's answers become known to streams: auto, timeline64, timeline32 or events
-    #[arg(long, value_name = "HOW")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub signal: Option<String>,
-    /// Whether the daemon may run its gather kernel: auto (only under MPS), on or off
-    #[arg(long, value_name = "WHEN")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub zerocopy: Option<String>,
-    /// Folder of what is kept between starts: calibrations, compiled kernels
-    #[arg(long, value_name = "DIR")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub state: Option<PathBuf>,
-    /// Answer with pointers into the session's own memory instead of copying into a slab
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub in_place: Option<bool>,
-    /// Slab of one session, in slab mode
-    #[arg(long, value_name = "BYTES")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub slab: Option<ByteSize>,
-    /// How many times as many rows as are selected a head keeps on the device
-    #[arg(long, value_name = "FACTOR")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub keep: Option<f64>,
-    /// Threads that copy, in slab mode
-    #[arg(long, value_name = "N")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub copy_threads: Option<usize>,
-    /// Simulate a link of this bandwidth in GB/s (0: as fast as memory)
-    #[arg(long, value_name = "GB/S")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub shape_gbps: Option<f64>,
-    /// Simulate a link of this latency in µs
-    #[arg(long, value_name = "US")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub shape_latency_us: Option<u64>,
-    /// Threads that select and plan
-    #[arg(long, value_name = "N")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lanes: Option<usize>,
-    /// Cores to pin the lanes to, e.g. 2,3
-    #[arg(long, value_name = "CORES", value_delimiter = ',')]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lane_cpus: Option<Vec<usize>>,
-    /// How long an idle lane polls before it sleeps, in µs
-    #[arg(long, value_name = "US")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub spin_us: Option<u64>,
-    /// Sessions open at once
-    #[arg(long, value_name = "N")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_sessions: Option<u32>,
-    /// Log filter: error, warn, info, debug, or per module
-    #[arg(long, value_name = "FILTER")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub log: Option<String>,
 }
 
 #[cfg(test)]
@@ -518,6 +471,9 @@ mod tests {
             Flags { signal: Some("smoke".into()), ..Flags::default() },
             Flags { export: Some("fax".into()), ..Flags::default() },
             Flags { keep: Some(0.5), ..Flags::default() },
+            Flags { host_percent: Some(10.0), ..Flags::default() },
+            Flags { host_percent: Some(0.0), spill: Some(vec!["/x".into()]), ..Flags::default() },
+            Flags { spill_engine: Some("tape".into()), ..Flags::default() },
         ] {
             assert!(matches!(Config::load(None, flags), Err(ConfigError::Value { .. })));
         }

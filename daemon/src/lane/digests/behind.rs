@@ -1,0 +1,46 @@
+//! Rows that cannot be digested yet because their pages are on disk: they are when somebody asks for them.
+
+use kvoyant_protocol::control::PageWord;
+use kvoyant_protocol::memory::MemoryError;
+use kvoyant_protocol::wire::SequenceId;
+
+use crate::lane::model::ModelState;
+use crate::lane::sequences::Sequence;
+
+impl ModelState {
+    /// Tokens of `from..to` before the first of which a page of the layer is on disk.
+    pub(super) fn in_memory_to(&self, sequence: &Sequence, layer: usize, from: usize, to: usize) -> usize {
+        if self.spill.is_none() {
+            return to;
+        }
+        let rows = self.shape.page_rows;
+        let heads = layer * self.shape.kv_heads..(layer + 1) * self.shape.kv_heads;
+        let away = |page: &usize| {
+            heads.clone().any(|head| {
+                let word = self.page_word(sequence.table, head * sequence.capacity + page);
+                matches!(word, PageWord::Spilled | PageWord::Lost)
+            })
+        };
+        let first = (from / rows..to.div_ceil(rows)).find(away);
+        first.map_or(to, |page| (page * rows).max(from))
+    }
+
+    /// Whether rows of a layer wait to be digested for the sequence's method.
+    pub(crate) fn is_behind(&self, id: SequenceId, layer: usize) -> bool {
+        let Ok(sequence) = self.sequence(id) else { return false };
+        let Some(key) = self.methods[sequence.method].digest_key() else { return false };
+        let Some(set) = sequence.digests.iter().find(|set| set.serves(key, sequence.method)) else {
+            return false;
+        };
+        let end = self.methods[set.method].needs().digestible(sequence.lens[layer] as usize);
+        self.speculates(layer) && set.ready[layer] && (set.built[layer] as usize) < end
+    }
+
+    /// Digests rows of a layer that have come back from disk.
+    pub(crate) fn catch_up(&mut self, id: SequenceId, layer: usize) -> Result<(), MemoryError> {
+        if self.spill.is_some() && self.is_behind(id, layer) {
+            return self.build_layer(id, layer);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,143 @@
+//! Answers that wait for pages from disk, and what has to be copied once those are there.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use kvoyant_protocol::wire::{SequenceId, Stat, Status};
+
+use super::{LaneSession, Tools};
+use crate::device::{AnswerWords, BACKGROUND, Publication, Transfer};
+use crate::lane::error::SessionError;
+use crate::tiers::nvme::Ended;
+
+/// An answer, or a background transfer, that waits for pages.
+#[derive(Debug)]
+pub(super) struct Held {
+    /// Its ticket, or [`BACKGROUND`] and its number.
+    key: u64,
+    /// Pages that have yet to come.
+    reads: u32,
+    lost: bool,
+    since: Instant,
+    /// What to copy then.
+    transfer: Option<Transfer>,
+    /// Whose layer it is for.
+    members: Vec<(SequenceId, usize)>,
+}
+
+impl LaneSession {
+    /// Holds an answer, or a background transfer, until its pages are there.
+    pub(super) fn hold(&mut self, key: u64, transfer: Option<Transfer>, members: Vec<(SequenceId, usize)>) {
+        let Some(model) = &mut self.model else { return };
+        let reads = model.wait_for_pages(key, &self.answer.reads);
+        self.held.push(Held { key, reads, lost: false, since: Instant::now(), transfer, members });
+    }
+
+    /// Takes note of a page that was written or read, or could not be.
+    pub fn page_ended(&mut self, ended: &Ended, tools: Tools<'_>) -> Result<(), SessionError> {
+        let Some(model) = &mut self.model else { return Ok(()) };
+        let arrived = model.page_ended(ended);
+        for key in arrived.waiters {
+            let Some(at) = self.held.iter().position(|held| held.key == key) else { continue };
+            let held = &mut self.held[at];
+            held.reads -= 1;
+            held.lost |= arrived.lost;
+            if held.reads == 0 {
+                let held = self.held.swap_remove(at);
+                self.go_on(held, tools);
+            }
+        }
+        self.count_pages();
+        self.post_ready()
+    }
+
+    /// All pages are there, or known not to come.
+    fn go_on(&mut self, held: Held, tools: Tools<'_>) {
+        let Held { key, lost, since, mut transfer, members, .. } = held;
+        self.count(Stat::PageWaitNs, since.elapsed().as_nanos() as u64);
+        if lost {
+            self.fail_lost(key, &members);
+            if let Some(transfer) = &mut transfer {
+                // Their slots are given up, and pages that did come are not worth finding among them.
+                transfer.copies.clear();
+                transfer.bytes = 0;
+            }
+        }
+        let flight = self.flights.iter_mut().find(|flight| flight.completion.ticket == key);
+        match transfer {
+            Some(mut transfer) => {
+                if let (Some(Publication::Answer(words)), Some(flight)) = (&mut transfer.publish, flight) {
+                    *words = AnswerWords {
+                        word: flight.completion.timeline(),
+                        table_bytes: flight.completion.table_bytes,
+                    };
+                }
+                self.submit(transfer, tools);
+            }
+            None => {
+                if let Some(flight) = flight {
+                    flight.waiting = false;
+                    let took = flight.planned.elapsed().as_nanos();
+                    flight.completion.transfer_ns = took.min(u128::from(u32::MAX)) as u32;
+                }
+            }
+        }
+    }
+
+    /// An answer whose rows are lost fails, and so does every one after it that may count on them in their slots.
+    fn fail_lost(&mut self, key: u64, members: &[(SequenceId, usize)]) {
+        let background = key & BACKGROUND != 0;
+        for flight in &mut self.flights {
+            let layer = usize::from(flight.completion.layer);
+            let waits = background && flight.after.contains(&(key & !BACKGROUND));
+            let later =
+                !background && flight.completion.ticket >= key && members.iter().any(|(_, of)| *of == layer);
+            if waits || later {
+                flight.completion.status = Status::RowsLost;
+                flight.completion.table_bytes = 0;
+            }
+        }
+        if let Some(model) = &mut self.model {
+            members.iter().for_each(|(id, layer)| model.forget_slots(*id, *layer));
+        }
+    }
+
+    pub(super) fn submit(&mut self, mut transfer: Transfer, tools: Tools<'_>) {
+        self.in_transfer += 1;
+        // The device's queue is longer than all rings together in any sane configuration; should it be full all
+        // the same, the copy threads are busy, and a lane that waits for them stalls nobody who is not stalled.
+        while let Err(back) = tools.device.submit(transfer) {
+            transfer = back;
+            std::thread::yield_now();
+        }
+    }
+
+    /// The transfer of what the answer in the buffers has to have copied.
+    pub(super) fn new_transfer(
+        &mut self,
+        ticket: u64,
+        publish: Option<Publication>,
+        tools: Tools<'_>,
+    ) -> Option<Transfer> {
+        let model = self.model.as_ref()?;
+        let spare = self.spare_copies.pop().unwrap_or_default();
+        Some(Transfer {
+            session: self.id,
+            ticket,
+            copies: std::mem::replace(&mut self.answer.copies, spare),
+            bytes: self.answer.bytes,
+            memory: Arc::clone(&model.memory),
+            publish,
+            report: Arc::clone(tools.report),
+        })
+    }
+
+    fn count_pages(&mut self) {
+        self.dirty = true;
+        let Some(state) = self.model.as_mut().and_then(|model| model.spill.as_mut()) else { return };
+        let counts = state.take_counts();
+        self.count(Stat::PagesWritten, counts.written);
+        self.count(Stat::PagesRead, counts.read);
+        self.count(Stat::PagesLost, counts.lost);
+    }
+}

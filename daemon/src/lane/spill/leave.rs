@@ -1,0 +1,240 @@
+//! Which pages leave host memory: a clock over the frames.
+//!
+//! A page that selections use gets up to three chances, one for each time it was used; what is read for a layer as a whole
+//! gets none. So what leaves first is what nobody selects, and streams of dense layers do not push out what others select.
+
+use kvoyant_protocol::control::{PageWord, SPILLED, SelectedBy};
+use kvoyant_protocol::wire::SequenceId;
+
+use super::{Content, Frame, Io, NO_SLOT, SpillState};
+use crate::lane::model::ModelState;
+use crate::lane::sequences::Sequence;
+use crate::tiers::heap::Region;
+use crate::tiers::nvme::{Direction, GROUP_PAGES, Job};
+
+/// The part of the frames that could be had which is kept free for pages that come back, as a divisor.
+const RESERVE: usize = 16;
+
+/// Frames that are looked at in one go, for each one that has to be freed and at least.
+const LOOKS_EACH: usize = 8;
+const LOOKS_LEAST: usize = 64;
+const LOOKS_MOST: usize = 4096;
+
+/// Whether a page of a sequence may be written, or leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Write,
+    Leave,
+}
+
+impl ModelState {
+    /// The tables of the open sequences that have a frame's page.
+    fn owners(&self, frame: u32, Frame { head, page, sequence, .. }: Frame) -> Vec<SequenceId> {
+        let has = |id: &SequenceId| {
+            self.sequence(*id).is_ok_and(|sequence| {
+                (page as usize) < sequence.capacity
+                    && self.tables.word(sequence.table, head as usize * sequence.capacity + page as usize)
+                        == frame
+            })
+        };
+        if !self.arena.is_shared(frame) {
+            let generation = self.sequences.get(sequence as usize).map_or(0, |slot| slot.generation);
+            let id = SequenceId { slot: sequence, generation };
+            if has(&id) {
+                return vec![id];
+            }
+        }
+        self.open_handles().filter(has).collect()
+    }
+
+    fn lets(&self, step: Step, sequence: &Sequence, id: SequenceId, frame: Frame) -> bool {
+        let rows = self.shape.page_rows;
+        let layer = frame.head as usize / self.shape.kv_heads;
+        let (first, end) = (frame.page as usize * rows, (frame.page as usize + 1) * rows);
+        let len = sequence.lens[layer] as usize;
+        let stays = sequence.by == SelectedBy::Client || sequence.graph.is_some() || sequence.stays;
+        if stays || first < self.shape.sinks || end + self.shape.window > len {
+            return false;
+        }
+        if step == Step::Write {
+            return true;
+        }
+        let Some(state) = &self.spill else { return false };
+        let slots = &sequence.residency[layer];
+        end + self.shape.window + rows <= len
+            && slots.last_ticket <= state.released_through
+            && slots.background.is_none()
+            && !state.held.contains(&(id, layer))
+    }
+
+    fn all_let(&self, step: Step, owners: &[SequenceId], frame: Frame) -> bool {
+        !owners.is_empty()
+            && owners
+                .iter()
+                .all(|id| self.sequence(*id).is_ok_and(|sequence| self.lets(step, sequence, *id, frame)))
+    }
+
+    /// Frames that have to be freed: those beyond the share of pages that may be in host memory once there are `more` pages, and
+    /// those that are missing from the reserve.
+    fn over(&self, more: usize) -> usize {
+        let Some(state) = &self.spill else { return 0 };
+        let used = self.arena.used_pages() + more;
+        let pages = used + state.spilled;
+        let share = (pages as f64 * state.host_share).ceil() as usize;
+        let obtainable = self.arena.obtainable_pages();
+        let reserve = (self.arena.used_pages() + obtainable) / RESERVE;
+        used.saturating_sub(share).max((reserve + more).saturating_sub(obtainable))
+    }
+
+    /// Keeps the session within its share of host memory, as far as that is a matter of a moment.
+    pub(crate) fn keep_within(&mut self) {
+        let over = self.over(0);
+        if over > 0 {
+            self.sweep(over, (over * LOOKS_EACH).clamp(LOOKS_LEAST, LOOKS_MOST));
+        }
+    }
+
+    /// Frees frames until `more` pages can be had within the session's share, or nothing can leave; false if something may leave
+    /// once operations that are under way have ended.
+    pub(crate) fn make_frames(&mut self, more: usize) -> bool {
+        let over = self.over(more);
+        if over == 0 {
+            return true;
+        }
+        // Every frame has three chances at most.
+        let frames = self.spill.as_ref().map_or(0, |state| state.frames.len());
+        let freed = self.sweep(over, 4 * frames);
+        freed >= over || !self.spill.as_ref().is_some_and(SpillState::is_writing)
+    }
+
+    /// Passes over up to `looks` frames: has full pages written, and lets those leave that are on disk, until `wanted` have left.
+    fn sweep(&mut self, wanted: usize, looks: usize) -> usize {
+        let mut freed = 0;
+        for _ in 0..looks {
+            if freed >= wanted {
+                break;
+            }
+            let Some(state) = &mut self.spill else { break };
+            if state.frames.is_empty() {
+                break;
+            }
+            state.hand = (state.hand + 1) % state.frames.len();
+            let at = state.hand as u32;
+            let frame = state.frames[state.hand];
+            match frame.content {
+                Content::Dirty if state.takes_writes() => {
+                    let owners = self.owners(at, frame);
+                    if self.all_let(Step::Write, &owners, frame) {
+                        self.write_page(at, frame, &owners);
+                    }
+                }
+                Content::Clean => {
+                    let owners = self.owners(at, frame);
+                    if !self.all_let(Step::Leave, &owners, frame) {
+                        continue;
+                    }
+                    let Some(state) = &mut self.spill else { break };
+                    if frame.chances > 0 {
+                        state.frames[at as usize].chances -= 1;
+                        continue;
+                    }
+                    state.spilled += 1;
+                    for id in owners {
+                        let Ok(sequence) = self.sequence(id) else { continue };
+                        let index = frame.head as usize * sequence.capacity + frame.page as usize;
+                        self.tables.set_word(sequence.table, index, SPILLED);
+                        self.release_frame(at);
+                    }
+                    freed += 1;
+                }
+                _ => {}
+            }
+        }
+        freed
+    }
+
+    /// Has a page written to a slot.
+    fn write_page(&mut self, at: u32, frame: Frame, owners: &[SequenceId]) {
+        let (head, page) = (frame.head as usize, frame.page as usize);
+        let tables: Vec<(Region, usize, usize)> = owners
+            .iter()
+            .filter_map(|id| self.sequence(*id).ok())
+            .filter_map(|sequence| Some((sequence.slots?, head * sequence.capacity, sequence.capacity)))
+            .collect();
+        let Some((table, base, capacity)) = tables.first().copied() else { return };
+        let group = page / GROUP_PAGES * GROUP_PAGES;
+        let sibling = (group..(group + GROUP_PAGES).min(capacity))
+            .map(|page| self.meta.word(table, base + page))
+            .find(|slot| *slot != NO_SLOT);
+        let (extent, offset) = self.arena.geometry().locate(at * self.shape.page_rows as u32);
+        let Some(state) = &mut self.spill else { return };
+        let Some(report) = &state.report else { return };
+        let report = std::sync::Arc::clone(report);
+        let slot = match state.slots.assign(page, sibling, head + page / GROUP_PAGES) {
+            Ok(slot) => slot,
+            Err(full) => {
+                if !std::mem::replace(&mut state.said_full, true) {
+                    tracing::warn!(session = state.session, "pages stay in host memory: {full}");
+                }
+                return;
+            }
+        };
+        // One for each owner, and one for the operation.
+        tables.iter().for_each(|_| state.slots.share(slot));
+        let token = state.operation();
+        state.frames[at as usize].content = Content::Writing(token);
+        state.ios.insert(token, Io::Write { frame: at, slot });
+        state.jobs.push(Job {
+            direction: Direction::Write,
+            slot: state.slots.slot(slot),
+            memory: std::sync::Arc::clone(self.arena.memory(extent)),
+            offset,
+            deadline_ns: 0,
+            session: state.session,
+            token,
+            report,
+        });
+        for (table, base, _) in tables {
+            self.meta.set_word(table, base + page, slot);
+        }
+    }
+
+    /// A page has been written, or could not be.
+    pub(super) fn page_written(&mut self, token: u64, frame: u32, slot: u32, failed: bool) {
+        let Some(state) = &mut self.spill else { return };
+        state.slots.release(slot);
+        let found = state.frames.get(frame as usize).copied();
+        let Some(found) = found.filter(|frame| frame.content == Content::Writing(token)) else { return };
+        if !failed {
+            state.frames[frame as usize].content = Content::Clean;
+            state.counts.written += 1;
+            return;
+        }
+        state.frames[frame as usize].content = Content::Dirty;
+        for id in self.owners(frame, found) {
+            let Ok(sequence) = self.sequence(id) else { continue };
+            let (slots, index) =
+                (sequence.slots, found.head as usize * sequence.capacity + found.page as usize);
+            if let Some(slots) = slots.filter(|slots| self.meta.word(*slots, index) == slot) {
+                self.drop_slot(slots, index);
+            }
+        }
+    }
+
+    /// Whether every page of a sequence is in host memory, or gone for good.
+    pub(crate) fn is_whole(&self, sequence: &Sequence) -> bool {
+        let words = self.heads() * sequence.capacity;
+        let away = |word| matches!(self.page_word(sequence.table, word), PageWord::Spilled | PageWord::Lost);
+        self.spill.is_none() || !(0..words).any(away)
+    }
+}
+
+impl SpillState {
+    fn takes_writes(&self) -> bool {
+        self.report.is_some() && !self.spill.is_failed()
+    }
+
+    fn is_writing(&self) -> bool {
+        self.ios.values().any(|io| matches!(io, Io::Write { .. }))
+    }
+}

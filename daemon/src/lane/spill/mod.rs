@@ -1,0 +1,322 @@
+//! Pages that leave host memory and come back: a session's side of the spill engine.
+//!
+//! A *frame* is a page's place in the arena, by page id. A page that nobody needs soon is written to a slot on disk, once, for
+//! full pages never change; then its frame can be given up at any time, and the page table says [`SPILLED`]. Who selects
+//! rows of such a page has it read into a frame again, and its answer waits for that ([`bring`]). Digests stay in memory, so
+//! that no selection waits for a disk.
+//!
+//! | room | what lives there |
+//! |---|---|
+//! | [`leave`] | which pages may leave, which leave first, and when they are written |
+//! | [`bring`] | pages on their way back, and who waits for them |
+//! | [`before`] | what has to be in memory before a request can be done at all |
+//!
+//! What stays: sinks and the window with a page of margin, which the client reads itself; pages that are not full; layers
+//! whose last answer is still being read; sequences that their client selects for, or that are served in graph mode.
+//!
+//! [`SPILLED`]: kvoyant_protocol::control::SPILLED
+
+mod before;
+mod bring;
+mod leave;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use kvoyant_protocol::control::{NO_PAGE, PageWord};
+use kvoyant_protocol::memory::{MemoryError, SharedMapping};
+use kvoyant_protocol::wire::SequenceId;
+
+pub(crate) use before::Before;
+
+use crate::lane::model::ModelState;
+use crate::tiers::heap::Region;
+use crate::tiers::nvme::{Job, Slots, Spill, SpillReport};
+
+/// A page without a slot on disk.
+pub(crate) const NO_SLOT: u32 = u32::MAX;
+
+/// Where pages may go, and how many may stay.
+#[derive(Debug, Clone)]
+pub struct SpillTo {
+    /// The engine.
+    pub spill: Arc<Spill>,
+    /// The part of a session's pages that may be in host memory at a time, within `(0, 1]`.
+    pub host_share: f64,
+}
+
+/// What a frame holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Content {
+    /// Nothing.
+    #[default]
+    Free,
+    /// A page that is not on disk.
+    Dirty,
+    /// A page on its way there, by this operation.
+    Writing(u64),
+    /// A page that is on disk too.
+    Clean,
+    /// A page on its way back.
+    Reading,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Frame {
+    content: Content,
+    /// Head among all layers' heads, and the page's index in it.
+    head: u32,
+    page: u32,
+    /// A sequence that had the page when it came here.
+    sequence: u32,
+    /// How often the clock passes it over.
+    chances: u8,
+}
+
+/// An operation under way.
+#[derive(Debug)]
+enum Io {
+    Write {
+        frame: u32,
+        slot: u32,
+    },
+    Read {
+        frame: u32,
+        slot: u32,
+        head: usize,
+        page: usize,
+        /// Answers that wait for it.
+        waiters: Vec<u64>,
+        /// The last one that asked.
+        asked_by: u64,
+    },
+}
+
+/// What has happened since it was last asked for.
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct SpillCounts {
+    pub(crate) written: u64,
+    pub(crate) read: u64,
+    pub(crate) lost: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct SpillState {
+    spill: Arc<Spill>,
+    host_share: f64,
+    session: u64,
+    report: Option<Arc<SpillReport>>,
+    slots: Slots,
+    frames: Vec<Frame>,
+    hand: usize,
+    ios: HashMap<u64, Io>,
+    /// Reads under way by their slot.
+    reading: HashMap<u32, u64>,
+    next: u64,
+    jobs: Vec<Job>,
+    /// Extents that the engine knows.
+    registered: Vec<Arc<SharedMapping>>,
+    /// Pages that are on disk alone.
+    spilled: usize,
+    /// Last ticket whose answer is not read any more.
+    released_through: u64,
+    /// Layers that a request which waits for pages needs as they are.
+    held: Vec<(SequenceId, usize)>,
+    counts: SpillCounts,
+    /// Most pages that were in host memory at a time.
+    peak: usize,
+    /// Whether it has been said that the disk takes no more.
+    said_full: bool,
+}
+
+impl SpillState {
+    pub(crate) fn new(to: SpillTo, page_bytes: usize) -> Self {
+        Self {
+            slots: to.spill.slots(page_bytes),
+            spill: to.spill,
+            host_share: to.host_share,
+            session: 0,
+            report: None,
+            frames: Vec::new(),
+            hand: 0,
+            ios: HashMap::new(),
+            reading: HashMap::new(),
+            next: 1,
+            jobs: Vec::new(),
+            registered: Vec::new(),
+            spilled: 0,
+            released_through: 0,
+            held: Vec::new(),
+            counts: SpillCounts::default(),
+            peak: 0,
+            said_full: false,
+        }
+    }
+
+    /// Whether operations are under way that read or write the session's extents.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.ios.is_empty()
+    }
+
+    /// What has happened since the last call.
+    pub(crate) fn take_counts(&mut self) -> SpillCounts {
+        std::mem::take(&mut self.counts)
+    }
+
+    /// Pages on disk alone, and the most pages that were in host memory at a time.
+    pub(crate) fn pages(&self) -> (usize, usize) {
+        (self.spilled, self.peak)
+    }
+
+    /// Keeps a layer's pages where they are until the request is done.
+    pub(crate) fn hold(&mut self, id: SequenceId, layer: usize) {
+        self.held.push((id, layer));
+    }
+
+    /// Answers up to this ticket are not read any more.
+    pub(crate) fn released(&mut self, through: u64) {
+        self.released_through = through;
+    }
+
+    fn operation(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+}
+
+impl Drop for SpillState {
+    fn drop(&mut self) {
+        self.registered.iter().for_each(|memory| self.spill.forget(memory));
+    }
+}
+
+impl ModelState {
+    /// Says who the session is, and where the ends of its operations go.
+    pub(crate) fn attach_spill(&mut self, session: u64, report: &Arc<SpillReport>) {
+        if let Some(state) = &mut self.spill {
+            state.session = session;
+            state.report = Some(Arc::clone(report));
+        }
+    }
+
+    /// Hands over what has been planned.
+    pub(crate) fn submit_pages(&mut self) {
+        let Some(state) = &mut self.spill else { return };
+        for extent in state.registered.len()..self.arena.extents() {
+            let memory = self.arena.memory(extent);
+            state.spill.register(memory);
+            state.registered.push(Arc::clone(memory));
+        }
+        state.peak = state.peak.max(self.arena.used_pages());
+        if !state.jobs.is_empty() {
+            state.spill.submit(&mut state.jobs);
+        }
+    }
+
+    /// A new sequence's table of slots, for `capacity` pages of each head.
+    pub(crate) fn new_slot_table(&mut self, capacity: usize) -> Result<Option<Region>, MemoryError> {
+        if self.spill.is_none() {
+            return Ok(None);
+        }
+        let table = self.meta.allocate(self.heads() * capacity * 4)?;
+        self.meta.get_mut(table).fill(0xff);
+        Ok(Some(table))
+    }
+
+    /// A fork's own table over the same slots, of its first `pages` pages.
+    pub(crate) fn share_slots(
+        &mut self,
+        table: Option<Region>,
+        capacity: usize,
+        pages: usize,
+    ) -> Result<Option<Region>, MemoryError> {
+        let Some(from) = table else { return Ok(None) };
+        let table = self.meta.copy(from)?;
+        let Some(state) = &mut self.spill else { return Ok(Some(table)) };
+        for word in 0..table.len / 4 {
+            let slot = self.meta.word(table, word);
+            if word % capacity >= pages {
+                self.meta.set_word(table, word, NO_SLOT);
+            } else if slot != NO_SLOT {
+                state.slots.share(slot);
+            }
+        }
+        Ok(Some(table))
+    }
+
+    /// Takes a free page for a sequence. [`SessionArena::reserve`](crate::tiers::arena::SessionArena::reserve) has made sure that there
+    /// is one.
+    pub(crate) fn take_page(&mut self, id: SequenceId, head: usize, page: usize) -> u32 {
+        let Some(own) = self.arena.take() else { unreachable!("pages were reserved") };
+        self.fill_frame(own, (id.slot, head, page), Content::Dirty);
+        own
+    }
+
+    fn fill_frame(&mut self, frame: u32, (sequence, head, page): (u32, usize, usize), content: Content) {
+        let Some(state) = &mut self.spill else { return };
+        if state.frames.len() <= frame as usize {
+            state.frames.resize(frame as usize + 1, Frame::default());
+        }
+        state.frames[frame as usize] =
+            Frame { content, head: head as u32, page: page as u32, sequence, chances: 0 };
+    }
+
+    fn release_frame(&mut self, frame: u32) {
+        if self.arena.release(frame)
+            && let Some(state) = &mut self.spill
+            && let Some(frame) = state.frames.get_mut(frame as usize)
+        {
+            frame.content = Content::Free;
+        }
+    }
+
+    /// Drops one owner of a page, wherever it is, and leaves the entry empty.
+    pub(crate) fn drop_page(&mut self, table: Region, slots: Option<Region>, index: usize) {
+        let word = PageWord::of(self.tables.word(table, index));
+        self.tables.set_word(table, index, NO_PAGE);
+        if let PageWord::Page(page) = word {
+            self.release_frame(page);
+        }
+        let last = slots.is_some_and(|slots| self.drop_slot(slots, index));
+        if word == PageWord::Spilled
+            && last
+            && let Some(state) = &mut self.spill
+        {
+            state.spilled -= 1;
+        }
+    }
+
+    /// Drops one owner of a page's slot; true if it was the last one.
+    fn drop_slot(&mut self, slots: Region, index: usize) -> bool {
+        let slot = self.meta.word(slots, index);
+        if slot == NO_SLOT {
+            return false;
+        }
+        self.meta.set_word(slots, index, NO_SLOT);
+        self.spill.as_mut().is_some_and(|state| state.slots.release(slot))
+    }
+
+    /// A page is written to again: what is on disk is not it any more.
+    pub(crate) fn page_changes(&mut self, table: Region, slots: Option<Region>, index: usize) {
+        let Some(slots) = slots else { return };
+        let PageWord::Page(page) = PageWord::of(self.tables.word(table, index)) else { return };
+        self.drop_slot(slots, index);
+        if let Some(frame) = self.spill.as_mut().and_then(|state| state.frames.get_mut(page as usize)) {
+            frame.content = Content::Dirty;
+        }
+    }
+
+    /// Counts a page as used by a selection.
+    pub(crate) fn note_use(&mut self, frame: u32) {
+        const MOST: u8 = 3;
+        if let Some(frame) = self.spill.as_mut().and_then(|state| state.frames.get_mut(frame as usize)) {
+            frame.chances = (frame.chances + 1).min(MOST);
+        }
+    }
+
+    /// What a page table says.
+    pub(crate) fn page_word(&self, table: Region, index: usize) -> PageWord {
+        PageWord::of(self.tables.word(table, index))
+    }
+}
