@@ -172,6 +172,12 @@ pub(crate) struct OwnDaemonArgs {
     /// Slow copies down to this bandwidth, in GB/s
     #[arg(long, value_name = "GB/s", conflicts_with = "in_place", value_parser = positive)]
     pub(crate) shape_gbps: Option<f64>,
+    /// Keep at most so much of the KV in host memory, in percent, and the rest on disk
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
+    pub(crate) host_budget: Option<f64>,
+    /// Where on disk: a folder, file or block device; without it, a temporary folder
+    #[arg(long, value_name = "PATH", requires = "host_budget")]
+    pub(crate) spill: Option<PathBuf>,
     /// Delay every transfer by this much, in microseconds
     #[arg(long, value_name = "µs", conflicts_with = "in_place")]
     pub(crate) shape_latency_us: Option<u64>,
@@ -183,6 +189,12 @@ impl OwnDaemonArgs {
         let mut all = vec!["--device".to_owned(), self.device.to_string()];
         if self.in_place {
             all.push("--in-place".to_owned());
+        }
+        if let Some(percent) = self.host_budget {
+            all.extend(["--host-percent".to_owned(), percent.to_string()]);
+        }
+        if let Some(path) = &self.spill {
+            all.extend(["--spill".to_owned(), path.display().to_string()]);
         }
         if let Some(gbps) = self.shape_gbps {
             all.extend(["--shape-gbps".to_owned(), gbps.to_string()]);
@@ -365,7 +377,7 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) stats: bool,
     /// Use the daemon at this socket instead of starting one
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["device", "in_place", "shape_gbps", "shape_latency_us", "attention"])]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["device", "in_place", "host_budget", "shape_gbps", "shape_latency_us", "attention"])]
     pub(crate) socket: Option<PathBuf>,
     /// The daemon that it starts
     #[command(flatten)]
@@ -426,6 +438,14 @@ fn positive(text: &str) -> Result<f64, String> {
         Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
         _ => Err("it must be a number above 0".into()),
     }
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').unwrap_or(text);
+    positive(number)
+        .ok()
+        .filter(|p| *p <= 100.0)
+        .ok_or_else(|| "it must be above 0 and at most 100, as 10%".into())
 }
 
 fn probability(text: &str) -> Result<f64, String> {

@@ -150,12 +150,30 @@ pub(crate) fn device(kv: &DaemonKv) -> String {
     }
 }
 
-/// `serve`'s arguments for a daemon that can hold `tokens` tokens in an arena and a share of them in a slab.
-pub(crate) fn sizes(shape: &KvShape, tokens: usize, slab_tokens: usize) -> Vec<String> {
+/// `serve`'s arguments for a daemon that can hold `tokens` tokens in an arena, or `host_percent` of them there and the rest on disk, and a
+/// share of them in a slab.
+pub(crate) fn sizes(
+    shape: &KvShape,
+    tokens: usize,
+    slab_tokens: usize,
+    host_percent: Option<f64>,
+) -> Vec<String> {
     // Pages are not all full, and an extent is 64 MiB.
     const SLACK_BYTES: usize = 512 << 20;
     const SMALLEST_SLAB: usize = 4 << 20;
-    let arena = tokens * shape.token_bytes() * 5 / 4 + SLACK_BYTES;
+    // Of host memory that is scarce, the least that has room for a prompt's chunk, windows, and a layer as a whole.
+    const SPILLING_SLACK_BYTES: usize = 192 << 20;
+    let bytes = tokens * shape.token_bytes();
+    let (arena, spill) = match host_percent {
+        None => (bytes * 5 / 4 + SLACK_BYTES, None),
+        Some(percent) => {
+            ((bytes as f64 * percent / 100.0) as usize + SPILLING_SLACK_BYTES, Some(2 * bytes + SLACK_BYTES))
+        }
+    };
     let slab = (slab_tokens * shape.token_bytes()).max(SMALLEST_SLAB);
-    vec!["--arena".into(), format!("{arena}B"), "--slab".into(), format!("{slab}B")]
+    let mut all = vec!["--arena".into(), format!("{arena}B"), "--slab".into(), format!("{slab}B")];
+    if let Some(spill) = spill {
+        all.extend(["--spill-bytes".into(), format!("{spill}B")]);
+    }
+    all
 }

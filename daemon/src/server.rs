@@ -247,7 +247,10 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     }
     let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
     raise_open_files(arena);
-    let pool = ExtentPool::start(Arc::new(ArenaBudget::new(arena)), pool_settings(config, arena, &*device));
+    let spill = config.spill().map(|settings| Spill::start(&settings)).transpose()?;
+    let disk = spill.as_ref().map_or(0, |spill| spill.report().iter().map(|device| device.total_bytes).sum());
+    let budget = Arc::new(ArenaBudget::beside_disk(arena, disk));
+    let pool = ExtentPool::start(budget, pool_settings(config, arena, &*device));
     let pool = Arc::new(pool.map_err(ServerError::Start)?);
     let lanes: Vec<_> = (0..config.lanes)
         .map(|index| {
@@ -256,7 +259,6 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         })
         .collect::<Result<_, _>>()
         .map_err(ServerError::Start)?;
-    let spill = config.spill().map(|settings| Spill::start(&settings)).transpose()?;
     let boot_id = boot_id();
     let mode = match device.mode() {
         Mode::InPlace => "in-place",

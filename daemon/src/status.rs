@@ -59,10 +59,6 @@ pub struct SessionStatus {
     pub tokens: AtomicU64,
     /// Pages in use.
     pub pages: AtomicU64,
-    /// Most pages in use at a time, where pages can leave host memory.
-    pub pages_peak: AtomicU64,
-    /// Pages on disk alone.
-    pub spilled_pages: AtomicU64,
     /// Bytes of a page.
     pub page_bytes: AtomicU64,
     /// Extents.
@@ -91,8 +87,6 @@ impl SessionStatus {
             sequences: AtomicU64::new(0),
             tokens: AtomicU64::new(0),
             pages: AtomicU64::new(0),
-            pages_peak: AtomicU64::new(0),
-            spilled_pages: AtomicU64::new(0),
             page_bytes: AtomicU64::new(0),
             extents: AtomicU64::new(0),
             digest_bytes: AtomicU64::new(0),
@@ -115,8 +109,8 @@ impl SessionStatus {
             sequences: get(&self.sequences),
             tokens: get(&self.tokens),
             pages: get(&self.pages),
-            pages_peak: get(&self.pages_peak),
-            spilled_pages: get(&self.spilled_pages),
+            pages_peak: stat(Stat::PagesPeak),
+            spilled_pages: stat(Stat::PagesSpilled),
             page_bytes: get(&self.page_bytes),
             kv_bytes: get(&self.pages) * get(&self.page_bytes),
             extents: get(&self.extents),

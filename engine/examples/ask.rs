@@ -8,7 +8,7 @@ use std::path::Path;
 
 use kvoyant_engine::{
     Decoder, DecoderOptions, DenseKv, Dtype, GenerateOptions, KvShape, LoadOptions, Message, Model,
-    PrefillOptions, Sampler, generate,
+    PrefillOptions, Prompt, Sampler, generate,
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         &mut decoder,
         &mut kv,
         &mut sequence,
-        logits,
+        Prompt { tokens: &prompt, logits },
         &mut Sampler::greedy(),
         options,
         &mut |text, _| {

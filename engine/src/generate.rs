@@ -64,7 +64,16 @@ pub enum GenerateError<E: std::error::Error + 'static> {
     Text(#[from] TextError),
 }
 
-/// Continues a prefilled sequence whose last logits are `logits`; `on_text` gets text as it becomes readable, with the timing of the
+/// A sequence that has been read.
+#[derive(Debug, Clone)]
+pub struct Prompt<'a> {
+    /// All its tokens.
+    pub tokens: &'a [u32],
+    /// Logits of the last one.
+    pub logits: Vec<f32>,
+}
+
+/// Continues a prefilled sequence. Rows that a disk has lost on the way are computed again, and the answer goes on; `on_text` gets text as it becomes readable, with the timing of the
 /// step that made it.
 ///
 /// # Errors
@@ -73,7 +82,7 @@ pub fn generate<B: KvBackend>(
     decoder: &mut Decoder,
     backend: &mut B,
     sequence: &mut B::Sequence,
-    mut logits: Vec<f32>,
+    Prompt { tokens: prompt, mut logits }: Prompt<'_>,
     sampler: &mut Sampler,
     options: GenerateOptions,
     on_text: &mut dyn FnMut(&str, &StepTiming) -> ControlFlow<()>,
@@ -111,7 +120,18 @@ pub fn generate<B: KvBackend>(
             answer.stop = StopReason::ContextFull;
             break;
         }
-        let step = decoder.step(backend, &mut [&mut *sequence], &[token])?;
+        let step = match decoder.step(backend, &mut [&mut *sequence], &[token]) {
+            Ok(step) => step,
+            Err(error) => {
+                // The token of the step is the answer's last one, and not among them yet.
+                let before = answer.tokens.len() - 1;
+                let made: Vec<u32> = prompt.iter().chain(&answer.tokens[..before]).copied().collect();
+                if decoder.refill(backend, sequence, &made)? == 0 {
+                    return Err(error.into());
+                }
+                decoder.step(backend, &mut [&mut *sequence], &[token])?
+            }
+        };
         logits = step.logits;
         timing = step.timing;
         answer.timing += timing;

@@ -54,10 +54,11 @@ pub use decoder::{
     StepTiming,
 };
 pub use error::{ForwardError, LoadError, TextError};
-pub use generate::{GenerateError, GenerateOptions, Generated, StopReason, generate};
+pub use generate::{GenerateError, GenerateOptions, Generated, Prompt, StopReason, generate};
 pub use kv::{
     Certified, DaemonError, DaemonKv, DaemonOptions, DaemonSequence, DenseKv, DenseSequence, Dtype, Format,
-    FormatError, HeadRows, IdsRequest, KvBackend, KvShape, Measured, Observe, Observed, Selects, StepStats,
+    FormatError, HeadRows, IdsRequest, KvBackend, KvShape, Measured, Observe, Observed, Paged, Selects,
+    StepStats,
 };
 pub use kvoyant_kernels::SplitMix64;
 pub use load::{LoadOptions, sha256_file};

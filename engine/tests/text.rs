@@ -92,8 +92,9 @@ fn answer(options: GenerateOptions, stop_after: usize) -> (Generated, String) {
         calls += 1;
         if calls < stop_after { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     };
+    let read = Prompt { tokens: &prompt, logits };
     let answer =
-        generate(&mut decoder, &mut kv, &mut sequence, logits, &mut Sampler::greedy(), options, &mut on_text);
+        generate(&mut decoder, &mut kv, &mut sequence, read, &mut Sampler::greedy(), options, &mut on_text);
     (answer.unwrap(), streamed)
 }
 

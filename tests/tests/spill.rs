@@ -1,6 +1,6 @@
 //! Sequences of which a tenth is in host memory: what is selected, fetched, forked and cut is what was written, through a real daemon.
 
-use kvoyant_client::{Error, Hint, Member, Model, Sequence};
+use kvoyant_client::{Error, Hint, Member, Model, Sequence, Status};
 use kvoyant_protocol::wire::Stat;
 use kvoyant_tests::noisy::{QUERY, noise, noisy, tokens_of};
 use kvoyant_tests::{Daemon, PATIENCE, fake};
@@ -14,7 +14,7 @@ const CHUNK: usize = 100;
 /// A daemon that keeps a tenth of each session in host memory.
 struct Spilling {
     daemon: Daemon,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Spilling {
@@ -23,7 +23,7 @@ impl Spilling {
         let path = folder.path().display().to_string();
         let mut all = vec!["--spill", &path, "--spill-bytes", "256MiB", "--host-percent", "10"];
         all.extend(flags);
-        Self { daemon: Daemon::start(DAEMON, &all), _folder: folder }
+        Self { daemon: Daemon::start(DAEMON, &all), folder }
     }
 }
 
@@ -243,4 +243,56 @@ fn an_arena_that_is_full_makes_room_on_disk_and_says_so_once_that_is_full_too() 
     assert!(refused.contains("the arena is full"), "{refused}");
     let ready = fake::ask_with(&model, &sequences[0], 1, Hint::Ids(&some_ids(77, 50, tokens)));
     fake::check(&ready, 0, 0, 1).unwrap();
+}
+
+/// Writes noise over all pages that are on disk.
+fn spoil(spilling: &Spilling) {
+    let file = spilling.folder.path().join("kvoyant-spill-0");
+    let len = std::fs::metadata(&file).unwrap().len();
+    let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
+    let noise: Vec<u8> = (0..1 << 20).map(|i| (i * 31 % 251) as u8).collect();
+    // The first block says whose it is.
+    let mut at = 1 << 20;
+    while at < len {
+        let bytes = &noise[..(len - at).min(1 << 20) as usize];
+        std::os::unix::fs::FileExt::write_all_at(&file, bytes, at).unwrap();
+        at += bytes.len() as u64;
+    }
+}
+
+#[test]
+fn pages_that_the_disk_has_lost_are_named_and_nothing_else_ends() {
+    for flags in [&["--in-place", "true"][..], &[]] {
+        let spilling = Spilling::start(flags);
+        let model = fake::connect(&spilling.daemon, &["given"]);
+        let sequence = model.open(0, 0).unwrap();
+        fill(&model, &sequence, 3, TOKENS);
+        let kept = sequence.fork(None).unwrap();
+        spoil(&spilling);
+        let member = |sequence, ids| Member { sequence, position: TOKENS, hint: Hint::Ids(ids) };
+        let ids = some_ids(1, 40, TOKENS);
+        let answered = model.speculate(1, &[member(&sequence, &ids)]).unwrap().wait(PATIENCE);
+        assert!(
+            matches!(answered, Err(Error::NotReady { status: Status::RowsLost, .. })),
+            "{flags:?}: {answered:?}"
+        );
+        let fetched = model.fetch(0, &[(&sequence, TOKENS)]).unwrap().wait(PATIENCE);
+        assert!(fetched.is_err(), "a layer that is lost cannot be fetched");
+        let lost = sequence.first_lost().expect("the table says which");
+        assert!(lost < TOKENS && lost.is_multiple_of(32));
+        assert_eq!(kept.first_lost(), Some(lost), "a fork has lost what it shares");
+        let mut rows = vec![0; 256];
+        let read = sequence.read_rows(0, 0, lost..lost + 1, &mut rows);
+        assert!(read.is_err(), "{read:?}");
+        // Another sequence of the session sees nothing.
+        let other = model.open(0, 0).unwrap();
+        fill(&model, &other, 6, 200);
+        fake::check(&fake::ask_with(&model, &other, 1, Hint::Ids(&some_ids(2, 20, 200))), 0, 6, 1).unwrap();
+        // What was lost is dropped and written again.
+        sequence.truncate(0).unwrap();
+        fill(&model, &sequence, 9, TOKENS);
+        let ready = fake::ask_with(&model, &sequence, 1, Hint::Ids(&ids));
+        fake::check(&ready, 0, 9, 1).unwrap();
+        assert!(model.stat(Stat::PagesLost) > 0);
+    }
 }

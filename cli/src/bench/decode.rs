@@ -290,7 +290,7 @@ impl Bench<'_> {
         let mut options = session::options(self.model, all, most, 1, self.progress)?;
         options.selects = self.args.selects.into();
         let mut arguments = self.args.daemon.for_serve();
-        arguments.extend(session::sizes(&shape, ROOM * count * most, most));
+        arguments.extend(session::sizes(&shape, ROOM * count * most, most, self.args.daemon.host_budget));
         let hints = Hints::new(self.model, &options.artifacts)?;
         let daemon = PrivateDaemon::start(&arguments)?;
         let mut kv = session::connect(self.model, &daemon.socket(), options)?;

@@ -113,6 +113,7 @@ pub(super) fn rows(
                 + 2 * asked.batch_max() * size.room
                 + ARENA_FOR_TABLES * (kept as usize).div_ceil(shape.token_bytes()),
             (batch_tokens as f64 * SLAB_SHARE) as usize,
+            args.daemon.host_budget,
         ));
         let daemon = PrivateDaemon::start(&arguments)?;
         let failed = |error| BenchError::Daemon { error, said: daemon.last_words() };

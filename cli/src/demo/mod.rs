@@ -17,7 +17,7 @@ use kvoyant_kernels::Path as KernelPath;
 use kvoyant_methods::{Budget, MethodSpec, SpecError};
 
 use self::report::{Report, Row};
-use self::why::Effort;
+use self::why::{Effort, Spilled};
 use crate::args::DemoArgs;
 use crate::artifact_cache::ArtifactError;
 use crate::machine::Machine;
@@ -108,6 +108,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
         &shape,
         plan.prefill_tokens() + 2 * asked.batch_max() * size.room,
         (batch_tokens as f64 * SLAB_SHARE) as usize,
+        args.daemon.host_budget,
     ));
     let daemon = PrivateDaemon::start(&arguments)?;
     let failed = |error| DemoError::Daemon { error, said: daemon.last_words() };
@@ -116,7 +117,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
 
     let since = Instant::now();
     let mut prepared = prepare::read(&mut decoder, &mut kv, &plan, progress).map_err(failed)?;
-    let effort = Effort {
+    let mut effort = Effort {
         texts: plan.contexts.len() + plan.continued.len(),
         context: args.context,
         prefill_seconds: since.elapsed().as_secs_f64(),
@@ -124,6 +125,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
         questions: asked.questions(),
         tiny: chosen.tiny,
         device: kv.model().device_session().map(|_| session::device(&kv)),
+        spilled: None,
     };
 
     let step = progress.step("answering: dense", ROWS.len() as u64 + 1);
@@ -140,10 +142,12 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
         rows.push(Row::new(name, budget, &measured));
     }
     drop(step);
+    effort.spilled = Spilled::of(&kv, args.daemon.host_budget);
 
     if args.json {
         let kernels = KernelPath::best().to_string();
-        let report = Report { machine: Machine::this(&kernels, &session::device(&kv)), rows };
+        let report =
+            Report { machine: Machine::this(&kernels, &session::device(&kv)), rows, spilled: effort.spilled };
         return Ok(serde_json::to_string_pretty(&report)? + "\n");
     }
     let colour = console::Term::stdout().is_term() && console::colors_enabled();

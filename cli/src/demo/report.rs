@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::why::Spilled;
 use crate::machine::Machine;
 use crate::trial::measure::Measured;
 use crate::trial::plan::Size;
@@ -15,6 +16,9 @@ pub(crate) struct Report {
     pub(crate) machine: Machine,
     /// One row a method and budget.
     pub(crate) rows: Vec<Row>,
+    /// What was on disk, with `--host-budget`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) spilled: Option<Spilled>,
 }
 
 /// One method with one budget.
@@ -112,7 +116,7 @@ mod tests {
 
     #[test]
     fn the_json_has_the_published_names_and_reads_back() {
-        let report = Report { machine: Machine::this("scalar", "host"), rows: vec![row()] };
+        let report = Report { machine: Machine::this("scalar", "host"), rows: vec![row()], spilled: None };
         let text = serde_json::to_string(&report).unwrap();
         assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report);
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();

@@ -1,5 +1,8 @@
 //! Two or three sentences under the table: what was read, and what the answers cost.
 
+use kvoyant_engine::DaemonKv;
+use serde::{Deserialize, Serialize};
+
 use super::report::Row;
 use crate::trial::plan::Size;
 
@@ -23,6 +26,37 @@ pub(crate) struct Effort {
     pub(crate) tiny: bool,
     /// The GPU that attention ran on, if it was one.
     pub(crate) device: Option<String>,
+    /// What was on disk, if anything could be.
+    pub(crate) spilled: Option<Spilled>,
+}
+
+/// Where pages were that did not fit into host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Spilled {
+    /// Most bytes of KV that were in host memory at a time, over the bytes of all KV once everything was read.
+    pub(crate) host_share: f64,
+    /// The part that was asked for.
+    pub(crate) host_budget: f64,
+    /// Bytes written to disk.
+    pub(crate) written_bytes: u64,
+    /// Bytes read back.
+    pub(crate) read_bytes: u64,
+    /// Pages that could not be read back whole.
+    pub(crate) lost_pages: u64,
+}
+
+impl Spilled {
+    /// What a session says, if its pages could leave host memory.
+    pub(crate) fn of(kv: &DaemonKv, host_budget: Option<f64>) -> Option<Self> {
+        let paged = kv.paged()?;
+        Some(Self {
+            host_share: paged.peak_bytes as f64 / paged.most_bytes.max(1) as f64,
+            host_budget: host_budget? / 100.0,
+            written_bytes: paged.written_bytes,
+            read_bytes: paged.read_bytes,
+            lost_pages: paged.lost_pages,
+        })
+    }
 }
 
 /// The sentences, each on lines of its own.
@@ -69,6 +103,17 @@ fn sentences(rows: &[Row], effort: &Effort) -> Vec<String> {
         effort.questions,
         rows.len(),
     ));
+    if let Some(spilled) = &effort.spilled {
+        all.push(format!(
+            "At most {:.1} % of the KV was in host memory at a time, for {:.0} % asked for; {:.2} GB went to disk and {:.2} GB came back, \
+             {} pages were lost.",
+            spilled.host_share * 100.0,
+            spilled.host_budget * 100.0,
+            spilled.written_bytes as f64 / 1e9,
+            spilled.read_bytes as f64 / 1e9,
+            spilled.lost_pages,
+        ));
+    }
     if let Some(device) = &effort.device {
         all.push(format!(
             "Attention ran on {device}, all but dense's; linear layers ran on the CPU, so times are not a GPU's."

@@ -9,8 +9,8 @@ use std::ops::ControlFlow;
 
 use kvoyant_engine::{
     DaemonError, DaemonKv, Decoder, DecoderOptions, DenseKv, FormatError, ForwardError, GenerateError,
-    GenerateOptions, KvBackend, KvShape, Logits, Model, PrefillOptions, Sampler, SamplerOptions, StopReason,
-    generate,
+    GenerateOptions, KvBackend, KvShape, Logits, Model, PrefillOptions, Prompt, Sampler, SamplerOptions,
+    StopReason, generate,
 };
 use kvoyant_methods::infinigen::{Amount, InfinigenSpec};
 use kvoyant_methods::{MethodError, MethodSpec};
@@ -170,7 +170,7 @@ fn method(args: &RunArgs) -> Result<MethodSpec, RunError> {
 /// A daemon that holds one sequence of `most` tokens, all of it on the device if it is to be copied at all.
 fn serve_arguments(args: &RunArgs, model: &Model, most: usize) -> Vec<String> {
     let mut all = args.daemon.for_serve();
-    all.extend(session::sizes(&session::shape(model), most, most));
+    all.extend(session::sizes(&session::shape(model), most, most, args.daemon.host_budget));
     all
 }
 
@@ -211,10 +211,18 @@ fn answer<B: KvBackend>(
             ControlFlow::Break(())
         }
     };
-    let made = generate(decoder, kv, sequence, logits, &mut sampler, options, &mut |text, timing| {
-        times.token(*timing);
-        say(text)
-    })?;
+    let made = generate(
+        decoder,
+        kv,
+        sequence,
+        Prompt { tokens, logits },
+        &mut sampler,
+        options,
+        &mut |text, timing| {
+            times.token(*timing);
+            say(text)
+        },
+    )?;
     if made.stop != StopReason::Interrupted {
         // Whether the line's end can be written is known by `failed`.
         let _ = say("\n");

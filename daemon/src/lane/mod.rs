@@ -383,6 +383,7 @@ impl Attached {
             return;
         }
         let answer = self.session.control(message);
+        self.session.count_pages();
         self.session.refresh_status();
         match self.check(answer) {
             Some(Outcome::Later(message)) => self.parked = Some((message, reply)),

@@ -547,15 +547,20 @@ impl LaneSession {
     }
 
     fn count(&mut self, stat: Stat, by: u64) {
-        let value = &mut self.stats[stat as usize];
-        *value += by;
-        self.d2c.store_u64(d2c::STATS + stat as usize * 8, *value);
-        self.status.stats[stat as usize].store(*value, Ordering::Relaxed);
+        self.show(stat, self.stats[stat as usize] + by);
+    }
+
+    fn show(&mut self, stat: Stat, value: u64) {
+        self.stats[stat as usize] = value;
+        self.d2c.store_u64(d2c::STATS + stat as usize * 8, value);
+        self.status.stats[stat as usize].store(value, Ordering::Relaxed);
     }
 
     /// As [`LaneSession::refresh_status`], if anything was appended since.
     pub fn refresh_if_dirty(&mut self) {
-        if std::mem::take(&mut self.dirty) {
+        if self.dirty {
+            self.count_pages();
+            self.dirty = false;
             self.refresh_status();
         }
     }
@@ -567,11 +572,6 @@ impl LaneSession {
             |cell: &std::sync::atomic::AtomicU64, value: usize| cell.store(value as u64, Ordering::Relaxed);
         set(&self.status.sequences, model.open_sequences());
         set(&self.status.pages, model.arena.used_pages());
-        if let Some(spill) = &model.spill {
-            let (spilled, peak) = spill.pages();
-            set(&self.status.spilled_pages, spilled);
-            set(&self.status.pages_peak, peak);
-        }
         set(&self.status.page_bytes, model.arena.geometry().page_bytes());
         set(&self.status.extents, model.arena.extents());
         model.show_kept(&self.status);

@@ -34,11 +34,17 @@ impl ArenaBudget {
     /// A budget of `total_bytes`.
     #[must_use]
     pub fn new(total_bytes: u64) -> Self {
+        Self::beside_disk(total_bytes, 0)
+    }
+
+    /// The same where so much more can lie on disk: tables and digests of that are in memory all the same.
+    #[must_use]
+    pub fn beside_disk(total_bytes: u64, disk_bytes: u64) -> Self {
         Self {
             total_bytes,
             used_bytes: AtomicU64::new(0),
             tables_bytes: AtomicU64::new(0),
-            tables_total: total_bytes / TABLES_SHARE + TABLES_LEAST,
+            tables_total: total_bytes.saturating_add(disk_bytes) / TABLES_SHARE + TABLES_LEAST,
         }
     }
 

@@ -14,6 +14,9 @@ use crate::weights::Precision;
 /// Rows of logits computed at a time when all are wanted: 32 × a vocabulary of 50,000 is 6 MB.
 const LOGIT_ROWS: usize = 32;
 
+/// How often rows that were lost on the way are computed again.
+const REFILLS: usize = 8;
+
 /// Which logits a prefill computes.
 #[derive(Default)]
 pub enum Logits<'a> {
@@ -81,12 +84,27 @@ impl Decoder {
         if tokens.is_empty() {
             return Err(ForwardError::BatchMismatch { sequences: 1, tokens: 0 });
         }
-        self.check(tokens, backend.tokens(sequence) + tokens.len())?;
+        let begun = backend.tokens(sequence);
+        self.check(tokens, begun + tokens.len())?;
         let mut done = 0;
+        let mut refilled = 0;
         let mut last = Vec::new();
-        for chunk in tokens.chunks(backend.chunk_tokens(self.options.chunk_tokens)) {
+        let at_once = backend.chunk_tokens(self.options.chunk_tokens).max(1);
+        while done < tokens.len() {
+            let chunk = &tokens[done..(done + at_once).min(tokens.len())];
             let layers = &mut options.layers;
-            rayon::scope(|_| self.prefill_chunk(backend, sequence, chunk, layers))?;
+            if let Err(error) = rayon::scope(|_| self.prefill_chunk(backend, sequence, chunk, layers)) {
+                // Rows of this prompt that a disk has lost are computed again.
+                match backend.first_lost(sequence) {
+                    Some(token) if token >= begun && refilled < REFILLS => {
+                        backend.forget_from(sequence, token)?;
+                        done = token - begun;
+                        refilled += 1;
+                        continue;
+                    }
+                    _ => return Err(error),
+                }
+            }
             let first = done;
             done += chunk.len();
             match &mut options.logits {
@@ -108,6 +126,28 @@ impl Decoder {
             }
         }
         Ok(last)
+    }
+
+    /// Computes again what a sequence has lost: `tokens` are all those that it was made of. How many were computed; 0 if none were lost.
+    ///
+    /// # Errors
+    /// As for [`Self::prefill`].
+    pub fn refill<B: KvBackend>(
+        &mut self,
+        backend: &mut B,
+        sequence: &mut B::Sequence,
+        tokens: &[u32],
+    ) -> Result<usize, ForwardError<B::Error>> {
+        let committed = backend.tokens(sequence);
+        let Some(lost) = backend.first_lost(sequence).filter(|lost| *lost < committed.min(tokens.len()))
+        else {
+            return Ok(0);
+        };
+        backend.forget_from(sequence, lost)?;
+        let again = &tokens[lost..committed.min(tokens.len())];
+        let options = PrefillOptions { logits: Logits::None, ..PrefillOptions::default() };
+        self.prefill(backend, sequence, again, options)?;
+        Ok(again.len())
     }
 
     /// Logits of rows `first..first + rows` of the chunk whose residual stream is in the buffers.

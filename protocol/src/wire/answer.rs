@@ -435,10 +435,16 @@ pub enum Stat {
     PagesLost,
     /// Time that answers waited for pages from disk, ns.
     PageWaitNs,
+    /// Most pages that were in host memory at a time, where pages can leave it.
+    PagesPeak,
+    /// Most pages that there were at a time, in host memory or on disk.
+    PagesMost,
+    /// Pages on disk alone, now.
+    PagesSpilled,
 }
 
 /// How many counters there are.
-pub const STATS: usize = Stat::PageWaitNs as usize + 1;
+pub const STATS: usize = Stat::PagesSpilled as usize + 1;
 
 #[cfg(test)]
 mod tests {

@@ -27,11 +27,14 @@ impl ModelState {
 
     /// Whether rows of a layer wait to be digested for the sequence's method.
     pub(crate) fn is_behind(&self, id: SequenceId, layer: usize) -> bool {
+        self.sequence(id).is_ok_and(|sequence| self.is_behind_for(id, sequence.method, layer))
+    }
+
+    /// The same for a method that may be another one's.
+    pub(crate) fn is_behind_for(&self, id: SequenceId, method: usize, layer: usize) -> bool {
         let Ok(sequence) = self.sequence(id) else { return false };
-        let Some(key) = self.methods[sequence.method].digest_key() else { return false };
-        let Some(set) = sequence.digests.iter().find(|set| set.serves(key, sequence.method)) else {
-            return false;
-        };
+        let Some(key) = self.methods[method].digest_key() else { return false };
+        let Some(set) = sequence.digests.iter().find(|set| set.serves(key, method)) else { return false };
         let end = self.methods[set.method].needs().digestible(sequence.lens[layer] as usize);
         self.speculates(layer) && set.ready[layer] && (set.built[layer] as usize) < end
     }

@@ -132,10 +132,14 @@ impl LaneSession {
         })
     }
 
-    fn count_pages(&mut self) {
+    /// Shows how many pages are where.
+    pub fn count_pages(&mut self) {
         self.dirty = true;
         let Some(state) = self.model.as_mut().and_then(|model| model.spill.as_mut()) else { return };
-        let counts = state.take_counts();
+        let (counts, [spilled, peak, most]) = (state.take_counts(), state.pages());
+        self.show(Stat::PagesSpilled, spilled as u64);
+        self.show(Stat::PagesPeak, peak as u64);
+        self.show(Stat::PagesMost, most as u64);
         self.count(Stat::PagesWritten, counts.written);
         self.count(Stat::PagesRead, counts.read);
         self.count(Stat::PagesLost, counts.lost);

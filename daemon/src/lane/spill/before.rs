@@ -1,6 +1,6 @@
 //! What has to be in memory before a request can be done at all: rows that the lane itself reads.
 
-use kvoyant_protocol::control::{PageWord, ToDaemon};
+use kvoyant_protocol::control::{PageWord, SelectedBy, ToDaemon};
 use kvoyant_protocol::wire::{BatchEntry, HeadEntry, Operation, SequenceId, Status};
 
 use crate::lane::model::ModelState;
@@ -145,8 +145,44 @@ impl ModelState {
                 Ok(pages) if !self.make_frames(pages) => Before::Later,
                 _ => Before::Ready,
             },
+            ToDaemon::Fork { parent, method, by } => self.before_fork(*parent, *method, *by),
             _ => Before::Ready,
         }
+    }
+
+    /// The parent gets the digests that the fork will need, layer by layer, so that its other forks find them made.
+    fn before_fork(&mut self, parent: SequenceId, method: Option<u16>, by: SelectedBy) -> Before {
+        let Ok(sequence) = self.sequence(parent) else { return Before::Ready };
+        let method = match method {
+            Some(method) => self.method_index(method),
+            None => Ok(sequence.method),
+        };
+        let Some(method) = method.ok().and_then(|method| self.digested_here(method, by)) else {
+            return Before::Ready;
+        };
+        // What cannot be is for the fork itself to refuse.
+        let room = self.check_tables(self.tables_of([method], sequence.capacity));
+        if room.is_err() || self.ensure_digests(parent, method).is_err() {
+            return Before::Ready;
+        }
+        for layer in 0..self.shape.layers {
+            if !self.is_behind_for(parent, method, layer) {
+                continue;
+            }
+            if let Some(state) = &mut self.spill {
+                state.kept = Some((parent, layer));
+            }
+            if self.bring_layer(parent, layer, 0..usize::MAX) == Ok(Before::Later) {
+                return Before::Later;
+            }
+            if self.build_layer(parent, layer).is_err() {
+                break;
+            }
+        }
+        if let Some(state) = &mut self.spill {
+            state.kept = None;
+        }
+        Before::Ready
     }
 
     /// The window before the cut, and the page that is cut, are read and written by the client from then on.

@@ -65,6 +65,7 @@ impl ModelState {
             && slots.last_ticket <= state.released_through
             && slots.background.is_none()
             && !state.held.contains(&(id, layer))
+            && state.kept != Some((id, layer))
     }
 
     fn all_let(&self, step: Step, owners: &[SequenceId], frame: Frame) -> bool {

@@ -123,9 +123,13 @@ pub(crate) struct SpillState {
     released_through: u64,
     /// Layers that a request which waits for pages needs as they are.
     held: Vec<(SequenceId, usize)>,
+    /// The same of a control request.
+    kept: Option<(SequenceId, usize)>,
     counts: SpillCounts,
     /// Most pages that were in host memory at a time.
     peak: usize,
+    /// Most pages that there were.
+    most: usize,
     /// Whether it has been said that the disk takes no more.
     said_full: bool,
 }
@@ -148,8 +152,10 @@ impl SpillState {
             spilled: 0,
             released_through: 0,
             held: Vec::new(),
+            kept: None,
             counts: SpillCounts::default(),
             peak: 0,
+            most: 0,
             said_full: false,
         }
     }
@@ -164,9 +170,9 @@ impl SpillState {
         std::mem::take(&mut self.counts)
     }
 
-    /// Pages on disk alone, and the most pages that were in host memory at a time.
-    pub(crate) fn pages(&self) -> (usize, usize) {
-        (self.spilled, self.peak)
+    /// Pages on disk alone; most pages that were in host memory at a time; most that there were.
+    pub(crate) fn pages(&self) -> [usize; 3] {
+        [self.spilled, self.peak, self.most]
     }
 
     /// Keeps a layer's pages where they are until the request is done.
@@ -208,7 +214,9 @@ impl ModelState {
             state.spill.register(memory);
             state.registered.push(Arc::clone(memory));
         }
-        state.peak = state.peak.max(self.arena.used_pages());
+        let used = self.arena.used_pages();
+        state.peak = state.peak.max(used);
+        state.most = state.most.max(used + state.spilled);
         if !state.jobs.is_empty() {
             state.spill.submit(&mut state.jobs);
         }

@@ -229,6 +229,9 @@ impl KvBackend for DaemonKv {
     }
 
     fn forget_from(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
+        // Answers that a failed step has left would hold up all that come.
+        self.in_step = false;
+        self.pending.iter_mut().for_each(Vec::clear);
         self.truncate(sequence, tokens)
     }
 

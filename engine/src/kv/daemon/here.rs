@@ -50,7 +50,8 @@ pub(super) fn methods(
             }
         }))
     };
-    if model.mode() == kvoyant_client::Mode::InPlace {
+    // Rows that leave memory are the lane's to bring back.
+    if model.mode() == kvoyant_client::Mode::InPlace && !model.spills() {
         options.methods.iter().map(here).collect()
     } else {
         Ok(options.methods.iter().map(|_| None).collect())
@@ -240,12 +241,7 @@ impl DaemonKv {
 
     /// Who selects for a method.
     pub(super) fn selector(&self, method: usize) -> SelectedBy {
-        // Rows that leave memory are the lane's to bring back.
-        if self.here(method).is_some() && !self.model.spills() {
-            SelectedBy::Client
-        } else {
-            SelectedBy::Lane
-        }
+        if self.here(method).is_some() { SelectedBy::Client } else { SelectedBy::Lane }
     }
 
     /// Gives a new sequence the digests of its method, where they are kept here. A fork's begin as its parent's, if they are of the same kind.

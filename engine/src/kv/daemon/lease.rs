@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kvoyant_client::{Error, Model, Ready};
+use kvoyant_client::{Error, Model, Ready, Stat};
 
 use super::{DaemonError, DaemonKv, DaemonSequence};
 
@@ -31,7 +31,36 @@ pub(super) fn lease_of(
     Ok(Some(model.fetch(layer, &wanted)?.wait(deadline)?))
 }
 
+/// Where a session's pages have been, in the daemon's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Paged {
+    /// Most bytes of KV that were in host memory at a time.
+    pub peak_bytes: u64,
+    /// Most bytes of KV that there were at a time, in host memory or on disk.
+    pub most_bytes: u64,
+    /// Bytes written to disk.
+    pub written_bytes: u64,
+    /// Bytes read back.
+    pub read_bytes: u64,
+    /// Pages that could not be read back whole.
+    pub lost_pages: u64,
+}
+
 impl DaemonKv {
+    /// Where the session's pages have been, if they could leave host memory.
+    #[must_use]
+    pub fn paged(&self) -> Option<Paged> {
+        let page_bytes = (self.model.page_rows() * self.shape.row_bytes()) as u64;
+        let bytes = |stat| self.model.stat(stat) * page_bytes;
+        self.model.spills().then(|| Paged {
+            peak_bytes: bytes(Stat::PagesPeak),
+            most_bytes: bytes(Stat::PagesMost),
+            written_bytes: bytes(Stat::PagesWritten),
+            read_bytes: bytes(Stat::PagesRead),
+            lost_pages: self.model.stat(Stat::PagesLost),
+        })
+    }
+
     /// See [`lease_of`].
     pub(super) fn lease(
         &self,

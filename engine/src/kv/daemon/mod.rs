@@ -42,6 +42,7 @@ use kvoyant_methods::{MethodError, MethodSpec, Needs, Shape};
 use thiserror::Error;
 
 pub use ask::IdsRequest;
+pub use lease::Paged;
 pub use options::{DaemonOptions, Selects};
 pub use sequence::DaemonSequence;
 pub use stats::{Certified, Measured, StepStats};
@@ -104,6 +105,11 @@ pub enum DaemonError {
         /// How long this call waited for it.
         waited: Duration,
     },
+    /// Rows cannot be selected here that may be on disk.
+    #[error(
+        "the daemon moves pages to disk, and only it can bring them back: let it select (selects=auto or lane)"
+    )]
+    Spills,
     /// Methods of one session that want different statistics of a prompt.
     #[error("methods `{a}` and `{b}` want different statistics of a prompt (skew, index); use two sessions")]
     Statistics {
@@ -184,6 +190,9 @@ impl DaemonKv {
         let for_daemon = artifacts.iter().filter(|artifact| artifact.kind().builds_methods());
         let files = for_daemon.map(kvoyant_methods::Artifact::to_bytes).collect::<Result<Vec<_>, _>>()?;
         let model = client.register(spec, &files)?;
+        if model.spills() && options.selects == Selects::Client {
+            return Err(DaemonError::Spills);
+        }
         let methods_shape = options.shape(&shape, model.page_rows());
         let needs = options
             .methods
