@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use kvoyant_engine::{
     DaemonKv, DaemonOptions, Decoder, DecoderOptions, DenseKv, Dtype, GenerateOptions, KvBackend, KvShape,
-    Model, PrefillOptions, Prompt, Sampler, argmax, generate, synthetic,
+    Model, PrefillOptions, Prompt, Sampler, Selects, argmax, generate, synthetic,
 };
 use kvoyant_tests::Daemon;
 
@@ -33,7 +33,9 @@ fn spilling(flags: &[&str]) -> (Daemon, tempfile::TempDir) {
 fn connect(daemon: &Daemon, model: &Model, method: &str) -> DaemonKv {
     let shape = KvShape::new(model.config(), Dtype::F32);
     let methods = vec![method.parse().unwrap()];
-    let options = DaemonOptions { methods, dense_layers: 1, window: 32, ..DaemonOptions::default() };
+    // Where all is in memory, the lane selects too: what it estimates comes rounded.
+    let selects = Selects::Lane;
+    let options = DaemonOptions { methods, dense_layers: 1, window: 32, selects, ..DaemonOptions::default() };
     DaemonKv::connect(&daemon.socket(), shape, options).unwrap()
 }
 
@@ -85,8 +87,9 @@ fn a_tenth_of_the_kv_in_host_memory_gives_the_logits_that_all_of_it_gives() {
             assert!(nothing.is_none());
             let paged = paged.expect("pages can leave");
             assert!(paged.written_bytes > 0 && paged.read_bytes > 0 && paged.lost_pages == 0, "{paged:?}");
-            // The model has four layers, of which two are there as a whole at times.
-            assert!(paged.peak_bytes < paged.most_bytes * 2 / 3, "{method}: {paged:?}");
+            // The model has four layers, of which two are there as a whole at times; what scout's lane attends itself is there as well.
+            let most = if method.starts_with("scout") { paged.most_bytes } else { paged.most_bytes * 2 / 3 };
+            assert!(paged.peak_bytes < most, "{method}: {paged:?}");
         }
     }
 }

@@ -10,6 +10,7 @@ use std::ops::Range;
 use kvoyant_kernels::{AttendScratch, Kernels, RowLayout, Run};
 use kvoyant_methods::{RowSource, TokenRange};
 use kvoyant_protocol::control::PageWord;
+use kvoyant_protocol::wire::Status;
 
 use crate::tiers::arena::SessionArena;
 use crate::tiers::heap::{Heap, Region};
@@ -81,6 +82,22 @@ impl<'a> PageRows<'a> {
             }
             token += count;
         }
+    }
+
+    /// Why rows of these tokens cannot be read here, if some are on disk or lost.
+    #[must_use]
+    pub fn away(&self, kv_head: usize, tokens: &[TokenRange]) -> Option<Status> {
+        let page_rows = self.arena.geometry().page_rows as u32;
+        let base = (self.pages.first_head + kv_head) * self.pages.capacity;
+        let pages = tokens.iter().flat_map(|range| range.first / page_rows..range.end().div_ceil(page_rows));
+        let mut words = pages
+            .filter(|page| (*page as usize) < self.pages.capacity)
+            .map(|page| PageWord::of(self.tables.word(self.pages.table, base + page as usize)));
+        words.find_map(|word| match word {
+            PageWord::Lost => Some(Status::RowsLost),
+            PageWord::Spilled => Some(Status::HostFull),
+            PageWord::Page(_) | PageWord::None => None,
+        })
     }
 
     /// Adds the runs of these tokens' rows; returns how many rows they have.

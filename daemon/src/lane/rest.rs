@@ -12,6 +12,7 @@ use crate::device::rows::{LayerPages, PageRows};
 use crate::lane::digests::Digested;
 use crate::lane::model::ModelState;
 use crate::lane::select::Answer;
+use crate::lane::spill::Before;
 
 /// Bounds of the counters of certified heads, by what they may have missed at most.
 const MISSED: [(f64, Stat); 4] = [
@@ -155,6 +156,14 @@ impl ModelState {
         if self.digested(id, layer, candidates.end, tokens - 1) != Digested::Yes {
             return Err(Status::NotAppended);
         }
+        self.estimate_last(id, layer, tokens)?;
+        self.put_rest(answer);
+        self.attend_exact(id, layer, answer)
+    }
+
+    /// Estimates what the layer's last answer did not name, by the hint in the buffers.
+    fn estimate_last(&mut self, id: SequenceId, layer: usize, tokens: usize) -> Result<(), Status> {
+        let heads = self.shape.kv_heads;
         let mut named = std::mem::take(
             &mut self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer].named,
         );
@@ -167,8 +176,36 @@ impl ModelState {
         if let Ok(sequence) = self.sequence_mut(id) {
             sequence.residency[layer].named = named;
         }
-        self.put_rest(answer);
-        self.attend_exact(id, layer, answer)
+        Ok(())
+    }
+
+    /// Has the rows brought back that the method wants attended once it knows the query in the buffers; [`Self::rest_of_last`] finds the
+    /// same ones.
+    pub(crate) fn bring_exact(&mut self, layer: usize, entry: &BatchEntry) -> Before {
+        let id = entry.sequence;
+        let tokens = entry.position as usize + 1;
+        let Ok(sequence) = self.sequence(id) else { return Before::Ready };
+        let end = self.shape.candidates(tokens).end;
+        let can_be = sequence.by == SelectedBy::Lane
+            && self.estimates(id)
+            && end <= sequence.lens[layer] as usize
+            && self.digested(id, layer, end, tokens - 1) == Digested::Yes;
+        if !can_be || self.estimate_last(id, layer, tokens).is_err() {
+            return Before::Ready;
+        }
+        let rows = self.shape.page_rows as u32;
+        let mut wanted = Answer::default();
+        for kv_head in 0..self.shape.kv_heads {
+            let ranges: Vec<_> = self.buffers.rest.exact().head(kv_head).to_vec();
+            for page in ranges.iter().flat_map(|range| range.first / rows..range.end().div_ceil(rows)) {
+                // What is lost, or finds no room, is for the request itself to refuse.
+                let head = layer * self.shape.kv_heads + kv_head;
+                if self.page_for(id, (head, page as usize), &mut wanted).is_err() {
+                    return Before::Ready;
+                }
+            }
+        }
+        if wanted.reads.is_empty() { Before::Ready } else { Before::Later }
     }
 
     /// Attends the rows that the estimate in the buffers leaves to be attended, by the hint there.
@@ -189,6 +226,13 @@ impl ModelState {
             rows: sequence.lens[layer] as usize,
         };
         let rows = PageRows::new(&self.arena, &self.tables, self.layout, pages, memory);
+        let heads = 0..self.shape.kv_heads;
+        if let Some(status) =
+            heads.clone().find_map(|head| rows.away(head, self.buffers.rest.exact().head(head)))
+        {
+            (self.buffers.pages, self.buffers.partial) = (rows.into_scratch(), partial);
+            return Err(status);
+        }
         let mut attended = 0;
         for kv_head in 0..self.shape.kv_heads {
             partial.resize(group * (values + 1), 0.0);

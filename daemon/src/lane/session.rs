@@ -254,7 +254,22 @@ impl LaneSession {
         }
         self.read_batch(index, members)?;
         let Some(model) = &mut self.model else { return Ok(false) };
-        Ok(model.before_request(&request.operation, &self.batch) == Before::Later)
+        let mut before = model.before_request(&request.operation, &self.batch);
+        if let Operation::Speculate(speculate) = request.operation
+            && speculate.rest
+            && model.speculates(usize::from(speculate.layer))
+        {
+            let area = HintArea::of(&speculate, &self.c2d, self.layout.hints(index));
+            for entry in &self.batch {
+                let layer = usize::from(speculate.layer);
+                if area.read(entry, layer, model)? == Ok(())
+                    && model.bring_exact(layer, entry) == Before::Later
+                {
+                    before = Before::Later;
+                }
+            }
+        }
+        Ok(before == Before::Later)
     }
 
     fn handle(
@@ -317,14 +332,7 @@ impl LaneSession {
         let (attends, estimates) = (model.attends || request.rest, model.estimating);
         let mut work = 0_usize;
         let mut status = Status::Ready;
-        let area = HintArea {
-            memory: &self.c2d,
-            at: self.layout.hints(index),
-            bytes: request.hint_bytes as usize,
-            queries: request.queries as usize,
-            floors: request.floors,
-            rest: request.rest,
-        };
+        let area = HintArea::of(request, &self.c2d, self.layout.hints(index));
         let row_bytes = model.arena.geometry().row_bytes as u64;
         let room = self.link.bytes_until(request.deadline_ns).map(|bytes| bytes / row_bytes);
         for entry in &self.batch {

@@ -3,7 +3,7 @@
 
 use kvoyant_methods::HintSource;
 use kvoyant_protocol::memory::SharedMapping;
-use kvoyant_protocol::wire::{BatchEntry, Status};
+use kvoyant_protocol::wire::{BatchEntry, Speculate, Status};
 
 use crate::lane::error::SessionError;
 use crate::lane::model::ModelState;
@@ -25,7 +25,19 @@ pub(super) struct HintArea<'a> {
     pub(super) rest: bool,
 }
 
-impl HintArea<'_> {
+impl<'a> HintArea<'a> {
+    /// Those of a request, at this offset.
+    pub(super) fn of(request: &Speculate, memory: &'a SharedMapping, at: usize) -> Self {
+        Self {
+            memory,
+            at,
+            bytes: request.hint_bytes as usize,
+            queries: request.queries as usize,
+            floors: request.floors,
+            rest: request.rest,
+        }
+    }
+
     /// Copies a member's hint into the model's buffers. A hint outside the area ends the session; one whose values cannot
     /// be only fails its request.
     pub(super) fn read(
