@@ -8,6 +8,7 @@
 //! | [`arena`] | refcounted pages of rows in a session's extents |
 //! | [`heap`] | regions of daemon-owned files, by offset: page tables, digests, counters |
 //! | [`blocks`] | refcounted digest blocks in such regions |
+//! | [`store`] | images of sequences and prefixes that outlive the daemon, on disk or far away |
 //! | [`residency`] | which rows of which head lie in which slots of a device slab |
 //! | [`nvme`] | pages on disk: slots, checksums, I/O by deadline |
 
@@ -21,3 +22,4 @@ pub mod nvme;
 pub mod pin;
 pub mod pool;
 pub mod residency;
+pub mod store;
