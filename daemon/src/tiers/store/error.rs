@@ -119,7 +119,8 @@ pub enum StoreError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// A remote store that does not answer. Whatever was to be written is not there, and what was there still is.
+    /// A remote store that does not answer. What was there still is, unless the manifest of what was to replace it was on
+    /// its way: then there is either of the two, whole.
     #[error("{name} cannot be reached (given up after {:.1} s): {source}", .after.as_secs_f64())]
     Unreachable {
         /// Which store.

@@ -19,18 +19,21 @@ pub mod id;
 pub mod local;
 pub mod manifest;
 pub mod pages;
+pub mod remote;
 mod seal;
 
 #[cfg(test)]
 mod conformance;
 
 use std::fmt;
+use std::time::Duration;
 
 pub use error::{Damage, StoreError, Unanswered};
 pub use id::{IdError, ImageId};
 pub use local::LocalStore;
 pub use manifest::{BlobEntry, ImageKind, Manifest, ModelKey};
 pub use pages::PageTable;
+pub use remote::{RemoteImages, RemoteOptions, connect};
 
 /// Where images are kept. Its calls block, some for long: they are for keeper threads, never for a lane, nor for a task
 /// of an async runtime.
@@ -50,6 +53,13 @@ pub trait ImageStore: Send + Sync + fmt::Debug {
 
     /// Erases an image, whole or damaged: it is somebody's text.
     fn remove(&self, id: &ImageId) -> Result<(), StoreError>;
+
+    /// Removes what writers that died more than so long ago have left, where opening the store does not; how many
+    /// there were.
+    fn sweep(&self, older_than: Duration) -> Result<usize, StoreError> {
+        let _ = older_than;
+        Ok(0)
+    }
 }
 
 /// An image that is being written. Dropped without a commit, it leaves nothing behind.
