@@ -8,6 +8,7 @@
 //! | [`arena`] | refcounted pages of rows in a session's extents |
 //! | [`heap`] | regions of daemon-owned files, by offset: page tables, digests, counters |
 //! | [`blocks`] | refcounted digest blocks in such regions |
+//! | [`prefix`] | which published prefix a prompt begins with |
 //! | [`store`] | images of sequences and prefixes that outlive the daemon, on disk or far away |
 //! | [`residency`] | which rows of which head lie in which slots of a device slab |
 //! | [`nvme`] | pages on disk: slots, checksums, I/O by deadline |
@@ -21,5 +22,6 @@ pub mod host_memory;
 pub mod nvme;
 pub mod pin;
 pub mod pool;
+pub mod prefix;
 pub mod residency;
 pub mod store;

@@ -289,7 +289,8 @@ mod tests {
     #[test]
     fn what_does_not_go_together_is_not_written() {
         let good = manifest(1, |_, _| true);
-        let bad: [(&str, fn(&mut Manifest)); 9] = [
+        type Change = fn(&mut Manifest);
+        let bad: [(&str, Change); 9] = [
             ("lengths", |m| m.lens.push(0)),
             ("layers", |m| m.model.layers = 0),
             ("KV heads", |m| m.model.kv_heads = u32::MAX),

@@ -107,6 +107,9 @@ struct Record {
     manifest: Manifest,
 }
 
+/// A record as far as it can be read, and its bytes.
+type Kept = (Result<Record, Damage>, u64);
+
 impl Record {
     fn decode(record: &[u8], file: &str) -> Result<Self, Damage> {
         let record: Self = unseal(MAGIC, record, file)?;
@@ -173,7 +176,7 @@ impl Shared {
     }
 
     /// An image's record and its bytes; `None` if there is no such image.
-    fn record(&self, id: &ImageId) -> Result<Option<(Result<Record, Damage>, u64)>, StoreError> {
+    fn record(&self, id: &ImageId) -> Result<Option<Kept>, StoreError> {
         let key = manifest_key(id);
         Ok(match self.line.get(&key, RECORD_MAX as usize)? {
             Found::Missing => None,
