@@ -38,6 +38,14 @@ pub enum StoreError {
         /// What is wrong.
         damage: Damage,
     },
+    /// An image that was removed or replaced while it was read.
+    #[error("image {id} of {store} was removed or replaced while it was read; open it again")]
+    Replaced {
+        /// Which store.
+        store: String,
+        /// Which image.
+        id: ImageId,
+    },
     /// A prefix where a sequence was wanted, or the other way round.
     #[error("image {id} is a {found} and a {wanted} was wanted")]
     WrongKind {

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::libc::{O_CLOEXEC, O_NOFOLLOW};
@@ -62,8 +62,23 @@ impl Reader {
         Ok(Self { store: shared.name.clone(), id: id.clone(), folder, manifest, pages, blobs })
     }
 
+    /// What is erased while it is read looks damaged, too.
     fn damaged(&self, damage: Damage) -> StoreError {
+        if !self.is_current() {
+            return StoreError::Replaced { store: self.store.clone(), id: self.id.clone() };
+        }
         StoreError::Damaged { store: self.store.clone(), id: self.id.clone(), damage }
+    }
+
+    /// Whether its files still have the image's name.
+    fn is_current(&self) -> bool {
+        let same = |name: &str, file: &File| -> io::Result<bool> {
+            let (named, open) = (self.folder.join(name).symlink_metadata()?, file.metadata()?);
+            Ok((named.dev(), named.ino()) == (open.dev(), open.ino()))
+        };
+        [(PAGES, &self.pages), (BLOBS, &self.blobs)]
+            .iter()
+            .all(|(name, file)| same(name, file).unwrap_or(false))
     }
 
     /// A file that has become shorter is damaged; anything else is the file system's.

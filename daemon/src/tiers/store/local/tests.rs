@@ -127,6 +127,58 @@ fn a_full_disk_is_named_and_leaves_no_half_image() {
     }
 }
 
+const SMALL: &str = "KVOYANT_STORE_TEST_SMALL_DISK";
+
+/// Fills a disk of half a MiB. Only as a child of the test below it does anything.
+#[test]
+fn child_on_a_small_disk() {
+    let Ok(root) = std::env::var(SMALL) else { return };
+    let store = LocalStore::open(&root).unwrap();
+    write(&store, "a", 1, false).unwrap();
+    let mut writer = store.create(&id("a"), true).unwrap();
+    let full = loop {
+        if let Err(error) = writer.page(&[7; 64 << 10]) {
+            break error;
+        }
+    };
+    match full {
+        StoreError::Full { path, wanted_bytes, free_bytes } => {
+            assert!(path.ends_with(PAGES) && wanted_bytes > free_bytes, "{wanted_bytes} {free_bytes}");
+        }
+        error => panic!("{error}"),
+    }
+    drop(writer);
+    assert_eq!(read(&store, "a").unwrap(), 1);
+    assert_eq!(names(Path::new(&root)), [LOCK, "a"].map(str::to_owned).into());
+    write(&store, "a", 2, true).unwrap();
+    assert_eq!(read(&store, "a").unwrap(), 2);
+    println!("the small disk was full");
+}
+
+#[test]
+fn a_disk_that_really_is_full_is_named_with_what_is_wanted_and_free() {
+    let root = tempfile::tempdir().unwrap();
+    let mount = "mount -t tmpfs -o size=512k none \"$1\" || exit 77; shift; exec \"$@\"";
+    let test = "tiers::store::local::tests::child_on_a_small_disk";
+    let child = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh"])
+        .arg(root.path())
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(SMALL, root.path())
+        .output();
+    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    match child {
+        Ok(child) if child.status.success() => {
+            assert!(said(&child.stdout).contains("the small disk was full"), "{child:?}");
+        }
+        Ok(child) if child.status.code() != Some(77) && !said(&child.stderr).contains("unshare") => {
+            panic!("{}{}", said(&child.stdout), said(&child.stderr));
+        }
+        _ => println!("SKIPPED: no file system can be mounted in a user namespace here"),
+    }
+}
+
 /// What a child does before, and while, it is killed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Deed {

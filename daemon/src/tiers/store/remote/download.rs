@@ -23,8 +23,15 @@ impl Download {
         Self { shared, id: id.clone(), record, chunk: None }
     }
 
+    /// What is deleted while it is read looks damaged, too.
     fn damaged(&self, damage: Damage) -> StoreError {
-        self.shared.damaged(&self.id, damage)
+        match self.shared.record(&self.id) {
+            Ok(Some((Ok(record), _))) if record.upload == self.record.upload => {
+                self.shared.damaged(&self.id, damage)
+            }
+            Ok(_) => StoreError::Replaced { store: self.shared.name(), id: self.id.clone() },
+            Err(error) => error,
+        }
     }
 
     fn fetch(&self, key: &str, bytes: usize) -> Result<Vec<u8>, StoreError> {

@@ -51,3 +51,16 @@ fn an_object_server_that_never_answers_costs_a_bounded_time() {
     assert!(!format!("{store:?}").contains("hunter2"));
     gives_up_in_time(&store);
 }
+
+/// An S3-compatible server, if the environment names one: `KVOYANT_TEST_S3=s3://bucket/prefix`, with the `AWS_*`
+/// variables for it. The prefix must be empty, and is again afterwards.
+#[test]
+fn an_s3_server_does_what_every_store_does() {
+    let Ok(url) = std::env::var("KVOYANT_TEST_S3") else {
+        println!("SKIPPED: KVOYANT_TEST_S3 names no bucket of an S3-compatible server");
+        return;
+    };
+    let store = s3(&Url::parse(&url).unwrap(), AmazonS3Builder::from_env(), options()).unwrap();
+    suite(&store, &store);
+    leftovers_are_swept(&store);
+}
