@@ -199,6 +199,12 @@ pub enum Damage {
         /// Which part.
         file: String,
     },
+    /// A part that the file system does not give.
+    #[error("it cannot be read: {reason}")]
+    Unreadable {
+        /// What the file system said.
+        reason: String,
+    },
     /// A part is too short or too long.
     #[error("{file} has {found} bytes instead of {expected}")]
     Length {

@@ -1,8 +1,8 @@
 //! Erasing: what an image holds is somebody's text.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::libc::{O_CLOEXEC, O_NOFOLLOW};
@@ -16,35 +16,34 @@ use crate::tiers::store::StoreError;
 const ZEROS: usize = 1 << 20;
 
 impl Shared {
-    /// Overwrites and unlinks every file of a folder that is no image any more, whatever is in it, and the folder.
-    pub(super) fn erase(&self, folder: &Path) -> Result<(), StoreError> {
-        erase_folder(folder).map_err(|error| failed("erase", folder, 0, error))?;
+    /// Overwrites and unlinks whatever is under a name that is no image's any more.
+    pub(super) fn erase(&self, path: &Path) -> Result<(), StoreError> {
+        let erased = path.symlink_metadata().and_then(|metadata| erase(path, metadata.file_type()));
+        erased.map_err(|error| failed("erase", path, 0, error))?;
         self.sync_root()?;
-        self.reach(Step::FolderGone, folder)
+        self.reach(Step::FolderGone, path)
     }
 }
 
-fn erase_folder(folder: &Path) -> io::Result<()> {
-    for entry in std::fs::read_dir(folder)? {
-        let (path, kind) = entry.and_then(|entry| Ok((entry.path(), entry.file_type()?)))?;
-        if kind.is_dir() {
-            // We make none; somebody's hand did.
-            erase_folder(&path)?;
-            continue;
+/// We make folders of files only; whatever somebody's hand has put there goes too.
+fn erase(path: &Path, kind: FileType) -> io::Result<()> {
+    if kind.is_dir() {
+        for entry in std::fs::read_dir(path)? {
+            let entry = entry?;
+            erase(&entry.path(), entry.file_type()?)?;
         }
-        if kind.is_file() {
-            overwrite(&path)?;
-            reach(Step::FileZeroed)?;
-        }
-        std::fs::remove_file(&path)?;
-        reach(Step::FileGone)?;
+        return std::fs::remove_dir(path);
     }
-    std::fs::remove_dir(folder)
+    if kind.is_file() {
+        overwrite(path)?;
+        reach(Step::FileZeroed)?;
+    }
+    std::fs::remove_file(path)?;
+    reach(Step::FileGone)
 }
 
 /// Overwrites a file with zeros, as far as it reaches. Files of several links are another's, too, and left as they are.
 fn overwrite(path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::MetadataExt;
     let mut file = OpenOptions::new().write(true).custom_flags(O_NOFOLLOW | O_CLOEXEC).open(path)?;
     let metadata = file.metadata()?;
     if metadata.nlink() > 1 {

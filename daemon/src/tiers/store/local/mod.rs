@@ -30,7 +30,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{ImageFacts, ImageId, ImageReader, ImageStore, ImageSummary, ImageWriter, StoreError};
+use super::{Damage, ImageFacts, ImageId, ImageReader, ImageStore, ImageSummary, ImageWriter, StoreError};
 use files::{failed, sync_folder};
 use steps::{Step, reach};
 
@@ -187,7 +187,7 @@ impl Shared {
         Ok(gone)
     }
 
-    fn summary(&self, id: ImageId) -> Result<Option<ImageSummary>, StoreError> {
+    fn summary(&self, id: ImageId) -> Option<ImageSummary> {
         let opened = {
             let _gate = self.lock();
             reader::Reader::open(self, &id)
@@ -196,14 +196,15 @@ impl Shared {
             Ok(reader) => Ok(ImageFacts::from(reader.manifest())),
             Err(StoreError::Damaged { damage, .. }) => Err(damage),
             // Removed since its name was read.
-            Err(StoreError::NotFound { .. }) => return Ok(None),
-            Err(error) => return Err(error),
+            Err(StoreError::NotFound { .. }) => return None,
+            // One that the disk does not give hides no other.
+            Err(error) => Err(Damage::Unreadable { reason: error.to_string() }),
         };
         let folder = self.folder(&id);
         let bytes =
             [MANIFEST, PAGES, BLOBS].iter().filter_map(|file| folder.join(file).symlink_metadata().ok());
         let bytes = bytes.map(|metadata| metadata.len()).sum();
-        Ok(Some(ImageSummary { id, bytes, content }))
+        Some(ImageSummary { id, bytes, content })
     }
 
     /// Names in the root.
@@ -240,7 +241,7 @@ impl ImageStore for LocalStore {
 
     fn list(&self) -> Result<Vec<ImageSummary>, StoreError> {
         let ids = self.shared.names()?.into_iter().filter_map(|name| name.parse().ok());
-        ids.filter_map(|id| self.shared.summary(id).transpose()).collect()
+        Ok(ids.filter_map(|id| self.shared.summary(id)).collect())
     }
 
     fn remove(&self, id: &ImageId) -> Result<(), StoreError> {

@@ -1,5 +1,7 @@
 //! What a start does about what a crash has left.
 
+use std::path::Path;
+
 use super::steps::Step;
 use super::{GONE, NEW, OLD, Shared};
 use crate::tiers::store::{ImageId, StoreError};
@@ -23,7 +25,7 @@ impl Shared {
         for (name, id, _) in leftovers.iter().filter(|(_, _, end)| *end == OLD) {
             let old = self.root.join(name);
             if self.has(id)? {
-                self.erase(&self.condemn(&old, id)?)?;
+                self.try_to_erase(&self.condemn(&old, id)?);
                 continue;
             }
             self.rename(&old, &self.folder(id))?;
@@ -35,15 +37,22 @@ impl Shared {
             );
         }
         for (name, id, end) in leftovers.iter().filter(|(_, _, end)| *end != OLD) {
-            self.erase(&self.root.join(name))?;
+            self.try_to_erase(&self.root.join(name));
             if *end == NEW {
                 tracing::warn!(
-                    "image {id} of {}: a crash interrupted its writing, and nothing of it is left",
+                    "image {id} of {}: a crash interrupted its writing, and it is not there",
                     self.name
                 );
             }
         }
         self.reach(Step::Recovered, &self.root)
+    }
+
+    /// What cannot be erased now keeps nobody from their images; the next start tries again.
+    fn try_to_erase(&self, path: &Path) {
+        if let Err(error) = self.erase(path) {
+            tracing::warn!("what is left of an image stays until the next start: {error}");
+        }
     }
 }
 
