@@ -84,6 +84,9 @@ impl<'a> Hint<'a> {
     }
 }
 
+/// How long an image may take to be written or read: as long as its disk.
+pub(crate) const IMAGE_TIMEOUT: Duration = Duration::from_secs(600);
+
 /// What is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Asking {
@@ -178,6 +181,37 @@ impl Model {
         match self.inner.control.request(&message, &self.inner.memory)? {
             ToClient::Opened { sequence, table, room } => {
                 Sequence::new(Arc::clone(&self.inner), (sequence, by), table, room, 0)
+            }
+            other => Err(Error::Broken(format!("{other:?} came instead of a sequence"))),
+        }
+    }
+
+    /// Opens a sequence as an image has it, which stays. `method` is an index into the registered methods; without it, the sequence has
+    /// that of the image. Says which one it has.
+    ///
+    /// # Errors
+    /// [`Failure::Image`](crate::Failure::Image) if there is no such image, or it is damaged, of another model, or of a method that is not
+    /// registered.
+    pub fn resume(
+        &self,
+        image: &str,
+        method: Option<usize>,
+        by: SelectedBy,
+    ) -> Result<(Sequence, usize), Error> {
+        let narrow = |method: usize| {
+            u16::try_from(method).map_err(|_| Error::Size {
+                what: "a method's index",
+                found: method,
+                wanted: u16::MAX.into(),
+            })
+        };
+        let method = method.map(narrow).transpose()?;
+        let message = ToDaemon::Resume { image: image.to_owned(), method, by };
+        match self.inner.control.request_within(&message, &self.inner.memory, IMAGE_TIMEOUT)? {
+            ToClient::Resumed { sequence, table, room, tokens, method } => {
+                let inner = Arc::clone(&self.inner);
+                let sequence = Sequence::new(inner, (sequence, by), table, room, tokens as usize)?;
+                Ok((sequence, usize::from(method)))
             }
             other => Err(Error::Broken(format!("{other:?} came instead of a sequence"))),
         }

@@ -12,7 +12,7 @@ use kvoyant_protocol::wire::SequenceId;
 
 use crate::error::Error;
 use crate::memory::Geometry;
-use crate::model::Inner;
+use crate::model::{IMAGE_TIMEOUT, Inner};
 
 /// How long dropping a sequence waits for a daemon that does not answer.
 const DROP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -409,6 +409,29 @@ impl Sequence {
                 Ok(())
             }
             other => Err(Error::Broken(format!("{other:?} came instead of an end"))),
+        }
+    }
+
+    /// Writes it to an image that outlives the daemon, and closes it: see [`Model::resume`](crate::Model::resume). `label` helps to tell
+    /// it from others in lists. If that fails, the sequence is still open, and comes back with the error.
+    ///
+    /// # Errors
+    /// [`Failure::Image`](crate::Failure::Image) if the daemon keeps no images, has one of that name (unless `overwrite`), or cannot write it.
+    pub fn suspend(mut self, image: &str, overwrite: bool, label: &str) -> Result<(), (Self, Error)> {
+        let message = ToDaemon::Suspend {
+            sequence: self.id,
+            image: image.to_owned(),
+            overwrite,
+            label: label.to_owned(),
+        };
+        let asked = self.inner.control.request_within(&message, &self.inner.memory, IMAGE_TIMEOUT);
+        match asked {
+            Ok(ToClient::Done) => {
+                self.open = false;
+                Ok(())
+            }
+            Ok(other) => Err((self, Error::Broken(format!("{other:?} came instead of an end")))),
+            Err(error) => Err((self, error)),
         }
     }
 

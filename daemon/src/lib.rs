@@ -18,6 +18,7 @@ mod artifacts;
 pub mod config;
 pub mod control;
 pub mod device;
+pub mod keeper;
 pub mod lane;
 pub mod server;
 pub mod status;

@@ -21,6 +21,7 @@ use crate::device::Device;
 use crate::device::DeviceName;
 use crate::device::cuda::{CudaDevice, OpenError, leave};
 use crate::device::host::HostDevice;
+use crate::keeper::Keeper;
 use crate::lane::LaneHandle;
 use crate::status::Registry;
 use crate::tiers::arena::ArenaBudget;
@@ -29,6 +30,7 @@ use crate::tiers::host_memory::{HUGE_PAGE_BYTES, HugePages, free_huge_pages};
 use crate::tiers::nvme::{Spill, SpillError};
 use crate::tiers::pin::{MlockPin, Pin};
 use crate::tiers::pool::{ExtentPool, PoolSettings};
+use crate::tiers::store::StoreError;
 
 /// Why the daemon could not start or go on.
 #[derive(Debug, Error)]
@@ -67,6 +69,9 @@ pub enum ServerError {
     /// Pages could not leave host memory.
     #[error("cannot use the places in `spill`: {0}")]
     Spill(#[from] SpillError),
+    /// Images cannot be kept.
+    #[error("cannot keep images: {0}")]
+    Store(#[from] StoreError),
     /// The arena is larger than what may be had.
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
@@ -259,6 +264,10 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         })
         .collect::<Result<_, _>>()
         .map_err(ServerError::Start)?;
+    let keeper = match config.store.as_os_str().is_empty() {
+        true => None,
+        false => Some(Arc::new(Keeper::start(&config.store, &config.remote)?)),
+    };
     let boot_id = boot_id();
     let mode = match device.mode() {
         Mode::InPlace => "in-place",
@@ -267,8 +276,16 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     };
     let registry =
         Arc::new(Registry::new(Arc::clone(&pool), Arc::clone(&device), mode.into(), lanes.len(), boot_id));
-    let plane =
-        Arc::new(Plane::new(config.clone(), lanes, device, pool, Arc::clone(&registry), spill, boot_id));
+    let plane = Arc::new(Plane::new(
+        config.clone(),
+        lanes,
+        device,
+        pool,
+        Arc::clone(&registry),
+        spill,
+        keeper,
+        boot_id,
+    ));
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::Start)?;
     runtime.block_on(async {

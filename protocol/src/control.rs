@@ -214,6 +214,26 @@ pub enum ToDaemon {
         /// Which slot; one sequence has it at a time.
         slot: u32,
     },
+    /// Writes a sequence to an image, which outlives the daemon, and closes it.
+    Suspend {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// What the image is called.
+        image: String,
+        /// Whether it may take the place of another one.
+        overwrite: bool,
+        /// Whatever helps to tell it from others.
+        label: String,
+    },
+    /// Opens a sequence as an image has it. The image stays.
+    Resume {
+        /// What the image is called.
+        image: String,
+        /// Index of its method, if not the one that the image was made by.
+        method: Option<u16>,
+        /// Who selects its rows.
+        by: SelectedBy,
+    },
     /// The client has closed all device memory that it had opened: the daemon may free it at once instead of waiting
     /// for the client's process to end. Not answered.
     Goodbye,
@@ -281,12 +301,25 @@ pub enum ToClient {
         /// Tokens that it has room for.
         room: u32,
     },
+    /// Answer to `Resume`.
+    Resumed {
+        /// Handle of the sequence.
+        sequence: SequenceId,
+        /// Its page table.
+        table: TableRef,
+        /// Tokens that it has room for.
+        room: u32,
+        /// Tokens that it has.
+        tokens: u32,
+        /// Index of its method.
+        method: u16,
+    },
     /// Answer to `Reserve`: page tables in the order asked, since growing may have moved them.
     Reserved {
         /// Page table and room in tokens of each sequence.
         tables: Vec<(TableRef, u32)>,
     },
-    /// Answer to `Truncate`, `Graph` and `Close`.
+    /// Answer to `Truncate`, `Graph`, `Suspend` and `Close`.
     Done,
     /// Anything that could not be done. Unless it is [`Failure::Protocol`], the session goes on.
     Failed(Failure),
@@ -377,6 +410,14 @@ pub enum Failure {
     /// The daemon failed inside.
     #[error("the daemon failed: {0}")]
     Internal(String),
+    /// An image that cannot be written, or read.
+    #[error("image {image:?}: {reason}")]
+    Image {
+        /// What it is called.
+        image: String,
+        /// Why not.
+        reason: String,
+    },
     /// Rows that are to stay were lost with their page.
     #[error(
         "the rows of sequence {sequence} from token {token} on are lost: drop them, and compute them again"

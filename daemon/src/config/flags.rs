@@ -79,6 +79,14 @@ pub struct Flags {
     #[arg(long, value_name = "PERCENT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_percent: Option<f64>,
+    /// Folder of images: suspended sequences and published prefixes, which outlive the daemon
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store: Option<PathBuf>,
+    /// A store behind it, to which images are copied: s3://bucket/prefix, redis://host:port/db, file:///folder
+    #[arg(long, value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remote: Option<String>,
     /// Answer with pointers into the session's own memory instead of copying into a slab
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]

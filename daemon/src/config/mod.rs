@@ -65,6 +65,10 @@ pub struct Config {
     pub spill_engine: String,
     /// How much of a session's KV may be in host memory at a time where there is `spill`, in percent. What needs more at once gets it.
     pub host_percent: f64,
+    /// Folder of images: suspended sequences and published prefixes, which outlive the daemon; empty: none are kept.
+    pub store: PathBuf,
+    /// A store behind it: `s3://bucket/prefix`, `redis://host:port/db`, `file:///folder`; empty: none.
+    pub remote: String,
     /// Whether the host device answers in place instead of copying into a slab.
     pub in_place: bool,
     /// Slab of one session, in slab mode.
@@ -191,6 +195,8 @@ impl Default for Config {
             spill_bytes: ByteSize::gib(16),
             spill_engine: "auto".into(),
             host_percent: 100.0,
+            store: PathBuf::new(),
+            remote: String::new(),
             in_place: false,
             slab: ByteSize::mib(256),
             keep: 2.0,
@@ -303,6 +309,9 @@ impl Config {
                 self.host_percent.to_string(),
                 "name a place for the rest with `spill`",
             );
+        }
+        if !self.remote.is_empty() && self.store.as_os_str().is_empty() {
+            return bad("remote", "a URL".into(), "name a folder for images of this machine with `store`");
         }
         if !(1..=256).contains(&self.lanes) {
             return bad("lanes", self.lanes.to_string(), "it must be 1 to 256");

@@ -36,7 +36,7 @@ impl DigestPool {
 }
 
 /// No block yet.
-const NO_BLOCK: u32 = u32::MAX;
+const NO_BLOCK: u32 = DigestSet::NO_BLOCK;
 
 /// What one method keeps of one sequence.
 #[derive(Debug, Clone)]
@@ -48,23 +48,26 @@ pub struct DigestSet {
     /// Block ids, `[layer][KV head][capacity]`.
     pub table: Region,
     /// Head states, `[layer][KV head]`.
-    state: Region,
+    pub(crate) state: Region,
     /// Memories, `[layer][KV head]`.
-    memory: Option<Region>,
+    pub(crate) memory: Option<Region>,
     /// What is kept for all layers together, and behind it the notes, `[layer][KV head]`.
-    sequence: Option<Region>,
+    pub(crate) sequence: Option<Region>,
     /// Rows of each page that a pool has dropped, `[layer][KV head][capacity]`.
-    dead: Option<Region>,
+    pub(crate) dead: Option<Region>,
     /// Rows digested, per layer.
-    built: Vec<u32>,
+    pub(crate) built: Vec<u32>,
     /// Whether a layer's digests can be built.
-    ready: Vec<bool>,
+    pub(crate) ready: Vec<bool>,
 }
 
 impl DigestSet {
+    /// In its table: a page without a block.
+    pub(crate) const NO_BLOCK: u32 = u32::MAX;
+
     /// Whether a method reads it. Digests are shared by all methods of a kind; a memory is one method's, for it may
     /// depend on any of its options.
-    fn serves(&self, key: DigestKey, method: usize) -> bool {
+    pub(crate) fn serves(&self, key: DigestKey, method: usize) -> bool {
         self.key == key && (self.memory.is_none() || self.method == method)
     }
 
@@ -129,7 +132,7 @@ impl<'a> View<'a> {
     }
 }
 
-fn part(region: Region, index: usize, len: usize) -> Region {
+pub(crate) fn part(region: Region, index: usize, len: usize) -> Region {
     Region { file: region.file, offset: region.offset + index * len, len }
 }
 

@@ -69,6 +69,12 @@ pub enum SessionError {
         /// Rows it has room for.
         room: usize,
     },
+    /// Rows for a sequence that is being written to an image, or filled from one, or cut.
+    #[error("rows came for sequence {sequence} before its control request was answered")]
+    Stays {
+        /// Which sequence.
+        sequence: SequenceId,
+    },
     /// A hint or other payload of the wrong size or place.
     #[error("a payload of {bytes} bytes at {offset} does not fit: {wanted} bytes within {have} are needed")]
     Payload {

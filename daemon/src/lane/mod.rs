@@ -8,6 +8,7 @@ pub mod background;
 pub mod digests;
 pub mod error;
 pub mod graph;
+pub mod images;
 pub mod kept;
 mod link;
 pub mod mailbox;
@@ -34,6 +35,7 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::device::{Device, Report};
 use crate::lane::error::SessionError;
+use crate::lane::images::{ImageOutcome, ImageRequest};
 use crate::lane::model::{Announcement, ModelState};
 use crate::lane::session::{LaneSession, Tools};
 use crate::lane::spill::Before;
@@ -78,8 +80,19 @@ pub enum Outcome {
         /// The request.
         message: ToDaemon,
     },
+    /// It was about an image.
+    Image(ImageOutcome),
     /// Pages have to come or go first. The lane does the request itself then; nobody else gets to see this.
-    Later(ToDaemon),
+    Later(Asked),
+}
+
+/// What the control plane asks of a lane.
+#[derive(Debug)]
+pub enum Asked {
+    /// What a client's control message asks.
+    Message(ToDaemon),
+    /// Something for an image.
+    Image(ImageRequest),
 }
 
 /// How a lane tells the control plane that a session has to end.
@@ -110,8 +123,8 @@ pub enum Command {
     Attach(Box<LaneSession>, Arc<Ending>),
     /// Its model is built.
     Register(u64, Box<ModelState>, oneshot::Sender<Reply>),
-    /// A control message about sequences.
-    Control(u64, ToDaemon, oneshot::Sender<Outcome>),
+    /// Something about sequences.
+    Control(u64, Asked, oneshot::Sender<Outcome>),
     /// Extents that it needs.
     Supply(u64, Supply),
     /// The client is gone. Answered once all its memory has been given back.
@@ -202,7 +215,7 @@ struct Attached {
     ending: Arc<Ending>,
     broken: bool,
     /// A control request that waits for pages to come or go.
-    parked: Option<(ToDaemon, oneshot::Sender<Outcome>)>,
+    parked: Option<(Asked, oneshot::Sender<Outcome>)>,
     detaching: Option<oneshot::Sender<()>>,
 }
 
@@ -374,7 +387,7 @@ impl Lane {
 
 impl Attached {
     /// Does what a control message asks once all requests before it are done, and everything is there that it needs.
-    fn control(&mut self, message: ToDaemon, reply: oneshot::Sender<Outcome>, tools: Tools<'_>) {
+    fn control(&mut self, asked: Asked, reply: oneshot::Sender<Outcome>, tools: Tools<'_>) {
         if self.broken || self.detaching.is_some() {
             return;
         }
@@ -382,11 +395,11 @@ impl Attached {
         if self.check(drained).is_none() {
             return;
         }
-        let answer = self.session.control(message);
+        let answer = self.session.asked(asked);
         self.session.count_pages();
         self.session.refresh_status();
         match self.check(answer) {
-            Some(Outcome::Later(message)) => self.parked = Some((message, reply)),
+            Some(Outcome::Later(asked)) => self.parked = Some((asked, reply)),
             Some(answer) => drop(reply.send(answer)),
             None => {}
         }
@@ -406,6 +419,26 @@ impl Attached {
 }
 
 impl LaneSession {
+    fn asked(&mut self, asked: Asked) -> Result<Outcome, SessionError> {
+        match asked {
+            Asked::Message(message) => self.control(message),
+            Asked::Image(request) => {
+                let Some(model) = &mut self.model else {
+                    let failure = Failure::BadModel("a model must be registered first".into());
+                    return Ok(Outcome::Image(ImageOutcome::Failed(failure)));
+                };
+                let before = model.before_image(&request);
+                if before == Before::Later || self.waits_for_pages {
+                    model.submit_pages();
+                    return Ok(Outcome::Later(Asked::Image(request)));
+                }
+                let outcome = model.image(request);
+                model.submit_pages();
+                Ok(Outcome::Image(outcome))
+            }
+        }
+    }
+
     /// Does what a control message asks. An error ends the session: something failed half way, or memory of its own
     /// could not be handed over.
     fn control(&mut self, message: ToDaemon) -> Result<Outcome, SessionError> {
@@ -417,9 +450,9 @@ impl LaneSession {
         let before = model.before_control(&message);
         model.submit_pages();
         if before == Before::Later || self.waits_for_pages {
-            return Ok(Outcome::Later(message));
+            return Ok(Outcome::Later(Asked::Message(message)));
         }
-        let Some(model) = &mut self.model else { return Ok(Outcome::Later(message)) };
+        let Some(model) = &mut self.model else { return Ok(Outcome::Later(Asked::Message(message))) };
         let extents = model.missing_extents(&message);
         if extents > 0 {
             return Ok(Outcome::Needs { extents, message });

@@ -379,7 +379,7 @@ impl ModelState {
     }
 
     /// Moves a page table to a larger region if `pages` do not fit.
-    fn grow_table(&mut self, id: SequenceId, pages: usize) -> Result<(), MemoryError> {
+    pub(super) fn grow_table(&mut self, id: SequenceId, pages: usize) -> Result<(), MemoryError> {
         let heads = self.heads();
         let Ok(sequence) = self.sequence(id) else { return Ok(()) };
         let (old, old_capacity, old_slots) = (sequence.table, sequence.capacity, sequence.slots);

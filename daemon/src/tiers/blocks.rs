@@ -23,6 +23,12 @@ impl Blocks {
         Self { block_bytes, regions: Vec::new(), references: Vec::new(), free: Vec::new() }
     }
 
+    /// Bytes of a block.
+    #[must_use]
+    pub fn block_bytes(&self) -> usize {
+        self.block_bytes
+    }
+
     /// Takes a block with one reference. Its content is whatever it was.
     pub fn take(&mut self, heap: &mut Heap) -> Result<u32, MemoryError> {
         if self.free.is_empty() {

@@ -26,6 +26,9 @@ impl LaneSession {
             let (id, position, count) = (entry.sequence, entry.position, entry.value);
             for layer in layers.clone() {
                 let sequence = model.sequence_mut(id).map_err(SessionError::Sequence)?;
+                if sequence.stays {
+                    return Err(SessionError::Stays { sequence: id });
+                }
                 let (len, room) = (sequence.lens[layer], sequence.room);
                 let end = position.checked_add(count);
                 if position != len || end.is_none_or(|end| end as usize > room) {

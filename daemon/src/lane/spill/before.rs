@@ -85,7 +85,7 @@ impl ModelState {
     }
 
     /// Reads what is on disk of a layer's pages.
-    fn bring_layer(
+    pub(crate) fn bring_layer(
         &mut self,
         id: SequenceId,
         layer: usize,

@@ -73,6 +73,8 @@ pub(super) fn s3(
     let Some(bucket) = url.host_str().filter(|bucket| !bucket.is_empty()) else {
         return Err(bad(name, "write s3://bucket/prefix"));
     };
+    // One provider for the process; whoever was first is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     // It is the line that tries again, and knows when to stop. Whatever else the variables say of the client holds.
     let key = |key| AmazonS3ConfigKey::Client(key);
     let time = |time: Duration| format!("{} ms", time.as_millis());

@@ -2,10 +2,12 @@
 //!
 //! Everything here runs on one thread and waits for nobody but its own client and its own lane.
 
+mod images;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use kvoyant_methods::Artifacts;
@@ -19,13 +21,15 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use self::images::{Registered as RegisteredModel, Resume, Suspend};
 use crate::artifacts;
 use crate::config::Config;
 use crate::device::{Device, Importer, SlabRequest};
+use crate::keeper::Keeper;
 use crate::lane::model::{ModelState, Placement, shape_of};
 use crate::lane::session::LaneSession;
 use crate::lane::spill::SpillTo;
-use crate::lane::{Command, Ending, LaneHandle, Outcome, Reply};
+use crate::lane::{Asked, Command, Ending, LaneHandle, Outcome, Reply};
 use crate::status::{Registry, SessionStatus};
 use crate::tiers::nvme::Spill;
 use crate::tiers::pool::{ExtentPool, Refusal};
@@ -48,6 +52,7 @@ pub struct Plane {
     pool: Arc<ExtentPool>,
     registry: Arc<Registry>,
     spill: Option<SpillTo>,
+    keeper: Option<Arc<Keeper>>,
     boot_id: u64,
     next_session: AtomicU64,
     places: Arc<Semaphore>,
@@ -65,13 +70,19 @@ impl Plane {
         pool: Arc<ExtentPool>,
         registry: Arc<Registry>,
         spill: Option<Arc<Spill>>,
+        keeper: Option<Arc<Keeper>>,
         boot_id: u64,
     ) -> Self {
         let places = Arc::new(Semaphore::new(config.max_sessions as usize));
         let (next_session, readings) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
         let host_share = config.host_percent / 100.0;
         let spill = spill.map(|spill| SpillTo { spill, host_share });
-        Self { config, lanes, device, pool, registry, spill, boot_id, next_session, places, readings }
+        Self { config, lanes, device, pool, registry, spill, keeper, boot_id, next_session, places, readings }
+    }
+
+    /// Where images are kept, if they are.
+    fn keeper(&self) -> Option<Arc<Keeper>> {
+        self.keeper.clone()
     }
 
     /// Waits until the device is lost, and says why. For ever, where that cannot be.
@@ -209,6 +220,8 @@ struct Session {
     /// Abilities that the client and the daemon have in common.
     features: u64,
     importer: Arc<Importer>,
+    /// What it has registered.
+    registered: OnceLock<RegisteredModel>,
     /// Its place among `max_sessions`.
     _place: OwnedSemaphorePermit,
 }
@@ -286,8 +299,17 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
         .ok();
     let importer = Arc::new(Importer { process, closed: AtomicBool::new(false) });
     let (features, sequences_max) = (common, limits.sequences_max);
-    let session =
-        Session { status, ending, sequences_max, layout, d2c: d2c_map, features, importer, _place: place };
+    let session = Session {
+        status,
+        ending,
+        sequences_max,
+        layout,
+        d2c: d2c_map,
+        features,
+        importer,
+        registered: OnceLock::new(),
+        _place: place,
+    };
     match socket.send(&ToClient::Sealed, &[]).await {
         Ok(()) => Ok(session),
         Err(error) => {
@@ -344,11 +366,37 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
                     socket.send(&message, &slab).await?;
                 }
             },
+            ToDaemon::Suspend { sequence, image, overwrite, label } => {
+                let asked = Suspend { sequence, image, overwrite, label };
+                let message = images::answer(images::suspend(plane, socket, session, asked).await)?;
+                socket.send(&message, &[]).await?;
+            }
+            ToDaemon::Resume { image, method, by } => {
+                let asked = Resume { image, method, by };
+                let message = images::answer(images::resume(plane, socket, session, asked).await)?;
+                socket.send(&message, &[]).await?;
+            }
             message => {
                 let reply = ask(plane, socket, session, message).await?;
                 socket.reply(reply).await?;
             }
         }
+    }
+}
+
+/// Asks the lane, and waits for what it says.
+async fn ask_lane(plane: &Plane, session: &Session, asked: Asked) -> Result<Outcome, Ended> {
+    let (answer, answered) = oneshot::channel();
+    plane.lanes[session.status.lane].send(Command::Control(session.status.id, asked, answer));
+    // A session that ends while it is asked drops the question.
+    let outcome = tokio::select! {
+        outcome = answered => outcome,
+        reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+        reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
+    };
+    match outcome {
+        Ok(outcome) => Ok(outcome),
+        Err(_) => Err(Ended::Protocol(session.ending.ended().await)),
     }
 }
 
@@ -362,26 +410,14 @@ async fn ask(
     let (id, uid) = (session.status.id, session.status.uid);
     let lane = &plane.lanes[session.status.lane];
     loop {
-        let (answer, answered) = oneshot::channel();
-        lane.send(Command::Control(id, message, answer));
-        // A session that ends while it is asked drops the question.
-        let outcome = tokio::select! {
-            outcome = answered => outcome,
-            reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
-            reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
-        };
-        let extents = match outcome {
-            Ok(Outcome::Answered(reply)) => return Ok(reply),
-            Ok(Outcome::Needs { extents, message: again }) => {
+        let extents = match ask_lane(plane, session, Asked::Message(message)).await? {
+            Outcome::Answered(reply) => return Ok(reply),
+            Outcome::Needs { extents, message: again } => {
                 message = again;
                 extents
             }
-            // The lane keeps those until they are done.
-            Ok(Outcome::Later(again)) => {
-                message = again;
-                0
-            }
-            Err(_) => return Err(Ended::Protocol(session.ending.ended().await)),
+            // The lane keeps what has to wait, and images are asked for in other words.
+            other => return Err(Ended::Protocol(format!("{other:?} came instead of an answer"))),
         };
         // Whatever ends the wait gives back what was claimed.
         let supply = tokio::select! {
@@ -465,6 +501,8 @@ async fn register(
     if let Some(graph) = &model.graph {
         fds.push(graph.mailbox.fd()?);
     }
+    let methods = model.spec.methods.clone();
+    let _ = session.registered.set(RegisteredModel { key: model.model_key(), methods });
     let message = ToClient::Registered {
         device: plane.device.name().into(),
         mode: plane.device.mode(),

@@ -1,0 +1,147 @@
+//! What a method keeps of a sequence, as bytes that outlive the daemon.
+
+use kvoyant_protocol::control::Failure;
+use kvoyant_protocol::wire::SequenceId;
+use serde::{Deserialize, Serialize};
+
+use crate::lane::digests::DigestSet;
+use crate::lane::model::ModelState;
+
+/// One method's digests of one sequence.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DigestImage {
+    /// The method's specification.
+    pub method: String,
+    /// Pages that each head's tables could hold.
+    pub capacity: u32,
+    /// Rows digested, per layer.
+    pub built: Vec<u32>,
+    /// Whether a layer's digests can be built.
+    pub ready: Vec<bool>,
+    /// Head states, `[layer][KV head]`.
+    pub state: Vec<u8>,
+    /// Memories, `[layer][KV head]`.
+    pub memory: Option<Vec<u8>>,
+    /// What is kept for all layers together, and notes.
+    pub sequence: Option<Vec<u8>>,
+    /// Rows of each page that a pool has dropped, `[layer][KV head][capacity]`.
+    pub dead: Option<Vec<u8>>,
+    /// Which pages have a block, by index in the table `[layer][KV head][capacity]`.
+    pub pages: Vec<u32>,
+    /// Their blocks, in that order.
+    pub blocks: Vec<u8>,
+}
+
+impl ModelState {
+    /// What the sequence's own method keeps.
+    pub(super) fn digest_images(&self, id: SequenceId) -> Result<Vec<DigestImage>, Failure> {
+        let sequence = self.sequence(id)?;
+        let Some(key) = self.methods[sequence.method].digest_key() else { return Ok(Vec::new()) };
+        let Some(set) = sequence.digests.iter().find(|set| set.serves(key, sequence.method)) else {
+            return Ok(Vec::new());
+        };
+        let Some(pool) = self.pools.iter().find(|pool| pool.key() == key) else { return Ok(Vec::new()) };
+        let bytes = |region| self.meta.get(region).to_vec();
+        let (mut pages, mut blocks) = (Vec::new(), Vec::new());
+        for index in 0..set.table.len / 4 {
+            let block = self.meta.word(set.table, index);
+            if block != DigestSet::NO_BLOCK {
+                pages.push(index as u32);
+                blocks.extend_from_slice(pool.blocks.get(&self.meta, block));
+            }
+        }
+        Ok(vec![DigestImage {
+            method: self.methods[sequence.method].spec().to_string(),
+            capacity: sequence.capacity as u32,
+            built: set.built.clone(),
+            ready: set.ready.clone(),
+            state: bytes(set.state),
+            memory: set.memory.map(bytes),
+            sequence: set.sequence.map(bytes),
+            dead: set.dead.map(bytes),
+            pages,
+            blocks,
+        }])
+    }
+
+    /// Takes over what a method kept, where it is the same method; false where there is nothing to be taken over, so that it is
+    /// made anew from rows.
+    pub(super) fn adopt_digests(&mut self, id: SequenceId, images: &[DigestImage]) -> Result<bool, Failure> {
+        let method = self.sequence(id)?.method;
+        let spec = self.methods[method].spec().to_string();
+        let drops = self.methods[method].needs().drops_rows;
+        let Some(image) = images.iter().find(|image| image.method == spec) else {
+            if drops {
+                return Err(Failure::BadMethod(format!(
+                    "{spec} has a pool that drops rows, and the image was made by another method: resume with that one"
+                )));
+            }
+            return Ok(false);
+        };
+        let damaged =
+            |what: &str| Failure::NotReady(format!("the image's digests do not fit {spec}: {what}"));
+        let (layers, heads) = (self.shape.layers, self.heads());
+        let capacity = image.capacity as usize;
+        if capacity > crate::lane::sequences::TOKENS_MAX as usize / self.shape.page_rows {
+            return Err(damaged("more pages than a sequence may have"));
+        }
+        self.check_tables(self.tables_of([method], capacity))?;
+        self.grow_table(id, capacity)?;
+        let Some(key) = self.methods[method].digest_key() else { return Ok(true) };
+        let now = self.sequence(id)?.capacity;
+        let Some(at) = self.sequence(id)?.digests.iter().position(|set| set.serves(key, method)) else {
+            return Err(damaged("there are none"));
+        };
+        let set = self.sequence(id)?.digests[at].clone();
+        let Some(block_bytes) =
+            self.pools.iter().find(|pool| pool.key() == key).map(|pool| pool.blocks.block_bytes())
+        else {
+            return Err(damaged("there are none"));
+        };
+        let fits = image.built.len() == layers
+            && image.ready.len() == layers
+            && image.state.len() == set.state.len
+            && image.sequence.as_ref().map(Vec::len) == set.sequence.map(|region| region.len)
+            && image.memory.is_some() == set.memory.is_some()
+            && image.dead.as_ref().map(Vec::len) == set.dead.map(|_| heads * capacity * 4)
+            && image.blocks.len() == image.pages.len() * block_bytes
+            && image.pages.iter().all(|index| (*index as usize) < heads * capacity)
+            && image.pages.windows(2).all(|pair| pair[0] < pair[1]);
+        if !fits {
+            return Err(damaged("their sizes are others"));
+        }
+        self.meta.get_mut(set.state).copy_from_slice(&image.state);
+        if let (Some(region), Some(bytes)) = (set.sequence, &image.sequence) {
+            self.meta.get_mut(region).copy_from_slice(bytes);
+        }
+        if let (Some(region), Some(bytes)) = (set.memory, &image.memory) {
+            let (from, to) = (bytes.len() / heads, region.len / heads);
+            if from != self.methods[method].memory_bytes(capacity * self.shape.page_rows) {
+                return Err(damaged("their memories have another size"));
+            }
+            for head in 0..heads {
+                let into = self.meta.get_mut(crate::lane::digests::part(region, head, to));
+                self.methods[method].grow_memory(&bytes[head * from..][..from], into);
+            }
+        }
+        if let (Some(region), Some(bytes)) = (set.dead, &image.dead) {
+            for head in 0..heads {
+                let into = self.meta.get_mut(crate::lane::digests::part(region, head, now * 4));
+                into[..capacity * 4].copy_from_slice(&bytes[head * capacity * 4..][..capacity * 4]);
+            }
+        }
+        for (index, bytes) in image.pages.iter().zip(image.blocks.chunks_exact(block_bytes.max(1))) {
+            let (head, page) = (*index as usize / capacity, *index as usize % capacity);
+            let Some(pool) = self.pools.iter_mut().find(|pool| pool.key() == key) else { break };
+            let block = pool.blocks.take(&mut self.meta)?;
+            pool.blocks.get_mut(&mut self.meta, block).copy_from_slice(bytes);
+            self.meta.set_word(set.table, head * now + page, block);
+        }
+        if let Ok(sequence) = self.sequence_mut(id) {
+            let set = &mut sequence.digests[at];
+            set.built.clone_from(&image.built);
+            set.ready.clone_from(&image.ready);
+        }
+        Ok(true)
+    }
+}
