@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use bytesize::ByteSize;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use kvoyant_daemon::device::DeviceName;
 use kvoyant_engine::Format;
@@ -244,6 +245,34 @@ pub(crate) enum BenchWhat {
     Methods(MethodsArgs),
     /// How long a decoded token takes after a long text, and where that time goes
     Decode(DecodeArgs),
+    /// How fast spilled pages come back from disk and go there, beside fio
+    Spill(SpillArgs),
+}
+
+/// `bench spill`.
+#[derive(Debug, Args)]
+pub(crate) struct SpillArgs {
+    /// Folder on the disk that is measured; two files of --bytes are made there and removed
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub(crate) path: PathBuf,
+    /// Bytes of the area: more than the disk's own caches hold
+    #[arg(long, value_name = "BYTES", default_value = "2GiB")]
+    pub(crate) bytes: ByteSize,
+    /// Bytes of a page, a multiple of 4 KiB and at most 1 MiB
+    #[arg(long, value_name = "BYTES", default_value = "16KiB")]
+    pub(crate) page: ByteSize,
+    /// Operations in flight, ours and fio's
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..=4096))]
+    pub(crate) depth: u32,
+    /// Seconds of each measurement
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) seconds: u64,
+    /// How often each has its turn; medians are shown
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = at_least_one)]
+    pub(crate) rounds: usize,
+    /// Print JSON instead of the table
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `bench decode`.

@@ -75,6 +75,7 @@ fn bench(args: &args::BenchArgs) -> Result<String, Box<dyn Error>> {
     match &args.what {
         args::BenchWhat::Methods(methods) => Ok(bench::methods(methods)?),
         args::BenchWhat::Decode(decode) => Ok(bench::decode::decode(decode)?),
+        args::BenchWhat::Spill(spill) => Ok(bench::spill::spill(spill)?),
     }
 }
 

@@ -9,6 +9,7 @@
 //! | [`compared`] | paired intervals, and scores against dense |
 //! | [`table`] | what is shown |
 //! | [`mod@decode`] | `bench decode` |
+//! | [`mod@spill`] | `bench spill` |
 
 mod compared;
 mod cost;
@@ -16,6 +17,7 @@ pub(crate) mod decode;
 mod ladder;
 mod live;
 mod replayed;
+pub(crate) mod spill;
 mod table;
 
 use std::convert::Infallible;
