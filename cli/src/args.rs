@@ -252,7 +252,7 @@ pub(crate) enum BenchWhat {
 /// `bench spill`.
 #[derive(Debug, Args)]
 pub(crate) struct SpillArgs {
-    /// Folder on the disk that is measured; two files of --bytes are made there and removed
+    /// Folder on the disk that is measured; three files of --bytes are made there and removed
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub(crate) path: PathBuf,
     /// Bytes of the area: more than the disk's own caches hold

@@ -34,6 +34,9 @@ const GOAL_WRITES: f64 = 0.90;
 const GOAL_IN_TIME: f64 = 0.99;
 const GOAL_LANE_NS: f64 = 2000.0;
 
+/// Predicted reads take this share of what random reads have just had.
+const LOAD: f64 = 0.8;
+
 /// Why there is no result.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SpillBenchError {
@@ -105,6 +108,8 @@ struct Rounds {
     our_writes: Vec<Moved>,
     fio_reads: Vec<Moved>,
     fio_writes: Vec<Moved>,
+    /// With checksums of what was read, as ours are.
+    fio_checked_reads: Vec<Moved>,
     /// Share of the pages that were there by their deadline.
     in_time: Vec<f64>,
     /// What a lane spends on a page.
@@ -132,7 +137,7 @@ struct Report<'a> {
     page_bytes: u64,
     depth: u32,
     seconds: u64,
-    /// Bandwidth that predicted reads took, in bytes a second: four fifths of what random reads had.
+    /// Bandwidth that predicted reads took in the last round, in bytes a second.
     predicted_bytes_per_second: f64,
     rows: &'a [Row],
     rounds: &'a Rounds,
@@ -160,6 +165,10 @@ pub(crate) fn spill(args: &SpillArgs) -> Result<String, SpillBenchError> {
         depth: args.depth,
         seconds: args.seconds,
     };
+    let checked = fio::Fio { file: folder.path().join("fio-checked"), ..fio.clone() };
+    if with_fio {
+        checked.write_checked()?;
+    }
     let time = Duration::from_secs(args.seconds);
     let mut rounds = Rounds::default();
     let mut predicted = 0.0;
@@ -171,9 +180,11 @@ pub(crate) fn spill(args: &SpillArgs) -> Result<String, SpillBenchError> {
         rounds.our_writes.push(ours.write(time)?);
         if with_fio {
             rounds.fio_reads.push(fio.run("randread")?);
+            rounds.fio_checked_reads.push(checked.read_checked()?);
         }
-        rounds.our_reads.push(ours.read(time)?);
-        predicted = 0.8 * median(&rounds.our_reads, |moved| moved.pages_per_second) * page as f64;
+        let reads = ours.read(time)?;
+        rounds.our_reads.push(reads);
+        predicted = LOAD * reads.pages_per_second * page as f64;
         rounds.in_time.push(ours.predicted(time, predicted)?);
         rounds.lane_ns.push(ours.lane_cost()?);
     }
@@ -222,6 +233,7 @@ fn rows(rounds: &Rounds) -> Vec<Row> {
     };
     let (reads, writes) = (&rounds.our_reads, &rounds.our_writes);
     let (fio_reads, fio_writes) = (&rounds.fio_reads, &rounds.fio_writes);
+    let fio_checked = &rounds.fio_checked_reads;
     let cpu = both("random reads, processor", "µs a page", reads, fio_reads, |moved| moved.cpu_us_per_page);
     let cpu_reached = cpu.ratio.map(|ratio| ratio <= GOAL_READ_CPU);
     let alone = |what, unit, ours, goal: String, reached| Row {
@@ -239,6 +251,8 @@ fn rows(rounds: &Rounds) -> Vec<Row> {
         at_least(both("random reads", "IOPS", reads, fio_reads, |moved| moved.pages_per_second), GOAL_READS),
         both("random reads", "GiB/s", reads, fio_reads, |moved| moved.gib_per_second),
         Row { goal: Some(format!("≤ {GOAL_READ_CPU:.2} of fio")), reached: cpu_reached, ..cpu },
+        both("… beside fio with crc32c", "IOPS", reads, fio_checked, |moved| moved.pages_per_second),
+        both("… beside fio with crc32c", "µs a page", reads, fio_checked, |moved| moved.cpu_us_per_page),
         at_least(
             both("spill writes", "GiB/s", writes, fio_writes, |moved| moved.gib_per_second),
             GOAL_WRITES,

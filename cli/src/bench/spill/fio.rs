@@ -37,7 +37,7 @@ pub(crate) enum FioError {
 }
 
 /// What fio is to do.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Fio {
     pub(super) file: PathBuf,
     pub(super) bytes: u64,
@@ -77,12 +77,27 @@ pub(super) fn is_there() -> bool {
 }
 
 impl Fio {
-    /// Runs one job of this kind.
+    /// Runs one job of this kind, for the time set.
     pub(super) fn run(&self, kind: &str) -> Result<Moved, FioError> {
+        self.job(kind, &["--time_based"])
+    }
+
+    /// Writes the file with checksums.
+    pub(super) fn write_checked(&self) -> Result<(), FioError> {
+        self.job("write", &["--verify=crc32c-intel", "--do_verify=0"]).map(drop)
+    }
+
+    /// Reads it by chance and checks them: as many pages as it has, since fio has no time limit for that.
+    pub(super) fn read_checked(&self) -> Result<Moved, FioError> {
+        self.job("randread", &["--verify=crc32c-intel"])
+    }
+
+    fn job(&self, kind: &str, more: &[&str]) -> Result<Moved, FioError> {
         let mut command = Command::new("fio");
         command
             .args(["--name=spill", "--ioengine=io_uring", "--direct=1", "--fixedbufs=1", "--registerfiles=1"])
-            .args(["--thread", "--numjobs=1", "--time_based", "--norandommap", "--output-format=json"])
+            .args(["--thread", "--numjobs=1", "--norandommap", "--output-format=json"])
+            .args(more)
             .arg(format!("--rw={kind}"))
             .arg(format!("--filename={}", self.file.display()))
             .arg(format!("--size={}", self.bytes))

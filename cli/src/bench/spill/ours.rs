@@ -1,6 +1,5 @@
 //! The spill tier as a lane drives it: jobs are handed in ahead, and what has ended is taken every now and then.
 
-use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +19,7 @@ use super::{Moved, SpillBenchError};
 const LOOK: Duration = Duration::from_micros(500);
 
 /// Jobs that are handed in and have not ended, as a multiple of the depth: the device is never out of work between looks.
-const AHEAD: usize = 4;
+const AHEAD: usize = 3;
 
 /// Layers of the model whose predicted reads are imitated, and how long each takes: a step of 160 ms.
 const LAYERS: usize = 32;
@@ -43,8 +42,9 @@ pub(super) struct Ours {
     depth: usize,
     jobs: Vec<Job>,
     random: u64,
-    /// Frames that no job has. They lie about, as a session's do.
-    free: VecDeque<usize>,
+    /// Frames that no job has. They lie about, as a session's do; the last one is taken first, so that no more are used
+    /// than jobs are handed in: fio has as many buffers as it has operations in flight.
+    free: Vec<usize>,
     bytes: u64,
 }
 
@@ -76,7 +76,6 @@ impl Ours {
         let frames = EXTENT_BYTES / page as usize;
         let mut free: Vec<usize> = (0..frames).collect();
         free.sort_by_key(|frame| next(*frame as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let free = VecDeque::from(free);
         let mut slots = spill.slots(page as usize);
         let mut pages: Vec<u32> = Vec::new();
         let whole = CHUNK_BYTES / page / GROUP_PAGES as u64 * GROUP_PAGES as u64 * (area / CHUNK_BYTES);
@@ -242,15 +241,15 @@ impl Ours {
         let mut count = 0;
         while let Some(ended) = self.report.pop() {
             ended.result?;
-            self.free.push_back(ended.token as usize);
+            self.free.push(ended.token as usize);
             count += 1;
         }
         Ok(count)
     }
 
-    /// Adds a job with the frame that has been free for longest; there is one.
+    /// Adds a job with a free frame; there is one.
     fn add(&mut self, direction: Direction, slot: u32, deadline_ns: u64) {
-        let Some(frame) = self.free.pop_front() else { return };
+        let Some(frame) = self.free.pop() else { return };
         self.jobs.push(Job {
             direction,
             slot: self.slots.slot(slot),

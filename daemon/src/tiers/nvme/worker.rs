@@ -49,6 +49,8 @@ pub(super) struct Worker {
     /// To be used again.
     spare: Vec<Operation>,
     ended: Vec<Completed>,
+    /// Pages that have been moved, or not, and are to be looked at.
+    moved: Vec<(Queued, Result<(), PageError>)>,
     refused: Vec<Queued>,
     /// Pages, begun, that another of their operation may have spoilt: each is tried by itself.
     alone: Vec<Queued>,
@@ -72,6 +74,7 @@ impl Worker {
             said_unerased: false,
             spare: Vec::new(),
             ended: Vec::new(),
+            moved: Vec::new(),
             refused: Vec::new(),
             alone: Vec::new(),
             touched: Vec::new(),
@@ -91,19 +94,33 @@ impl Worker {
             }
             self.refuse();
             self.pump();
-            if stopping && self.reads + self.writes == 0 && self.alone.is_empty() && self.erasing.is_none() {
-                self.ring();
-                return;
-            }
             self.erase_next(stopping);
+            if !self.moved.is_empty() {
+                // The device gets its next work before we look at what it has brought, which takes longer.
+                self.engine.wait(&mut self.ended, false);
+                self.settle_all();
+            }
             self.ring();
-            let may_sleep = self.disk.fall_asleep(|disk| {
-                disk.inbox.is_empty()
-                    && (disk.returned.is_empty() || self.erasing.is_some() || stopping)
-                    && disk.stopping.load(Ordering::Relaxed) == stopping
-            });
-            self.engine.wait(&mut self.ended, may_sleep);
-            self.disk.wake_up();
+            if self.ended.is_empty() {
+                if stopping
+                    && self.reads + self.writes == 0
+                    && self.alone.is_empty()
+                    && self.erasing.is_none()
+                {
+                    return;
+                }
+                // What was parked, or is to be refused now, has nothing in flight that would wake us.
+                let idle = self.reads + self.writes == 0;
+                let left = self.queue.has_reads() || self.queue.has_writes() || !self.alone.is_empty();
+                let may_sleep = self.disk.fall_asleep(|disk| {
+                    !(idle && left)
+                        && disk.inbox.is_empty()
+                        && (disk.returned.is_empty() || self.erasing.is_some() || stopping)
+                        && disk.stopping.load(Ordering::Relaxed) == stopping
+                });
+                self.engine.wait(&mut self.ended, may_sleep);
+                self.disk.wake_up();
+            }
             self.finish();
         }
     }
@@ -256,14 +273,9 @@ impl Worker {
     /// Goes on with, or reports, what has ended.
     fn finish(&mut self) {
         let mut ended = std::mem::take(&mut self.ended);
-        if ended.is_empty() {
-            self.ended = ended;
-            return;
-        }
-        let now = now_ns();
         for Completed { operation, result } in ended.drain(..) {
             match operation.kind {
-                Kind::Read | Kind::Write => self.progress(operation, result, now),
+                Kind::Read | Kind::Write => self.progress(operation, result),
                 kind => {
                     self.spare.push(operation);
                     self.erased(kind, result);
@@ -271,11 +283,21 @@ impl Worker {
             }
         }
         self.ended = ended;
+    }
+
+    /// Looks at what has been moved, and reports it.
+    fn settle_all(&mut self) {
+        let mut moved = std::mem::take(&mut self.moved);
+        let now = now_ns();
+        for (page, result) in moved.drain(..) {
+            self.settle(page, result, now);
+        }
+        self.moved = moved;
         self.queue.unpark();
     }
 
     /// What an attempt at pages came to.
-    fn progress(&mut self, mut operation: Operation, result: i32, now: u64) {
+    fn progress(&mut self, mut operation: Operation, result: i32) {
         let left = operation.bytes - operation.done;
         let failure = match result {
             1.. => {
@@ -311,9 +333,9 @@ impl Worker {
                 Some(_) if end > done && !alone => self.alone.push(page),
                 Some(errno) if end > done => {
                     let error = failed(&page.job, errno, done.saturating_sub(begin));
-                    self.settle(page, Err(error), now);
+                    self.moved.push((page, Err(error)));
                 }
-                _ => self.settle(page, Ok(()), now),
+                _ => self.moved.push((page, Ok(()))),
             }
         }
         self.spare.push(operation);

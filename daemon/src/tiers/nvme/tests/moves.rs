@@ -155,3 +155,23 @@ fn lanes_share_several_devices() {
     });
     assert!(spill.report().iter().all(|report| report.writes > 0 && report.reads > 0));
 }
+
+#[test]
+fn jobs_of_one_slot_keep_their_order_and_all_of_them_end() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().unwrap();
+        let spill = Spill::start(&settings(folder.path(), 1, engine)).unwrap();
+        let mut lane = Lane::new(&spill, MIB);
+        let slot = lane.slots.assign(0, None, 0).unwrap();
+        for round in 0..200u64 {
+            lane.fill(0, round);
+            lane.add(Direction::Write, slot, 0, 0, 0);
+            lane.add(Direction::Read, slot, 1, 1, 0);
+            lane.add(Direction::Write, slot, 0, 2, 0);
+            lane.add(Direction::Read, slot, 2, 3, 5);
+            lane.submit();
+            assert!(lane.wait(4).iter().all(|ended| ended.result == Ok(())), "{engine:?}, round {round}");
+            assert!(lane.holds(1, round) && lane.holds(2, round));
+        }
+    }
+}
