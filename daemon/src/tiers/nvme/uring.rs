@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use io_uring::types::{Fd, Fixed};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
-use kvoyant_protocol::memory::SharedMapping;
+use kvoyant_protocol::memory::{Memfd, SharedMapping};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -39,6 +39,9 @@ const BUFFERS: u32 = 1 << 14;
 
 /// The kernel's thread sleeps after so long without submissions.
 const SQ_POLL_IDLE_MS: u32 = 50;
+
+/// Bytes that are read to see whether a device can be polled.
+const TRIAL_BYTES: usize = 4096;
 
 /// The completion of the eventfd's read; no place in the table has this number.
 const WOKEN: u64 = u64::MAX;
@@ -95,8 +98,45 @@ impl std::fmt::Debug for Uring {
 }
 
 impl Uring {
-    /// Makes the ring. It is bound to the thread that does so.
+    /// Makes the ring. It is bound to the thread that does so. Where a device has no queues to poll, it is one with
+    /// interrupts.
     pub(super) fn new(setup: &Setup) -> io::Result<Self> {
+        let mut made = Self::bare(setup)?;
+        if setup.io_poll
+            && let Err(error) = made.try_polling()
+        {
+            tracing::warn!("completions cannot be polled for ({error}); they come by interrupts");
+            return Self::bare(&Setup { io_poll: false, ..setup.clone() });
+        }
+        Ok(made)
+    }
+
+    /// Reads the area's first block by polling.
+    fn try_polling(&mut self) -> io::Result<()> {
+        let memory = Memfd::create("kvoyant-poll", TRIAL_BYTES).and_then(|file| file.map(true));
+        let memory = memory.map_err(io::Error::other)?;
+        let into = memory.address(0, TRIAL_BYTES).map_err(io::Error::other)?;
+        let entry = opcode::Read::new(Fixed(0), into, TRIAL_BYTES as u32).build();
+        if !self.submit(&entry) {
+            return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+        }
+        loop {
+            match self.ring.submit_and_wait(1) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                    // The kernel may still write there, so nobody gets this memory any more.
+                    std::mem::forget(memory);
+                    return Err(error);
+                }
+                _ => {}
+            }
+            if let Some(completion) = self.ring.completion().next() {
+                let result = completion.result();
+                return if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) };
+            }
+        }
+    }
+
+    fn bare(setup: &Setup) -> io::Result<Self> {
         // One for the eventfd, one to spare.
         let entries = (setup.capacity + 2).next_power_of_two();
         let mut ring = build(setup, entries)?;
@@ -168,7 +208,7 @@ impl Uring {
     fn submit(&mut self, entry: &squeue::Entry) -> bool {
         // SAFETY: what the entry points to lives until its completion is taken: frames in mappings that the operation in
         // the table keeps, vectors in the same place of the table (neither leaves it before, and `places` never grows),
-        // or `woken`. `Drop` waits for all of them.
+        // `woken`, or the memory of `try_polling`, which waits for it. `Drop` waits for all others.
         if unsafe { self.ring.submission().push(entry) }.is_ok() {
             return true;
         }

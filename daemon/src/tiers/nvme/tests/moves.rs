@@ -175,3 +175,29 @@ fn jobs_of_one_slot_keep_their_order_and_all_of_them_end() {
         }
     }
 }
+
+#[test]
+fn rings_that_poll_do_the_same() {
+    for (sq_poll, io_poll) in [(true, false), (false, true), (true, true)] {
+        let folder = tempfile::tempdir().unwrap();
+        let polling = SpillSettings { sq_poll, io_poll, ..settings(folder.path(), 2, EngineChoice::Auto) };
+        let spill = Spill::start(&polling).unwrap();
+        let mut lane = Lane::new(&spill, 4 * MIB);
+        spill.register(&lane.memory);
+        for _ in 0..3 {
+            let slots = lane.spill_pages(200);
+            assert!(lane.wait(200).iter().all(|ended| ended.result == Ok(())));
+            for (at, slot) in slots.iter().enumerate() {
+                lane.add(Direction::Read, *slot, 256 + at, at as u64, 1);
+            }
+            lane.submit();
+            assert!(lane.wait(200).iter().all(|ended| ended.result == Ok(())));
+            assert!((0..200).all(|at| lane.holds(256 + at, at as u64)));
+            for slot in slots {
+                lane.slots.release(slot);
+            }
+            // Asleep by now.
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
