@@ -182,12 +182,15 @@ fn open_locked(path: &Path) -> Result<(File, Place), SpillError> {
 fn set_direct(file: &File, direct: bool) -> nix::Result<()> {
     let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
     flags.set(OFlag::O_DIRECT, direct);
+    // It was for opening only: where waiting cannot be avoided, io_uring is to wait elsewhere.
+    flags.remove(OFlag::O_NONBLOCK);
     fcntl(file, FcntlArg::F_SETFL(flags)).map(drop)
 }
 
 /// Goes around the page cache from now on, if the file system lets us do so in steps of pages.
 fn go_direct(file: &File) -> bool {
     if set_direct(file, true).is_err() {
+        go_buffered(file);
         return false;
     }
     let mut buffer = vec![0; 2 * SUPERBLOCK_BYTES];

@@ -114,3 +114,72 @@ fn without_io_uring_threads_take_over_or_the_reason_is_said() {
     let spill = Spill::start_with(&settings, "psync", &or_threads(refused)).unwrap();
     assert_eq!(spill.report()[0].engine, "psync");
 }
+
+/// A block device over a file, detached at the end; `None` where we may not make one.
+struct Loop(String, TempDir);
+
+impl Loop {
+    fn attach(bytes: usize) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("image");
+        std::fs::File::create(&image).unwrap().set_len(bytes as u64).unwrap();
+        match std::process::Command::new("losetup").args(["--find", "--show"]).arg(&image).output() {
+            Ok(output) if output.status.success() => {
+                Some(Self(String::from_utf8(output.stdout).unwrap().trim().to_owned(), folder))
+            }
+            other => {
+                eprintln!("SKIPPED: no block device could be made: {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_used_whole_and_left_without_a_trace() {
+    for engine in engines() {
+        let Some(device) = Loop::attach(40 * MIB) else { return };
+        let settings = SpillSettings { bytes: 0, ..settings(Path::new(&device.0), 1, engine) };
+        let spill = Spill::start(&settings).unwrap();
+        assert_eq!(spill.report()[0].total_bytes, 2 * CHUNK_BYTES);
+        assert!(matches!(Spill::start(&settings), Err(SpillError::Busy { .. })));
+        let mut lane = Lane::new(&spill, MIB);
+        let slots = lane.spill_pages(32);
+        assert!(lane.wait(32).iter().all(|ended| ended.result == Ok(())));
+        for (at, slot) in slots.iter().enumerate() {
+            lane.add(Direction::Read, *slot, 64 + at, at as u64, 0);
+        }
+        lane.submit();
+        assert!(lane.wait(32).iter().all(|ended| ended.result == Ok(())));
+        assert!((0..32).all(|at| lane.holds(64 + at, at as u64)), "{engine:?}");
+        drop(lane);
+        drop(spill);
+        let left = std::fs::read(&device.0).unwrap();
+        assert_eq!(left.len(), 40 * MIB);
+        assert!(left.iter().all(|byte| *byte == 0), "{engine:?}");
+        drop(Spill::start(&settings).unwrap());
+    }
+}
+
+#[test]
+fn a_block_device_with_a_signature_anywhere_in_its_ends_is_refused() {
+    for at in [0, 64 << 10, 40 * MIB as u64 - 512] {
+        let Some(device) = Loop::attach(40 * MIB) else { return };
+        let file = OpenOptions::new().write(true).open(&device.0).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"somebody's", at).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        let settings = SpillSettings { bytes: 0, ..settings(Path::new(&device.0), 1, EngineChoice::Psync) };
+        let refused = Spill::start(&settings).unwrap_err();
+        assert!(matches!(refused, SpillError::Foreign { .. }), "{at}: {refused:?}");
+        assert!(refused.to_string().contains("wipefs"), "{refused}");
+        let bytes = std::fs::read(&device.0).unwrap();
+        assert_eq!(&bytes[at as usize..at as usize + 10], b"somebody's");
+    }
+}
