@@ -12,6 +12,7 @@ use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::futex::{Bell, now_ns};
 use kvoyant_protocol::memory::{Memfd, SharedMapping};
 use nix::sys::resource::{UsageWho, getrusage};
+use nix::time::{ClockId, clock_gettime};
 
 use super::{Moved, SpillBenchError};
 
@@ -141,7 +142,7 @@ impl Ours {
         mut pick: impl FnMut(usize, Instant) -> Option<usize>,
     ) -> Result<Moved, SpillBenchError> {
         let most = (AHEAD * self.depth).min(self.free.len());
-        let (cpu, began) = (cpu_time(UsageWho::RUSAGE_SELF)?, Instant::now());
+        let (cpu, began) = (cpu_time()?, Instant::now());
         let (mut begun, mut ended, mut more) = (0, 0, true);
         while more || ended < begun {
             while more && begun - ended < most {
@@ -155,7 +156,7 @@ impl Ours {
             std::thread::sleep(LOOK);
             ended += self.take_ended()?;
         }
-        let (took, cpu) = (began.elapsed(), cpu_time(UsageWho::RUSAGE_SELF)? - cpu);
+        let (took, cpu) = (began.elapsed(), cpu_time()? - cpu);
         Ok(Moved::new(begun as u64, self.page_bytes as u64, took, cpu))
     }
 
@@ -209,7 +210,7 @@ impl Ours {
         for _ in 0..COST_ROUNDS {
             let before = self.report().writes;
             let mut assigned: Vec<u32> = Vec::with_capacity(count);
-            let began = cpu_time(UsageWho::RUSAGE_THREAD)?;
+            let began = thread_time()?;
             for at in 0..count {
                 let sibling = assigned.last().copied().filter(|_| !at.is_multiple_of(GROUP_PAGES));
                 // It fails while the last turn's chunk is being erased.
@@ -218,15 +219,15 @@ impl Ours {
                 self.add(Direction::Write, slot, 0);
             }
             self.spill.submit(&mut self.jobs);
-            let handed_in = cpu_time(UsageWho::RUSAGE_THREAD)? - began;
+            let handed_in = thread_time()? - began;
             while self.report().writes < before + assigned.len() as u64 {
                 std::thread::sleep(LOOK);
             }
-            let (began, mut taken) = (cpu_time(UsageWho::RUSAGE_THREAD)?, 0);
+            let (began, mut taken) = (thread_time()?, 0);
             while taken < assigned.len() {
                 taken += self.take_ended()?;
             }
-            let taking = cpu_time(UsageWho::RUSAGE_THREAD)? - began;
+            let taking = thread_time()? - began;
             let whole = assigned.len() == count;
             for slot in assigned {
                 self.slots.release(slot);
@@ -273,11 +274,16 @@ fn next(mut state: u64) -> u64 {
     state ^ state << 17
 }
 
-/// Processor time so far, of this thread or of all threads of this process, the kernel's for them among them.
-fn cpu_time(who: UsageWho) -> Result<Duration, nix::Error> {
-    let usage = getrusage(who)?;
+/// Processor time of this process so far, of all its threads, the kernel's for them among them.
+fn cpu_time() -> Result<Duration, nix::Error> {
+    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
     let time = |value: nix::sys::time::TimeVal| {
         Duration::from_micros((value.tv_sec() * 1_000_000 + value.tv_usec()) as u64)
     };
     Ok(time(usage.user_time()) + time(usage.system_time()))
+}
+
+/// Processor time of this thread so far, to the nanosecond.
+fn thread_time() -> Result<Duration, nix::Error> {
+    Ok(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?.into())
 }

@@ -116,7 +116,7 @@ fn without_io_uring_threads_take_over_or_the_reason_is_said() {
 }
 
 /// A block device over a file, detached at the end; `None` where we may not make one.
-struct Loop(String, TempDir);
+struct Loop(String, #[expect(dead_code, reason = "it holds the file")] TempDir);
 
 impl Loop {
     fn attach(bytes: usize) -> Option<Self> {

@@ -1,15 +1,17 @@
 //! From an address to a store.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use object_store::local::LocalFileSystem;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::memory::InMemory;
 use object_store::{ClientConfigKey, RetryConfig};
 use url::Url;
 
 use super::{RemoteImages, RemoteOptions};
-use crate::tiers::store::{ImageStore, LocalStore, StoreError};
+use crate::tiers::store::{ImageStore, StoreError};
 
 /// Where images lie in a Redis server if the address does not say.
 const REDIS_PREFIX: &str = "kvoyant/images";
@@ -18,7 +20,7 @@ const REDIS_PREFIX: &str = "kvoyant/images";
 ///
 /// | address | store |
 /// |---|---|
-/// | `file:///folder` | [`LocalStore`] in that folder |
+/// | `file:///folder` | a folder that daemons may share, as on a network's file system |
 /// | `memory:` | in this process, for trying things out |
 /// | `s3://bucket/prefix` | an S3-compatible server; endpoint, region and credentials are the `AWS_*` variables' |
 /// | `redis://user:password@host:port/db?prefix=name` | a server that speaks Redis's protocol |
@@ -34,7 +36,7 @@ pub fn connect(url: &str, options: RemoteOptions) -> Result<Box<dyn ImageStore>,
     let name = shown(&parsed);
     match parsed.scheme() {
         "file" => match parsed.to_file_path() {
-            Ok(folder) => Ok(Box::new(LocalStore::open(folder)?)),
+            Ok(folder) => Ok(Box::new(folder_of_many(name, &folder, options)?)),
             Err(()) => Err(bad(name, "write file:///folder, with the folder's whole path")),
         },
         "memory" => Ok(Box::new(RemoteImages::objects(name, Arc::new(InMemory::new()), "", options)?)),
@@ -45,6 +47,23 @@ pub fn connect(url: &str, options: RemoteOptions) -> Result<Box<dyn ImageStore>,
         }
         _ => Err(bad(name, "file:///folder, memory:, s3://bucket/prefix and redis://host:port/db are known")),
     }
+}
+
+/// Images in a folder that several daemons share, as on a network's file system: unlike a [`LocalStore`](super::super::LocalStore), no
+/// daemon has it alone.
+fn folder_of_many(
+    name: String,
+    folder: &std::path::Path,
+    options: RemoteOptions,
+) -> Result<RemoteImages, StoreError> {
+    let what = |doing: &'static str| {
+        let path = folder.to_path_buf();
+        move |source| StoreError::Io { doing, path, source }
+    };
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(what("create the folder"))?;
+    let files = LocalFileSystem::new_with_prefix(folder)
+        .map_err(|error| what("open the folder")(std::io::Error::other(error)))?;
+    RemoteImages::objects(name, Arc::new(files.with_automatic_cleanup(true)), "", options)
 }
 
 fn bad(url: String, reason: &str) -> StoreError {
