@@ -323,12 +323,13 @@ mod tests {
             our_writes: vec![moved(80, 1)],
             fio_reads: vec![moved(1000, 2)],
             fio_writes: vec![moved(100, 1)],
+            fio_checked_reads: vec![moved(900, 3)],
             in_time: vec![0.995],
             lane_ns: vec![2500.0],
         };
         let reached = |rounds: &Rounds| rows(rounds).iter().filter_map(|row| row.reached).collect::<Vec<_>>();
         assert_eq!(reached(&rounds), [true, false, false, true, false]);
-        (rounds.fio_reads, rounds.fio_writes) = (Vec::new(), Vec::new());
+        (rounds.fio_reads, rounds.fio_writes, rounds.fio_checked_reads) = Default::default();
         assert_eq!(reached(&rounds), [true, false], "only what needs no fio");
         assert_eq!(rows(&rounds)[0].ours, 960.0);
     }

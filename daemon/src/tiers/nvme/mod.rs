@@ -2,16 +2,16 @@
 //!
 //! | room | what lives there |
 //! |---|---|
-//! | [`job`] | what a lane hands in, and what it gets back |
-//! | [`slots`] | where a session's pages lie: chunks, groups, slots |
-//! | [`index`] | checksums of what was written, and what is under way where |
-//! | [`free_map`] | which chunks are free |
-//! | [`device`], [`superblock`], [`recovery`] | the file or block device, its first block, what is done with one that is found |
-//! | [`disk`] | what lanes and a device's thread share |
-//! | [`queue`], [`worker`] | what waits and in which order; the thread that moves it |
-//! | [`operation`], [`raw`] | adjacent pages that go at once; their frames' addresses and checksums |
-//! | [`engine`] | io_uring and its twins |
-//! | [`stats`] | what operators see |
+//! | `job` | what a lane hands in, and what it gets back |
+//! | `slots` | where a session's pages lie: chunks, groups, slots |
+//! | `index` | checksums of what was written, and what is under way where |
+//! | `free_map` | which chunks are free |
+//! | `device`, `superblock`, `recovery` | the file or block device, its first block, what is done with one that is found |
+//! | `disk` | what lanes and a device's thread share |
+//! | `queue`, `worker` | what waits and in which order; the thread that moves it |
+//! | `operation`, `raw` | adjacent pages that go at once; their frames' addresses and checksums |
+//! | `engine` | io_uring and its twins |
+//! | `stats` | what operators see |
 //!
 //! Each device has one thread and one ring. A lane hands in jobs and never waits; the thread gives each its checksum,
 //! puts it in order, continues what stops short, and reports a page as read only if it is exactly what was written.
