@@ -404,5 +404,9 @@ impl Drop for Uring {
             self.enter(true);
             self.reap(&mut ended);
         }
+        // The kernel takes a ring apart some time after it was closed; the area and its lock are to be free now. What
+        // fails here comes then.
+        let _ = self.ring.submitter().unregister_files();
+        let _ = self.ring.submitter().unregister_buffers();
     }
 }
