@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::Mode;
@@ -164,6 +164,9 @@ impl Drop for Endpoint {
     }
 }
 
+/// How long files of a daemon that was killed may still be locked.
+const PREDECESSOR: Duration = Duration::from_secs(3);
+
 /// Descriptors that the daemon needs beside those of extents.
 const OTHER_FDS: u64 = 512;
 
@@ -252,7 +255,10 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     }
     let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
     raise_open_files(arena);
-    let spill = config.spill().map(|settings| Spill::start(&settings)).transpose()?;
+    let spill = config.spill().map(|settings| {
+        patiently(|| Spill::start(&settings), |error| matches!(error, SpillError::Busy { .. }))
+    });
+    let spill = spill.transpose()?;
     let disk = spill.as_ref().map_or(0, |spill| spill.report().iter().map(|device| device.total_bytes).sum());
     let budget = Arc::new(ArenaBudget::beside_disk(arena, disk));
     let pool = ExtentPool::start(budget, pool_settings(config, arena, &*device));
@@ -266,7 +272,10 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         .map_err(ServerError::Start)?;
     let keeper = match config.store.as_os_str().is_empty() {
         true => None,
-        false => Some(Arc::new(Keeper::start(&config.store, &config.remote)?)),
+        false => Some(Arc::new(patiently(
+            || Keeper::start(&config.store, &config.remote),
+            |error| matches!(error, StoreError::Locked { .. }),
+        )?)),
     };
     let boot_id = boot_id();
     let mode = match device.mode() {
@@ -343,6 +352,19 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     })
     // Leaving drops every session's socket, then (with the last reference to the plane) the lanes, which wait for
     // transfers under way, then the device, and at last the sockets' names.
+}
+
+/// Tries again for a while what a daemon that has just been killed still holds: the kernel lets go of its files some time after its end.
+fn patiently<T, E>(mut work: impl FnMut() -> Result<T, E>, busy: impl Fn(&E) -> bool) -> Result<T, E> {
+    let since = Instant::now();
+    loop {
+        match work() {
+            Err(error) if busy(&error) && since.elapsed() < PREDECESSOR => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
 }
 
 fn boot_id() -> u64 {

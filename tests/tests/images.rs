@@ -188,7 +188,7 @@ fn what_cannot_be_suspended_or_resumed_says_why_and_the_session_goes_on() {
     std::fs::write(&pages, bytes).unwrap();
     let before = daemon.status().sessions.iter().map(|session| session.sequences).sum::<u64>();
     let error = model.resume("one", None, SelectedBy::Lane).unwrap_err();
-    assert!(reason(&error).contains("checksum"), "{error}");
+    assert!(reason(&error).contains("CRC-32C"), "{error}");
     let after = daemon.status().sessions.iter().map(|session| session.sequences).sum::<u64>();
     assert_eq!(before, after, "nothing stays open");
     check(&model, &sequence, 2);

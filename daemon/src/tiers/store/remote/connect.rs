@@ -4,8 +4,8 @@ use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use object_store::local::LocalFileSystem;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::{ClientConfigKey, RetryConfig};
 use url::Url;
@@ -60,7 +60,11 @@ fn folder_of_many(
         let path = folder.to_path_buf();
         move |source| StoreError::Io { doing, path, source }
     };
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(what("create the folder"))?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .map_err(what("create the folder"))?;
     let files = LocalFileSystem::new_with_prefix(folder)
         .map_err(|error| what("open the folder")(std::io::Error::other(error)))?;
     RemoteImages::objects(name, Arc::new(files.with_automatic_cleanup(true)), "", options)
