@@ -152,8 +152,20 @@ impl Control {
         memory: &Memory,
         timeout: Duration,
     ) -> Result<ToClient, Error> {
+        self.request_with(message, memory, None, timeout)
+    }
+
+    /// The same with a file beside the message.
+    pub(crate) fn request_with(
+        &self,
+        message: &ToDaemon,
+        memory: &Memory,
+        file: Option<&Memfd>,
+        timeout: Duration,
+    ) -> Result<ToClient, Error> {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = self.send(socket.as_fd(), message, &[]) {
+        let fds: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
+        if let Err(error) = self.send(socket.as_fd(), message, &fds) {
             return Err(self.last_words(socket.as_fd()).unwrap_or(error));
         }
         loop {

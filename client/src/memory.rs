@@ -103,7 +103,7 @@ impl Memory {
     ) -> Result<(), Error> {
         let mut maps = self.maps.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         let list = match kind {
-            MemoryKind::Extents => &mut maps.extents,
+            MemoryKind::Extents | MemoryKind::Shared => &mut maps.extents,
             MemoryKind::Tables => &mut maps.tables,
         };
         if list.len() != first as usize || fds.is_empty() {
@@ -112,6 +112,9 @@ impl Memory {
         for fd in fds {
             let map = match kind {
                 MemoryKind::Extents => Memfd::from_peer(fd, EXTENT_BYTES, Seals::fixed_size())?.map(false)?,
+                MemoryKind::Shared => {
+                    Memfd::from_peer(fd, EXTENT_BYTES, Seals::frozen_for_readers())?.map_read_only()?
+                }
                 MemoryKind::Tables => {
                     Memfd::from_peer(fd, bytes as usize, Seals::frozen_for_readers())?.map_read_only()?
                 }
@@ -142,6 +145,9 @@ impl Memory {
             .extents
             .get(extent)
             .ok_or_else(|| Error::Broken(format!("extent {extent} was never sent")))?;
+        if !map.is_writable() {
+            return Err(Error::Broken(format!("row {row} lies in an extent that is only for reading")));
+        }
         Ok(map.write(offset, bytes)?)
     }
 

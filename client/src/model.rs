@@ -6,6 +6,7 @@ use std::time::Duration;
 use kvoyant_kernels::RowLayout;
 use kvoyant_protocol::control::{Mode, ModelSpec, SelectedBy, ToClient, ToDaemon};
 use kvoyant_protocol::futex::now_ns;
+use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::wire::{BatchEntry, FeedbackRows, Observe, Operation, QUERIES_MAX, Stat};
 
 use crate::connection::Control;
@@ -214,6 +215,44 @@ impl Model {
                 Ok((sequence, usize::from(method)))
             }
             other => Err(Error::Broken(format!("{other:?} came instead of a sequence"))),
+        }
+    }
+
+    /// Opens a sequence that begins with the longest published prefix of these tokens; how many tokens that are, [`Sequence::tokens`] says.
+    /// At least one token is left over, so that there is something to compute.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub fn attach(&self, method: usize, tokens: &[u32], by: SelectedBy) -> Result<Sequence, Error> {
+        let tokens = &tokens[..tokens.len().saturating_sub(1)];
+        let method = u16::try_from(method).map_err(|_| Error::Size {
+            what: "a method's index",
+            found: method,
+            wanted: u16::MAX.into(),
+        })?;
+        let message = ToDaemon::Attach { method, by, tokens: narrow("tokens", tokens.len())? };
+        let file = token_file(tokens)?;
+        match self.inner.control.request_with(&message, &self.inner.memory, file.as_ref(), IMAGE_TIMEOUT)? {
+            ToClient::Resumed { sequence, table, room, tokens, .. } => {
+                let inner = Arc::clone(&self.inner);
+                Sequence::new(inner, (sequence, by), table, room, tokens as usize)
+            }
+            other => Err(Error::Broken(format!("{other:?} came instead of a sequence"))),
+        }
+    }
+
+    /// Publishes the full pages of a sequence's first tokens, for other sequences of this user, or of every user if `shared`, to
+    /// [begin with](Self::attach). `tokens` are those that the sequence was made of. Says how many tokens can be attached to now.
+    ///
+    /// # Errors
+    /// [`Failure::NotReady`](crate::Failure::NotReady) if there is no room for published prefixes.
+    pub fn publish(&self, sequence: &Sequence, tokens: &[u32], shared: bool) -> Result<usize, Error> {
+        let message =
+            ToDaemon::Publish { sequence: sequence.id(), tokens: narrow("tokens", tokens.len())?, shared };
+        let file = token_file(tokens)?;
+        match self.inner.control.request_with(&message, &self.inner.memory, file.as_ref(), IMAGE_TIMEOUT)? {
+            ToClient::Published { tokens, .. } => Ok(tokens as usize),
+            other => Err(Error::Broken(format!("{other:?} came instead of a word on a prefix"))),
         }
     }
 
@@ -441,6 +480,18 @@ impl Drop for Inner {
             self.control.say(&ToDaemon::Goodbye);
         }
     }
+}
+
+/// Tokens in a memfd; there is none of no tokens.
+fn token_file(tokens: &[u32]) -> Result<Option<Memfd>, Error> {
+    if tokens.is_empty() {
+        return Ok(None);
+    }
+    let bytes: &[u8] = bytemuck::cast_slice(tokens);
+    let file = Memfd::create("kvoyant-tokens", bytes.len())?;
+    file.map(false)?.write(0, bytes)?;
+    file.seal(Seals::fixed_size())?;
+    Ok(Some(file))
 }
 
 /// A number as it goes over the wire.

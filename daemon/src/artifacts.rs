@@ -85,6 +85,8 @@ mod tests {
             dtype: 1,
             latent_values: 0,
             fingerprint: Fingerprint([0; 16]).to_string(),
+            adapter: String::new(),
+            rope: String::new(),
             page_rows: 0,
             sinks: 0,
             window: 1,

@@ -65,6 +65,36 @@ impl Keeper {
         Ok(Self { local, remote, orders, thread })
     }
 
+    /// What hashes of users' prefixes are salted with: made once for the folder, so that prefixes are found again after a restart.
+    ///
+    /// # Errors
+    /// A file that can be neither read nor written.
+    pub fn salt(&self) -> Result<Vec<u8>, StoreError> {
+        use std::os::unix::fs::OpenOptionsExt;
+        let path = self.local.root().join(".salt");
+        let failed = |doing: &'static str| {
+            let path = path.clone();
+            move |source| StoreError::Io { doing, path, source }
+        };
+        match std::fs::read(&path) {
+            Ok(salt) if salt.len() >= 16 => return Ok(salt),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed("read")(error)),
+            _ => {}
+        }
+        let salt = crate::prefixes::fresh_salt();
+        let mut file = std::fs::OpenOptions::new()
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed("create"))?;
+        std::io::Write::write_all(&mut file, &salt)
+            .and_then(|()| file.sync_all())
+            .map_err(failed("write"))?;
+        Ok(salt)
+    }
+
     /// Begins an image in the folder.
     ///
     /// # Errors

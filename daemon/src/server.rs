@@ -23,6 +23,7 @@ use crate::device::cuda::{CudaDevice, OpenError, leave};
 use crate::device::host::HostDevice;
 use crate::keeper::Keeper;
 use crate::lane::LaneHandle;
+use crate::prefixes::Prefixes;
 use crate::status::Registry;
 use crate::tiers::arena::ArenaBudget;
 use crate::tiers::cgroup::{Limits, TooLarge};
@@ -164,6 +165,9 @@ impl Drop for Endpoint {
     }
 }
 
+/// The part of the arena that published prefixes may take unless somebody says how much, as a divisor.
+const PREFIXES_SHARE: u64 = 8;
+
 /// How long files of a daemon that was killed may still be locked.
 const PREDECESSOR: Duration = Duration::from_secs(3);
 
@@ -277,6 +281,11 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
             |error| matches!(error, StoreError::Locked { .. }),
         )?)),
     };
+    let prefix_bytes = match config.prefixes.as_u64() {
+        0 => arena / PREFIXES_SHARE,
+        bytes => bytes.min(arena),
+    };
+    let prefixes = Prefixes::start(Arc::clone(pool.budget()), prefix_bytes, keeper.clone())?;
     let boot_id = boot_id();
     let mode = match device.mode() {
         Mode::InPlace => "in-place",
@@ -292,7 +301,7 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         pool,
         Arc::clone(&registry),
         spill,
-        keeper,
+        (keeper, prefixes),
         boot_id,
     ));
     let runtime =

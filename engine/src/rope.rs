@@ -12,6 +12,16 @@ pub struct Rope {
 }
 
 impl Rope {
+    /// Its frequencies in a word: the same word, the same rotation.
+    #[must_use]
+    pub fn name(&self) -> String {
+        // FNV-1a over their bits.
+        let hash = self.inverse_frequencies.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, frequency| {
+            (hash ^ u64::from(frequency.to_bits())).wrapping_mul(0x0100_0000_01b3)
+        });
+        format!("{}-{hash:016x}", 2 * self.inverse_frequencies.len())
+    }
+
     /// Frequencies of a configuration.
     pub fn new(config: &ModelConfig) -> Self {
         let half = config.head_dim / 2;

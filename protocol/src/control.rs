@@ -50,6 +50,10 @@ pub struct ModelSpec {
     pub name: String,
     /// Fingerprint of the weights, hex; artifacts must carry the same one.
     pub fingerprint: String,
+    /// The adapter on top of the weights, in whatever words; rows of different adapters are never shared.
+    pub adapter: String,
+    /// How keys are rotated, in whatever words; the same goes for them.
+    pub rope: String,
     /// Decoder layers.
     pub layers: u32,
     /// Query heads.
@@ -234,6 +238,25 @@ pub enum ToDaemon {
         /// Who selects its rows.
         by: SelectedBy,
     },
+    /// Publishes the full pages of a sequence's first tokens, for other sequences to begin with. The tokens lie in the memfd beside
+    /// this message, 32 bits each.
+    Publish {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// How many tokens there are.
+        tokens: u32,
+        /// For every user, and not only this one.
+        shared: bool,
+    },
+    /// Opens a sequence that begins with the longest published prefix of some tokens, which lie in the memfd beside this message.
+    Attach {
+        /// Index of its method.
+        method: u16,
+        /// Who selects its rows.
+        by: SelectedBy,
+        /// How many tokens there are.
+        tokens: u32,
+    },
     /// The client has closed all device memory that it had opened: the daemon may free it at once instead of waiting
     /// for the client's process to end. Not answered.
     Goodbye,
@@ -251,6 +274,8 @@ pub enum MemoryKind {
     Extents,
     /// Page tables: map for reading.
     Tables,
+    /// Extents like [`Self::Extents`], numbered with them, that the client can only read: published prefixes.
+    Shared,
 }
 
 /// From the daemon.
@@ -301,7 +326,14 @@ pub enum ToClient {
         /// Tokens that it has room for.
         room: u32,
     },
-    /// Answer to `Resume`.
+    /// Answer to `Publish`.
+    Published {
+        /// Tokens that can be attached to now.
+        tokens: u32,
+        /// How many of them had been published before.
+        known: u32,
+    },
+    /// Answer to `Resume` and `Attach`.
     Resumed {
         /// Handle of the sequence.
         sequence: SequenceId,

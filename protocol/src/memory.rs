@@ -221,6 +221,12 @@ pub struct SharedMapping {
 }
 
 impl SharedMapping {
+    /// Whether it can be written to.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     /// Length in bytes.
     #[must_use]
     pub fn len(&self) -> usize {

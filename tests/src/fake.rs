@@ -23,6 +23,8 @@ pub fn spec(methods: &[&str]) -> ModelSpec {
     ModelSpec {
         name: "fake".into(),
         fingerprint: "0".repeat(32),
+        adapter: String::new(),
+        rope: String::new(),
         layers: LAYERS as u32,
         query_heads: QUERY_HEADS as u32,
         kv_heads: KV_HEADS as u32,

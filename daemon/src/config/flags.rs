@@ -83,6 +83,10 @@ pub struct Flags {
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store: Option<PathBuf>,
+    /// Host memory for published prefixes, out of the arena (0: an eighth of it)
+    #[arg(long, value_name = "BYTES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefixes: Option<ByteSize>,
     /// A store behind it, to which images are copied: s3://bucket/prefix, redis://host:port/db, file:///folder
     #[arg(long, value_name = "URL")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -67,6 +67,8 @@ pub struct Config {
     pub host_percent: f64,
     /// Folder of images: suspended sequences and published prefixes, which outlive the daemon; empty: none are kept.
     pub store: PathBuf,
+    /// Host memory for published prefixes, out of the arena; 0: an eighth of it.
+    pub prefixes: ByteSize,
     /// A store behind it: `s3://bucket/prefix`, `redis://host:port/db`, `file:///folder`; empty: none.
     pub remote: String,
     /// Whether the host device answers in place instead of copying into a slab.
@@ -196,6 +198,7 @@ impl Default for Config {
             spill_engine: "auto".into(),
             host_percent: 100.0,
             store: PathBuf::new(),
+            prefixes: ByteSize(0),
             remote: String::new(),
             in_place: false,
             slab: ByteSize::mib(256),

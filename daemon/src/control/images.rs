@@ -41,7 +41,11 @@ fn failed(image: &str) -> impl Fn(StoreError) -> Failure + Send + use<> {
 }
 
 /// Asks the lane for something that an image needs.
-async fn image(plane: &Plane, session: &Session, request: ImageRequest) -> Result<ImageOutcome, Stop> {
+pub(super) async fn image(
+    plane: &Plane,
+    session: &Session,
+    request: ImageRequest,
+) -> Result<ImageOutcome, Stop> {
     match ask_lane(plane, session, Asked::Image(request)).await? {
         Outcome::Image(ImageOutcome::Failed(failure)) => Err(Stop::Failed(failure)),
         Outcome::Image(outcome) => Ok(outcome),
@@ -80,7 +84,7 @@ pub(super) fn answer(result: Result<ToClient, Stop>) -> Result<ToClient, Ended> 
 }
 
 /// Runs what may block beside the control thread.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Stop> {
     Ok(beside(move || Ok(work())).await??)
@@ -184,7 +188,7 @@ fn encode<T: serde::Serialize>(value: &T) -> Vec<u8> {
     postcard::to_stdvec(value).unwrap_or_else(|error| unreachable!("plain data always serialises: {error}"))
 }
 
-pub(super) fn now_unix() -> u64 {
+pub(crate) fn now_unix() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
@@ -273,7 +277,7 @@ impl Parts {
 }
 
 /// Opens an empty sequence.
-async fn open(
+pub(super) async fn open(
     plane: &Plane,
     socket: &Socket,
     session: &Session,
@@ -288,7 +292,7 @@ async fn open(
 }
 
 /// Has the lane do what a message asks, and tells the client of the memory that came of it.
-async fn told(
+pub(super) async fn told(
     plane: &Plane,
     socket: &Socket,
     session: &Session,
@@ -412,6 +416,8 @@ fn read_pages(
 #[derive(Debug)]
 pub(super) struct Registered {
     pub(super) key: crate::tiers::store::ModelKey,
+    /// How its keys are rotated.
+    pub(super) rope: String,
     /// Specifications of its methods, by index.
     pub(super) methods: Vec<String>,
 }

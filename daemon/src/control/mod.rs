@@ -3,6 +3,9 @@
 //! Everything here runs on one thread and waits for nobody but its own client and its own lane.
 
 mod images;
+mod prefix;
+
+pub(crate) use images::now_unix;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,6 +25,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use self::images::{Registered as RegisteredModel, Resume, Suspend};
+use self::prefix::{Publish, ToAttach};
 use crate::artifacts;
 use crate::config::Config;
 use crate::device::{Device, Importer, SlabRequest};
@@ -30,6 +34,7 @@ use crate::lane::model::{ModelState, Placement, shape_of};
 use crate::lane::session::LaneSession;
 use crate::lane::spill::SpillTo;
 use crate::lane::{Asked, Command, Ending, LaneHandle, Outcome, Reply};
+use crate::prefixes::Prefixes;
 use crate::status::{Registry, SessionStatus};
 use crate::tiers::nvme::Spill;
 use crate::tiers::pool::{ExtentPool, Refusal};
@@ -53,6 +58,7 @@ pub struct Plane {
     registry: Arc<Registry>,
     spill: Option<SpillTo>,
     keeper: Option<Arc<Keeper>>,
+    prefixes: Arc<Prefixes>,
     boot_id: u64,
     next_session: AtomicU64,
     places: Arc<Semaphore>,
@@ -70,14 +76,32 @@ impl Plane {
         pool: Arc<ExtentPool>,
         registry: Arc<Registry>,
         spill: Option<Arc<Spill>>,
-        keeper: Option<Arc<Keeper>>,
+        (keeper, prefixes): (Option<Arc<Keeper>>, Arc<Prefixes>),
         boot_id: u64,
     ) -> Self {
         let places = Arc::new(Semaphore::new(config.max_sessions as usize));
         let (next_session, readings) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
         let host_share = config.host_percent / 100.0;
         let spill = spill.map(|spill| SpillTo { spill, host_share });
-        Self { config, lanes, device, pool, registry, spill, keeper, boot_id, next_session, places, readings }
+        Self {
+            config,
+            lanes,
+            device,
+            pool,
+            registry,
+            spill,
+            keeper,
+            prefixes,
+            boot_id,
+            next_session,
+            places,
+            readings,
+        }
+    }
+
+    /// What has been published.
+    fn prefixes(&self) -> Arc<Prefixes> {
+        Arc::clone(&self.prefixes)
     }
 
     /// Where images are kept, if they are.
@@ -371,6 +395,16 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
                 let message = images::answer(images::suspend(plane, socket, session, asked).await)?;
                 socket.send(&message, &[]).await?;
             }
+            ToDaemon::Publish { sequence, tokens, shared } => {
+                let asked = Publish { sequence, tokens, shared, fds };
+                let message = images::answer(prefix::publish(plane, session, asked).await)?;
+                socket.send(&message, &[]).await?;
+            }
+            ToDaemon::Attach { method, by, tokens } => {
+                let asked = ToAttach { method, by, tokens, fds };
+                let message = images::answer(prefix::attach(plane, socket, session, asked).await)?;
+                socket.send(&message, &[]).await?;
+            }
             ToDaemon::Resume { image, method, by } => {
                 let asked = Resume { image, method, by };
                 let message = images::answer(images::resume(plane, socket, session, asked).await)?;
@@ -502,7 +536,11 @@ async fn register(
         fds.push(graph.mailbox.fd()?);
     }
     let methods = model.spec.methods.clone();
-    let _ = session.registered.set(RegisteredModel { key: model.model_key(), methods });
+    let _ = session.registered.set(RegisteredModel {
+        key: model.model_key(),
+        rope: model.spec.rope.clone(),
+        methods,
+    });
     let message = ToClient::Registered {
         device: plane.device.name().into(),
         mode: plane.device.mode(),

@@ -43,6 +43,9 @@ const ROW_BYTES_MIN: usize = 16;
 /// Most methods that a session may register.
 pub(crate) const METHODS_MAX: usize = 64;
 
+/// Most bytes of a model's texts.
+const TEXT_MAX: usize = 1024;
+
 /// Most KV heads of a model, all layers together.
 const HEADS_MAX: usize = 1 << 14;
 
@@ -296,13 +299,13 @@ impl ModelState {
         while self.announced_extents < self.arena.extents() {
             let first = self.announced_extents;
             let end = self.arena.extents().min(first + AT_ONCE);
-            for extent in first..end {
-                self.memory.keep(Arc::clone(self.arena.memory(extent)) as _);
-            }
             let fds = (first..end).map(|extent| self.arena.extent_fd(extent)).collect::<Result<_, _>>()?;
-            let kind = MemoryKind::Extents;
+            let own = self.arena.is_own(first);
+            let end = (first..end).find(|extent| self.arena.is_own(*extent) != own).unwrap_or(end);
+            let kind = if own { MemoryKind::Extents } else { MemoryKind::Shared };
             let message = ToClient::Memory { kind, first: first as u32, bytes: EXTENT_BYTES as u64 };
             list.push(Announcement { message, fds });
+            (first..end).for_each(|extent| self.memory.keep(Arc::clone(self.arena.memory(extent)) as _));
             self.announced_extents = end;
         }
         while self.announced_tables < self.tables.files() {
@@ -418,6 +421,11 @@ pub fn shape_of(spec: &ModelSpec) -> Result<(Shape, RowLayout), Failure> {
         },
         fingerprint,
     };
+    for (name, text) in [("adapter", &spec.adapter), ("rope", &spec.rope)] {
+        if text.len() > TEXT_MAX {
+            return Err(bad(format!("{name} has {} bytes, more than {TEXT_MAX}", text.len())));
+        }
+    }
     if shape.layers * shape.kv_heads > HEADS_MAX {
         let heads = shape.layers * shape.kv_heads;
         return Err(bad(format!("{heads} KV heads in all layers are more than {HEADS_MAX}")));

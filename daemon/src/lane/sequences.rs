@@ -4,6 +4,8 @@
 //! rows straight into their pages. A fork shares all pages; before one of the two writes to a shared page,
 //! `reserve` gives it a copy. All calls here come over the control socket, not on the hot path.
 
+use std::sync::Arc;
+
 use kvoyant_methods::Selection;
 use kvoyant_protocol::control::{Failure, NO_PAGE, PageWord, SelectedBy, TableRef};
 use kvoyant_protocol::memory::MemoryError;
@@ -12,6 +14,7 @@ use kvoyant_protocol::wire::SequenceId;
 use crate::lane::background::is_flying;
 use crate::lane::digests::DigestSet;
 use crate::lane::model::{Limbo, ModelState, RECORD_BYTES};
+use crate::prefixes::Attachment;
 use crate::tiers::heap::Region;
 use crate::tiers::residency::SlotSet;
 
@@ -70,6 +73,8 @@ pub struct Sequence {
     pub marks: Option<Region>,
     /// Digests, one set for each kind that its method, or a fork's, reads.
     pub digests: Vec<DigestSet>,
+    /// The published prefix that it begins with, or began with.
+    pub prefix: Option<Arc<Attachment>>,
     /// What is on the device, per layer.
     pub residency: Vec<LayerSlots>,
     /// Its slot of the records, in graph mode.
@@ -217,6 +222,7 @@ impl ModelState {
             observed: vec![false; layers],
             marks: None,
             digests: Vec::new(),
+            prefix: None,
             residency,
             graph: None,
         };
@@ -271,6 +277,7 @@ impl ModelState {
         let room = sequence.tokens();
         let (seed, lens, observed) = (sequence.seed, sequence.lens.clone(), sequence.observed.clone());
         let (observation, marks) = (sequence.observation, sequence.marks);
+        let prefix = sequence.prefix.clone();
         let pages = tokens.div_ceil(rows);
         let table = self.tables.allocate(from.len)?;
         let bytes = self.tables.get(from).to_vec();
@@ -314,6 +321,7 @@ impl ModelState {
                 observed,
                 marks,
                 digests,
+                prefix,
                 residency,
                 graph: None,
             },

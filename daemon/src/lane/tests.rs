@@ -36,6 +36,8 @@ impl Served {
         let spec = ModelSpec {
             name: "small".into(),
             fingerprint: "0".repeat(32),
+            adapter: String::new(),
+            rope: String::new(),
             layers: LAYERS as u32,
             query_heads: QUERY_HEADS as u32,
             kv_heads: 2,

@@ -13,6 +13,7 @@ pub use kvoyant_protocol::layout::PageGeometry;
 use kvoyant_protocol::memory::{MemoryError, SharedMapping};
 
 use crate::tiers::pool::Supply;
+use crate::tiers::shared::SharedExtent;
 
 /// Tables and digests of all sessions may take this share of the arena's size beside it: partial keys at a ratio of
 /// 0.3 are 0.15 of the KV that they describe, page tables a thousandth.
@@ -112,11 +113,24 @@ pub struct ArenaFull {
     pub missing_pages: usize,
 }
 
+/// Where an extent comes from.
+#[derive(Debug)]
+enum Place {
+    /// The session's supply, by index.
+    Own(usize),
+    /// Somebody else.
+    Foreign(Arc<SharedExtent>),
+}
+
 /// The extents and pages of one session.
 #[derive(Debug)]
 pub struct SessionArena {
     geometry: PageGeometry,
     supply: Supply,
+    /// Its extents in the order in which they came.
+    places: Vec<Place>,
+    /// Pages of extents that are not its own.
+    foreign: usize,
     /// References per page; 0: free.
     references: Vec<u32>,
     /// Free pages; the last is taken first, and pages of a new extent are taken in rising order, so that pages
@@ -129,7 +143,8 @@ impl SessionArena {
     #[must_use]
     pub fn new(supply: Supply, geometry: PageGeometry) -> Self {
         let empty = supply.empty();
-        let mut arena = Self { geometry, supply: empty, references: Vec::new(), free: Vec::new() };
+        let (places, references, free) = (Vec::new(), Vec::new(), Vec::new());
+        let mut arena = Self { geometry, supply: empty, places, foreign: 0, references, free };
         arena.add(supply);
         arena
     }
@@ -149,24 +164,36 @@ impl SessionArena {
     /// How many extents there are.
     #[must_use]
     pub fn extents(&self) -> usize {
-        self.supply.extents().len()
+        self.places.len()
     }
 
     /// A descriptor of an extent, for its session's client.
     pub fn extent_fd(&self, extent: usize) -> Result<std::os::fd::OwnedFd, MemoryError> {
-        self.supply.extents()[extent].fd()
+        match &self.places[extent] {
+            Place::Own(index) => self.supply.extents()[*index].fd(),
+            Place::Foreign(extent) => extent.fd(),
+        }
+    }
+
+    /// Whether an extent is the session's own, so that its client may write to it.
+    #[must_use]
+    pub fn is_own(&self, extent: usize) -> bool {
+        matches!(self.places[extent], Place::Own(_))
     }
 
     /// Memory of an extent.
     #[must_use]
     pub fn memory(&self, extent: usize) -> &Arc<SharedMapping> {
-        self.supply.extents()[extent].memory()
+        match &self.places[extent] {
+            Place::Own(index) => self.supply.extents()[*index].memory(),
+            Place::Foreign(extent) => extent.memory(),
+        }
     }
 
-    /// Pages in use.
+    /// Own pages in use.
     #[must_use]
     pub fn used_pages(&self) -> usize {
-        self.references.len() - self.free.len()
+        self.references.len() - self.free.len() - self.foreign
     }
 
     /// Pages that could still be had.
@@ -178,7 +205,8 @@ impl SessionArena {
 
     /// Pages that could be had for the asking, and named: row locators have 32 bits.
     fn within_reach(&self) -> usize {
-        let addressable = (u32::MAX as usize / self.geometry.page_rows).saturating_sub(self.used_pages());
+        let addressable =
+            (u32::MAX as usize / self.geometry.page_rows).saturating_sub(self.used_pages() + self.foreign);
         self.obtainable_pages().min(addressable)
     }
 
@@ -192,7 +220,9 @@ impl SessionArena {
 
     /// Adds extents of the same user.
     pub fn add(&mut self, supply: Supply) {
-        for _ in supply.extents() {
+        let own = self.supply.extents().len();
+        for index in 0..supply.extents().len() {
+            self.places.push(Place::Own(own + index));
             let first = self.references.len() as u32;
             let count = self.geometry.pages_per_extent() as u32;
             self.references.resize((first + count) as usize, 0);
@@ -200,6 +230,31 @@ impl SessionArena {
             self.free.splice(0..0, (first..first + count).rev());
         }
         self.supply.append(supply);
+    }
+
+    /// Adds an extent of somebody else's, whose pages are only read; its pages have no owner yet. One that is there already is not added
+    /// again. The id of its first page.
+    pub fn add_foreign(&mut self, extent: &Arc<SharedExtent>) -> u32 {
+        let count = self.geometry.pages_per_extent();
+        let same = |place: &Place| matches!(place, Place::Foreign(known) if Arc::ptr_eq(known, extent));
+        let at = self.places.iter().position(same).unwrap_or_else(|| {
+            self.places.push(Place::Foreign(Arc::clone(extent)));
+            self.references.resize(self.references.len() + count, 0);
+            self.foreign += count;
+            self.places.len() - 1
+        });
+        (at * count) as u32
+    }
+
+    fn is_foreign(&self, page: u32) -> bool {
+        let extent = page as usize / self.geometry.pages_per_extent();
+        matches!(self.places.get(extent), Some(Place::Foreign(_)))
+    }
+
+    /// Becomes the first owner, or one more, of a page of a foreign extent.
+    pub fn attach(&mut self, page: u32) {
+        debug_assert!(self.is_foreign(page), "page {page} is the session's own");
+        self.references[page as usize] += 1;
     }
 
     /// Makes sure that `pages` pages are free. Extents that would be needed for it have been added.
@@ -226,18 +281,18 @@ impl SessionArena {
         self.references[page as usize] += 1;
     }
 
-    /// Whether a page has more than one owner. What is no page has none.
+    /// Whether a page has more than one owner, or one beside the session. What is no page has none.
     #[must_use]
     pub fn is_shared(&self, page: u32) -> bool {
-        self.references.get(page as usize).is_some_and(|references| *references > 1)
+        self.references.get(page as usize).is_some_and(|references| *references > 1) || self.is_foreign(page)
     }
 
-    /// Drops an owner; true if that was the last one.
+    /// Drops an owner; true if that was the last one, and the page is free now.
     pub fn release(&mut self, page: u32) -> bool {
         let references = &mut self.references[page as usize];
         debug_assert!(*references > 0, "page {page} is released but not owned");
         *references -= 1;
-        if *references == 0 {
+        if *references == 0 && !self.is_foreign(page) {
             self.free.push(page);
             return true;
         }

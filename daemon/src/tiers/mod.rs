@@ -10,6 +10,7 @@
 //! | [`blocks`] | refcounted digest blocks in such regions |
 //! | [`prefix`] | which published prefix a prompt begins with |
 //! | [`store`] | images of sequences and prefixes that outlive the daemon, on disk or far away |
+//! | [`shared`] | pages of published prefixes, which belong to no session |
 //! | [`residency`] | which rows of which head lie in which slots of a device slab |
 //! | [`nvme`] | pages on disk: slots, checksums, I/O by deadline |
 
@@ -24,4 +25,5 @@ pub mod pin;
 pub mod pool;
 pub mod prefix;
 pub mod residency;
+pub mod shared;
 pub mod store;

@@ -4,6 +4,7 @@
 //! The control plane asks, one thing at a time; files and sockets are never touched here. A sequence that is being written or filled
 //! *stays*: its pages keep their places, and nothing is appended to it.
 
+mod attach;
 mod digests;
 
 use std::ops::Range;
@@ -13,6 +14,7 @@ use kvoyant_protocol::control::{Failure, PageWord};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::wire::{SequenceId, Status};
 
+pub use attach::Attach;
 pub use digests::DigestImage;
 
 use crate::lane::model::ModelState;
@@ -37,6 +39,8 @@ pub enum ImageRequest {
     Adopt(Box<Adopt>),
     /// Pages that were lent have been filled.
     Fill(Box<Fill>),
+    /// An empty sequence begins with a published prefix.
+    Attach(Box<Attach>),
     /// It need not stay any more.
     Release(SequenceId),
 }
@@ -128,7 +132,7 @@ impl ModelState {
     pub fn model_key(&self) -> ModelKey {
         ModelKey {
             fingerprint: self.spec.fingerprint.clone(),
-            adapter: String::new(),
+            adapter: self.spec.adapter.clone(),
             layers: self.spec.layers,
             kv_heads: self.spec.kv_heads,
             head_dim: self.spec.head_dim,
@@ -162,6 +166,7 @@ impl ModelState {
             }
             ImageRequest::Adopt(adopt) => self.adopt(&adopt).map(ImageOutcome::Adopted),
             ImageRequest::Fill(fill) => self.fill(&fill).map(|()| ImageOutcome::Done),
+            ImageRequest::Attach(attach) => self.attach(&attach).map(|()| ImageOutcome::Done),
             ImageRequest::Release(id) => self.sequence_mut(id).map(|sequence| {
                 sequence.stays = false;
                 ImageOutcome::Done

@@ -310,6 +310,10 @@ impl ModelState {
         let Some(slots) = slots else { return };
         let PageWord::Page(page) = PageWord::of(self.tables.word(table, index)) else { return };
         self.drop_slot(slots, index);
+        if self.arena.is_shared(page) {
+            // What is shared is copied before it is written to.
+            return;
+        }
         if let Some(frame) = self.spill.as_mut().and_then(|state| state.frames.get_mut(page as usize)) {
             frame.content = Content::Dirty;
         }

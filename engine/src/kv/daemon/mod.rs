@@ -52,6 +52,7 @@ use self::device::DeviceAttention;
 use self::feedback::Row;
 use self::options::Statistics;
 use super::{FormatError, KvShape};
+use crate::rope::Rope;
 
 /// What can go wrong with the daemon.
 #[derive(Debug, Error)]
@@ -170,6 +171,8 @@ impl DaemonKv {
         let spec = ModelSpec {
             name: options.name.clone(),
             fingerprint: options.fingerprint.to_string(),
+            adapter: String::new(),
+            rope: options.rope.as_ref().map(Rope::name).unwrap_or_default(),
             layers: shape.layers as u32,
             query_heads: shape.query_heads as u32,
             kv_heads: shape.kv_heads as u32,

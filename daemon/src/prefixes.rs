@@ -1,0 +1,523 @@
+//! Published prefixes: rows that many sequences begin with, kept once.
+//!
+//! Blocks of one page of each layer and KV head are known by chained hashes ([`crate::tiers::prefix`]); their rows lie in extents that
+//! clients can only read ([`crate::tiers::shared`]), and in images if the daemon keeps any, from where they come back when the host had
+//! to make room for others, or after a restart.
+//!
+//! Everything here may block for as long as a copy or a disk takes, and runs beside the control plane; only an [`Attachment`] is dropped
+//! wherever its last sequence is closed.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvoyant_protocol::memory::MemoryError;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::keeper::Keeper;
+use crate::tiers::arena::ArenaBudget;
+use crate::tiers::prefix::{
+    BlockHash, Evictions, Handle, Limits, Place, PrefixError, PrefixIndex, PrefixKey, Scope, Tier, chain,
+};
+use crate::tiers::shared::{SharedPage, SharedPages};
+use crate::tiers::store::{ImageId, ImageKind, Manifest, ModelKey, PageTable, StoreError};
+
+/// What an image of blocks says of them.
+const BLOCKS: &str = "prefix";
+
+/// Most tokens that are looked up or published at once.
+pub const TOKENS_MAX: u32 = 1 << 24;
+
+/// One block's rows, `[layer][KV head]`.
+#[derive(Debug)]
+pub struct Block(Vec<SharedPage>);
+
+impl Block {
+    /// Its pages.
+    #[must_use]
+    pub fn pages(&self) -> &[SharedPage] {
+        &self.0
+    }
+}
+
+/// Why nothing was published or attached to.
+#[derive(Debug, Error)]
+pub enum PrefixFailure {
+    /// No memory for it.
+    #[error("no room for published prefixes: {0}; raise the daemon's `prefixes`, or its arena")]
+    Memory(#[from] MemoryError),
+    /// The index refused.
+    #[error(transparent)]
+    Index(#[from] PrefixError),
+    /// An image could not be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What an image has beside its pages.
+#[derive(Debug, Serialize, Deserialize)]
+struct Blocks {
+    root: [u8; 32],
+    /// Of all blocks from the root on.
+    hashes: Vec<[u8; 32]>,
+    /// The first one whose pages are in this image.
+    first: usize,
+}
+
+/// A prefix that sequences hold on to.
+#[derive(Debug)]
+pub struct Attachment {
+    prefixes: Arc<Prefixes>,
+    handle: Handle,
+    blocks: Vec<Arc<Block>>,
+}
+
+impl Attachment {
+    /// Its blocks, in order.
+    #[must_use]
+    pub fn blocks(&self) -> &[Arc<Block>] {
+        &self.blocks
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        if let Err(error) = self.prefixes.index().detach(self.handle) {
+            tracing::warn!("a prefix was let go of that nobody had: {error}");
+        }
+    }
+}
+
+/// Blocks that are to be published, and where their rows go.
+#[derive(Debug)]
+pub struct Draft {
+    root: BlockHash,
+    hashes: Vec<BlockHash>,
+    known: usize,
+    block_bytes: u64,
+    model: ModelKey,
+    blocks: Vec<Arc<Block>>,
+}
+
+impl Draft {
+    /// Blocks that were known before.
+    #[must_use]
+    pub fn known(&self) -> usize {
+        self.known
+    }
+
+    /// Blocks in all.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        self.hashes.len()
+    }
+
+    /// Where a new block's rows of a head go, by the block's number from the root on.
+    #[must_use]
+    pub fn page(&self, block: usize, head: usize) -> Option<&SharedPage> {
+        self.blocks.get(block.checked_sub(self.known)?)?.pages().get(head)
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Prefixes {
+    index: Mutex<PrefixIndex<Arc<Block>>>,
+    groups: Mutex<HashMap<(Scope, usize), Arc<SharedPages>>>,
+    budget: Arc<ArenaBudget>,
+    host_bytes: u64,
+    keeper: Option<Arc<Keeper>>,
+    salt: Vec<u8>,
+}
+
+impl Prefixes {
+    /// Those that the keeper has, and none on the host yet. `host_bytes` bounds what all of them take there.
+    ///
+    /// # Errors
+    /// A folder of images that cannot be read.
+    pub fn start(
+        budget: Arc<ArenaBudget>,
+        host_bytes: u64,
+        keeper: Option<Arc<Keeper>>,
+    ) -> Result<Arc<Self>, StoreError> {
+        let salt = match &keeper {
+            Some(keeper) => keeper.salt()?,
+            None => fresh_salt(),
+        };
+        let stored_bytes = if keeper.is_some() { u64::MAX } else { 0 };
+        let index = Mutex::new(PrefixIndex::new(Limits { host_bytes, stored_bytes }));
+        let prefixes = Arc::new(Self { index, groups: Mutex::default(), budget, host_bytes, keeper, salt });
+        if let Some(keeper) = prefixes.keeper.clone() {
+            // A remote store may take its time to say that it is not there.
+            let weak = Arc::downgrade(&prefixes);
+            let load = move || {
+                if let Some(prefixes) = weak.upgrade() {
+                    prefixes.load(&keeper);
+                }
+            };
+            if let Err(error) = std::thread::Builder::new().name("prefixes".into()).spawn(load) {
+                tracing::warn!("published prefixes of before are not looked for: {error}");
+            }
+        }
+        Ok(prefixes)
+    }
+
+    fn index(&self) -> MutexGuard<'_, PrefixIndex<Arc<Block>>> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn group(&self, scope: Scope, page_bytes: usize) -> Arc<SharedPages> {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        let group = groups
+            .entry((scope, page_bytes))
+            .or_insert_with(|| SharedPages::new(Arc::clone(&self.budget), page_bytes));
+        Arc::clone(group)
+    }
+
+    fn root(&self, key: &PrefixKey, scope: Scope) -> BlockHash {
+        match scope {
+            // What is for everybody is the same on every node.
+            Scope::Shared => key.root(scope, &[]),
+            Scope::Uid(_) => key.root(scope, &self.salt),
+        }
+    }
+
+    /// Finds out what of these tokens is new, and makes room for it.
+    ///
+    /// # Errors
+    /// No room.
+    pub fn draft(&self, key: &PrefixKey, scope: Scope, tokens: &[u32]) -> Result<Draft, PrefixFailure> {
+        let root = self.root(key, scope);
+        let hashes = chain(root, tokens, key.model.page_rows as usize);
+        let known = self.index().known(root, &hashes);
+        let (heads, page_bytes) = (key.model.heads().unwrap_or(0), key.model.page_bytes().unwrap_or(0));
+        let block_bytes = (heads * page_bytes) as u64;
+        let group = self.group(scope, page_bytes);
+        let wanted = (hashes.len() - known) as u64 * block_bytes;
+        let gone = {
+            let mut index = self.index();
+            let over = (index.bytes(Tier::Host) + wanted).saturating_sub(self.host_bytes);
+            index.evict(Tier::Host, over)
+        };
+        self.give_back(gone);
+        let block = || {
+            (0..heads)
+                .map(|_| group.take())
+                .collect::<Result<Vec<_>, _>>()
+                .map(|pages| Arc::new(Block(pages)))
+        };
+        let blocks = (known..hashes.len()).map(|_| block()).collect::<Result<Vec<_>, _>>()?;
+        Ok(Draft { root, hashes, known, block_bytes, model: key.model.clone(), blocks })
+    }
+
+    /// Publishes blocks that have been filled. How many blocks can be attached to now, and how many of them had been there before.
+    ///
+    /// # Errors
+    /// No room beside what is in use.
+    pub fn publish(self: &Arc<Self>, draft: Draft, uid: u32) -> Result<(usize, usize), PrefixFailure> {
+        let Draft { root, hashes, known, block_bytes, model, blocks } = draft;
+        let all = hashes.len();
+        if hashes.is_empty() {
+            return Ok((0, 0));
+        }
+        let published = {
+            let mut index = self.index();
+            // Others may have published the same meanwhile, or what was known has gone.
+            let now = index.known(root, &hashes);
+            if now < known {
+                return Err(PrefixError::Gone.into());
+            }
+            let places = blocks[now - known..].iter().map(|block| Place::Host(Arc::clone(block))).collect();
+            index.publish(root, &hashes, places, block_bytes)?
+        };
+        self.give_back(published.evicted);
+        let first = published.known;
+        if let (Some(keeper), true) = (self.keeper.clone(), first < all) {
+            let (prefixes, blocks) = (Arc::clone(self), blocks[first - known..].to_vec());
+            let keep = move || prefixes.keep(&keeper, root, &hashes, first, &blocks, model, uid);
+            if let Err(error) = std::thread::Builder::new().name("prefix".into()).spawn(keep) {
+                tracing::warn!("a published prefix is not kept: {error}");
+            }
+        }
+        Ok((all, first))
+    }
+
+    /// Writes blocks to an image, so that they need not stay on the host.
+    #[allow(clippy::too_many_arguments)]
+    fn keep(
+        &self,
+        keeper: &Keeper,
+        root: BlockHash,
+        hashes: &[BlockHash],
+        first: usize,
+        blocks: &[Arc<Block>],
+        model: ModelKey,
+        uid: u32,
+    ) {
+        let Some(last) = hashes.last() else { return };
+        let written = || -> Result<Arc<ImageId>, StoreError> {
+            let id: ImageId = image_of(last)?;
+            let mut writer = keeper.create(&id, true)?;
+            let mut bytes = vec![0; model.page_bytes().unwrap_or(0)];
+            for head in 0..model.heads().unwrap_or(0) {
+                for block in blocks {
+                    if let Some(page) = block.pages().get(head) {
+                        page.read(&mut bytes).map_err(|error| StoreError::Io {
+                            doing: "read pages for",
+                            path: id.as_str().into(),
+                            source: std::io::Error::other(error),
+                        })?;
+                        writer.page(&bytes)?;
+                    }
+                }
+            }
+            let hashes = hashes.iter().map(|hash| *hash.as_bytes()).collect();
+            let about = Blocks { root: *root.as_bytes(), hashes, first };
+            let about = postcard::to_stdvec(&about)
+                .unwrap_or_else(|error| unreachable!("plain data always serialises: {error}"));
+            writer.blob(BLOCKS, &about)?;
+            let rows = blocks.len() as u32 * model.page_rows;
+            writer.commit(Manifest {
+                kind: ImageKind::Prefix,
+                uid,
+                created_unix: crate::control::now_unix(),
+                method: String::new(),
+                seed: 0,
+                lens: vec![rows; model.layers as usize],
+                tokens: rows,
+                pages: PageTable::full(vec![blocks.len() as u32; model.heads().unwrap_or(0)]),
+                blobs: Vec::new(),
+                label: String::new(),
+                model: model.clone(),
+            })?;
+            keeper.kept(id.clone());
+            Ok(Arc::new(id))
+        };
+        match written() {
+            Ok(image) => {
+                for hash in &hashes[first..] {
+                    // It may have gone from the host, and from the index, meanwhile.
+                    if let Ok(gone) = self.index().set_stored(hash, Arc::clone(&image)) {
+                        self.give_back(gone);
+                    }
+                }
+            }
+            Err(error) => tracing::warn!("a published prefix is on the host only: {error}"),
+        }
+    }
+
+    /// Erases images in which nothing lies any more. Pages go back as they are dropped.
+    fn give_back(&self, gone: Evictions<Arc<Block>>) {
+        let Some(keeper) = &self.keeper else { return };
+        for image in gone.images {
+            if let Err(error) = keeper.remove(&image) {
+                tracing::warn!("image {image} of a prefix that is gone stays: {error}");
+            }
+        }
+    }
+
+    /// The longest published prefix of these tokens, of this user's or everybody's, on the host; `None` if there is none.
+    ///
+    /// # Errors
+    /// No room, or an image that cannot be read: the prefix is forgotten then.
+    pub fn attach(
+        self: &Arc<Self>,
+        key: &PrefixKey,
+        uid: u32,
+        tokens: &[u32],
+    ) -> Result<Option<Arc<Attachment>>, PrefixFailure> {
+        let mut best: Option<(Scope, Handle, usize)> = None;
+        for scope in [Scope::Uid(uid), Scope::Shared] {
+            let root = self.root(key, scope);
+            let hashes = chain(root, tokens, key.model.page_rows as usize);
+            if hashes.is_empty() {
+                return Ok(None);
+            }
+            let mut index = self.index();
+            if let Some(found) = index.longest(root, &hashes)
+                && best.is_none_or(|(_, _, blocks)| blocks < found.blocks)
+            {
+                index.attach(found.handle)?;
+                if let Some((_, handle, _)) = best.replace((scope, found.handle, found.blocks)) {
+                    index.detach(handle)?;
+                }
+            }
+        }
+        let Some((scope, handle, _)) = best else { return Ok(None) };
+        // From here on, dropping lets go of it.
+        let mut attachment = Attachment { prefixes: Arc::clone(self), handle, blocks: Vec::new() };
+        let path: Vec<(BlockHash, Place<Arc<Block>>)> =
+            self.index().path(handle)?.into_iter().map(|(hash, place)| (hash, place.clone())).collect();
+        let mut images = Images { keeper: self.keeper.as_deref(), open: HashMap::new() };
+        for (hash, place) in path {
+            let block = match place.host() {
+                Some(block) => Arc::clone(block),
+                None => match self.bring(&mut images, scope, key, &hash, &place) {
+                    Ok(block) => block,
+                    Err(error) => {
+                        tracing::warn!("a published prefix cannot be brought back: {error}");
+                        drop(attachment);
+                        if !matches!(error, PrefixFailure::Memory(_)) {
+                            self.forget(&hash);
+                        }
+                        return Err(error);
+                    }
+                },
+            };
+            attachment.blocks.push(block);
+        }
+        Ok(Some(Arc::new(attachment)))
+    }
+
+    /// Reads a block's rows out of its image.
+    fn bring(
+        &self,
+        images: &mut Images<'_>,
+        scope: Scope,
+        key: &PrefixKey,
+        hash: &BlockHash,
+        place: &Place<Arc<Block>>,
+    ) -> Result<Arc<Block>, PrefixFailure> {
+        let (heads, page_bytes) = (key.model.heads().unwrap_or(0), key.model.page_bytes().unwrap_or(0));
+        let group = self.group(scope, page_bytes);
+        let pages = (0..heads).map(|_| group.take()).collect::<Result<Vec<_>, _>>()?;
+        let (Some(image), Some(keeper)) = (place.image(), images.keeper) else {
+            return Err(PrefixError::Gone.into());
+        };
+        let (reader, numbers) = images.of(keeper, image, &key.model)?;
+        let number = *numbers.get(hash).ok_or(PrefixError::Gone)?;
+        let count = numbers.len();
+        let mut bytes = vec![0; page_bytes];
+        for (head, page) in pages.iter().enumerate() {
+            reader.page(head * count + number, &mut bytes)?;
+            page.write(&bytes)?;
+        }
+        let block = Arc::new(Block(pages));
+        let gone = self.index().set_host(hash, Arc::clone(&block))?;
+        self.give_back(gone);
+        Ok(block)
+    }
+
+    fn forget(&self, hash: &BlockHash) {
+        let gone = self.index().forget(hash);
+        match gone {
+            Ok(gone) => self.give_back(gone),
+            Err(error) => tracing::debug!("a damaged prefix stays known: {error}"),
+        }
+    }
+
+    /// Takes note of the prefixes that images have.
+    fn load(&self, keeper: &Keeper) {
+        let (images, missing) = match keeper.list() {
+            Ok(list) => list,
+            Err(error) => {
+                tracing::warn!("published prefixes of before cannot be looked for: {error}");
+                return;
+            }
+        };
+        if let Some(error) = missing {
+            tracing::warn!("published prefixes of the remote store cannot be looked for: {error}");
+        }
+        let mut found = Vec::new();
+        for (summary, _) in images {
+            if !summary.content.as_ref().is_ok_and(|facts| facts.kind == ImageKind::Prefix) {
+                continue;
+            }
+            let read = keeper.open(&summary.id).and_then(|mut reader| {
+                let bytes =
+                    (reader.manifest().pages_bytes(), reader.manifest().pages.counts().first().copied());
+                Ok((reader.blob(BLOCKS)?, bytes))
+            });
+            match read {
+                Ok((blob, (bytes, Some(count)))) if count > 0 => {
+                    match postcard::from_bytes::<Blocks>(&blob) {
+                        Ok(about) if about.first + count as usize == about.hashes.len() => {
+                            found.push((Arc::new(summary.id), about, bytes / u64::from(count)));
+                        }
+                        _ => tracing::warn!("image {} of a prefix makes no sense", summary.id),
+                    }
+                }
+                Ok(_) => {}
+                Err(error) => tracing::warn!("image {} of a prefix cannot be read: {error}", summary.id),
+            }
+        }
+        // Those that others build on come first.
+        found.sort_by_key(|(_, about, _)| about.first);
+        let mut blocks = 0;
+        for (id, about, block_bytes) in found {
+            let hashes: Vec<BlockHash> = about.hashes.into_iter().map(BlockHash::from).collect();
+            let mut index = self.index();
+            let known = index.known(about.root.into(), &hashes);
+            if known < about.first || known == hashes.len() {
+                continue;
+            }
+            let places = (known..hashes.len()).map(|_| Place::Stored(Arc::clone(&id))).collect();
+            match index.publish(about.root.into(), &hashes, places, block_bytes) {
+                Ok(_) => blocks += hashes.len() - known,
+                Err(error) => tracing::warn!("image {id} of a prefix is not taken note of: {error}"),
+            }
+        }
+        tracing::info!(blocks, "published prefixes of before are known");
+    }
+}
+
+fn image_of(last: &BlockHash) -> Result<ImageId, StoreError> {
+    let id = format!("prefix.{last}");
+    id.parse().map_err(|error: crate::tiers::store::IdError| StoreError::Io {
+        doing: "name",
+        path: id.into(),
+        source: std::io::Error::other(error),
+    })
+}
+
+/// Images that are read from, opened once each.
+struct Images<'a> {
+    keeper: Option<&'a Keeper>,
+    open: HashMap<ImageId, (Box<dyn crate::tiers::store::ImageReader>, HashMap<BlockHash, usize>)>,
+}
+
+impl Images<'_> {
+    /// An image's reader, and the numbers of its blocks.
+    #[allow(clippy::type_complexity)]
+    fn of(
+        &mut self,
+        keeper: &Keeper,
+        id: &Arc<ImageId>,
+        model: &ModelKey,
+    ) -> Result<&mut (Box<dyn crate::tiers::store::ImageReader>, HashMap<BlockHash, usize>), PrefixFailure>
+    {
+        use std::collections::hash_map::Entry;
+        match self.open.entry((**id).clone()) {
+            Entry::Occupied(open) => Ok(open.into_mut()),
+            Entry::Vacant(place) => {
+                let mut reader = keeper.open(id)?;
+                reader.manifest().expect(id, ImageKind::Prefix, model)?;
+                let blob = reader.blob(BLOCKS)?;
+                let about: Blocks = postcard::from_bytes(&blob).map_err(|_| PrefixError::Gone)?;
+                let counts = reader.manifest().pages.counts();
+                let count = about.hashes.len().saturating_sub(about.first);
+                if counts.iter().any(|pages| *pages as usize != count) {
+                    return Err(PrefixError::Gone.into());
+                }
+                let own = about.hashes.into_iter().skip(about.first).map(BlockHash::from);
+                let numbers = own.enumerate().map(|(number, hash)| (hash, number)).collect();
+                Ok(place.insert((reader, numbers)))
+            }
+        }
+    }
+}
+
+/// A salt that nobody else knows.
+#[must_use]
+pub fn fresh_salt() -> Vec<u8> {
+    use std::hash::{BuildHasher, Hasher};
+    use std::io::Read;
+    let mut salt = vec![0; 32];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut salt));
+    if read.is_ok() {
+        return salt;
+    }
+    // The standard library's hasher keys are random too.
+    let random = |_| std::collections::hash_map::RandomState::new().build_hasher().finish().to_le_bytes();
+    (0..4).flat_map(random).collect()
+}

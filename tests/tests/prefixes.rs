@@ -1,0 +1,231 @@
+//! Published prefixes: sequences of other sessions begin with them, read them where they lie, and cannot write to them.
+
+use std::path::Path;
+
+use kvoyant_client::{Client, Hint, Model, ModelSpec, Options, SelectedBy, Sequence};
+use kvoyant_tests::noisy::{QUERY, noise, noisy, tokens_of};
+use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
+use nix::sys::signal::Signal;
+
+const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
+const PAGE: usize = 32;
+
+fn text(seed: u32, tokens: usize) -> Vec<u32> {
+    (0..tokens as u32).map(|i| i.wrapping_mul(2_654_435_761).rotate_left(7) ^ seed).collect()
+}
+
+fn fill(model: &Model, sequence: &Sequence, seed: usize, tokens: usize) {
+    model.reserve(&[(sequence, tokens)]).unwrap();
+    fake::fill(model, sequence, seed, tokens).unwrap();
+}
+
+fn check(model: &Model, sequence: &Sequence, tokens: std::ops::Range<usize>, seed: usize) {
+    let mut rows = vec![0; 2 * fake::HEAD_DIM * 4 * tokens.len()];
+    for layer in 0..fake::LAYERS {
+        let lease = model.fetch(layer, &[(sequence, sequence.tokens())]).unwrap().wait(PATIENCE).unwrap();
+        for head in 0..fake::KV_HEADS {
+            sequence.read_rows(layer, head, tokens.clone(), &mut rows).unwrap();
+            for (token, row) in tokens.clone().zip(rows.chunks_exact(2 * fake::HEAD_DIM * 4)) {
+                let wanted: Vec<u8> =
+                    fake::row(seed, layer, head, token).into_iter().flat_map(f32::to_le_bytes).collect();
+                assert_eq!(row, wanted, "layer {layer} head {head} token {token}");
+            }
+        }
+        drop(lease);
+    }
+}
+
+fn attach(model: &Model, tokens: &[u32]) -> Sequence {
+    model.attach(0, tokens, SelectedBy::Lane).unwrap()
+}
+
+#[test]
+fn the_longest_prefix_is_attached_read_and_left_alone_by_whoever_goes_on_from_it() {
+    for flags in [&["--in-place", "true"][..], &[]] {
+        let daemon = Daemon::start(DAEMON, flags);
+        let (one, two) = (fake::connect(&daemon, &["given"]), fake::connect(&daemon, &["given"]));
+        let tokens = text(1, 500);
+        assert_eq!(attach(&two, &tokens).tokens(), 0, "nothing is published yet");
+        let published = one.open(0, 0).unwrap();
+        fill(&one, &published, 5, 500);
+        assert_eq!(one.publish(&published, &tokens, false).unwrap(), 480, "whole pages only");
+        assert_eq!(one.publish(&published, &tokens, false).unwrap(), 480, "once more changes nothing");
+        drop(published);
+
+        let first = attach(&two, &tokens);
+        assert_eq!((first.tokens(), first.room()), (480, 480));
+        check(&two, &first, 0..480, 5);
+        // Another text that begins alike, and goes on as it likes.
+        let mut other = tokens.clone();
+        other[300] ^= 1;
+        let second = attach(&one, &other);
+        assert_eq!(second.tokens(), 288);
+        fill(&one, &second, 8, 700);
+        check(&one, &second, 0..288, 5);
+        check(&one, &second, 288..700, 8);
+        // Cut within the prefix and written anew: only this sequence changes.
+        second.truncate(100).unwrap();
+        fill(&one, &second, 9, 300);
+        check(&one, &second, 0..100, 5);
+        check(&one, &second, 100..300, 9);
+        check(&two, &first, 0..480, 5);
+        let ids: Vec<u32> = (0..fake::KV_HEADS).flat_map(|_| [3, 40, 99, 260]).collect();
+        for (model, sequence, seed) in [(&two, &first, 5), (&one, &second, 9)] {
+            let ready = fake::ask_with(model, sequence, 1, Hint::Ids(&ids));
+            let mut bytes = Vec::new();
+            ready.copy_rows(0, 1, &mut bytes).unwrap();
+            let last: Vec<u8> = fake::row(seed, 1, 1, 260).into_iter().flat_map(f32::to_le_bytes).collect();
+            assert_eq!(bytes[2 * 256..], last);
+        }
+        let fork = first.fork(None).unwrap();
+        drop(first);
+        check(&two, &fork, 0..480, 5);
+        fill(&two, &fork, 7, 600);
+        check(&two, &fork, 0..480, 5);
+        check(&two, &fork, 480..600, 7);
+        // A prompt that is published as a whole still leaves a token to compute.
+        assert_eq!(attach(&two, &tokens[..480]).tokens(), 448);
+    }
+}
+
+#[test]
+fn nothing_else_than_the_same_text_and_model_is_attached() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    let model = fake::connect(&daemon, &["full"]);
+    let tokens = text(2, 200);
+    let sequence = model.open(0, 0).unwrap();
+    fill(&model, &sequence, 5, 200);
+    assert_eq!(model.publish(&sequence, &tokens, true).unwrap(), 192);
+    for change in [
+        |spec: &mut ModelSpec| spec.fingerprint = "1".repeat(32),
+        |spec: &mut ModelSpec| spec.rope = "other".into(),
+        |spec: &mut ModelSpec| spec.adapter = "lora".into(),
+        |spec: &mut ModelSpec| spec.page_rows = 64,
+    ] {
+        let mut spec = fake::spec(&["full"]);
+        change(&mut spec);
+        let client = Client::connect(&daemon.socket(), Options::default()).unwrap();
+        let stranger = client.register(spec, &[]).unwrap();
+        assert_eq!(stranger.attach(0, &tokens, SelectedBy::Lane).unwrap().tokens(), 0);
+    }
+    let mut other = tokens.clone();
+    other[0] ^= 1;
+    assert_eq!(attach(&model, &other).tokens(), 0);
+    assert_eq!(attach(&model, &tokens[..33]).tokens(), 32);
+    assert_eq!(attach(&model, &tokens[..32]).tokens(), 0);
+    assert_eq!(attach(&model, &[]).tokens(), 0);
+    assert!(model.attach(9, &tokens, SelectedBy::Lane).is_err());
+    // More tokens than there are rows of are not published.
+    assert_eq!(model.publish(&sequence, &text(2, 5000), false).unwrap(), 192);
+}
+
+#[test]
+fn methods_select_from_an_attached_prefix_what_they_select_from_rows_of_their_own() {
+    for in_place in ["true", "false"] {
+        let daemon = Daemon::start(DAEMON, &["--in-place", in_place]);
+        for (seed, method) in
+            ["quest:budget=5%,hint=current", "kvoyant:budget=5%", "oracle:budget=5%", "louver"]
+                .iter()
+                .enumerate()
+        {
+            let model = fake::connect(&daemon, &[method]);
+            let own = noisy(&model, 960);
+            let tokens = text(seed as u32, 961);
+            assert_eq!(model.publish(&own, &tokens, false).unwrap(), 960);
+            let attached = attach(&model, &tokens);
+            assert_eq!(attached.tokens(), 960);
+            for layer in 1..fake::LAYERS {
+                let query = noise(QUERY, layer);
+                let of = |sequence| {
+                    let ready = fake::ask_with(&model, sequence, layer, Hint::Query(&query));
+                    (0..fake::KV_HEADS).map(|head| tokens_of(&ready, head)).collect::<Vec<_>>()
+                };
+                assert_eq!(of(&attached), of(&own), "{method}");
+            }
+        }
+    }
+}
+
+#[test]
+fn prefixes_that_nobody_uses_give_way_and_those_that_somebody_reads_do_not() {
+    // One extent of 64 MiB for prefixes; a text of 9,000 tokens has 13 MiB.
+    let daemon = Daemon::start(DAEMON, &["--prefixes", "64MiB"]);
+    let model = fake::connect(&daemon, &["given"]);
+    let publish = |seed: u32| {
+        let sequence = model.open(0, 0).unwrap();
+        fill(&model, &sequence, seed as usize, 9000);
+        model.publish(&sequence, &text(seed, 9001), false)
+    };
+    publish(1).unwrap();
+    let used = attach(&model, &text(1, 9001));
+    for seed in 2..9 {
+        publish(seed).unwrap();
+    }
+    assert_eq!(attach(&model, &text(1, 9001)).tokens(), 8992, "it is being read");
+    assert_eq!(attach(&model, &text(8, 9001)).tokens(), 8992, "it is the newest");
+    assert_eq!(attach(&model, &text(2, 9001)).tokens(), 0, "it was used longest ago");
+    check(&model, &used, 0..8992, 1);
+    let arena = daemon.status().arena;
+    assert!(arena.used_bytes <= arena.total_bytes, "{arena:?}");
+    drop((used, model));
+    daemon.wait_for("the session to end", |status| status.sessions.is_empty());
+}
+
+fn start(store: &Path, flags: &[&str]) -> Daemon {
+    let store = store.display().to_string();
+    let mut all = vec!["--store", &store];
+    all.extend(flags);
+    Daemon::start(DAEMON, &all)
+}
+
+#[test]
+fn prefixes_are_found_again_after_a_restart_and_on_another_node_if_they_are_for_everybody() {
+    let (here, there, remote) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let url = format!("file://{}", remote.path().display());
+    let daemon = start(here.path(), &["--remote", &url]);
+    let model = fake::connect(&daemon, &["given"]);
+    for (seed, shared) in [(1, false), (2, true)] {
+        let sequence = model.open(0, 0).unwrap();
+        fill(&model, &sequence, seed, 300);
+        model.publish(&sequence, &text(seed as u32, 300), shared).unwrap();
+        // One that goes on from it, of which only what is new is kept.
+        fill(&model, &sequence, seed, 600);
+        model.publish(&sequence, &text(seed as u32, 600), shared).unwrap();
+    }
+    let images = |folder: &Path| {
+        std::fs::read_dir(folder)
+            .map(|list| {
+                list.filter_map(Result::ok)
+                    .filter(|e| e.file_name().to_string_lossy().starts_with("prefix"))
+                    .count()
+            })
+            .unwrap_or(0)
+    };
+    wait_until("the images to be written and copied", || {
+        images(here.path()) == 4 && images(remote.path()) == 4
+    });
+    let (end, words) = daemon.end(Signal::SIGTERM);
+    assert!(end.success(), "{words}");
+    for (folder, remote, both) in [(here.path(), "", true), (there.path(), url.as_str(), false)] {
+        let flags = if remote.is_empty() { Vec::new() } else { vec!["--remote", remote] };
+        let daemon = start(folder, &flags);
+        let model = fake::connect(&daemon, &["given"]);
+        let mut found = attach(&model, &text(2, 601));
+        wait_until("prefixes of before to be known", || {
+            found = attach(&model, &text(2, 601));
+            found.tokens() > 0
+        });
+        assert_eq!(found.tokens(), 600 / PAGE * PAGE);
+        check(&model, &found, 0..576, 2);
+        let own = attach(&model, &text(1, 601));
+        assert_eq!(
+            own.tokens(),
+            if both { 576 } else { 0 },
+            "what is a user's alone is not told by its hash"
+        );
+        if both {
+            check(&model, &own, 0..576, 1);
+        }
+    }
+}
