@@ -75,6 +75,10 @@ pub struct Flags {
     #[arg(long, value_name = "HOW")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spill_engine: Option<String>,
+    /// How much of a sequence's rows a head may keep on the device, in percent, beside those selected
+    #[arg(long, value_name = "PERCENT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_percent: Option<f64>,
     /// How much of a session's KV may be in host memory at a time, in percent; the rest goes to `spill`
     #[arg(long, value_name = "PERCENT")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -63,6 +63,8 @@ pub struct Config {
     pub spill_bytes: ByteSize,
     /// How it is read and written: `auto`, `uring` or `psync`.
     pub spill_engine: String,
+    /// How much of a sequence's rows a head may keep on the device, in percent, selected ones aside, which always have room.
+    pub device_percent: f64,
     /// How much of a session's KV may be in host memory at a time where there is `spill`, in percent. What needs more at once gets it.
     pub host_percent: f64,
     /// Folder of images: suspended sequences and published prefixes, which outlive the daemon; empty: none are kept.
@@ -196,6 +198,7 @@ impl Default for Config {
             spill: Vec::new(),
             spill_bytes: ByteSize::gib(16),
             spill_engine: "auto".into(),
+            device_percent: 100.0,
             host_percent: 100.0,
             store: PathBuf::new(),
             prefixes: ByteSize(0),
@@ -299,6 +302,9 @@ impl Config {
             );
         }
         one_of("spill_engine", &self.spill_engine, &["auto", "uring", "psync"])?;
+        if !(0.0..=100.0).contains(&self.device_percent) {
+            return bad("device_percent", self.device_percent.to_string(), "it must be 0 to 100");
+        }
         if !(self.host_percent > 0.0 && self.host_percent <= 100.0) {
             return bad(
                 "host_percent",

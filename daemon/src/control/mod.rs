@@ -494,7 +494,11 @@ async fn register(
     }
     let (extents, device) = (plane.pool.supply(session.status.uid), Arc::clone(&plane.device));
     let sequences_max = session.sequences_max;
-    let placement = Placement { keep: plane.config.keep, spill: plane.spill.clone() };
+    let placement = Placement {
+        keep: plane.config.keep,
+        device_share: plane.config.device_percent / 100.0,
+        spill: plane.spill.clone(),
+    };
     let default = plane.config.slab.as_u64();
     let asked = match (spec.slab_bytes, plane.device.mode()) {
         (0, _) => default,

@@ -138,10 +138,11 @@ impl ModelState {
         background: &mut Background,
     ) -> Result<(), Status> {
         let before = background.answer.bytes;
+        let tokens = self.sequence(id).map_or(0, |sequence| sequence.lens[layer] as usize);
         self.make_room(self.pages_short(slots), Turn { ticket: 0, released_through, room: None });
         let mut result = Ok(());
         for (head, set) in slots.heads.iter_mut().enumerate() {
-            let keep = (self.buffers.selection.rows(head) as f64 * self.keep) as usize;
+            let keep = self.kept_rows(self.buffers.selection.rows(head), tokens);
             result = result.and(self.place_head(id, layer, head, set, keep, evict, &mut background.answer));
             set.hold();
         }

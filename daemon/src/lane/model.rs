@@ -113,6 +113,8 @@ pub struct Buffers {
 pub struct Placement {
     /// How many times as many rows as are selected a head keeps on the device.
     pub keep: f64,
+    /// The part of a sequence's rows that a head may keep there besides, within `[0, 1]`.
+    pub device_share: f64,
     /// Where pages go that leave host memory; `None`: they stay.
     pub spill: Option<SpillTo>,
 }
@@ -154,6 +156,8 @@ pub struct ModelState {
     pub memory: Arc<SessionMemory>,
     /// How many times as many rows as are selected a head keeps on the device.
     pub keep: f64,
+    /// The part of a sequence's rows that a head may keep there, selected ones aside.
+    pub device_share: f64,
     /// Whether answers may have partial attentions of the CPU.
     pub attends: bool,
     /// Whether answers may estimate the rows that they leave out.
@@ -180,7 +184,7 @@ impl ModelState {
         extents: Supply,
         device: &dyn Device,
         slab: SlabRequest,
-        Placement { keep, spill }: Placement,
+        Placement { keep, device_share, spill }: Placement,
     ) -> Result<Self, Failure> {
         let (shape, layout) = shape_of(&spec)?;
         let row_bytes = row_bytes_of(layout)?;
@@ -266,6 +270,7 @@ impl ModelState {
             spill: spill.map(|to| SpillState::new(to, geometry.page_bytes())),
             memory,
             keep,
+            device_share,
             attends,
             estimating,
             planned: VecDeque::new(),

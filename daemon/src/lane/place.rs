@@ -64,7 +64,7 @@ impl ModelState {
         let mut result = Ok(());
         for (kv_head, set) in slots.heads.iter_mut().enumerate() {
             let wanted: usize = self.buffers.selection.rows(kv_head);
-            let keep = (wanted as f64 * self.keep) as usize;
+            let keep = self.kept_rows(wanted, tokens);
             result = result.and(self.place_head(id, layer, kv_head, set, keep, evict, answer));
             answer.resident = answer.resident.saturating_add(set.resident() as u32);
         }
@@ -74,6 +74,12 @@ impl ModelState {
         }
         self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer] = slots;
         result
+    }
+
+    /// Rows of a sequence of so many tokens that a head may keep on the device, where so many are wanted.
+    pub(super) fn kept_rows(&self, wanted: usize, tokens: usize) -> usize {
+        let most = (tokens as f64 * self.device_share) as usize;
+        ((wanted as f64 * self.keep) as usize).min(most).max(wanted)
     }
 
     /// Slab pages that the selection needs beyond what its heads have.

@@ -23,6 +23,7 @@ mod chunk;
 mod device;
 mod feedback;
 mod here;
+mod kept;
 mod lease;
 mod measure;
 mod options;

@@ -54,6 +54,12 @@ impl DaemonSequence {
         }
     }
 
+    /// As an image has it: all its tokens are committed, and statistics of its prompt have been sent.
+    pub(super) fn resumed(inner: Sequence, method: usize, layers: usize) -> Self {
+        let tokens = inner.tokens();
+        Self { tokens, sums: None, reported: tokens, ..Self::new(inner, method, layers) }
+    }
+
     /// Tokens that are committed.
     #[must_use]
     pub fn tokens(&self) -> usize {
