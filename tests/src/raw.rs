@@ -112,6 +112,12 @@ impl Raw {
         let _ = packet::send(self.socket.as_fd(), bytes, &[]);
     }
 
+    /// Sends bytes with descriptors beside them.
+    pub fn say_with(&mut self, bytes: &[u8], fds: &[OwnedFd]) {
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        let _ = packet::send(self.socket.as_fd(), bytes, &fds);
+    }
+
     /// The next message, memory left out. An error if the daemon has closed.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use kvoyant_protocol::control::{Failure, SelectedBy, ToClient, ToDaemon};
+use kvoyant_protocol::control::{Failure, Mode, SelectedBy, ToClient, ToDaemon};
 use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::wire::SequenceId;
 
@@ -51,6 +51,11 @@ pub(super) struct Publish {
 
 /// Publishes the full pages of a sequence's first tokens.
 pub(super) async fn publish(plane: &Plane, session: &Session, asked: Publish) -> Result<ToClient, Stop> {
+    if plane.device.mode() == Mode::Device {
+        // Its copies come from extents that its driver knows.
+        let device = plane.device.name();
+        return Err(Failure::Device(format!("{device} does not serve published prefixes yet")).into());
+    }
     let sequence = asked.sequence;
     let published = copy(plane, session, asked).await;
     let released = image(plane, session, ImageRequest::Release(sequence)).await;
@@ -132,6 +137,10 @@ pub(super) async fn attach(
     let ToAttach { method, by, tokens, fds } = asked;
     let key = key_of(session)?;
     let (tokens, uid) = (tokens_of(tokens, fds)?, session.status.uid);
+    if plane.device.mode() == Mode::Device {
+        let (sequence, table, room) = open(plane, socket, session, method, by).await?;
+        return Ok(ToClient::Resumed { sequence, table, room, tokens: 0, method });
+    }
     let prefixes = plane.prefixes();
     let found = blocking(move || prefixes.attach(&key, uid, &tokens).map_err(|error| failed(&error))).await;
     let prefix = match found {

@@ -111,8 +111,13 @@ impl Ending {
 
     /// Waits until the session has to end, and says why.
     pub async fn ended(&self) -> String {
-        self.notify.notified().await;
-        self.reason.get().cloned().unwrap_or_default()
+        loop {
+            // Whoever asks again is told again.
+            if let Some(reason) = self.reason.get() {
+                return reason.clone();
+            }
+            self.notify.notified().await;
+        }
     }
 }
 
