@@ -402,6 +402,15 @@ pub(crate) struct RunArgs {
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// Begin with the longest published prefix of the prompt, and publish its own: for this user, or for all
+    #[arg(long, value_enum, value_name = "FOR", requires = "socket", conflicts_with_all = ["resume", "attention"])]
+    pub(crate) share_prefix: Option<ShareFor>,
+    /// Go on from a suspended sequence: the prompt comes behind what it has
+    #[arg(long, value_name = "IMAGE", requires = "socket", conflicts_with = "attention")]
+    pub(crate) resume: Option<String>,
+    /// Suspend the sequence under this name once it has answered; one that was resumed by it is replaced
+    #[arg(long, value_name = "IMAGE", requires = "socket", conflicts_with = "attention")]
+    pub(crate) suspend: Option<String>,
     /// Say on stderr where each token's time went
     #[arg(long)]
     pub(crate) stats: bool,
@@ -411,6 +420,15 @@ pub(crate) struct RunArgs {
     /// The daemon that it starts
     #[command(flatten)]
     pub(crate) daemon: OwnDaemonArgs,
+}
+
+/// For whom a prefix is published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ShareFor {
+    /// For sessions of the same user.
+    Own,
+    /// For sessions of every user.
+    All,
 }
 
 /// Who selects rows that are read in place.

@@ -31,7 +31,9 @@ impl Daemon {
     fn start(home: &Path) -> (Self, PathBuf, PathBuf) {
         let (socket, admin) = (home.join("d.sock"), home.join("a.sock"));
         let child = kvoyant(home)
-            .args(["serve", "--config", "/dev/null", "--arena", "256MiB", "--slab", "8MiB", "--socket"])
+            .args(["serve", "--config", "/dev/null", "--arena", "256MiB", "--slab", "8MiB", "--store"])
+            .arg(home.join("images"))
+            .arg("--socket")
             .arg(&socket)
             .arg("--admin-socket")
             .arg(&admin)
@@ -192,6 +194,59 @@ fn run_speaks_to_a_daemon_that_is_there_and_status_shows_it() {
     let (code, out, _) = run(kvoyant(home.path()).args(["status", "--admin"]).arg(&admin));
     assert_eq!(code, Some(0));
     assert!(out.contains("arena") && out.contains("256.00 MiB"), "{out}");
+}
+
+#[test]
+fn a_tenth_of_the_kv_in_host_memory_answers_as_all_of_it_does() {
+    let home = tempfile::tempdir().unwrap();
+    let all = answer(home.path(), &["--method", "full"]);
+    for more in [&[][..], &["--in-place"]] {
+        let arguments: Vec<&str> =
+            ["--method", "full", "--host-budget", "10%"].iter().chain(more).copied().collect();
+        assert_eq!(answer(home.path(), &arguments), all);
+    }
+    for bad in ["0", "101%", "many"] {
+        let (code, _, err) = run(kvoyant(home.path()).args(["demo", "--host-budget", bad]));
+        assert_eq!(code, Some(2));
+        assert!(err.contains("10%"), "{err}");
+    }
+}
+
+#[test]
+fn prompts_that_begin_alike_share_their_rows_and_conversations_outlast_their_sessions() {
+    let home = tempfile::tempdir().unwrap();
+    let (_daemon, socket, _) = Daemon::start(home.path());
+    let socket = socket.to_str().unwrap();
+    let full = ["--method", "full", "--socket", socket];
+    let plain = answer(home.path(), &full);
+    let shared: Vec<&str> = full.iter().chain(&["--share-prefix", "own", "--stats"]).copied().collect();
+    let prompt = "The harbour was quiet. ".repeat(20);
+    let ask = |arguments: &[&str], prompt: &str| {
+        let always = ["run", "--model", "tiny", "--max-tokens", "24", "--prompt", prompt];
+        let (code, out, err) = run(kvoyant(home.path()).args(always).args(arguments));
+        assert_eq!(code, Some(0), "{arguments:?}: {err}");
+        (out, err)
+    };
+    let (first, said) = ask(&shared, &prompt);
+    assert!(first == plain && said.contains("0 of "), "{said}");
+    let (second, said) = ask(&shared, &prompt);
+    assert_eq!(second, plain, "attached rows are the same rows");
+    let attached: usize = said.split(" of ").next().unwrap().lines().last().unwrap().trim().parse().unwrap();
+    assert!(attached >= 32, "{said}");
+
+    let keep: Vec<&str> = full.iter().chain(&["--raw", "--suspend", "talk"]).copied().collect();
+    let (_, _) = ask(&keep, "Once upon a time ");
+    let go_on: Vec<&str> = keep.iter().chain(&["--resume", "talk"]).copied().collect();
+    let (more, _) = ask(&go_on, "and then ");
+    let (again, _) = ask(&go_on, "and then ");
+    assert!(!more.is_empty() && !again.is_empty());
+    let always = ["run", "--model", "tiny", "--max-tokens", "4", "--prompt", "x"];
+    let (code, _, err) = run(kvoyant(home.path()).args(always).args(full).args(["--resume", "nothing"]));
+    assert_eq!(code, Some(1));
+    assert!(err.contains("nothing"), "{err}");
+    let (code, _, err) = run(kvoyant(home.path()).args(always).args(["--suspend", "x"]));
+    assert_eq!(code, Some(2), "{err}");
+    assert!(err.contains("--socket"), "{err}");
 }
 
 #[test]

@@ -126,7 +126,9 @@ pub fn generate<B: KvBackend>(
                 // The token of the step is the answer's last one, and not among them yet.
                 let before = answer.tokens.len() - 1;
                 let made: Vec<u32> = prompt.iter().chain(&answer.tokens[..before]).copied().collect();
-                if decoder.refill(backend, sequence, &made)? == 0 {
+                // Of a sequence that began before this prompt nobody knows what to compute again.
+                let known = made.len() == backend.tokens(sequence);
+                if !known || decoder.refill(backend, sequence, &made)? == 0 {
                     return Err(error.into());
                 }
                 decoder.step(backend, &mut [&mut *sequence], &[token])?

@@ -8,16 +8,16 @@ use std::io::{self, Write};
 use std::ops::ControlFlow;
 
 use kvoyant_engine::{
-    DaemonError, DaemonKv, Decoder, DecoderOptions, DenseKv, FormatError, ForwardError, GenerateError,
-    GenerateOptions, KvBackend, KvShape, Logits, Model, PrefillOptions, Prompt, Sampler, SamplerOptions,
-    StopReason, generate,
+    DaemonError, DaemonKv, DaemonSequence, Decoder, DecoderOptions, DenseKv, FormatError, ForwardError,
+    GenerateError, GenerateOptions, KvBackend, KvShape, Logits, Model, PrefillOptions, Prompt, Sampler,
+    SamplerOptions, StopReason, generate,
 };
 use kvoyant_methods::infinigen::{Amount, InfinigenSpec};
 use kvoyant_methods::{MethodError, MethodSpec};
 
 use self::prompt::PromptError;
 use self::stats::Times;
-use crate::args::{Attention, Prefill, RunArgs};
+use crate::args::{Attention, Prefill, RunArgs, ShareFor};
 use crate::artifact_cache::ArtifactError;
 use crate::model::{self, ModelError};
 use crate::private_daemon::{self, PrivateDaemon};
@@ -104,7 +104,15 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
         shape.check()?;
         let mut kv = DenseKv::new(shape);
         let mut sequence = kv.sequence();
-        let times = answer(args, &mut decoder, &mut kv, &mut sequence, (&tokens, |_| ()), progress)?;
+        let read = Reading { tokens: &tokens, begun: 0 };
+        let times = answer(
+            args,
+            &mut decoder,
+            &mut kv,
+            &mut sequence,
+            (read, |_: &mut DenseKv, _: &_| Ok(())),
+            progress,
+        )?;
         if args.stats {
             stats::print(&times, None);
         }
@@ -133,12 +141,28 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
         }
     };
     let mut decoder = Decoder::new(model.clone(), options);
-    let mut sequence = kv.sequence(0).map_err(SessionError::from)?;
-    // What a sparse prefill cost is not the steps'.
-    let read = |kv: &mut DaemonKv| {
-        kv.take_stats();
+    let sequence = match (&args.resume, args.share_prefix) {
+        (Some(image), _) => kv.resume(image, Some(0)),
+        (None, Some(_)) => kv.attach(0, &tokens),
+        (None, None) => kv.sequence(0),
     };
-    let times = answer(args, &mut decoder, &mut kv, &mut sequence, (&tokens, read), progress)?;
+    let mut sequence = sequence.map_err(SessionError::from)?;
+    // What has been attached to is a part of the prompt, and what was resumed comes before it.
+    let begun = if args.resume.is_some() { 0 } else { sequence.tokens() };
+    if args.share_prefix.is_some() && args.stats {
+        eprintln!("{begun} of {} tokens of the prompt were published before", tokens.len());
+    }
+    let publish = args.share_prefix.map(|share| share == ShareFor::All);
+    let read = |kv: &mut DaemonKv, sequence: &DaemonSequence| {
+        // What a sparse prefill cost is not the steps'.
+        kv.take_stats();
+        publish.map_or(Ok(()), |shared| kv.publish(sequence, &tokens, shared).map(drop))
+    };
+    let reading = Reading { tokens: &tokens, begun };
+    let times = answer(args, &mut decoder, &mut kv, &mut sequence, (reading, read), progress)?;
+    if let Some(image) = &args.suspend {
+        kv.suspend(sequence, image, args.resume.as_ref() == Some(image)).map_err(SessionError::from)?;
+    }
     if args.stats {
         let held = kv.shape().token_bytes();
         stats::print(&times, Some((&method, kv.take_stats(), held)));
@@ -174,13 +198,23 @@ fn serve_arguments(args: &RunArgs, model: &Model, most: usize) -> Vec<String> {
     all
 }
 
+/// A prompt, and how much of it is there already.
+#[derive(Clone, Copy, Debug)]
+struct Reading<'a> {
+    tokens: &'a [u32],
+    begun: usize,
+}
+
 /// Reads the prompt, says so to `read`, and writes the answer.
 fn answer<B: KvBackend>(
     args: &RunArgs,
     decoder: &mut Decoder,
     kv: &mut B,
     sequence: &mut B::Sequence,
-    (tokens, read): (&[u32], impl FnOnce(&mut B)),
+    (Reading { tokens, begun }, read): (
+        Reading<'_>,
+        impl FnOnce(&mut B, &B::Sequence) -> Result<(), B::Error>,
+    ),
     progress: Progress,
 ) -> Result<Times, AnswerError<B::Error>> {
     let mut times = Times::new(tokens.len());
@@ -191,10 +225,10 @@ fn answer<B: KvBackend>(
     };
     let options =
         PrefillOptions { logits: Logits::Last, progress: Some(&mut report), ..PrefillOptions::default() };
-    let logits = decoder.prefill(kv, sequence, tokens, options)?;
+    let logits = decoder.prefill(kv, sequence, &tokens[begun..], options)?;
     times.read();
     drop(step);
-    read(kv);
+    read(kv, sequence).map_err(ForwardError::from)?;
 
     let mut sampler = Sampler::new(SamplerOptions {
         temperature: args.temperature.unwrap_or(0.0) as f32,
