@@ -5,8 +5,9 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
@@ -18,15 +19,16 @@ use crate::tiers::store::{
 /// How long a remote store that did not answer is left alone.
 const AGAIN_AFTER: Duration = Duration::from_secs(15);
 
-/// How often a copy is tried.
-const TRIES: u32 = 20;
+/// How often a copy is tried: for a day.
+const TRIES: u32 = 24 * 240;
 
 /// What writers that died have left remotely is removed after so long.
 const LEFTOVERS: Duration = Duration::from_secs(24 * 3600);
 
 #[derive(Debug)]
 enum Order {
-    Copy(ImageId),
+    /// Whether it may take the place of another one.
+    Copy(ImageId, bool),
     Stop,
 }
 
@@ -36,6 +38,7 @@ pub struct Keeper {
     local: Arc<LocalStore>,
     remote: Option<Arc<dyn ImageStore>>,
     orders: Sender<Order>,
+    stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -51,18 +54,19 @@ impl Keeper {
             url => Some(Arc::from(connect(url, RemoteOptions::default())?)),
         };
         let (orders, inbox) = unbounded();
+        let stop = Arc::new(AtomicBool::new(false));
         let thread = remote.clone().map(|remote| {
-            let local = Arc::clone(&local);
+            let (local, stop) = (Arc::clone(&local), Arc::clone(&stop));
             std::thread::Builder::new()
                 .name("keeper".into())
-                .spawn(move || copy_loop(&local, &*remote, &inbox))
+                .spawn(move || copy_loop(&local, &*remote, &inbox, &stop))
         });
         let thread = thread.transpose().map_err(|source| StoreError::Io {
             doing: "start a thread for",
             path: folder.to_path_buf(),
             source,
         })?;
-        Ok(Self { local, remote, orders, thread })
+        Ok(Self { local, remote, orders, stop, thread })
     }
 
     /// What hashes of users' prefixes are salted with: made once for the folder, so that prefixes are found again after a restart.
@@ -103,11 +107,12 @@ impl Keeper {
         self.local.create(id, overwrite)
     }
 
-    /// An image has been kept in the folder: it is copied to the remote store.
-    pub fn kept(&self, id: ImageId) {
+    /// An image has been kept in the folder: it is copied to the remote store, in the place of another one of that name if it may
+    /// `overwrite`.
+    pub fn kept(&self, id: ImageId, overwrite: bool) {
         if self.remote.is_some() {
             // The thread lives as long as this.
-            let _ = self.orders.send(Order::Copy(id));
+            let _ = self.orders.send(Order::Copy(id, overwrite));
         }
     }
 
@@ -151,7 +156,10 @@ impl Keeper {
     /// The stores'.
     pub fn bring(&self, id: &ImageId) -> Result<ImageSummary, StoreError> {
         match (self.local.open(id), &self.remote) {
-            (Err(StoreError::NotFound { .. }), Some(remote)) => copy(remote.open(id)?, &*self.local, id),
+            (Err(StoreError::NotFound { .. }), Some(remote)) => {
+                let copied = copy(remote.open(id)?, &*self.local, (id, true), &self.stop)?;
+                copied.ok_or_else(|| StoreError::NotFound { store: self.local.name().into(), id: id.clone() })
+            }
             (opened, _) => {
                 let mut reader = opened?;
                 check(&mut *reader)?;
@@ -180,6 +188,7 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
         let _ = self.orders.send(Order::Stop);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -209,12 +218,16 @@ fn check(reader: &mut dyn ImageReader) -> Result<(), StoreError> {
 fn copy(
     mut from: Box<dyn ImageReader>,
     to: &dyn ImageStore,
-    id: &ImageId,
-) -> Result<ImageSummary, StoreError> {
+    (id, overwrite): (&ImageId, bool),
+    stop: &AtomicBool,
+) -> Result<Option<ImageSummary>, StoreError> {
     let manifest = from.manifest().clone();
-    let mut writer = to.create(id, true)?;
+    let mut writer = to.create(id, overwrite)?;
     let mut page = vec![0; manifest.page_bytes()];
     for index in 0..manifest.pages.present() {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         from.page(index, &mut page)?;
         writer.page(&page)?;
     }
@@ -222,43 +235,71 @@ fn copy(
         let bytes = from.blob(&entry.name)?;
         writer.blob(&entry.name, &bytes)?;
     }
-    writer.commit(crate::tiers::store::Manifest { blobs: Vec::new(), ..manifest })
+    writer.commit(crate::tiers::store::Manifest { blobs: Vec::new(), ..manifest }).map(Some)
+}
+
+/// An image that is to be copied.
+struct Waiting {
+    id: ImageId,
+    overwrite: bool,
+    tries: u32,
+    due: Instant,
 }
 
 /// Copies images to the remote store, one after the other, as often as it takes within reason.
-fn copy_loop(local: &LocalStore, remote: &dyn ImageStore, inbox: &Receiver<Order>) {
+fn copy_loop(local: &LocalStore, remote: &dyn ImageStore, inbox: &Receiver<Order>, stop: &AtomicBool) {
     if let Err(error) = remote.sweep(LEFTOVERS) {
         tracing::warn!("leftovers in {} could not be removed: {error}", remote.name());
     }
-    let mut waiting: Vec<(ImageId, u32)> = Vec::new();
+    let mut waiting: Vec<Waiting> = Vec::new();
     loop {
-        let order = if waiting.is_empty() {
-            inbox.recv().map_err(|_| RecvTimeoutError::Disconnected)
-        } else {
-            inbox.recv_timeout(AGAIN_AFTER)
+        let due = waiting.iter().map(|waiting| waiting.due).min();
+        let order = match due {
+            None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(due) => inbox.recv_deadline(due),
         };
         match order {
-            Ok(Order::Copy(id)) => {
-                waiting.retain(|(other, _)| *other != id);
-                waiting.push((id, 0));
+            Ok(Order::Copy(id, overwrite)) => {
+                waiting.retain(|other| other.id != id);
+                waiting.push(Waiting { id, overwrite, tries: 0, due: Instant::now() });
             }
             Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => return,
             Err(RecvTimeoutError::Timeout) => {}
         }
-        let mut left = Vec::new();
-        for (id, tries) in waiting.drain(..) {
-            let copied = local.open(&id).and_then(|reader| copy(reader, remote, &id));
+        let now = Instant::now();
+        let (ready, later): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|waiting| waiting.due <= now);
+        waiting = later;
+        for Waiting { id, overwrite, tries, .. } in ready {
+            let copied = local.open(&id).and_then(|reader| copy(reader, remote, (&id, overwrite), stop));
             match copied {
-                Ok(_) => tracing::info!("image {id} is in {} too", remote.name()),
+                Ok(None) => return,
+                Ok(Some(_)) => {
+                    tracing::info!("image {id} is in {} too", remote.name());
+                    // What was removed meanwhile must not come back from there.
+                    if matches!(local.open(&id), Err(StoreError::NotFound { .. }))
+                        && let Err(error) = remote.remove(&id)
+                    {
+                        tracing::warn!(
+                            "image {id} was removed while it was copied, and stays there: {error}"
+                        );
+                    }
+                }
                 // It has been removed, or resumed and gone.
                 Err(StoreError::NotFound { .. }) => {}
+                Err(error @ StoreError::Exists { .. }) => {
+                    tracing::warn!("image {id} is here alone: {error}");
+                }
                 Err(error) if tries + 1 < TRIES => {
                     tracing::warn!("image {id} cannot be copied to {} yet: {error}", remote.name());
-                    left.push((id, tries + 1));
+                    waiting.push(Waiting {
+                        id,
+                        overwrite,
+                        tries: tries + 1,
+                        due: Instant::now() + AGAIN_AFTER,
+                    });
                 }
                 Err(error) => tracing::error!("image {id} is not copied to {}: {error}", remote.name()),
             }
         }
-        waiting = left;
     }
 }

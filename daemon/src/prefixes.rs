@@ -8,6 +8,7 @@
 //! wherever its last sequence is closed.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvoyant_protocol::memory::MemoryError;
@@ -16,6 +17,7 @@ use thiserror::Error;
 
 use crate::keeper::Keeper;
 use crate::tiers::arena::ArenaBudget;
+use crate::tiers::pool::NOBODY;
 use crate::tiers::prefix::{
     BlockHash, Evictions, Handle, Limits, Place, PrefixError, PrefixIndex, PrefixKey, Scope, Tier, chain,
 };
@@ -24,6 +26,12 @@ use crate::tiers::store::{ImageId, ImageKind, Manifest, ModelKey, PageTable, Sto
 
 /// What an image of blocks says of them.
 const BLOCKS: &str = "prefix";
+
+/// How many times as much may lie in images as on the host.
+const STORED_SHARE: u64 = 16;
+
+/// Most publications that wait to be written.
+const WAITING_MAX: usize = 16;
 
 /// Most tokens that are looked up or published at once.
 pub const TOKENS_MAX: u32 = 1 << 24;
@@ -128,6 +136,10 @@ pub struct Prefixes {
     host_bytes: u64,
     keeper: Option<Arc<Keeper>>,
     salt: Vec<u8>,
+    /// Whose turn it is to write.
+    keeping: Mutex<()>,
+    /// How many wait for that.
+    waiting: AtomicUsize,
 }
 
 impl Prefixes {
@@ -144,9 +156,18 @@ impl Prefixes {
             Some(keeper) => keeper.salt()?,
             None => fresh_salt(),
         };
-        let stored_bytes = if keeper.is_some() { u64::MAX } else { 0 };
+        let stored_bytes = if keeper.is_some() { host_bytes.saturating_mul(STORED_SHARE) } else { 0 };
         let index = Mutex::new(PrefixIndex::new(Limits { host_bytes, stored_bytes }));
-        let prefixes = Arc::new(Self { index, groups: Mutex::default(), budget, host_bytes, keeper, salt });
+        let prefixes = Arc::new(Self {
+            index,
+            groups: Mutex::default(),
+            budget,
+            host_bytes,
+            keeper,
+            salt,
+            keeping: Mutex::default(),
+            waiting: AtomicUsize::new(0),
+        });
         if let Some(keeper) = prefixes.keeper.clone() {
             // A remote store may take its time to say that it is not there.
             let weak = Arc::downgrade(&prefixes);
@@ -194,6 +215,10 @@ impl Prefixes {
         let block_bytes = (heads * page_bytes) as u64;
         let group = self.group(scope, page_bytes);
         let wanted = (hashes.len() - known) as u64 * block_bytes;
+        if wanted > self.host_bytes {
+            // Nobody gives way to what will not fit.
+            return Err(MemoryError::Budget { wanted, free: self.host_bytes }.into());
+        }
         let gone = {
             let mut index = self.index();
             let over = (index.bytes(Tier::Host) + wanted).saturating_sub(self.host_bytes);
@@ -234,26 +259,31 @@ impl Prefixes {
         let first = published.known;
         if let (Some(keeper), true) = (self.keeper.clone(), first < all) {
             let (prefixes, blocks) = (Arc::clone(self), blocks[first - known..].to_vec());
-            let keep = move || prefixes.keep(&keeper, root, &hashes, first, &blocks, model, uid);
-            if let Err(error) = std::thread::Builder::new().name("prefix".into()).spawn(keep) {
-                tracing::warn!("a published prefix is not kept: {error}");
+            let task = Task { root, hashes, first, blocks, model, uid };
+            let work = move || {
+                // One at a time: whoever publishes faster than the disk writes keeps less.
+                let turn = prefixes.keeping.lock().unwrap_or_else(PoisonError::into_inner);
+                prefixes.keep(&keeper, &task);
+                drop(turn);
+                prefixes.waiting.fetch_sub(1, Ordering::Relaxed);
+            };
+            if self.waiting.fetch_add(1, Ordering::Relaxed) >= WAITING_MAX {
+                self.waiting.fetch_sub(1, Ordering::Relaxed);
+                tracing::warn!(
+                    "a published prefix is on the host only: {WAITING_MAX} others wait to be written"
+                );
+            } else if let Err(error) = std::thread::Builder::new().name("prefix".into()).spawn(work) {
+                self.waiting.fetch_sub(1, Ordering::Relaxed);
+                tracing::warn!("a published prefix is on the host only: {error}");
             }
         }
         Ok((all, first))
     }
 
     /// Writes blocks to an image, so that they need not stay on the host.
-    #[allow(clippy::too_many_arguments)]
-    fn keep(
-        &self,
-        keeper: &Keeper,
-        root: BlockHash,
-        hashes: &[BlockHash],
-        first: usize,
-        blocks: &[Arc<Block>],
-        model: ModelKey,
-        uid: u32,
-    ) {
+    fn keep(&self, keeper: &Keeper, task: &Task) {
+        let Task { root, hashes, first, blocks, model, uid } = task;
+        let (first, uid) = (*first, *uid);
         let Some(last) = hashes.last() else { return };
         let written = || -> Result<Arc<ImageId>, StoreError> {
             let id: ImageId = image_of(last)?;
@@ -290,7 +320,7 @@ impl Prefixes {
                 label: String::new(),
                 model: model.clone(),
             })?;
-            keeper.kept(id.clone());
+            keeper.kept(id.clone(), true);
             Ok(Arc::new(id))
         };
         match written() {
@@ -328,6 +358,9 @@ impl Prefixes {
     ) -> Result<Option<Arc<Attachment>>, PrefixFailure> {
         let mut best: Option<(Scope, Handle, usize)> = None;
         for scope in [Scope::Uid(uid), Scope::Shared] {
+            if matches!(scope, Scope::Uid(uid) if NOBODY.contains(&uid)) {
+                continue;
+            }
             let root = self.root(key, scope);
             let hashes = chain(root, tokens, key.model.page_rows as usize);
             if hashes.is_empty() {
@@ -357,7 +390,13 @@ impl Prefixes {
                     Err(error) => {
                         tracing::warn!("a published prefix cannot be brought back: {error}");
                         drop(attachment);
-                        if !matches!(error, PrefixFailure::Memory(_)) {
+                        // What only cannot be had now is not forgotten for that.
+                        let gone = matches!(
+                            error,
+                            PrefixFailure::Store(StoreError::Damaged { .. } | StoreError::NotFound { .. })
+                                | PrefixFailure::Index(PrefixError::Gone)
+                        );
+                        if gone {
                             self.forget(&hash);
                         }
                         return Err(error);
@@ -468,6 +507,16 @@ fn image_of(last: &BlockHash) -> Result<ImageId, StoreError> {
         path: id.into(),
         source: std::io::Error::other(error),
     })
+}
+
+/// Blocks that are to be written.
+struct Task {
+    root: BlockHash,
+    hashes: Vec<BlockHash>,
+    first: usize,
+    blocks: Vec<Arc<Block>>,
+    model: ModelKey,
+    uid: u32,
 }
 
 /// Images that are read from, opened once each.

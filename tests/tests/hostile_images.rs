@@ -194,3 +194,54 @@ fn a_remote_store_that_dies_holds_up_nobody_and_gets_what_it_missed_when_another
     assert!(error.to_string().contains("after"), "{error}");
     fake::check(&fake::ask(&model, &sequence, 1), 0, 4, 1).unwrap();
 }
+
+#[test]
+fn a_session_that_ends_while_pages_are_on_their_way_gives_everything_back() {
+    let spill = tempfile::tempdir().unwrap();
+    let path = spill.path().display().to_string();
+    let flags = ["--spill", &path, "--spill-bytes", "64MiB", "--host-percent", "10"];
+    let daemon = Daemon::start(DAEMON, &flags);
+    for _ in 0..3 {
+        let mut raw = Raw::connect(&daemon.socket(), fake::spec(&["full"]));
+        let sequence = raw.open(3000);
+        let operation = Operation::Append(Append { layer: None, batch: 1 });
+        let append = Request { release_through: 0, operation };
+        raw.push(&append, &[BatchEntry { sequence, position: 0, value: 3000 }]);
+        // What leaves is written first.
+        let entry = |position| BatchEntry { sequence, position, value: 0 };
+        daemon.wait_for("pages to leave", |status| {
+            status.sessions.first().is_some_and(|session| session.spilled_pages > 100)
+        });
+        raw.push(&fetch(1, 1), &[entry(3000)]);
+        raw.push(&fetch(9, 1), &[entry(3000)]);
+        let ended = raw.hear().unwrap();
+        assert!(matches!(ended, ToClient::Failed(_)), "{ended:?}");
+        daemon.wait_for("the session to go", |status| status.sessions.is_empty());
+    }
+    daemon.wait_for("all memory to come back", |status| status.arena.used_bytes == 0);
+}
+
+#[test]
+fn a_fetch_of_more_than_may_be_asked_at_once_ends_the_session() {
+    let daemon = Daemon::start(DAEMON, &["--arena", "128MiB"]);
+    let mut raw = Raw::connect(&daemon.socket(), fake::spec(&["full"]));
+    let sequence = raw.open(60_000);
+    let operation = Operation::Append(Append { layer: None, batch: 1 });
+    let append = Request { release_through: 0, operation };
+    raw.push(&append, &[BatchEntry { sequence, position: 0, value: 60_000 }]);
+    let mut request = fetch(1, 1);
+    if let Operation::Speculate(speculate) = &mut request.operation {
+        speculate.batch = 64;
+    }
+    for ticket in 1..=8 {
+        if let Operation::Speculate(speculate) = &mut request.operation {
+            speculate.ticket = ticket;
+        }
+        raw.push(&request, &[BatchEntry { sequence, position: 60_000, value: 0 }; 64]);
+    }
+    // Bounded work or an end: either way the daemon answers somebody else at once.
+    let neighbour = fake::connect(&daemon, &["full"]);
+    let kept = neighbour.open(0, 200).unwrap();
+    fake::fill(&neighbour, &kept, 9, 200).unwrap();
+    fake::check(&fake::ask(&neighbour, &kept, 1), 0, 9, 1).unwrap();
+}

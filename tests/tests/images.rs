@@ -254,3 +254,44 @@ fn an_image_is_resumed_by_another_daemon_that_shares_a_remote_store() {
     let (sequence, _) = moved.unwrap();
     check(&model, &sequence, 4);
 }
+
+#[test]
+fn what_is_larger_than_host_memory_is_suspended_and_resumed_all_the_same() {
+    let (store, spill) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let spill = spill.path().display().to_string();
+    let flags = ["--arena", "64MiB", "--spill", &spill, "--spill-bytes", "512MiB", "--in-place", "true"];
+    let daemon = start(store.path(), &flags);
+    let model = fake::connect(&daemon, &["given"]);
+    let sequence = model.open(0, 0).unwrap();
+    // 138 MiB.
+    let tokens = 90_000;
+    while sequence.tokens() < tokens {
+        let end = (sequence.tokens() + 3000).min(tokens);
+        model.reserve(&[(&sequence, end)]).unwrap();
+        fake::fill(&model, &sequence, 4, end).unwrap();
+    }
+    suspend(sequence, "large");
+    let (sequence, _) = model.resume("large", None, SelectedBy::Lane).unwrap();
+    assert_eq!(sequence.tokens(), tokens);
+    let ids: Vec<u32> =
+        (0..fake::KV_HEADS).flat_map(|head| [4, 9, 31_000 + head as u32, 60_000, 89_000]).collect();
+    for layer in 1..fake::LAYERS {
+        let ready = fake::ask_with(&model, &sequence, layer, Hint::Ids(&ids));
+        assert_eq!(fake::check(&ready, 0, 4, layer).unwrap(), 8);
+    }
+}
+
+#[test]
+fn room_without_rows_is_no_part_of_an_image_and_its_client_may_select_what_it_resumes() {
+    let store = tempfile::tempdir().unwrap();
+    let daemon = start(store.path(), &["--in-place", "true"]);
+    let model = fake::connect(&daemon, &["kvoyant:budget=5%"]);
+    let sequence = model.open(0, 4096).unwrap();
+    fake::fill(&model, &sequence, 4, 100).unwrap();
+    suspend(sequence, "short");
+    for by in [SelectedBy::Client, SelectedBy::Lane] {
+        let (sequence, method) = model.resume("short", Some(0), by).unwrap();
+        assert_eq!((sequence.tokens(), method, sequence.selected_by()), (100, 0, by));
+        check(&model, &sequence, 4);
+    }
+}

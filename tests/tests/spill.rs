@@ -296,3 +296,35 @@ fn pages_that_the_disk_has_lost_are_named_and_nothing_else_ends() {
         assert!(model.stat(Stat::PagesLost) > 0);
     }
 }
+
+#[test]
+fn a_page_that_was_cut_while_it_was_shared_is_written_anew_before_it_leaves() {
+    let spilling = Spilling::start(&["--in-place", "true"]);
+    let model = fake::connect(&spilling.daemon, &["given"]);
+    let first = model.open(0, 0).unwrap();
+    fill(&model, &first, 1, TOKENS);
+    // Its pages are on disk, and in memory too once they were fetched.
+    let lease = model.fetch(1, &[(&first, TOKENS)]).unwrap().wait(PATIENCE).unwrap();
+    let second = first.fork(None).unwrap();
+    second.truncate(1510).unwrap();
+    drop(lease);
+    drop(first);
+    let mut tokens = 1510;
+    while tokens < TOKENS {
+        tokens = (tokens + CHUNK).min(TOKENS);
+        model.reserve(&[(&second, tokens)]).unwrap();
+        fake::fill(&model, &second, 8, tokens).unwrap();
+    }
+    let other = model.open(0, 0).unwrap();
+    fill(&model, &other, 3, TOKENS);
+    for (seed, from, to) in [(1, fake::SINKS, 1510), (8, 1510, TOKENS - fake::WINDOW)] {
+        for layer in 1..fake::LAYERS {
+            let ids: Vec<u32> = (from as u32..to as u32).collect();
+            let ids: Vec<u32> =
+                (0..fake::KV_HEADS).flat_map(|_| [ids.len() as u32].into_iter().chain(ids.clone())).collect();
+            let ready = fake::ask_with(&model, &second, layer, Hint::Ids(&ids));
+            fake::check(&ready, 0, seed, layer).unwrap();
+        }
+    }
+    assert_eq!(second.first_lost(), None);
+}

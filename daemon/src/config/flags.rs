@@ -91,6 +91,10 @@ pub struct Flags {
     #[arg(long, value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefixes: Option<ByteSize>,
+    /// Users (uids) whose prefixes may be for everybody, beside root and the daemon's own
+    #[arg(long, value_name = "UIDS", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub publishers: Option<Vec<u32>>,
     /// A store behind it, to which images are copied: s3://bucket/prefix, redis://host:port/db, file:///folder
     #[arg(long, value_name = "URL")]
     #[serde(skip_serializing_if = "Option::is_none")]

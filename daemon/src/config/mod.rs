@@ -71,6 +71,8 @@ pub struct Config {
     pub store: PathBuf,
     /// Host memory for published prefixes, out of the arena; 0: an eighth of it.
     pub prefixes: ByteSize,
+    /// Users whose prefixes may be for everybody, beside root and the daemon's own: their rows are believed.
+    pub publishers: Vec<u32>,
     /// A store behind it: `s3://bucket/prefix`, `redis://host:port/db`, `file:///folder`; empty: none.
     pub remote: String,
     /// Whether the host device answers in place instead of copying into a slab.
@@ -202,6 +204,7 @@ impl Default for Config {
             host_percent: 100.0,
             store: PathBuf::new(),
             prefixes: ByteSize(0),
+            publishers: Vec::new(),
             remote: String::new(),
             in_place: false,
             slab: ByteSize::mib(256),
@@ -300,6 +303,10 @@ impl Config {
                 self.device.clone(),
                 "in_place, shape_gbps and shape_latency_us go with the device `host` alone",
             );
+        }
+        if self.device_name() != DeviceName::Host && !self.spill.is_empty() {
+            let reason = "pages leave host memory with the device `host` alone, for now: a GPU's streams wait for answers in order";
+            return bad("spill", format!("{:?}", self.spill), reason);
         }
         one_of("spill_engine", &self.spill_engine, &["auto", "uring", "psync"])?;
         if !(0.0..=100.0).contains(&self.device_percent) {
@@ -491,6 +498,7 @@ mod tests {
             Flags { keep: Some(0.5), ..Flags::default() },
             Flags { host_percent: Some(10.0), ..Flags::default() },
             Flags { host_percent: Some(0.0), spill: Some(vec!["/x".into()]), ..Flags::default() },
+            Flags { device: Some("cuda:0".into()), spill: Some(vec!["/x".into()]), ..Flags::default() },
             Flags { spill_engine: Some("tape".into()), ..Flags::default() },
         ] {
             assert!(matches!(Config::load(None, flags), Err(ConfigError::Value { .. })));

@@ -12,6 +12,7 @@ use kvoyant_protocol::wire::SequenceId;
 use super::{Ended, Plane, Session, Socket, ask, ask_lane, beside};
 use crate::lane::images::{Adopt, DigestImage, Fill, ImageOutcome, ImageRequest, Lent, Portrait};
 use crate::lane::{Asked, Outcome};
+use crate::tiers::pool::NOBODY;
 use crate::tiers::store::{ImageId, ImageKind, ImageReader, ImageWriter, Manifest, PageTable, StoreError};
 
 /// Bytes of pages that are filled at a time.
@@ -23,6 +24,14 @@ const DIGESTS: &str = "digests";
 
 /// How an image of a user's is called in the store: users' names do not meet.
 pub(crate) fn image_id(uid: u32, name: &str) -> Result<ImageId, Failure> {
+    if NOBODY.contains(&uid) {
+        return Err(Failure::Image {
+            image: name.into(),
+            reason: format!(
+                "users that the kernel shows under one id ({uid}) keep no images: nobody could tell them apart"
+            ),
+        });
+    }
     let id = format!("u{uid}.{name}");
     let bad =
         |error: &dyn std::fmt::Display| Failure::Image { image: name.into(), reason: error.to_string() };
@@ -106,13 +115,12 @@ pub(super) async fn suspend(
 ) -> Result<ToClient, Stop> {
     let sequence = asked.sequence;
     let written = write(plane, session, asked).await;
-    if written.is_err() {
+    if let Err(Stop::Failed(_)) = written {
         // It goes on as if nothing had been.
         let _ = image(plane, session, ImageRequest::Release(sequence)).await;
     }
     written?;
-    let reply = ask(plane, socket, session, ToDaemon::Close { sequences: vec![sequence] }).await?;
-    Ok(reply.message)
+    told(plane, socket, session, ToDaemon::Close { sequences: vec![sequence] }).await
 }
 
 async fn write(plane: &Plane, session: &Session, asked: Suspend) -> Result<(), Stop> {
@@ -120,7 +128,8 @@ async fn write(plane: &Plane, session: &Session, asked: Suspend) -> Result<(), S
     let keeper = plane.keeper().ok_or_else(no_store)?;
     let id = image_id(session.status.uid, &name)?;
     let fail = failed(&name);
-    let ImageOutcome::Portrait(portrait) = image(plane, session, ImageRequest::Describe(sequence)).await?
+    let ImageOutcome::Portrait(portrait) =
+        image(plane, session, ImageRequest::Describe { sequence, digests: true }).await?
     else {
         return Err(Stop::Failed(Failure::Internal("no portrait came".into())));
     };
@@ -131,12 +140,16 @@ async fn write(plane: &Plane, session: &Session, asked: Suspend) -> Result<(), S
     for layer in 0..portrait.model.layers as usize {
         let request = ImageRequest::Lend { sequence, layers: layer..layer + 1, pages: 0..usize::MAX };
         let ImageOutcome::Lent(pages) = image(plane, session, request).await? else { continue };
+        // Room that has no rows yet is no part of it.
+        let counts = portrait.pages.counts();
+        let filled = |lent: &Lent| lent.page < counts.get(lent.head).map_or(0, |count| *count as usize);
+        let pages: Vec<Lent> = pages.into_iter().filter(filled).collect();
         let (fail, page_bytes) = (failed(&name), portrait.model.page_bytes().unwrap_or(0));
         writer = blocking(move || write_pages(writer, &pages, page_bytes, &fail)).await?;
     }
     let uid = session.status.uid;
     blocking(move || commit(writer, *portrait, uid, label).map_err(fail)).await?;
-    keeper.kept(id);
+    keeper.kept(id, overwrite);
     Ok(())
 }
 
@@ -248,7 +261,7 @@ pub(super) async fn resume(
     match fill(plane, socket, session, sequence, reader, parts, &name).await {
         Ok((table, room)) => Ok(ToClient::Resumed { sequence, table, room, tokens: manifest.tokens, method }),
         Err(stop) => {
-            let _ = ask(plane, socket, session, ToDaemon::Close { sequences: vec![sequence] }).await;
+            let _ = told(plane, socket, session, ToDaemon::Close { sequences: vec![sequence] }).await;
             Err(stop)
         }
     }
@@ -352,7 +365,8 @@ async fn fill(
     let longest = manifest.lens.iter().copied().max().unwrap_or(0);
     let order = std::sync::Arc::new(Order::of(&manifest.pages));
     let Parts { observation, marks, digests } = parts;
-    let adopt = Adopt { sequence, seed: manifest.seed, observation, digests };
+    let lens = manifest.lens.clone();
+    let adopt = Adopt { sequence, seed: manifest.seed, lens, observation, digests };
     image(plane, session, ImageRequest::Adopt(Box::new(adopt))).await?;
     let pages = (longest as usize).div_ceil(rows);
     let at_once = (FILL_BYTES / (heads * page_bytes).max(1)).max(1);

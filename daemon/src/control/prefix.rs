@@ -7,32 +7,34 @@ use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::wire::SequenceId;
 
 use super::images::{Stop, blocking, image, open, told};
-use super::{Plane, Session, Socket, ask};
+use super::{Plane, Session, Socket};
 use crate::lane::images::{Attach, ImageOutcome, ImageRequest, Lent};
 use crate::prefixes::{Draft, PrefixFailure, TOKENS_MAX};
+use crate::tiers::pool::NOBODY;
 use crate::tiers::prefix::{PrefixKey, Scope};
 
 fn failed(error: &PrefixFailure) -> Failure {
     Failure::NotReady(error.to_string())
 }
 
-/// Tokens that a client has written into a memfd, of which it can change neither the size nor what is copied out here.
-fn tokens_of(count: u32, fds: Vec<OwnedFd>) -> Result<Vec<u32>, Failure> {
+/// Tokens that a client has written into a memfd. It is read out, and never mapped: whoever has it can still punch holes into it.
+async fn tokens_of(count: u32, fds: Vec<OwnedFd>) -> Result<Vec<u32>, Stop> {
     let bad = |reason: String| Failure::BadModel(format!("tokens: {reason}"));
     if count > TOKENS_MAX {
-        return Err(bad(format!("{count} are more than {TOKENS_MAX}")));
+        return Err(bad(format!("{count} are more than {TOKENS_MAX}")).into());
     }
-    let bytes = count as usize * 4;
     if count == 0 {
         return Ok(Vec::new());
     }
     let [fd] =
         <[OwnedFd; 1]>::try_from(fds).map_err(|fds| bad(format!("they came in {} memfds", fds.len())))?;
-    let file = Memfd::from_peer(fd, bytes, Seals::fixed_size()).map_err(|error| bad(error.to_string()))?;
-    let mut tokens = vec![0; count as usize];
-    let memory = file.map_read_only().map_err(|error| bad(error.to_string()))?;
-    memory.read(0, bytemuck::cast_slice_mut(&mut tokens)).map_err(|error| bad(error.to_string()))?;
-    Ok(tokens)
+    blocking(move || {
+        let bytes = Memfd::from_peer(fd, count as usize * 4, Seals::fixed_size())
+            .and_then(|file| file.read_out())
+            .map_err(|error| bad(error.to_string()))?;
+        Ok(bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect())
+    })
+    .await
 }
 
 fn key_of(session: &Session) -> Result<PrefixKey, Failure> {
@@ -70,8 +72,19 @@ async fn copy(plane: &Plane, session: &Session, asked: Publish) -> Result<ToClie
     let key = key_of(session)?;
     let uid = session.status.uid;
     let scope = if shared { Scope::Shared } else { Scope::Uid(uid) };
-    let mut tokens = tokens_of(tokens, fds)?;
-    let ImageOutcome::Portrait(portrait) = image(plane, session, ImageRequest::Describe(sequence)).await?
+    if shared && !plane.may_publish_for_all(uid) {
+        let reason = format!(
+            "user {uid} may not publish for every user: rows are what their publisher says, so the daemon's `publishers` lists \
+             whom all others trust; publish for your own sessions"
+        );
+        return Err(Failure::Device(reason).into());
+    }
+    if !shared && NOBODY.contains(&uid) {
+        return Err(Failure::Device(format!("users shown under one id ({uid}) share nothing")).into());
+    }
+    let mut tokens = tokens_of(tokens, fds).await?;
+    let ImageOutcome::Portrait(portrait) =
+        image(plane, session, ImageRequest::Describe { sequence, digests: false }).await?
     else {
         return Err(Failure::Internal("no portrait came".into()).into());
     };
@@ -136,7 +149,7 @@ pub(super) async fn attach(
 ) -> Result<ToClient, Stop> {
     let ToAttach { method, by, tokens, fds } = asked;
     let key = key_of(session)?;
-    let (tokens, uid) = (tokens_of(tokens, fds)?, session.status.uid);
+    let (tokens, uid) = (tokens_of(tokens, fds).await?, session.status.uid);
     if plane.device.mode() == Mode::Device {
         let (sequence, table, room) = open(plane, socket, session, method, by).await?;
         return Ok(ToClient::Resumed { sequence, table, room, tokens: 0, method });
@@ -160,7 +173,7 @@ pub(super) async fn attach(
     match result {
         Ok((table, room, tokens)) => Ok(ToClient::Resumed { sequence, table, room, tokens, method }),
         Err(stop) => {
-            let _ = ask(plane, socket, session, ToDaemon::Close { sequences: vec![sequence] }).await;
+            let _ = told(plane, socket, session, ToDaemon::Close { sequences: vec![sequence] }).await;
             Err(stop)
         }
     }

@@ -106,6 +106,7 @@ impl ModelState {
         let ready = candidates.end <= sequence.lens[layer] as usize
             && sequence.residency[layer].background.is_none()
             && sequence.graph.is_none()
+            && self.misses_rows(id, layer).is_none()
             && self.digested(id, layer, candidates.end, tokens - 1) == Digested::Yes;
         if !ready || !self.choose_ahead(id, layer, tokens) {
             return true;
@@ -120,6 +121,8 @@ impl ModelState {
         let evict = slots.last_ticket <= released_through;
         if let Err(status) = self.bring(id, layer, released_through, evict, &mut slots, background) {
             tracing::warn!("rows cannot be brought ahead: {status}");
+            // Rows have slots that nothing will be copied to.
+            self.clear_slots(&mut slots);
         }
         if let Ok(sequence) = self.sequence_mut(id) {
             sequence.residency[layer] = slots;

@@ -221,6 +221,8 @@ struct Attached {
     broken: bool,
     /// A control request that waits for pages to come or go.
     parked: Option<(Asked, oneshot::Sender<Outcome>)>,
+    /// Whether something has come that it may have waited for.
+    retries: bool,
     detaching: Option<oneshot::Sender<()>>,
 }
 
@@ -265,9 +267,13 @@ impl Lane {
                 if let Some(attached) = self.sessions.iter_mut().find(|a| a.session.id == ended.session) {
                     let result = attached.session.page_ended(&ended, tools);
                     attached.check(result);
-                    if let Some((message, reply)) = attached.parked.take() {
-                        attached.control(message, reply, tools);
-                    }
+                    attached.retries = attached.parked.is_some();
+                }
+            }
+            for attached in self.sessions.iter_mut().filter(|attached| attached.retries) {
+                attached.retries = false;
+                if let Some((asked, reply)) = attached.parked.take() {
+                    attached.control(asked, reply, tools);
                 }
             }
             let mut armed = false;
@@ -348,6 +354,7 @@ impl Lane {
                     ending,
                     broken: false,
                     parked: None,
+                    retries: false,
                     detaching: None,
                 });
             }

@@ -304,10 +304,10 @@ impl ModelState {
         while self.announced_extents < self.arena.extents() {
             let first = self.announced_extents;
             let end = self.arena.extents().min(first + AT_ONCE);
-            let fds = (first..end).map(|extent| self.arena.extent_fd(extent)).collect::<Result<_, _>>()?;
             let own = self.arena.is_own(first);
             let end = (first..end).find(|extent| self.arena.is_own(*extent) != own).unwrap_or(end);
             let kind = if own { MemoryKind::Extents } else { MemoryKind::Shared };
+            let fds = (first..end).map(|extent| self.arena.extent_fd(extent)).collect::<Result<_, _>>()?;
             let message = ToClient::Memory { kind, first: first as u32, bytes: EXTENT_BYTES as u64 };
             list.push(Announcement { message, fds });
             (first..end).for_each(|extent| self.memory.keep(Arc::clone(self.arena.memory(extent)) as _));

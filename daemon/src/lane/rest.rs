@@ -193,6 +193,9 @@ impl ModelState {
         if !can_be || self.estimate_last(id, layer, tokens).is_err() {
             return Before::Ready;
         }
+        if let Some(state) = &mut self.spill {
+            state.hold(id, layer);
+        }
         let rows = self.shape.page_rows as u32;
         let mut wanted = Answer::default();
         for kv_head in 0..self.shape.kv_heads {

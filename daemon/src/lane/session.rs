@@ -75,6 +75,9 @@ pub struct LaneSession {
     held: Vec<Held>,
     /// Whether the next request waits for pages from disk.
     pub waits_for_pages: bool,
+    /// The request that waited, and whether a page has come since.
+    waited_for: Option<u32>,
+    page_news: bool,
     in_transfer: usize,
     link: Link,
     stats: [u64; STATS],
@@ -129,6 +132,8 @@ impl LaneSession {
             flights: VecDeque::with_capacity(layout.limits.ring_slots as usize),
             held: Vec::new(),
             waits_for_pages: false,
+            waited_for: None,
+            page_news: false,
             in_transfer: 0,
             link: Link::default(),
             stats: [0; STATS],
@@ -169,6 +174,19 @@ impl LaneSession {
 
     /// Handles up to `most` requests; true if there was one.
     pub fn poll(&mut self, tools: Tools<'_>, most: u32) -> Result<bool, SessionError> {
+        let handled = self.handle_requests(tools, most);
+        if let Some(model) = self.model.as_mut().filter(|model| model.spill.is_some()) {
+            if !self.waits_for_pages {
+                model.after_request();
+            }
+            model.keep_within();
+            // What has been planned is done, whatever came after it: the session's end waits for its end.
+            model.submit_pages();
+        }
+        handled
+    }
+
+    fn handle_requests(&mut self, tools: Tools<'_>, most: u32) -> Result<bool, SessionError> {
         (self.armed, self.waits_for_pages) = (false, false);
         self.streams = tools.device.publishes();
         self.post_ready()?;
@@ -216,13 +234,6 @@ impl LaneSession {
             handled += 1;
         }
         let prepared = self.prepare(tools, since);
-        if let Some(model) = self.model.as_mut().filter(|model| model.spill.is_some()) {
-            if !self.waits_for_pages {
-                model.after_request();
-            }
-            model.keep_within();
-            model.submit_pages();
-        }
         Ok(self.reports(tools, most)? | (handled > 0) | prepared)
     }
 
@@ -252,8 +263,21 @@ impl LaneSession {
         if self.model.as_ref().is_none_or(|model| model.spill.is_none()) {
             return Ok(false);
         }
+        // It waited before, and nothing has come since.
+        if self.waited_for == Some(index) && !std::mem::take(&mut self.page_news) {
+            return Ok(true);
+        }
         self.read_batch(index, members)?;
         let Some(model) = &mut self.model else { return Ok(false) };
+        // What is more than may be asked at once ends the session when it is handled.
+        let mut work = 0_usize;
+        for entry in &self.batch {
+            let tokens = (entry.position as usize).saturating_add(1);
+            work = work.saturating_add(model.shape.query_heads.saturating_mul(tokens));
+        }
+        if work > WORK_MAX {
+            return Ok(false);
+        }
         let mut before = model.before_request(&request.operation, &self.batch);
         if let Operation::Speculate(speculate) = request.operation
             && speculate.rest
@@ -269,7 +293,9 @@ impl LaneSession {
                 }
             }
         }
-        Ok(before == Before::Later)
+        let waits = before == Before::Later;
+        self.waited_for = waits.then_some(index);
+        Ok(waits)
     }
 
     fn handle(
@@ -338,13 +364,19 @@ impl LaneSession {
         for entry in &self.batch {
             let tokens = entry.position as usize + 1;
             if request.fetch {
-                match model.fetch(layer, entry, ticket, &mut self.answer) {
-                    Ok(()) => continue,
-                    Err(failed) => {
-                        status = failed;
-                        break;
-                    }
+                let pages = model.pages_of(entry.sequence, layer, entry.position as usize);
+                work = work.saturating_add(pages.saturating_mul(model.shape.page_rows));
+                if work > WORK_MAX {
+                    return Err(SessionError::Work { products: work });
                 }
+                match model.fetch(layer, entry, ticket, &mut self.answer) {
+                    Ok(()) if self.answer.table_bytes() <= self.layout.limits.table_bytes as usize => {
+                        continue;
+                    }
+                    Ok(()) => status = Status::TableFull,
+                    Err(failed) => status = failed,
+                }
+                break;
             }
             let by_query = request.rest || model.selects_by_query(entry.sequence);
             work = work.saturating_add(charge(&model.shape, tokens, area.queries, by_query)?);

@@ -41,7 +41,7 @@ const STEPS: u64 = 10;
 
 /// Users whose extents are never reused: the kernel shows every user of a namespace that it cannot map as the first,
 /// and the second is what we take when it tells us nothing.
-const NOBODY: [u32; 2] = [65534, u32::MAX];
+pub(crate) const NOBODY: [u32; 2] = [65534, u32::MAX];
 
 /// How a pool is to be.
 #[derive(Debug)]

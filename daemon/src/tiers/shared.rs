@@ -57,6 +57,9 @@ impl Drop for SharedExtent {
     }
 }
 
+/// Who has an extent that nobody else has: its group, and the page that is just given back.
+const ITS_OWN: usize = 2;
+
 #[derive(Debug, Default)]
 struct Free {
     /// Extents with pages in use, and which of their pages are free.
@@ -109,8 +112,8 @@ impl SharedPages {
         let mut free = self.free();
         let Some(at) = free.extents.iter().position(|(known, _)| Arc::ptr_eq(known, extent)) else { return };
         free.extents[at].1.push(index);
-        // What is empty goes: somebody else may need the memory.
-        if free.extents[at].1.len() == self.per_extent() {
+        // What is empty goes: somebody else may need the memory. But while sessions have it mapped that would free nothing.
+        if free.extents[at].1.len() == self.per_extent() && Arc::strong_count(extent) <= ITS_OWN {
             free.extents.swap_remove(at);
         }
     }

@@ -1,6 +1,6 @@
 //! What a method keeps of a sequence, as bytes that outlive the daemon.
 
-use kvoyant_protocol::control::Failure;
+use kvoyant_protocol::control::{Failure, SelectedBy};
 use kvoyant_protocol::wire::SequenceId;
 use serde::{Deserialize, Serialize};
 
@@ -64,12 +64,38 @@ impl ModelState {
         }])
     }
 
+    /// Whether an image has a block for every page that it says is digested, and says so of no rows that there are not.
+    fn covers(&self, image: &DigestImage, lens: &[u32]) -> bool {
+        let (rows, heads, capacity) = (self.shape.page_rows, self.shape.kv_heads, image.capacity as usize);
+        let mut pages = image.pages.iter().copied().peekable();
+        image.built.iter().enumerate().all(|(layer, built)| {
+            let wanted = (*built as usize).div_ceil(rows);
+            let fits = lens.get(layer).is_some_and(|len| built <= len) && wanted <= capacity;
+            fits && (layer * heads..(layer + 1) * heads).all(|head| {
+                (0..wanted).all(|page| {
+                    let index = (head * capacity + page) as u32;
+                    while pages.next_if(|known| *known < index).is_some() {}
+                    pages.next_if_eq(&index).is_some()
+                })
+            })
+        })
+    }
+
     /// Takes over what a method kept, where it is the same method; false where there is nothing to be taken over, so that it is
     /// made anew from rows.
-    pub(super) fn adopt_digests(&mut self, id: SequenceId, images: &[DigestImage]) -> Result<bool, Failure> {
+    pub(super) fn adopt_digests(
+        &mut self,
+        id: SequenceId,
+        lens: &[u32],
+        images: &[DigestImage],
+    ) -> Result<bool, Failure> {
         let method = self.sequence(id)?.method;
         let spec = self.methods[method].spec().to_string();
         let drops = self.methods[method].needs().drops_rows;
+        if self.sequence(id)?.by == SelectedBy::Client && !drops {
+            // Its client keeps digests of its own.
+            return Ok(false);
+        }
         let Some(image) = images.iter().find(|image| image.method == spec) else {
             if drops {
                 return Err(Failure::BadMethod(format!(
@@ -106,7 +132,8 @@ impl ModelState {
             && image.dead.as_ref().map(Vec::len) == set.dead.map(|_| heads * capacity * 4)
             && image.blocks.len() == image.pages.len() * block_bytes
             && image.pages.iter().all(|index| (*index as usize) < heads * capacity)
-            && image.pages.windows(2).all(|pair| pair[0] < pair[1]);
+            && image.pages.windows(2).all(|pair| pair[0] < pair[1])
+            && self.covers(image, lens);
         if !fits {
             return Err(damaged("their sizes are others"));
         }

@@ -2,7 +2,7 @@
 //! beside them.
 //!
 //! The control plane asks, one thing at a time; files and sockets are never touched here. A sequence that is being written or filled
-//! *stays*: its pages keep their places, and nothing is appended to it.
+//! *stays*: nothing is appended to it. Pages that are lent keep their places until something else is asked.
 
 mod attach;
 mod digests;
@@ -24,8 +24,13 @@ use crate::tiers::store::{ModelKey, PageTable};
 /// What the control plane asks for an image.
 #[derive(Debug)]
 pub enum ImageRequest {
-    /// Everything of a sequence but its pages; it stays from here on.
-    Describe(SequenceId),
+    /// Everything of a sequence but its pages, or what its method keeps aside; nothing is appended to it from here on.
+    Describe {
+        /// Which sequence.
+        sequence: SequenceId,
+        /// Whether what its method keeps is wanted.
+        digests: bool,
+    },
     /// The places of those pages of some layers that are there, in table order. They are what they are until the next request.
     Lend {
         /// Of which sequence.
@@ -86,6 +91,8 @@ pub struct Adopt {
     pub sequence: SequenceId,
     /// Its seed.
     pub seed: u64,
+    /// Rows of each layer that are to come.
+    pub lens: Vec<u32>,
     /// As in [`Portrait::observation`].
     pub observation: Option<(Vec<f32>, Vec<bool>)>,
     /// What its method keeps, if it is to be taken over as it is; else it is made from rows as they come.
@@ -145,7 +152,15 @@ impl ModelState {
 
     /// Has pages brought back that are to be lent.
     pub(crate) fn before_image(&mut self, request: &ImageRequest) -> Before {
-        let ImageRequest::Lend { sequence, layers, pages } = request else { return Before::Ready };
+        let ImageRequest::Lend { sequence, layers, pages } = request else {
+            if let Some(state) = &mut self.spill {
+                state.keep(None);
+            }
+            return Before::Ready;
+        };
+        if let Some(state) = &mut self.spill {
+            state.keep(Some((*sequence, layers.clone())));
+        }
         let mut before = Before::Ready;
         for layer in layers.clone() {
             if self.bring_layer(*sequence, layer, pages.clone()) == Ok(Before::Later) {
@@ -158,8 +173,8 @@ impl ModelState {
     /// Does what is asked.
     pub fn image(&mut self, request: ImageRequest) -> ImageOutcome {
         let result = match request {
-            ImageRequest::Describe(id) => {
-                self.describe(id).map(|portrait| ImageOutcome::Portrait(Box::new(portrait)))
+            ImageRequest::Describe { sequence, digests } => {
+                self.describe(sequence, digests).map(|portrait| ImageOutcome::Portrait(Box::new(portrait)))
             }
             ImageRequest::Lend { sequence, layers, pages } => {
                 self.lend(sequence, layers, pages).map(ImageOutcome::Lent)
@@ -175,7 +190,7 @@ impl ModelState {
         result.unwrap_or_else(ImageOutcome::Failed)
     }
 
-    fn describe(&mut self, id: SequenceId) -> Result<Portrait, Failure> {
+    fn describe(&mut self, id: SequenceId, digests: bool) -> Result<Portrait, Failure> {
         let (rows, heads) = (self.shape.page_rows, self.shape.kv_heads);
         let sequence = self.sequence(id)?;
         if sequence.graph.is_some() {
@@ -209,7 +224,7 @@ impl ModelState {
             pages: table,
             observation,
             marks,
-            digests: self.digest_images(id)?,
+            digests: if digests { self.digest_images(id)? } else { Vec::new() },
         };
         self.sequence_mut(id)?.stays = true;
         Ok(portrait)
@@ -263,7 +278,7 @@ impl ModelState {
                 }
             }
         }
-        self.adopt_digests(id, &adopt.digests)
+        self.adopt_digests(id, &adopt.lens, &adopt.digests)
     }
 
     fn fill(&mut self, fill: &Fill) -> Result<(), Failure> {

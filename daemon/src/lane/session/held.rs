@@ -35,6 +35,7 @@ impl LaneSession {
 
     /// Takes note of a page that was written or read, or could not be.
     pub fn page_ended(&mut self, ended: &Ended, tools: Tools<'_>) -> Result<(), SessionError> {
+        self.page_news = true;
         let Some(model) = &mut self.model else { return Ok(()) };
         let arrived = model.page_ended(ended);
         for key in arrived.waiters {

@@ -42,6 +42,9 @@ impl LaneSession {
                 model.record(id);
             }
         }
+        if let Some(state) = &mut model.spill {
+            state.changed();
+        }
         self.batch = batch;
         self.dirty = true;
         self.count(Stat::RowsAppended, rows);

@@ -3,6 +3,7 @@
 use kvoyant_protocol::control::{PageWord, SelectedBy, ToDaemon};
 use kvoyant_protocol::wire::{BatchEntry, HeadEntry, Operation, SequenceId, Status};
 
+use super::SpillState;
 use crate::lane::model::ModelState;
 use crate::lane::select::Answer;
 
@@ -92,8 +93,22 @@ impl ModelState {
         pages: std::ops::Range<usize>,
     ) -> Result<Before, Status> {
         let mut answer = Answer::default();
-        self.fetch_layer(id, layer, pages, &mut answer)?;
-        Ok(if answer.reads.is_empty() { Before::Ready } else { Before::Later })
+        match self.fetch_layer(id, layer, pages, &mut answer) {
+            Ok(()) if answer.reads.is_empty() => Ok(Before::Ready),
+            Ok(()) => Ok(Before::Later),
+            // What is being written or read may make room.
+            Err(Status::HostFull) if self.spill.as_ref().is_some_and(SpillState::is_busy) => {
+                Ok(Before::Later)
+            }
+            Err(status) => Err(status),
+        }
+    }
+
+    /// Pages of a layer, all heads together, of a sequence's first tokens.
+    pub(crate) fn pages_of(&self, id: SequenceId, layer: usize, tokens: usize) -> usize {
+        let Ok(sequence) = self.sequence(id) else { return 0 };
+        let tokens = tokens.min(sequence.lens.get(layer).copied().unwrap_or(0) as usize);
+        tokens.div_ceil(self.shape.page_rows) * self.shape.kv_heads
     }
 
     /// Brings all of a layer's pages of a member's first tokens back, for its client to read. It names no rows.
@@ -170,7 +185,7 @@ impl ModelState {
                 continue;
             }
             if let Some(state) = &mut self.spill {
-                state.kept = Some((parent, layer));
+                state.kept = Some((parent, layer..layer + 1));
             }
             if self.bring_layer(parent, layer, 0..usize::MAX) == Ok(Before::Later) {
                 return Before::Later;
@@ -188,8 +203,13 @@ impl ModelState {
     /// The window before the cut, and the page that is cut, are read and written by the client from then on.
     fn before_truncation(&mut self, id: SequenceId, tokens: usize) -> Before {
         let rows = self.shape.page_rows;
-        let Ok(sequence) = self.sequence_mut(id) else { return Before::Ready };
-        sequence.stays = true;
+        if self.sequence(id).is_err() {
+            return Before::Ready;
+        }
+        let layers = self.shape.layers;
+        if let Some(state) = &mut self.spill {
+            state.kept = Some((id, 0..layers));
+        }
         let first = tokens.saturating_sub(self.shape.window + rows) / rows;
         let mut before = Before::Ready;
         for layer in 0..self.shape.layers {
@@ -198,9 +218,9 @@ impl ModelState {
             }
         }
         if before == Before::Ready
-            && let Ok(sequence) = self.sequence_mut(id)
+            && let Some(state) = &mut self.spill
         {
-            sequence.stays = false;
+            state.kept = None;
         }
         before
     }

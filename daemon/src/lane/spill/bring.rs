@@ -91,7 +91,7 @@ impl ModelState {
     /// A frame for a page that comes back: one that is free, or that of a page that may leave.
     fn free_frame(&mut self) -> Option<u32> {
         self.arena.take().or_else(|| {
-            self.make_frames(1);
+            self.sweep_all(1);
             self.arena.take()
         })
     }
@@ -181,6 +181,7 @@ impl ModelState {
             }
         }
         let Some(state) = &mut self.spill else { return };
+        state.changed();
         state.slots.release(slot);
         state.spilled -= 1;
         if lost {

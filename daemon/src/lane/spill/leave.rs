@@ -20,6 +20,9 @@ const LOOKS_EACH: usize = 8;
 const LOOKS_LEAST: usize = 64;
 const LOOKS_MOST: usize = 4096;
 
+/// Sequences that are compared with shared frames in one go.
+const COMPARED_MOST: usize = 1 << 16;
+
 /// Whether a page of a sequence may be written, or leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -52,7 +55,7 @@ impl ModelState {
         let layer = frame.head as usize / self.shape.kv_heads;
         let (first, end) = (frame.page as usize * rows, (frame.page as usize + 1) * rows);
         let len = sequence.lens[layer] as usize;
-        let stays = sequence.by == SelectedBy::Client || sequence.graph.is_some() || sequence.stays;
+        let stays = sequence.by == SelectedBy::Client || sequence.graph.is_some();
         if stays || first < self.shape.sinks || end + self.shape.window > len {
             return false;
         }
@@ -65,7 +68,7 @@ impl ModelState {
             && slots.last_ticket <= state.released_through
             && slots.background.is_none()
             && !state.held.contains(&(id, layer))
-            && state.kept != Some((id, layer))
+            && !state.kept.as_ref().is_some_and(|(kept, layers)| *kept == id && layers.contains(&layer))
     }
 
     fn all_let(&self, step: Step, owners: &[SequenceId], frame: Frame) -> bool {
@@ -90,7 +93,7 @@ impl ModelState {
     /// Keeps the session within its share of host memory, as far as that is a matter of a moment.
     pub(crate) fn keep_within(&mut self) {
         let over = self.over(0);
-        if over > 0 {
+        if over > 0 && self.spill.as_ref().is_some_and(|state| !state.stuck) {
             self.sweep(over, (over * LOOKS_EACH).clamp(LOOKS_LEAST, LOOKS_MOST));
         }
     }
@@ -102,17 +105,23 @@ impl ModelState {
         if over == 0 {
             return true;
         }
-        // Every frame has three chances at most.
-        let frames = self.spill.as_ref().map_or(0, |state| state.frames.len());
-        let freed = self.sweep(over, 4 * frames);
+        let freed = self.sweep_all(over);
         freed >= over || !self.spill.as_ref().is_some_and(SpillState::is_writing)
+    }
+
+    /// Passes over every frame as often as it has chances, if anything has changed since that was in vain.
+    pub(super) fn sweep_all(&mut self, wanted: usize) -> usize {
+        let Some(state) = self.spill.as_ref().filter(|state| !state.stuck) else { return 0 };
+        // Every frame has three chances at most.
+        let looks = 4 * state.frames.len();
+        self.sweep(wanted, looks)
     }
 
     /// Passes over up to `looks` frames: has full pages written, and lets those leave that are on disk, until `wanted` have left.
     fn sweep(&mut self, wanted: usize, looks: usize) -> usize {
-        let mut freed = 0;
+        let (mut freed, mut compared) = (0, 0);
         for _ in 0..looks {
-            if freed >= wanted {
+            if freed >= wanted || compared > COMPARED_MOST {
                 break;
             }
             let Some(state) = &mut self.spill else { break };
@@ -120,10 +129,14 @@ impl ModelState {
                 break;
             }
             state.hand = (state.hand + 1) % state.frames.len();
+            state.vain += 1;
             let at = state.hand as u32;
             let frame = state.frames[state.hand];
+            if matches!(frame.content, Content::Dirty | Content::Clean) && self.arena.is_shared(at) {
+                compared += self.open.len();
+            }
             match frame.content {
-                Content::Dirty if state.takes_writes() => {
+                Content::Dirty if self.spill.as_ref().is_some_and(SpillState::takes_writes) => {
                     let owners = self.owners(at, frame);
                     if self.all_let(Step::Write, &owners, frame) {
                         self.write_page(at, frame, &owners);
@@ -134,7 +147,13 @@ impl ModelState {
                     if !self.all_let(Step::Leave, &owners, frame) {
                         continue;
                     }
+                    let on_disk = self.have_slots(&owners, frame);
                     let Some(state) = &mut self.spill else { break };
+                    if !on_disk {
+                        // Somebody cut it while it was shared, and has it alone now: it is not what was written.
+                        state.frames[at as usize].content = Content::Dirty;
+                        continue;
+                    }
                     if frame.chances > 0 {
                         state.frames[at as usize].chances -= 1;
                         continue;
@@ -147,11 +166,28 @@ impl ModelState {
                         self.release_frame(at);
                     }
                     freed += 1;
+                    if let Some(state) = &mut self.spill {
+                        state.vain = 0;
+                    }
                 }
                 _ => {}
             }
         }
+        if let Some(state) = &mut self.spill {
+            // Every frame has three chances at most.
+            state.stuck = state.vain > 4 * state.frames.len();
+        }
         freed
+    }
+
+    /// Whether all owners of a page know where it lies on disk.
+    fn have_slots(&self, owners: &[SequenceId], frame: Frame) -> bool {
+        owners.iter().all(|id| {
+            self.sequence(*id).is_ok_and(|sequence| {
+                let index = frame.head as usize * sequence.capacity + frame.page as usize;
+                sequence.slots.is_some_and(|slots| self.meta.word(slots, index) != NO_SLOT)
+            })
+        })
     }
 
     /// Has a page written to a slot.
@@ -203,6 +239,7 @@ impl ModelState {
     /// A page has been written, or could not be.
     pub(super) fn page_written(&mut self, token: u64, frame: u32, slot: u32, failed: bool) {
         let Some(state) = &mut self.spill else { return };
+        state.changed();
         state.slots.release(slot);
         let found = state.frames.get(frame as usize).copied();
         let Some(found) = found.filter(|frame| frame.content == Content::Writing(token)) else { return };

@@ -124,7 +124,11 @@ pub(crate) struct SpillState {
     /// Layers that a request which waits for pages needs as they are.
     held: Vec<(SequenceId, usize)>,
     /// The same of a control request.
-    kept: Option<(SequenceId, usize)>,
+    kept: Option<(SequenceId, std::ops::Range<usize>)>,
+    /// Whether a whole turn of the clock has found nothing that may leave, and nothing has changed since.
+    stuck: bool,
+    /// Frames passed over since one has left.
+    vain: usize,
     counts: SpillCounts,
     /// Most pages that were in host memory at a time.
     peak: usize,
@@ -153,6 +157,8 @@ impl SpillState {
             released_through: 0,
             held: Vec::new(),
             kept: None,
+            stuck: false,
+            vain: 0,
             counts: SpillCounts::default(),
             peak: 0,
             most: 0,
@@ -175,6 +181,17 @@ impl SpillState {
         [self.spilled, self.peak, self.most]
     }
 
+    /// Other pages may leave than before.
+    pub(crate) fn changed(&mut self) {
+        (self.stuck, self.vain) = (false, 0);
+    }
+
+    /// Keeps pages of these layers where they are until something else is asked.
+    pub(crate) fn keep(&mut self, kept: Option<(SequenceId, std::ops::Range<usize>)>) {
+        self.kept = kept;
+        self.changed();
+    }
+
     /// Keeps a layer's pages where they are until the request is done.
     pub(crate) fn hold(&mut self, id: SequenceId, layer: usize) {
         self.held.push((id, layer));
@@ -182,6 +199,9 @@ impl SpillState {
 
     /// Answers up to this ticket are not read any more.
     pub(crate) fn released(&mut self, through: u64) {
+        if self.released_through != through {
+            self.changed();
+        }
         self.released_through = through;
     }
 

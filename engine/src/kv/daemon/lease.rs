@@ -72,15 +72,12 @@ impl DaemonKv {
 
     /// Refuses what was attended without rows that it was to have.
     pub(super) fn check_missed(&self, layer: usize, batch: &[&DaemonSequence]) -> Result<(), DaemonError> {
-        for sequence in batch {
-            if sequence.inner().take_missed() {
-                let error = match sequence.inner().first_lost() {
-                    Some(token) => Error::Lost { token },
-                    None => Error::Spilled { layer, token: 0 },
-                };
-                return Err(error.into());
-            }
+        // Of all of them, so that none is told in its next step.
+        let missed: Vec<_> = batch.iter().filter(|sequence| sequence.inner().take_missed()).collect();
+        match missed.first().map(|sequence| sequence.inner().first_lost()) {
+            None => Ok(()),
+            Some(Some(token)) => Err(Error::Lost { token }.into()),
+            Some(None) => Err(Error::Spilled { layer, token: 0 }.into()),
         }
-        Ok(())
     }
 }
