@@ -160,6 +160,9 @@ fn every_method_selects_what_it_selects_where_everything_is_in_memory() {
         "resv",
         "scout:budget=5%",
         "freekv:budget=5%",
+        "shadowkv:budget=5%,keys=moved",
+        "dynsplit:budget=5%",
+        "random:budget=5%",
         "infinigen:budget=5%,skew=off,pool=50%",
     ];
     for in_place in ["true", "false"] {

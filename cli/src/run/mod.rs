@@ -166,6 +166,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
     if args.stats {
         let held = kv.shape().token_bytes();
         stats::print(&times, Some((&method, kv.take_stats(), held)));
+        if let Some(paged) = kv.paged() {
+            stats::print_paged(&paged);
+        }
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use kvoyant_engine::{StepStats, StepTiming};
+use kvoyant_engine::{Paged, StepStats, StepTiming};
 use kvoyant_methods::MethodSpec;
 
 /// The times of one answer.
@@ -104,6 +104,19 @@ fn row(name: &str, step: &StepTiming, n: f64) -> String {
 
 fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
+}
+
+/// Where pages were that could leave host memory.
+pub(super) fn print_paged(paged: &Paged) {
+    eprintln!(
+        "host memory held at most {:.1} % of the KV ({:.1} of {:.1} MB); {:.1} MB went to disk and {:.1} MB came back, {} pages were lost",
+        100.0 * paged.peak_bytes as f64 / paged.most_bytes.max(1) as f64,
+        paged.peak_bytes as f64 / 1e6,
+        paged.most_bytes as f64 / 1e6,
+        paged.written_bytes as f64 / 1e6,
+        paged.read_bytes as f64 / 1e6,
+        paged.lost_pages,
+    );
 }
 
 #[cfg(test)]
