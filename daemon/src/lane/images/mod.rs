@@ -5,6 +5,7 @@
 //! *stays*: its pages keep their places, and nothing is appended to it.
 
 mod digests;
+mod taken;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::wire::{SequenceId, Status};
 
 pub use digests::DigestImage;
+pub(crate) use taken::Taken;
 
 use crate::lane::model::ModelState;
 use crate::lane::spill::Before;
@@ -39,6 +41,10 @@ pub enum ImageRequest {
     Fill(Box<Fill>),
     /// It need not stay any more.
     Release(SequenceId),
+    /// An operator suspends it: what its client still tells about it is left out from here on.
+    Take(SequenceId),
+    /// That came to nothing. Answered by whether its client can go on with it; if not, it is to be closed.
+    GiveBack(SequenceId),
 }
 
 /// The place of a page.
@@ -110,6 +116,8 @@ pub enum ImageOutcome {
     Lent(Vec<Lent>),
     /// Whether what the method keeps was taken over.
     Adopted(bool),
+    /// See [`ImageRequest::GiveBack`].
+    GivenBack(bool),
     /// It is done.
     Done,
     /// It cannot be.
@@ -166,6 +174,8 @@ impl ModelState {
                 sequence.stays = false;
                 ImageOutcome::Done
             }),
+            ImageRequest::Take(id) => self.take(id).map(|()| ImageOutcome::Done),
+            ImageRequest::GiveBack(id) => Ok(ImageOutcome::GivenBack(self.give_back(id))),
         };
         result.unwrap_or_else(ImageOutcome::Failed)
     }
