@@ -41,7 +41,11 @@ fn failed(image: &str) -> impl Fn(StoreError) -> Failure + Send + use<> {
 }
 
 /// Asks the lane for something that an image needs.
-async fn image(plane: &Plane, session: &Session, request: ImageRequest) -> Result<ImageOutcome, Stop> {
+pub(super) async fn image(
+    plane: &Plane,
+    session: &Session,
+    request: ImageRequest,
+) -> Result<ImageOutcome, Stop> {
     match ask_lane(plane, session, Asked::Image(request)).await? {
         Outcome::Image(ImageOutcome::Failed(failure)) => Err(Stop::Failed(failure)),
         Outcome::Image(outcome) => Ok(outcome),
@@ -86,6 +90,7 @@ async fn blocking<T: Send + 'static>(
     Ok(beside(move || Ok(work())).await??)
 }
 
+#[derive(Debug)]
 pub(super) struct Suspend {
     pub(super) sequence: SequenceId,
     pub(super) image: String,

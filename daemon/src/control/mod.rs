@@ -3,6 +3,7 @@
 //! Everything here runs on one thread and waits for nobody but its own client and its own lane.
 
 mod images;
+mod orders;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,7 +22,10 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+pub(crate) use self::images::image_id;
 use self::images::{Registered as RegisteredModel, Resume, Suspend};
+pub(crate) use self::orders::OrderError;
+use self::orders::Orders;
 use crate::artifacts;
 use crate::config::Config;
 use crate::device::{Device, Importer, SlabRequest};
@@ -53,6 +57,8 @@ pub struct Plane {
     registry: Arc<Registry>,
     spill: Option<SpillTo>,
     keeper: Option<Arc<Keeper>>,
+    /// What operators want of sessions.
+    orders: Orders,
     boot_id: u64,
     next_session: AtomicU64,
     places: Arc<Semaphore>,
@@ -77,12 +83,21 @@ impl Plane {
         let (next_session, readings) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
         let host_share = config.host_percent / 100.0;
         let spill = spill.map(|spill| SpillTo { spill, host_share });
-        Self { config, lanes, device, pool, registry, spill, keeper, boot_id, next_session, places, readings }
-    }
-
-    /// Where images are kept, if they are.
-    fn keeper(&self) -> Option<Arc<Keeper>> {
-        self.keeper.clone()
+        let orders = Orders::default();
+        Self {
+            config,
+            lanes,
+            device,
+            pool,
+            registry,
+            spill,
+            keeper,
+            orders,
+            boot_id,
+            next_session,
+            places,
+            readings,
+        }
     }
 
     /// Waits until the device is lost, and says why. For ever, where that cannot be.
@@ -334,9 +349,14 @@ async fn ended(importer: &Importer) {
 
 async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), Ended> {
     let (mut registered, mut left) = (false, false);
+    let mut inbox = plane.orders.open(session.status.id);
     loop {
         let (message, fds) = tokio::select! {
             received = socket.receive() => received?,
+            order = inbox.next() => {
+                orders::serve(plane, socket, session, order).await?;
+                continue;
+            }
             // A fork of the client's may hold the socket open for as long as it likes.
             () = ended(&session.importer) => return Err(Ended::HungUp),
             reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
