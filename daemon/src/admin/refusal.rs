@@ -147,7 +147,9 @@ fn of_failure(failure: &Failure) -> StatusCode {
     match failure {
         Failure::NoSuchSequence(_) => StatusCode::NOT_FOUND,
         // What it is does not let it be suspended.
-        Failure::Graph { .. } | Failure::RowsLost { .. } | Failure::BadModel(_) => StatusCode::CONFLICT,
+        Failure::Graph { .. } | Failure::RowsLost { .. } | Failure::BadModel(_) | Failure::BadMethod(_) => {
+            StatusCode::CONFLICT
+        }
         Failure::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }

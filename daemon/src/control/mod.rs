@@ -354,7 +354,7 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
         let (message, fds) = tokio::select! {
             received = socket.receive() => received?,
             order = inbox.next() => {
-                orders::serve(plane, socket, session, order).await?;
+                orders::serve(plane, session, order).await?;
                 continue;
             }
             // A fork of the client's may hold the socket open for as long as it likes.

@@ -4,19 +4,23 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use kvoyant_protocol::control::{Failure, ToClient, ToDaemon};
+use kvoyant_protocol::control::Failure;
 use kvoyant_protocol::wire::SequenceId;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
 use super::images::{self, Stop, Suspend, image};
-use super::{Ended, Plane, Session, Socket, ask};
+use super::{Ended, Plane, Session};
 use crate::keeper::Keeper;
 use crate::lane::Command;
 use crate::lane::images::{ImageOutcome, ImageRequest};
 use crate::lane::list::OpenSequence;
 use crate::status::Registry;
+
+/// No client takes so long over the rows of one answer.
+const READ_WITHIN: Duration = Duration::from_millis(200);
 
 /// Orders that may wait for one session.
 const WAITING_MAX: usize = 4;
@@ -112,12 +116,11 @@ impl Drop for Inbox<'_> {
 /// If the session ends.
 pub(super) async fn serve(
     plane: &Plane,
-    socket: &Socket,
     session: &Session,
     Order { asked, answer }: Order,
 ) -> Result<(), Ended> {
     let sequence = asked.sequence;
-    match take(plane, socket, session, asked).await {
+    match take(plane, session, asked).await {
         Ok(()) => {
             tracing::info!(session = session.status.id, %sequence, "suspended by an operator");
             let _ = answer.send(Ok(()));
@@ -149,27 +152,33 @@ impl From<Stop> for TakeError {
     }
 }
 
-impl From<Ended> for TakeError {
-    fn from(ended: Ended) -> Self {
-        Self::Ended(ended)
-    }
-}
-
-async fn take(plane: &Plane, socket: &Socket, session: &Session, asked: Suspend) -> Result<(), TakeError> {
+async fn take(plane: &Plane, session: &Session, asked: Suspend) -> Result<(), TakeError> {
     let sequence = asked.sequence;
     image(plane, session, ImageRequest::Take(sequence)).await?;
-    let failure = match images::suspend(plane, socket, session, asked).await {
-        Ok(ToClient::Failed(failure)) | Err(Stop::Failed(failure)) => failure,
-        Ok(_) => return Ok(()),
+    let failure = match images::write(plane, session, asked).await {
+        Ok(()) => None,
+        Err(Stop::Failed(failure)) => Some(failure),
         Err(Stop::Ended(ended)) => return Err(TakeError::Ended(ended)),
     };
-    match image(plane, session, ImageRequest::GiveBack(sequence)).await? {
-        ImageOutcome::GivenBack(false) => {
-            ask(plane, socket, session, ToDaemon::Close { sequences: vec![sequence] }).await?;
-            Err(TakeError::Order(OrderError::Closed { sequence, failure }))
+    if let Some(failure) = failure {
+        // It may not have got as far as to stay.
+        let _ = image(plane, session, ImageRequest::Release(sequence)).await;
+        let given = image(plane, session, ImageRequest::GiveBack(sequence)).await?;
+        if !matches!(given, ImageOutcome::GivenBack(false)) {
+            return Err(TakeError::Order(OrderError::Failed(failure)));
         }
-        _ => Err(TakeError::Order(OrderError::Failed(failure))),
+        retire(plane, session, sequence).await?;
+        return Err(TakeError::Order(OrderError::Closed { sequence, failure }));
     }
+    retire(plane, session, sequence).await
+}
+
+/// Closes a sequence whose client does not know, and gives that a moment to finish what it reads.
+async fn retire(plane: &Plane, session: &Session, sequence: SequenceId) -> Result<(), TakeError> {
+    image(plane, session, ImageRequest::Retire(sequence)).await?;
+    tokio::time::sleep(READ_WITHIN).await;
+    image(plane, session, ImageRequest::Forget(sequence)).await?;
+    Ok(())
 }
 
 impl Plane {

@@ -5,6 +5,7 @@
 //! transfers; when all are empty it polls a little longer, then sleeps on all of them at once.
 
 pub mod background;
+mod close;
 pub mod digests;
 pub mod error;
 pub mod graph;

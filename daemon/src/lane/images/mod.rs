@@ -45,6 +45,10 @@ pub enum ImageRequest {
     Take(SequenceId),
     /// That came to nothing. Answered by whether its client can go on with it; if not, it is to be closed.
     GiveBack(SequenceId),
+    /// It is closed, under its client's hands.
+    Retire(SequenceId),
+    /// A moment has passed since: what its client was reading then is not read any more.
+    Forget(SequenceId),
 }
 
 /// The place of a page.
@@ -176,6 +180,11 @@ impl ModelState {
             }),
             ImageRequest::Take(id) => self.take(id).map(|()| ImageOutcome::Done),
             ImageRequest::GiveBack(id) => Ok(ImageOutcome::GivenBack(self.give_back(id))),
+            ImageRequest::Retire(id) => self.retire_taken(id).map(|()| ImageOutcome::Done),
+            ImageRequest::Forget(id) => {
+                self.forget_taken(id);
+                Ok(ImageOutcome::Done)
+            }
         };
         result.unwrap_or_else(ImageOutcome::Failed)
     }

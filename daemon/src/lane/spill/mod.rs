@@ -270,7 +270,8 @@ impl ModelState {
             Frame { content, head: head as u32, page: page as u32, sequence, chances: 0 };
     }
 
-    fn release_frame(&mut self, frame: u32) {
+    /// Drops one owner of a frame.
+    pub(crate) fn release_frame(&mut self, frame: u32) {
         if self.arena.release(frame)
             && let Some(state) = &mut self.spill
             && let Some(frame) = state.frames.get_mut(frame as usize)
