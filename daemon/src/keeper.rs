@@ -304,10 +304,11 @@ fn copy_loop(local: &LocalStore, remote: &dyn ImageStore, progress: &Progress, i
             progress.lock().now = Some((id.clone(), false));
             let copied = local.open(&id).and_then(|reader| progress.note(copy(reader, remote, &id)));
             let removed = progress.lock().now.take().is_some_and(|(_, removed)| removed);
-            if removed && let Err(error) = remote.remove(&id) {
-                if !matches!(error, StoreError::NotFound { .. }) {
-                    tracing::error!("image {id} was removed, and may still be in {}: {error}", remote.name());
-                }
+            if removed
+                && let Err(error) = remote.remove(&id)
+                && !matches!(error, StoreError::NotFound { .. })
+            {
+                tracing::error!("image {id} was removed, and may still be in {}: {error}", remote.name());
             }
             match copied {
                 Ok(_) if removed => {}
@@ -324,5 +325,42 @@ fn copy_loop(local: &LocalStore, remote: &dyn ImageStore, progress: &Progress, i
             progress.lock().waiting.remove(&id);
         }
         waiting = left;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tiers::store::{ImageFacts, ImageKind};
+
+    fn summary(id: &str) -> ImageSummary {
+        let content = ImageFacts {
+            kind: ImageKind::Sequence,
+            tokens: 1,
+            created_unix: 1,
+            fingerprint: String::new(),
+            uid: 0,
+            label: String::new(),
+        };
+        ImageSummary { id: id.parse().unwrap(), bytes: 1, content: Ok(content) }
+    }
+
+    #[test]
+    fn lists_are_merged_by_name_with_where_each_image_is() {
+        let merged = merge(vec![summary("c"), summary("a")], vec![summary("b"), summary("c")]);
+        let found: Vec<_> = merged.iter().map(|(image, kept)| (image.id.as_str(), *kept)).collect();
+        assert_eq!(found, [("a", Kept::Here), ("b", Kept::Remotely), ("c", Kept::Both)]);
+    }
+
+    #[test]
+    fn what_a_remote_store_said_last_is_kept_until_it_does_what_it_is_asked() {
+        let progress = Progress::default();
+        let refused = || StoreError::Refused { name: "s3://bucket".into(), reason: "403".into() };
+        assert!(progress.note::<()>(Err(refused())).is_err());
+        let missing = StoreError::NotFound { store: "s3://bucket".into(), id: "a".parse().unwrap() };
+        assert!(progress.note::<()>(Err(missing)).is_err());
+        assert!(progress.lock().error.as_ref().is_some_and(|error| error.contains("403")));
+        assert!(progress.note(Ok(())).is_ok());
+        assert_eq!(progress.lock().error, None);
     }
 }

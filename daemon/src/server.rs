@@ -285,7 +285,7 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     };
     let registry = Registry::new(Arc::clone(&pool), Arc::clone(&device), mode.into(), lanes.len(), boot_id);
     let registry = Arc::new(registry.with_stores(spill.clone(), keeper.clone()));
-    let plane = Arc::new(Plane::new(config.clone(), lanes, device, pool, registry, spill, keeper, boot_id));
+    let plane = Arc::new(Plane::new(config.clone(), lanes, device, pool, registry, spill, keeper));
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::Start)?;
     runtime.block_on(async {

@@ -187,6 +187,12 @@ impl Registry {
         Self { spill, keeper, ..self }
     }
 
+    /// What changes with every start.
+    #[must_use]
+    pub fn boot_id(&self) -> u64 {
+        self.boot_id
+    }
+
     fn sessions(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Arc<SessionStatus>>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -180,7 +180,14 @@ fn an_operator_suspends_a_sequence_whose_client_goes_on_and_nothing_else_of_it_e
         assert_eq!(again.tokens(), TOKENS);
         check(&model, &again, 5);
         fill(&model, &again, 5, TOKENS + 100);
+        // What a client that has not noticed writes reaches nobody else's rows.
+        fake::fill(&model, &taken, 77, TOKENS + 290).unwrap();
+        let others: Vec<_> = (10..14).map(|seed| (open(&model, seed), seed)).collect();
+        fake::fill(&model, &taken, 77, TOKENS + 300).unwrap();
         check(&model, &again, 5);
+        check(&model, &kept, 6);
+        others.iter().for_each(|(sequence, seed)| check(&model, sequence, *seed));
+        drop(others);
         assert_eq!(image(&daemon, &name).unwrap().label.as_deref(), Some("by an operator"));
         // Nothing of it is left once its client has closed it.
         taken.close().unwrap();

@@ -82,7 +82,7 @@ pub struct ImageReport {
 
 impl ImageReport {
     /// Of what a store says. Names of sequences carry their user: `u1000.chat`.
-    pub(super) fn new(summary: ImageSummary, kept: Kept) -> Self {
+    pub(super) fn new(summary: &ImageSummary, kept: Kept) -> Self {
         let id = summary.id.as_str();
         let named = id.strip_prefix('u').and_then(|rest| rest.split_once('.'));
         let named = named.and_then(|(uid, name)| Some((uid.parse::<u32>().ok()?, name.to_owned())));
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn an_image_is_its_users_if_its_name_and_its_manifest_agree() {
-        let report = |id, uid| ImageReport::new(summary(id, uid), Kept::Here);
+        let report = |id, uid| ImageReport::new(&summary(id, uid), Kept::Here);
         let image = report("u1000.chat.7", Some(1000));
         assert_eq!((image.name.as_str(), image.uid, image.tokens), ("chat.7", Some(1000), Some(7)));
         assert_eq!(report("u1000.chat", Some(1001)).uid, None);

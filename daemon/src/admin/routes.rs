@@ -123,7 +123,8 @@ impl Routes {
                 (Vec::new(), Some(format!("the remote store gave no list within {seconds} s")))
             }
         };
-        let images = merge(here, remotely).into_iter().map(|(summary, kept)| ImageReport::new(summary, kept));
+        let images =
+            merge(here, remotely).into_iter().map(|(summary, kept)| ImageReport::new(&summary, kept));
         let visible = |image: &ImageReport| image.uid.map_or(caller.operates(), |uid| caller.may(uid));
         let mut images: Vec<_> = images.filter(visible).collect();
         images.sort_by(|a, b| (a.uid, &a.name).cmp(&(b.uid, &b.name)));
@@ -161,7 +162,7 @@ impl Routes {
                 Ok::<_, StoreError>((summary, keeper.where_is(&id)))
             })
             .await??;
-        Ok(ImageReport::new(summary, kept))
+        Ok(ImageReport::new(&summary, kept))
     }
 
     async fn remove(&self, owner: u32, name: &str, caller: Caller) -> Result<Done, Refusal> {

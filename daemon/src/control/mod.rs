@@ -77,8 +77,8 @@ impl Plane {
         registry: Arc<Registry>,
         spill: Option<Arc<Spill>>,
         keeper: Option<Arc<Keeper>>,
-        boot_id: u64,
     ) -> Self {
+        let boot_id = registry.boot_id();
         let places = Arc::new(Semaphore::new(config.max_sessions as usize));
         let (next_session, readings) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
         let host_share = config.host_percent / 100.0;
