@@ -1,5 +1,7 @@
 //! The command line.
 
+mod sequences;
+
 use std::path::PathBuf;
 
 use bytesize::ByteSize;
@@ -8,6 +10,7 @@ use kvoyant_daemon::device::DeviceName;
 use kvoyant_engine::Format;
 use kvoyant_methods::{Budget, MethodSpec, registry};
 
+pub(crate) use self::sequences::{SequencesArgs, SequencesWhat};
 use crate::bench::decode::Setting;
 
 /// Keeps the KV cache of long-context language models, and fetches what attention will need.
@@ -26,6 +29,8 @@ pub(crate) enum Command {
     Serve(Box<ServeArgs>),
     /// Say what a running daemon holds
     Status(StatusArgs),
+    /// List open sequences and suspended ones; suspend, bring back and erase them
+    Sequences(SequencesArgs),
     /// Say what this machine can do, what it cannot, and what mends it
     Doctor(DoctorArgs),
     /// Get the demo's model into the cache folder, and print its path

@@ -18,6 +18,7 @@ mod model;
 mod private_daemon;
 mod progress;
 mod run;
+mod sequences;
 mod serve;
 mod session;
 mod status;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         // It answers by its exit code too.
         Command::Doctor(args) => return doctor::main(args),
         Command::Status(args) => status::text(args).map_err(Into::into).and_then(|text| print(&text)),
+        Command::Sequences(args) => sequences::text(args).map_err(Into::into).and_then(|text| print(&text)),
         Command::FetchModel => fetch_model(),
         Command::Bench(args) => guarded(|| bench(args)).and_then(|text| print(&text)),
         Command::Demo(args) => guarded(|| demo::run(args).map_err(Into::into)).and_then(|text| print(&text)),

@@ -1,5 +1,7 @@
 //! `kvoyant status`: what a running daemon holds.
 
+mod stores;
+
 use std::fmt::Write;
 
 use kvoyant_daemon::admin::{AdminError, fetch_status};
@@ -56,6 +58,7 @@ fn words(report: &StatusReport) -> String {
         bytes(arena.locked_bytes)
     );
     let _ = writeln!(out, "pool       {}", pool(&arena.pool));
+    stores::lines(report, &mut out);
     let totals = &report.totals;
     let _ = writeln!(
         out,
@@ -97,6 +100,9 @@ fn words(report: &StatusReport) -> String {
         let _ = writeln!(out, "{}", line(session));
         if let Some(kept) = kept(session) {
             let _ = writeln!(out, "{:>7}  keeps {kept}", "");
+        }
+        if let Some(pages) = stores::pages(report, session) {
+            let _ = writeln!(out, "{:>7}  pages {pages}", "");
         }
     }
     out
@@ -154,8 +160,7 @@ fn line(session: &SessionReport) -> String {
         0 => "–".to_owned(),
         all => format!("{:.0} %", found as f64 / all as f64 * 100.0),
     };
-    // A client chooses its own name: what could steer a terminal is not passed on.
-    let name: String = session.client.chars().filter(|c| !c.is_control()).take(20).collect();
+    let name = plain(&session.client, 20);
     format!(
         "{:>7}  {name:<20} {:>8} {:>9} {:>9} {:>10} {:>10} {hits:>6}",
         session.id,
@@ -182,11 +187,16 @@ fn kept(session: &SessionReport) -> Option<String> {
     (!all.is_empty()).then(|| all.join(", "))
 }
 
-fn counted(n: u64, what: &str) -> String {
+/// What somebody else has chosen, as far as there is room: what could steer a terminal is not passed on.
+pub(crate) fn plain(text: &str, characters: usize) -> String {
+    text.chars().filter(|c| !c.is_control()).take(characters).collect()
+}
+
+pub(crate) fn counted(n: u64, what: &str) -> String {
     format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
-fn bytes(n: u64) -> String {
+pub(crate) fn bytes(n: u64) -> String {
     indicatif::HumanBytes(n).to_string()
 }
 
@@ -284,6 +294,8 @@ mod tests {
                 slab_bytes: 0,
                 bytes_moved: 0,
             },
+            spill: Vec::new(),
+            store: None,
             sessions: vec![session],
         };
         let text = words(&report);

@@ -166,3 +166,64 @@ fn people_get_one_line_for_each_check() {
     assert!(checks.iter().all(|line| line.starts_with("pass  ") || line.starts_with("warn  ")), "{out}");
     assert!(out.contains("\ncuda:0 can be used: 0 failed"), "{out}");
 }
+
+/// What the doctor says of a configuration, for the host.
+fn examine_disks(configuration: &str) -> Findings {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("kvoyantd.toml");
+    std::fs::write(&file, configuration).unwrap();
+    let mut command: Command = kvoyant(home.path());
+    command.args(["doctor", "--json", "--device", "host", "--config"]).arg(&file);
+    let (code, out, err) = run(command.env("CUDA_VISIBLE_DEVICES", ""));
+    assert_eq!(err, "", "{out}");
+    Findings { code, report: serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}")) }
+}
+
+#[test]
+fn disks_and_images_are_tried_and_nothing_is_left_there() {
+    let place = tempfile::tempdir().unwrap();
+    let below = |name: &str| place.path().join(name).display().to_string();
+    std::fs::create_dir(below("spill")).unwrap();
+    let findings = examine_disks(&format!(
+        "spill = [{:?}]\nspill_bytes = \"64MiB\"\nstore = {:?}\nremote = \"memory:\"\n",
+        below("spill"),
+        below("images"),
+    ));
+    assert_eq!(findings.code, Some(0), "{:?}", findings.report);
+    for name in ["spill-room", "store", "remote"] {
+        assert_eq!(findings.level(name), "pass", "{name}: {:?}", findings.check(name));
+    }
+    assert!(["pass", "warn"].contains(&findings.level("spill")), "{:?}", findings.check("spill"));
+    assert!(findings.check("io-uring").is_some() && findings.check("spill-buffers").is_some());
+    assert_eq!(common::everything_below(place.path()), ["spill"]);
+    let plain = examine_disks("");
+    for name in ["spill", "spill-room", "io-uring", "store", "remote"] {
+        assert_eq!(plain.check(name), None, "nothing of the kind is configured");
+    }
+}
+
+#[test]
+fn places_that_cannot_be_used_fail_with_what_mends_them() {
+    let place = tempfile::tempdir().unwrap();
+    let folder = place.path().display();
+    let findings = examine_disks(&format!(
+        "spill = [\"/no/such/folder/spill\", \"{folder}\"]\nspill_bytes = \"8EiB\"\n"
+    ));
+    assert_eq!((findings.code, findings.level("spill")), (Some(1), "fail"), "{:?}", findings.report);
+    assert!(findings.fix("spill").contains("install -d -m 700 /no/such/folder"), "{}", findings.fix("spill"));
+    assert_eq!(findings.level("spill-room"), "fail");
+    assert!(findings.fix("spill-room").contains("spill_bytes"), "{}", findings.fix("spill-room"));
+    // A file where a folder should be, and a server that is not there.
+    let file = place.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let findings = examine_disks(&format!(
+        "store = {:?}\nremote = \"redis://me:hunter2@127.0.0.1:9/0\"\n",
+        file.join("images").display().to_string()
+    ));
+    assert_eq!((findings.code, findings.level("store")), (Some(1), "fail"), "{:?}", findings.report);
+    assert!(findings.fix("store").contains("install -d"), "{}", findings.fix("store"));
+    assert_eq!(findings.level("remote"), "warn");
+    assert!(
+        findings.found("remote").contains("127.0.0.1:9") && !findings.found("remote").contains("hunter2")
+    );
+}

@@ -417,6 +417,7 @@ impl Sequence {
     ///
     /// # Errors
     /// [`Failure::Image`](crate::Failure::Image) if the daemon keeps no images, has one of that name (unless `overwrite`), or cannot write it.
+    #[allow(clippy::result_large_err, reason = "what could not be suspended goes back to its owner")]
     pub fn suspend(mut self, image: &str, overwrite: bool, label: &str) -> Result<(), (Self, Error)> {
         let message = ToDaemon::Suspend {
             sequence: self.id,

@@ -3,14 +3,17 @@
 //! Everything here blocks, and runs beside the control plane. What is kept in the folder is copied to the remote store by a thread of
 //! its own, so that nobody waits for that one, dead or alive; what is not in the folder is looked for there.
 
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
+use crate::status::StoreReport;
 use crate::tiers::store::{
     ImageId, ImageReader, ImageStore, ImageSummary, ImageWriter, LocalStore, RemoteOptions, StoreError,
     connect,
@@ -32,11 +35,43 @@ enum Order {
     Stop,
 }
 
+/// How copying goes.
+#[derive(Debug, Default)]
+struct Progress(Mutex<Copying>);
+
+#[derive(Debug, Default)]
+struct Copying {
+    /// What has yet to be copied.
+    waiting: BTreeSet<ImageId>,
+    /// What is being copied, and whether it has been removed meanwhile.
+    now: Option<(ImageId, bool)>,
+    /// What the remote store said last, if that was no success.
+    error: Option<String>,
+}
+
+impl Progress {
+    fn lock(&self) -> MutexGuard<'_, Copying> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Remembers how an operation of the remote store went.
+    fn note<T>(&self, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        match &result {
+            Ok(_) => self.lock().error = None,
+            // It has answered.
+            Err(StoreError::NotFound { .. }) => {}
+            Err(error) => self.lock().error = Some(error.to_string()),
+        }
+        result
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Keeper {
     local: Arc<LocalStore>,
     remote: Option<Arc<dyn ImageStore>>,
+    progress: Arc<Progress>,
     orders: Sender<Order>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -54,19 +89,20 @@ impl Keeper {
             url => Some(Arc::from(connect(url, RemoteOptions::default())?)),
         };
         let (orders, inbox) = unbounded();
+        let progress = Arc::new(Progress::default());
         let stop = Arc::new(AtomicBool::new(false));
         let thread = remote.clone().map(|remote| {
-            let (local, stop) = (Arc::clone(&local), Arc::clone(&stop));
+            let (local, progress, stop) = (Arc::clone(&local), Arc::clone(&progress), Arc::clone(&stop));
             std::thread::Builder::new()
                 .name("keeper".into())
-                .spawn(move || copy_loop(&local, &*remote, &inbox, &stop))
+                .spawn(move || copy_loop(&local, &*remote, (&progress, &stop), &inbox))
         });
         let thread = thread.transpose().map_err(|source| StoreError::Io {
             doing: "start a thread for",
             path: folder.to_path_buf(),
             source,
         })?;
-        Ok(Self { local, remote, orders, stop, thread })
+        Ok(Self { local, remote, progress, orders, stop, thread })
     }
 
     /// What hashes of users' prefixes are salted with: made once for the folder, so that prefixes are found again after a restart.
@@ -99,6 +135,18 @@ impl Keeper {
         Ok(salt)
     }
 
+    /// Where images are kept, and how copying goes.
+    #[must_use]
+    pub fn report(&self) -> StoreReport {
+        let progress = self.progress.lock();
+        StoreReport {
+            folder: self.local.root().to_path_buf(),
+            remote: self.remote.as_ref().map(|remote| remote.name().to_owned()),
+            waiting: progress.waiting.len() as u64,
+            remote_error: progress.error.clone(),
+        }
+    }
+
     /// Begins an image in the folder.
     ///
     /// # Errors
@@ -111,6 +159,7 @@ impl Keeper {
     /// `overwrite`.
     pub fn kept(&self, id: ImageId, overwrite: bool) {
         if self.remote.is_some() {
+            self.progress.lock().waiting.insert(id.clone());
             // The thread lives as long as this.
             let _ = self.orders.send(Order::Copy(id, overwrite));
         }
@@ -122,31 +171,40 @@ impl Keeper {
     /// The store's; of the remote one only where the folder has no such image.
     pub fn open(&self, id: &ImageId) -> Result<Box<dyn ImageReader>, StoreError> {
         match (self.local.open(id), &self.remote) {
-            (Err(StoreError::NotFound { .. }), Some(remote)) => remote.open(id),
+            (Err(StoreError::NotFound { .. }), Some(remote)) => self.progress.note(remote.open(id)),
             (opened, _) => opened,
         }
     }
 
-    /// All images by name, with where they are; and why the remote store's are missing, if they are.
+    /// The images of the folder, by name.
     ///
     /// # Errors
     /// The folder's.
-    pub fn list(&self) -> Result<(Vec<(ImageSummary, Kept)>, Option<StoreError>), StoreError> {
-        let mut all: Vec<(ImageSummary, Kept)> =
-            self.local.list()?.into_iter().map(|summary| (summary, Kept::Here)).collect();
-        let (remote, missing) = match self.remote.as_ref().map(|remote| remote.list()) {
-            None => (Vec::new(), None),
-            Some(Ok(list)) => (list, None),
-            Some(Err(error)) => (Vec::new(), Some(error)),
-        };
-        for summary in remote {
-            match all.iter_mut().find(|(here, _)| here.id == summary.id) {
-                Some((_, kept)) => *kept = Kept::Both,
-                None => all.push((summary, Kept::Remotely)),
-            }
+    pub fn list_here(&self) -> Result<Vec<ImageSummary>, StoreError> {
+        self.local.list()
+    }
+
+    /// The images of the remote store, by name; none where there is no such store.
+    ///
+    /// # Errors
+    /// The remote store's.
+    pub fn list_remotely(&self) -> Result<Vec<ImageSummary>, StoreError> {
+        self.remote.as_ref().map_or(Ok(Vec::new()), |remote| self.progress.note(remote.list()))
+    }
+
+    /// Whether the folder has an image of that name, whole or damaged.
+    #[must_use]
+    pub fn has_here(&self, id: &ImageId) -> bool {
+        !matches!(self.local.open(id), Err(StoreError::NotFound { .. }))
+    }
+
+    /// Where an image that is in the folder is, as far as the remote store says.
+    #[must_use]
+    pub fn where_is(&self, id: &ImageId) -> Kept {
+        match &self.remote {
+            Some(remote) if self.progress.note(remote.open(id)).is_ok() => Kept::Both,
+            _ => Kept::Here,
         }
-        all.sort_by(|(a, _), (b, _)| a.id.as_str().cmp(b.id.as_str()));
-        Ok((all, missing))
     }
 
     /// Copies an image from the remote store to the folder, if it is only there, comparing every page with its checksum; one that
@@ -157,7 +215,8 @@ impl Keeper {
     pub fn bring(&self, id: &ImageId) -> Result<ImageSummary, StoreError> {
         match (self.local.open(id), &self.remote) {
             (Err(StoreError::NotFound { .. }), Some(remote)) => {
-                let copied = copy(remote.open(id)?, &*self.local, (id, true), &self.stop)?;
+                let reader = self.progress.note(remote.open(id))?;
+                let copied = copy(reader, &*self.local, (id, true), &self.stop)?;
                 copied.ok_or_else(|| StoreError::NotFound { store: self.local.name().into(), id: id.clone() })
             }
             (opened, _) => {
@@ -176,9 +235,17 @@ impl Keeper {
     /// # Errors
     /// [`StoreError::NotFound`] if it is nowhere; what a store refuses.
     pub fn remove(&self, id: &ImageId) -> Result<(), StoreError> {
+        {
+            // A copy that is under way would bring it back.
+            let mut progress = self.progress.lock();
+            progress.waiting.remove(id);
+            if let Some((_, removed)) = progress.now.as_mut().filter(|(now, _)| now == id) {
+                *removed = true;
+            }
+        }
         let here = self.local.remove(id);
         let Some(remote) = &self.remote else { return here };
-        match (here, remote.remove(id)) {
+        match (here, self.progress.note(remote.remove(id))) {
             (Ok(()), Ok(()) | Err(StoreError::NotFound { .. }))
             | (Err(StoreError::NotFound { .. }), Ok(())) => Ok(()),
             (Err(error), Ok(()) | Err(StoreError::NotFound { .. })) | (_, Err(error)) => Err(error),
@@ -208,11 +275,27 @@ pub enum Kept {
     Both,
 }
 
-/// Reads every page of an image, which compares it with its checksum.
+/// All images of the folder and of the remote store by name, with where they are.
+#[must_use]
+pub fn merge(here: Vec<ImageSummary>, remotely: Vec<ImageSummary>) -> Vec<(ImageSummary, Kept)> {
+    let mut all: BTreeMap<ImageId, (ImageSummary, Kept)> =
+        here.into_iter().map(|summary| (summary.id.clone(), (summary, Kept::Here))).collect();
+    for summary in remotely {
+        match all.entry(summary.id.clone()) {
+            Entry::Occupied(mut entry) => entry.get_mut().1 = Kept::Both,
+            Entry::Vacant(entry) => _ = entry.insert((summary, Kept::Remotely)),
+        }
+    }
+    all.into_values().collect()
+}
+
+/// Reads every page and blob of an image, which compares it with its checksum.
 fn check(reader: &mut dyn ImageReader) -> Result<(), StoreError> {
     let pages = reader.manifest().pages.present();
     let mut page = vec![0; reader.manifest().page_bytes()];
-    (0..pages).try_for_each(|index| reader.page(index, &mut page))
+    (0..pages).try_for_each(|index| reader.page(index, &mut page))?;
+    let blobs: Vec<String> = reader.manifest().blobs.iter().map(|blob| blob.name.clone()).collect();
+    blobs.iter().try_for_each(|name| reader.blob(name).map(drop))
 }
 
 fn copy(
@@ -247,7 +330,12 @@ struct Waiting {
 }
 
 /// Copies images to the remote store, one after the other, as often as it takes within reason.
-fn copy_loop(local: &LocalStore, remote: &dyn ImageStore, inbox: &Receiver<Order>, stop: &AtomicBool) {
+fn copy_loop(
+    local: &LocalStore,
+    remote: &dyn ImageStore,
+    (progress, stop): (&Progress, &AtomicBool),
+    inbox: &Receiver<Order>,
+) {
     if let Err(error) = remote.sweep(LEFTOVERS) {
         tracing::warn!("leftovers in {} could not be removed: {error}", remote.name());
     }
@@ -270,36 +358,70 @@ fn copy_loop(local: &LocalStore, remote: &dyn ImageStore, inbox: &Receiver<Order
         let (ready, later): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|waiting| waiting.due <= now);
         waiting = later;
         for Waiting { id, overwrite, tries, .. } in ready {
-            let copied = local.open(&id).and_then(|reader| copy(reader, remote, (&id, overwrite), stop));
+            progress.lock().now = Some((id.clone(), false));
+            let copied = local
+                .open(&id)
+                .and_then(|reader| progress.note(copy(reader, remote, (&id, overwrite), stop)));
+            let removed = progress.lock().now.take().is_some_and(|(_, removed)| removed);
+            if removed
+                && let Err(error) = remote.remove(&id)
+                && !matches!(error, StoreError::NotFound { .. })
+            {
+                tracing::error!("image {id} was removed, and may still be in {}: {error}", remote.name());
+            }
             match copied {
                 Ok(None) => return,
-                Ok(Some(_)) => {
-                    tracing::info!("image {id} is in {} too", remote.name());
-                    // What was removed meanwhile must not come back from there.
-                    if matches!(local.open(&id), Err(StoreError::NotFound { .. }))
-                        && let Err(error) = remote.remove(&id)
-                    {
-                        tracing::warn!(
-                            "image {id} was removed while it was copied, and stays there: {error}"
-                        );
-                    }
-                }
+                Ok(_) if removed => {}
+                Ok(Some(_)) => tracing::info!("image {id} is in {} too", remote.name()),
                 // It has been removed, or resumed and gone.
                 Err(StoreError::NotFound { .. }) => {}
-                Err(error @ StoreError::Exists { .. }) => {
-                    tracing::warn!("image {id} is here alone: {error}");
-                }
-                Err(error) if tries + 1 < TRIES => {
+                Err(error @ StoreError::Exists { .. }) => tracing::warn!("image {id} is here alone: {error}"),
+                Err(error) if tries + 1 < TRIES && !removed => {
                     tracing::warn!("image {id} cannot be copied to {} yet: {error}", remote.name());
-                    waiting.push(Waiting {
-                        id,
-                        overwrite,
-                        tries: tries + 1,
-                        due: Instant::now() + AGAIN_AFTER,
-                    });
+                    let due = Instant::now() + AGAIN_AFTER;
+                    waiting.push(Waiting { id, overwrite, tries: tries + 1, due });
+                    continue;
                 }
                 Err(error) => tracing::error!("image {id} is not copied to {}: {error}", remote.name()),
             }
+            progress.lock().waiting.remove(&id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tiers::store::{ImageFacts, ImageKind};
+
+    fn summary(id: &str) -> ImageSummary {
+        let content = ImageFacts {
+            kind: ImageKind::Sequence,
+            tokens: 1,
+            created_unix: 1,
+            fingerprint: String::new(),
+            uid: 0,
+            label: String::new(),
+        };
+        ImageSummary { id: id.parse().unwrap(), bytes: 1, content: Ok(content) }
+    }
+
+    #[test]
+    fn lists_are_merged_by_name_with_where_each_image_is() {
+        let merged = merge(vec![summary("c"), summary("a")], vec![summary("b"), summary("c")]);
+        let found: Vec<_> = merged.iter().map(|(image, kept)| (image.id.as_str(), *kept)).collect();
+        assert_eq!(found, [("a", Kept::Here), ("b", Kept::Remotely), ("c", Kept::Both)]);
+    }
+
+    #[test]
+    fn what_a_remote_store_said_last_is_kept_until_it_does_what_it_is_asked() {
+        let progress = Progress::default();
+        let refused = || StoreError::Refused { name: "s3://bucket".into(), reason: "403".into() };
+        assert!(progress.note::<()>(Err(refused())).is_err());
+        let missing = StoreError::NotFound { store: "s3://bucket".into(), id: "a".parse().unwrap() };
+        assert!(progress.note::<()>(Err(missing)).is_err());
+        assert!(progress.lock().error.as_ref().is_some_and(|error| error.contains("403")));
+        assert!(progress.note(Ok(())).is_ok());
+        assert_eq!(progress.lock().error, None);
     }
 }

@@ -22,7 +22,7 @@ use crate::tiers::prefix::{
     BlockHash, Evictions, Handle, Limits, Place, PrefixError, PrefixIndex, PrefixKey, Scope, Tier, chain,
 };
 use crate::tiers::shared::{SharedPage, SharedPages};
-use crate::tiers::store::{ImageId, ImageKind, Manifest, ModelKey, PageTable, StoreError};
+use crate::tiers::store::{ImageId, ImageKind, ImageReader, Manifest, ModelKey, PageTable, StoreError};
 
 /// What an image of blocks says of them.
 const BLOCKS: &str = "prefix";
@@ -447,16 +447,15 @@ impl Prefixes {
 
     /// Takes note of the prefixes that images have.
     fn load(&self, keeper: &Keeper) {
-        let (images, missing) = match keeper.list() {
-            Ok(list) => list,
-            Err(error) => {
-                tracing::warn!("published prefixes of before cannot be looked for: {error}");
-                return;
-            }
-        };
-        if let Some(error) = missing {
+        let here = keeper.list_here().unwrap_or_else(|error| {
+            tracing::warn!("published prefixes of before cannot be looked for: {error}");
+            Vec::new()
+        });
+        let remotely = keeper.list_remotely().unwrap_or_else(|error| {
             tracing::warn!("published prefixes of the remote store cannot be looked for: {error}");
-        }
+            Vec::new()
+        });
+        let images = crate::keeper::merge(here, remotely);
         let mut found = Vec::new();
         for (summary, _) in images {
             if !summary.content.as_ref().is_ok_and(|facts| facts.kind == ImageKind::Prefix) {
@@ -519,22 +518,23 @@ struct Task {
     uid: u32,
 }
 
+/// An image's reader, and the numbers of its blocks.
+type OpenImage = (Box<dyn ImageReader>, HashMap<BlockHash, usize>);
+
 /// Images that are read from, opened once each.
 struct Images<'a> {
     keeper: Option<&'a Keeper>,
-    open: HashMap<ImageId, (Box<dyn crate::tiers::store::ImageReader>, HashMap<BlockHash, usize>)>,
+    open: HashMap<ImageId, OpenImage>,
 }
 
 impl Images<'_> {
     /// An image's reader, and the numbers of its blocks.
-    #[allow(clippy::type_complexity)]
     fn of(
         &mut self,
         keeper: &Keeper,
         id: &Arc<ImageId>,
         model: &ModelKey,
-    ) -> Result<&mut (Box<dyn crate::tiers::store::ImageReader>, HashMap<BlockHash, usize>), PrefixFailure>
-    {
+    ) -> Result<&mut OpenImage, PrefixFailure> {
         use std::collections::hash_map::Entry;
         match self.open.entry((**id).clone()) {
             Entry::Occupied(open) => Ok(open.into_mut()),

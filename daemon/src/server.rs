@@ -292,18 +292,10 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         Mode::Slab => "slab",
         Mode::Device => "device",
     };
-    let registry =
-        Arc::new(Registry::new(Arc::clone(&pool), Arc::clone(&device), mode.into(), lanes.len(), boot_id));
-    let plane = Arc::new(Plane::new(
-        config.clone(),
-        lanes,
-        device,
-        pool,
-        Arc::clone(&registry),
-        spill,
-        (keeper, prefixes),
-        boot_id,
-    ));
+    let registry = Registry::new(Arc::clone(&pool), Arc::clone(&device), mode.into(), lanes.len(), boot_id);
+    let registry = Arc::new(registry.with_stores(spill.clone(), keeper.clone()));
+    let plane =
+        Arc::new(Plane::new(config.clone(), lanes, device, pool, registry, spill, (keeper, prefixes)));
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::Start)?;
     runtime.block_on(async {
@@ -328,7 +320,7 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         let sessions = tokio::task::LocalSet::new();
         sessions
             .run_until(async {
-                tokio::task::spawn_local(admin::serve(admin, registry));
+                tokio::task::spawn_local(admin::serve(admin, Arc::clone(&plane)));
                 loop {
                     tokio::select! {
                         _ = terminate.recv() => break,

@@ -1,6 +1,7 @@
 //! What the daemon shows of itself: counters that lanes write and the admin socket reads.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
@@ -9,6 +10,8 @@ use kvoyant_protocol::wire::{STATS, Stat};
 use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
+use crate::keeper::Keeper;
+use crate::tiers::nvme::{self, Spill};
 use crate::tiers::pool::ExtentPool;
 
 /// What a method keeps, or several that share it. Lanes write, anybody reads.
@@ -159,6 +162,8 @@ pub struct Registry {
     mode: String,
     lanes: usize,
     boot_id: u64,
+    spill: Option<Arc<Spill>>,
+    keeper: Option<Arc<Keeper>>,
     started: Instant,
 }
 
@@ -172,8 +177,20 @@ impl Registry {
         lanes: usize,
         boot_id: u64,
     ) -> Self {
-        let sessions = Mutex::default();
-        Self { sessions, pool, device, mode, lanes, boot_id, started: Instant::now() }
+        let (sessions, started) = (Mutex::default(), Instant::now());
+        Self { sessions, pool, device, mode, lanes, boot_id, spill: None, keeper: None, started }
+    }
+
+    /// The same, of a daemon whose pages can leave host memory, or that keeps images.
+    #[must_use]
+    pub fn with_stores(self, spill: Option<Arc<Spill>>, keeper: Option<Arc<Keeper>>) -> Self {
+        Self { spill, keeper, ..self }
+    }
+
+    /// What changes with every start.
+    #[must_use]
+    pub fn boot_id(&self) -> u64 {
+        self.boot_id
     }
 
     fn sessions(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Arc<SessionStatus>>> {
@@ -188,6 +205,12 @@ impl Registry {
     /// Removes a session.
     pub fn remove(&self, id: u64) {
         self.sessions().remove(&id);
+    }
+
+    /// A session, by its number.
+    #[must_use]
+    pub fn session(&self, id: u64) -> Option<Arc<SessionStatus>> {
+        self.sessions().get(&id).cloned()
     }
 
     /// Everything, at this moment.
@@ -221,6 +244,8 @@ impl Registry {
                 slab_bytes: sum(|s| s.slab_bytes),
                 bytes_moved: sum(|s| s.bytes_moved),
             },
+            spill: self.spill.as_ref().map(|spill| spill.report()).unwrap_or_default(),
+            store: self.keeper.as_ref().map(|keeper| keeper.report()),
             sessions,
         }
     }
@@ -250,6 +275,12 @@ pub struct StatusReport {
     pub arena: ArenaReport,
     /// All sessions together.
     pub totals: Totals,
+    /// Places on disk for pages that leave host memory.
+    #[serde(default)]
+    pub spill: Vec<nvme::DeviceReport>,
+    /// Where images are kept; absent where none are.
+    #[serde(default)]
+    pub store: Option<StoreReport>,
     /// Each session.
     pub sessions: Vec<SessionReport>,
 }
@@ -281,6 +312,19 @@ pub struct DeviceReport {
     pub costs: String,
     /// Why the device is lost; absent while it works.
     pub lost: Option<String>,
+}
+
+/// Where images are kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreReport {
+    /// The folder of this machine.
+    pub folder: PathBuf,
+    /// The store behind it, without user, password and query; absent if there is none.
+    pub remote: Option<String>,
+    /// Images that have yet to be copied there.
+    pub waiting: u64,
+    /// What the store behind it said last, if that was no success.
+    pub remote_error: Option<String>,
 }
 
 /// Host memory for KV.

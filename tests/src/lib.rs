@@ -49,7 +49,26 @@ impl Daemon {
     #[must_use]
     pub fn start(binary: &str, flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut child = Self::command(binary, folder.path(), flags).spawn().expect("the daemon starts");
+        let command = Self::command(binary, folder.path(), flags);
+        Self::launch(folder, command)
+    }
+
+    /// As [`Daemon::start`], where the daemon is a program's command `serve`.
+    ///
+    /// # Panics
+    /// If it does not start; its own words are in the message.
+    #[must_use]
+    pub fn serve(program: &str, flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let plain = Self::command(program, folder.path(), flags);
+        let mut command = Command::new(program);
+        command.args(["serve", "--die-with-parent", &std::process::id().to_string()]);
+        command.args(plain.get_args()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        Self::launch(folder, command)
+    }
+
+    fn launch(folder: tempfile::TempDir, mut command: Command) -> Self {
+        let mut child = command.spawn().expect("the daemon starts");
         let since = Instant::now();
         while !folder.path().join("kvoyantd.sock").exists() {
             if let Some(status) = child.try_wait().expect("a child") {

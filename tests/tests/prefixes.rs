@@ -194,13 +194,9 @@ fn prefixes_are_found_again_after_a_restart_and_on_another_node_if_they_are_for_
         model.publish(&sequence, &text(seed as u32, 600), shared).unwrap();
     }
     let images = |folder: &Path| {
-        std::fs::read_dir(folder)
-            .map(|list| {
-                list.filter_map(Result::ok)
-                    .filter(|e| e.file_name().to_string_lossy().starts_with("prefix"))
-                    .count()
-            })
-            .unwrap_or(0)
+        let Ok(list) = std::fs::read_dir(folder) else { return 0 };
+        let names = list.filter_map(Result::ok).map(|entry| entry.file_name());
+        names.filter(|name| name.to_string_lossy().starts_with("prefix")).count()
     };
     wait_until("the images to be written and copied", || {
         images(here.path()) == 4 && images(remote.path()) == 4

@@ -77,6 +77,8 @@ fn spec() -> ModelSpec {
     ModelSpec {
         name: "gpu-check".into(),
         fingerprint: "0".repeat(32),
+        adapter: String::new(),
+        rope: String::new(),
         layers: 2,
         query_heads: 1,
         kv_heads: 1,

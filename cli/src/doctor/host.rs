@@ -78,7 +78,7 @@ fn locked_memory(report: &mut Report, config: &Config) {
 }
 
 /// Whether the effective capabilities have `CAP_IPC_LOCK`.
-fn may_lock(status: &str) -> bool {
+pub(crate) fn may_lock(status: &str) -> bool {
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let bits = line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
     bits >> CAP_IPC_LOCK & 1 == 1

@@ -1,12 +1,15 @@
 //! `kvoyant doctor`: whether this machine can do what the daemon needs, tried and not only asked.
 //!
-//! Run it as the daemon's user, in the daemon's container. It harms nothing: it maps a few MiB, in processes of its own.
+//! Run it as the daemon's user, in the daemon's container. It harms nothing: it maps a few MiB, in processes of its own, and writes as
+//! much beside what the daemon has on disk, which it removes.
 
 mod check;
 mod gpu;
 mod host;
+mod images;
 mod kernels;
 mod peer;
+mod spill;
 
 use std::process::ExitCode;
 
@@ -52,6 +55,8 @@ fn examine(args: &DoctorArgs) -> Report {
         }
     }
     host::examine(&mut report, &config);
+    spill::examine(&mut report, &config);
+    images::examine(&mut report, &config);
     let (ordinal, bad) = match device {
         DeviceName::Cuda(ordinal) => (ordinal, Level::Fail),
         DeviceName::Host => (0, Level::Warn),

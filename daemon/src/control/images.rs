@@ -99,6 +99,7 @@ pub(super) async fn blocking<T: Send + 'static>(
     Ok(beside(move || Ok(work())).await??)
 }
 
+#[derive(Debug)]
 pub(super) struct Suspend {
     pub(super) sequence: SequenceId,
     pub(super) image: String,
@@ -123,7 +124,8 @@ pub(super) async fn suspend(
     told(plane, socket, session, ToDaemon::Close { sequences: vec![sequence] }).await
 }
 
-async fn write(plane: &Plane, session: &Session, asked: Suspend) -> Result<(), Stop> {
+/// Writes a sequence to an image. It stays where it is, and has to be released or closed.
+pub(super) async fn write(plane: &Plane, session: &Session, asked: Suspend) -> Result<(), Stop> {
     let Suspend { sequence, image: name, overwrite, label } = asked;
     let keeper = plane.keeper().ok_or_else(no_store)?;
     let id = image_id(session.status.uid, &name)?;
@@ -139,11 +141,10 @@ async fn write(plane: &Plane, session: &Session, asked: Suspend) -> Result<(), S
     };
     for layer in 0..portrait.model.layers as usize {
         let request = ImageRequest::Lend { sequence, layers: layer..layer + 1, pages: 0..usize::MAX };
-        let ImageOutcome::Lent(pages) = image(plane, session, request).await? else { continue };
-        // Room that has no rows yet is no part of it.
+        let ImageOutcome::Lent(mut pages) = image(plane, session, request).await? else { continue };
+        // Room that was reserved holds nothing yet.
         let counts = portrait.pages.counts();
-        let filled = |lent: &Lent| lent.page < counts.get(lent.head).map_or(0, |count| *count as usize);
-        let pages: Vec<Lent> = pages.into_iter().filter(filled).collect();
+        pages.retain(|lent| counts.get(lent.head).is_some_and(|count| lent.page < *count as usize));
         let (fail, page_bytes) = (failed(&name), portrait.model.page_bytes().unwrap_or(0));
         writer = blocking(move || write_pages(writer, &pages, page_bytes, &fail)).await?;
     }

@@ -3,6 +3,7 @@
 //! Everything here runs on one thread and waits for nobody but its own client and its own lane.
 
 mod images;
+mod orders;
 mod prefix;
 
 pub(crate) use images::now_unix;
@@ -24,7 +25,10 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+pub(crate) use self::images::image_id;
 use self::images::{Registered as RegisteredModel, Resume, Suspend};
+pub(crate) use self::orders::OrderError;
+use self::orders::Orders;
 use self::prefix::{Publish, ToAttach};
 use crate::artifacts;
 use crate::config::Config;
@@ -59,6 +63,8 @@ pub struct Plane {
     spill: Option<SpillTo>,
     keeper: Option<Arc<Keeper>>,
     prefixes: Arc<Prefixes>,
+    /// What operators want of sessions.
+    orders: Orders,
     boot_id: u64,
     next_session: AtomicU64,
     places: Arc<Semaphore>,
@@ -77,12 +83,13 @@ impl Plane {
         registry: Arc<Registry>,
         spill: Option<Arc<Spill>>,
         (keeper, prefixes): (Option<Arc<Keeper>>, Arc<Prefixes>),
-        boot_id: u64,
     ) -> Self {
+        let boot_id = registry.boot_id();
         let places = Arc::new(Semaphore::new(config.max_sessions as usize));
         let (next_session, readings) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
         let host_share = config.host_percent / 100.0;
         let spill = spill.map(|spill| SpillTo { spill, host_share });
+        let orders = Orders::default();
         Self {
             config,
             lanes,
@@ -92,6 +99,7 @@ impl Plane {
             spill,
             keeper,
             prefixes,
+            orders,
             boot_id,
             next_session,
             places,
@@ -107,11 +115,6 @@ impl Plane {
     /// What has been published.
     fn prefixes(&self) -> Arc<Prefixes> {
         Arc::clone(&self.prefixes)
-    }
-
-    /// Where images are kept, if they are.
-    fn keeper(&self) -> Option<Arc<Keeper>> {
-        self.keeper.clone()
     }
 
     /// Waits until the device is lost, and says why. For ever, where that cannot be.
@@ -363,9 +366,14 @@ async fn ended(importer: &Importer) {
 
 async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), Ended> {
     let (mut registered, mut left) = (false, false);
+    let mut inbox = plane.orders.open(session.status.id);
     loop {
         let (message, fds) = tokio::select! {
             received = socket.receive() => received?,
+            order = inbox.next() => {
+                orders::serve(plane, session, order).await?;
+                continue;
+            }
             // A fork of the client's may hold the socket open for as long as it likes.
             () = ended(&session.importer) => return Err(Ended::HungUp),
             reason = session.ending.ended() => return Err(Ended::Protocol(reason)),

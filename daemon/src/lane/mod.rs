@@ -5,12 +5,14 @@
 //! transfers; when all are empty it polls a little longer, then sleeps on all of them at once.
 
 pub mod background;
+mod close;
 pub mod digests;
 pub mod error;
 pub mod graph;
 pub mod images;
 pub mod kept;
 mod link;
+pub mod list;
 pub mod mailbox;
 pub mod model;
 mod place;
@@ -36,6 +38,7 @@ use tokio::sync::{Notify, oneshot};
 use crate::device::{Device, Report};
 use crate::lane::error::SessionError;
 use crate::lane::images::{ImageOutcome, ImageRequest};
+use crate::lane::list::{Looks, OpenSequence};
 use crate::lane::model::{Announcement, ModelState};
 use crate::lane::session::{LaneSession, Tools};
 use crate::lane::spill::Before;
@@ -132,6 +135,8 @@ pub enum Command {
     Control(u64, Asked, oneshot::Sender<Outcome>),
     /// Extents that it needs.
     Supply(u64, Supply),
+    /// Which sequences are open, in all of its sessions.
+    List(oneshot::Sender<Vec<OpenSequence>>),
     /// The client is gone. Answered once all its memory has been given back.
     Detach(u64, oneshot::Sender<()>),
     /// End the lane once every session's transfers have ended.
@@ -376,12 +381,23 @@ impl Lane {
                     model.arena.add(supply);
                 }
             }
+            Command::List(reply) => drop(reply.send(self.list())),
             Command::Detach(id, done) => {
                 if let Some(attached) = self.find(id) {
                     attached.detaching = Some(done);
                 }
             }
         }
+    }
+
+    fn list(&self) -> Vec<OpenSequence> {
+        let (mut list, mut looks) = (Vec::new(), Looks::default());
+        for attached in self.sessions.iter().filter(|attached| !attached.broken) {
+            if let Some(model) = &attached.session.model {
+                model.list(attached.session.id, &mut looks, &mut list);
+            }
+        }
+        list
     }
 
     /// Drops sessions whose client is gone and whose transfers have ended.

@@ -20,6 +20,7 @@ use crate::device::{Device, SessionMemory, Slab, SlabRequest};
 use crate::lane::background::Flying;
 use crate::lane::digests::DigestPool;
 use crate::lane::graph::GraphState;
+use crate::lane::images::Taken;
 use crate::lane::kept::Keepers;
 use crate::lane::sequences::SequenceSlot;
 use crate::lane::spill::{SpillState, SpillTo};
@@ -170,6 +171,8 @@ pub struct ModelState {
     pub buffers: Buffers,
     /// Which layers rows are selected in.
     speculated: Vec<bool>,
+    /// Sequences that an operator has suspended, or is about to.
+    pub(crate) taken: Vec<Taken>,
     pub(crate) seeds: u64,
     announced_extents: usize,
     announced_tables: usize,
@@ -277,6 +280,7 @@ impl ModelState {
             flying: Vec::new(),
             buffers: Buffers::default(),
             speculated,
+            taken: Vec::new(),
             seeds: 0,
             announced_extents: 0,
             announced_tables: 0,

@@ -152,6 +152,9 @@ impl ModelState {
         background: &mut Background,
     ) -> Result<(), Status> {
         let id = entry.sequence;
+        if self.is_gone(id) {
+            return Err(Status::NoSuchSequence);
+        }
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
         if sequence.graph.is_some() {
             return Err(Status::InGraphMode);

@@ -517,38 +517,6 @@ impl ModelState {
         Ok(())
     }
 
-    /// Closes a sequence and gives back all that it alone owned.
-    pub fn close(&mut self, id: SequenceId) -> Result<(), Failure> {
-        self.sequence(id)?;
-        let kept = 0..self.heads();
-        let slot = &mut self.sequences[id.slot as usize];
-        slot.generation = slot.generation.wrapping_add(1);
-        let Some(sequence) = slot.sequence.take() else { return Err(Failure::NoSuchSequence(id)) };
-        self.open.retain(|slot| *slot != id.slot);
-        self.planned.retain(|(planned, _)| *planned != id);
-        for head in kept {
-            for page in 0..sequence.pages {
-                self.drop_page(sequence.table, sequence.slots, head * sequence.capacity + page);
-            }
-        }
-        if let (Some(slot), Some(graph)) = (sequence.graph, &mut self.graph) {
-            graph.close(slot);
-        }
-        self.tables.release(sequence.table);
-        for region in [sequence.observation, sequence.marks, sequence.slots].into_iter().flatten() {
-            self.meta.release(region);
-        }
-        for mut layer in sequence.residency {
-            self.clear_slots(&mut layer);
-        }
-        for set in sequence.digests {
-            self.release_digests(&set);
-        }
-        let record = id.slot as usize * RECORD_BYTES;
-        self.meta.get_mut(self.directory)[record..record + RECORD_BYTES].fill(0);
-        Ok(())
-    }
-
     /// Gives a layer's slab pages back once no unread answer can name them and nothing is being copied there.
     pub(crate) fn clear_slots(&mut self, layer: &mut LayerSlots) {
         let pages: Vec<u32> = layer.heads.iter_mut().flat_map(SlotSet::clear).collect();

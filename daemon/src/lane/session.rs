@@ -30,7 +30,7 @@ use crate::lane::sequences::Sequence;
 use crate::lane::session::held::Held;
 use crate::lane::session::hints::HintArea;
 use crate::lane::session::limits::{WORK_MAX, charge};
-use crate::lane::spill::{Before, SpillState};
+use crate::lane::spill::SpillState;
 use crate::status::SessionStatus;
 
 /// How long a session may keep its lane before another one gets its turn; one request may take longer.
@@ -251,51 +251,6 @@ impl LaneSession {
         }
         self.reports(tools, u32::MAX)?;
         Ok(())
-    }
-
-    /// Whether the lane itself has to read rows for a request that are not in memory.
-    fn must_wait_for_pages(&mut self, request: &Request, index: u32) -> Result<bool, SessionError> {
-        let members = match request.operation {
-            Operation::Speculate(speculate) => speculate.batch,
-            Operation::Observe(_) => 1,
-            _ => return Ok(false),
-        };
-        if self.model.as_ref().is_none_or(|model| model.spill.is_none()) {
-            return Ok(false);
-        }
-        // It waited before, and nothing has come since.
-        if self.waited_for == Some(index) && !std::mem::take(&mut self.page_news) {
-            return Ok(true);
-        }
-        self.read_batch(index, members)?;
-        let Some(model) = &mut self.model else { return Ok(false) };
-        // What is more than may be asked at once ends the session when it is handled.
-        let mut work = 0_usize;
-        for entry in &self.batch {
-            let tokens = (entry.position as usize).saturating_add(1);
-            work = work.saturating_add(model.shape.query_heads.saturating_mul(tokens));
-        }
-        if work > WORK_MAX {
-            return Ok(false);
-        }
-        let mut before = model.before_request(&request.operation, &self.batch);
-        if let Operation::Speculate(speculate) = request.operation
-            && speculate.rest
-            && model.speculates(usize::from(speculate.layer))
-        {
-            let area = HintArea::of(&speculate, &self.c2d, self.layout.hints(index));
-            for entry in &self.batch {
-                let layer = usize::from(speculate.layer);
-                if area.read(entry, layer, model)? == Ok(())
-                    && model.bring_exact(layer, entry) == Before::Later
-                {
-                    before = Before::Later;
-                }
-            }
-        }
-        let waits = before == Before::Later;
-        self.waited_for = waits.then_some(index);
-        Ok(waits)
     }
 
     fn handle(

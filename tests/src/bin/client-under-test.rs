@@ -2,19 +2,27 @@
 //!
 //! `client-under-test SOCKET hold` opens sequences full of rows, says `holding`, and stays.
 //! `client-under-test SOCKET work SECONDS` decodes and checks every answer, says how many it got, and ends.
+//! `client-under-test ADMIN-SOCKET meddle UID SESSION SEQUENCE IMAGE` asks for what is that user's, and says what it got.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use kvoyant_client::{Client, Error, Hint, Member, Options};
+use kvoyant_daemon::admin::{
+    AdminError, BringOrder, SuspendOrder, bring_image, fetch_sequences, fetch_status, remove_image,
+    suspend_sequence,
+};
 use kvoyant_tests::fake;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
     let arguments: Vec<String> = std::env::args().collect();
     let [_, socket, command, rest @ ..] = arguments.as_slice() else {
-        return Err("usage: client-under-test SOCKET hold|work [SECONDS]".into());
+        return Err("usage: client-under-test SOCKET hold|work|meddle …".into());
     };
+    if command == "meddle" {
+        return meddle(Path::new(socket), rest);
+    }
     let model = Client::connect(Path::new(socket), Options::default())?
         .register(fake::spec(&["random:budget=50%"]), &[])?;
     let sequences: Vec<_> = (0..4)
@@ -42,5 +50,32 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         answers += 1;
     }
     println!("{answers}");
+    Ok(())
+}
+
+/// One line for each thing that was tried: its HTTP status, or what was seen.
+fn meddle(socket: &Path, rest: &[String]) -> Result<(), Box<dyn std::error::Error>> {
+    let [uid, session, sequence, image] = rest else { return Err("UID SESSION SEQUENCE IMAGE".into()) };
+    let uid: u32 = uid.parse()?;
+    let status = |error: AdminError| match error {
+        AdminError::Refused { status, .. } => status.to_string(),
+        other => other.to_string(),
+    };
+    let sessions = fetch_status(socket)?.sessions.len();
+    let list = fetch_sequences(socket)?;
+    println!("{sessions} sessions, {} sequences, {} images", list.sequences.len(), list.images.len());
+    let order = SuspendOrder {
+        session: session.parse()?,
+        sequence: sequence.clone(),
+        image: "stolen".into(),
+        overwrite: false,
+        label: String::new(),
+    };
+    println!("suspend {}", suspend_sequence(socket, &order).map_or_else(status, |_| "done".into()));
+    let order = BringOrder { image: image.clone(), uid: Some(uid) };
+    println!("bring {}", bring_image(socket, &order).map_or_else(status, |_| "done".into()));
+    let order = BringOrder { image: image.clone(), uid: None };
+    println!("bring own {}", bring_image(socket, &order).map_or_else(status, |_| "done".into()));
+    println!("rm {}", remove_image(socket, uid, image).map_or_else(status, |_| "done".into()));
     Ok(())
 }

@@ -6,6 +6,7 @@
 
 mod attach;
 mod digests;
+mod taken;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use kvoyant_protocol::wire::{SequenceId, Status};
 
 pub use attach::Attach;
 pub use digests::DigestImage;
+pub(crate) use taken::Taken;
 
 use crate::lane::model::ModelState;
 use crate::lane::spill::Before;
@@ -48,6 +50,14 @@ pub enum ImageRequest {
     Attach(Box<Attach>),
     /// It need not stay any more.
     Release(SequenceId),
+    /// An operator suspends it: what its client still tells about it is left out from here on.
+    Take(SequenceId),
+    /// That came to nothing. Answered by whether its client can go on with it; if not, it is to be closed.
+    GiveBack(SequenceId),
+    /// It is closed, under its client's hands.
+    Retire(SequenceId),
+    /// A moment has passed since: what its client was reading then is not read any more.
+    Forget(SequenceId),
 }
 
 /// The place of a page.
@@ -121,6 +131,8 @@ pub enum ImageOutcome {
     Lent(Vec<Lent>),
     /// Whether what the method keeps was taken over.
     Adopted(bool),
+    /// See [`ImageRequest::GiveBack`].
+    GivenBack(bool),
     /// It is done.
     Done,
     /// It cannot be.
@@ -186,6 +198,13 @@ impl ModelState {
                 sequence.stays = false;
                 ImageOutcome::Done
             }),
+            ImageRequest::Take(id) => self.take(id).map(|()| ImageOutcome::Done),
+            ImageRequest::GiveBack(id) => Ok(ImageOutcome::GivenBack(self.give_back(id))),
+            ImageRequest::Retire(id) => self.retire_taken(id).map(|()| ImageOutcome::Done),
+            ImageRequest::Forget(id) => {
+                self.forget_taken(id);
+                Ok(ImageOutcome::Done)
+            }
         };
         result.unwrap_or_else(ImageOutcome::Failed)
     }

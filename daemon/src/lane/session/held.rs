@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvoyant_protocol::wire::{SequenceId, Stat, Status};
+use kvoyant_protocol::wire::{Operation, Request, SequenceId, Stat, Status};
 
+use super::hints::HintArea;
+use super::limits::WORK_MAX;
 use super::{LaneSession, Tools};
 use crate::device::{AnswerWords, BACKGROUND, Publication, Transfer};
 use crate::lane::error::SessionError;
+use crate::lane::spill::Before;
 use crate::tiers::nvme::Ended;
 
 /// An answer, or a background transfer, that waits for pages.
@@ -26,6 +29,55 @@ pub(super) struct Held {
 }
 
 impl LaneSession {
+    /// Whether the lane itself has to read rows for a request that are not in memory.
+    pub(super) fn must_wait_for_pages(
+        &mut self,
+        request: &Request,
+        index: u32,
+    ) -> Result<bool, SessionError> {
+        let members = match request.operation {
+            Operation::Speculate(speculate) => speculate.batch,
+            Operation::Observe(_) => 1,
+            _ => return Ok(false),
+        };
+        if self.model.as_ref().is_none_or(|model| model.spill.is_none()) {
+            return Ok(false);
+        }
+        // It waited before, and nothing has come since.
+        if self.waited_for == Some(index) && !std::mem::take(&mut self.page_news) {
+            return Ok(true);
+        }
+        self.read_batch(index, members)?;
+        let Some(model) = &mut self.model else { return Ok(false) };
+        // What is more than may be asked at once ends the session when it is handled.
+        let mut work = 0_usize;
+        for entry in &self.batch {
+            let tokens = (entry.position as usize).saturating_add(1);
+            work = work.saturating_add(model.shape.query_heads.saturating_mul(tokens));
+        }
+        if work > WORK_MAX {
+            return Ok(false);
+        }
+        let mut before = model.before_request(&request.operation, &self.batch);
+        if let Operation::Speculate(speculate) = request.operation
+            && speculate.rest
+            && model.speculates(usize::from(speculate.layer))
+        {
+            let area = HintArea::of(&speculate, &self.c2d, self.layout.hints(index));
+            for entry in &self.batch {
+                let layer = usize::from(speculate.layer);
+                if area.read(entry, layer, model)? == Ok(())
+                    && model.bring_exact(layer, entry) == Before::Later
+                {
+                    before = Before::Later;
+                }
+            }
+        }
+        let waits = before == Before::Later;
+        self.waited_for = waits.then_some(index);
+        Ok(waits)
+    }
+
     /// Holds an answer, or a background transfer, until its pages are there.
     pub(super) fn hold(&mut self, key: u64, transfer: Option<Transfer>, members: Vec<(SequenceId, usize)>) {
         let Some(model) = &mut self.model else { return };

@@ -24,6 +24,9 @@ impl LaneSession {
         let mut rows = 0;
         for entry in &batch {
             let (id, position, count) = (entry.sequence, entry.position, entry.value);
+            if model.leaves_out(id) {
+                continue;
+            }
             for layer in layers.clone() {
                 let sequence = model.sequence_mut(id).map_err(SessionError::Sequence)?;
                 if sequence.stays {
@@ -67,6 +70,9 @@ impl LaneSession {
         let mut sums = vec![0.0f32; values];
         self.c2d.read(self.layout.hints(index), bytemuck::cast_slice_mut(&mut sums))?;
         let id = self.batch[0].sequence;
+        if model.leaves_out(id) {
+            return Ok(());
+        }
         model.sequence(id).map_err(SessionError::Sequence)?;
         Ok(model.observe(id, layer, &sums)?)
     }
@@ -81,6 +87,9 @@ impl LaneSession {
             return Err(SessionError::Layer { layer: request.layer, verb: "selected from", layers });
         }
         let (id, tokens) = (self.batch[0].sequence, self.batch[0].position as usize);
+        if model.leaves_out(id) {
+            return Ok(());
+        }
         let sequence = model.sequence(id).map_err(SessionError::Sequence)?;
         let room = sequence.room.max(sequence.lens[layer] as usize);
         let Some(wanted) = model.methods[sequence.method].needs().feedback else {
@@ -116,6 +125,9 @@ impl LaneSession {
         let model = self.model.as_mut().ok_or(SessionError::NoModel)?;
         let entry = self.batch[0];
         let (first, count) = (entry.position as usize, entry.value as usize);
+        if model.leaves_out(entry.sequence) {
+            return Ok(());
+        }
         let sequence = model.sequence(entry.sequence).map_err(SessionError::Sequence)?;
         let room = sequence.room;
         if first < sequence.tokens() || first + count > room {

@@ -2,14 +2,14 @@
 //!
 //! A *frame* is a page's place in the arena, by page id. A page that nobody needs soon is written to a slot on disk, once, for
 //! full pages never change; then its frame can be given up at any time, and the page table says [`SPILLED`]. Who selects
-//! rows of such a page has it read into a frame again, and its answer waits for that ([`bring`]). Digests stay in memory, so
+//! rows of such a page has it read into a frame again, and its answer waits for that (`bring`). Digests stay in memory, so
 //! that no selection waits for a disk.
 //!
 //! | room | what lives there |
 //! |---|---|
-//! | [`leave`] | which pages may leave, which leave first, and when they are written |
-//! | [`bring`] | pages on their way back, and who waits for them |
-//! | [`before`] | what has to be in memory before a request can be done at all |
+//! | `leave` | which pages may leave, which leave first, and when they are written |
+//! | `bring` | pages on their way back, and who waits for them |
+//! | `before` | what has to be in memory before a request can be done at all |
 //!
 //! What stays: sinks and the window with a page of margin, which the client reads itself; pages that are not full; layers
 //! whose last answer is still being read; sequences that their client selects for, or that are served in graph mode.
@@ -290,7 +290,8 @@ impl ModelState {
             Frame { content, head: head as u32, page: page as u32, sequence, chances: 0 };
     }
 
-    fn release_frame(&mut self, frame: u32) {
+    /// Drops one owner of a frame.
+    pub(crate) fn release_frame(&mut self, frame: u32) {
         if self.arena.release(frame)
             && let Some(state) = &mut self.spill
             && let Some(frame) = state.frames.get_mut(frame as usize)

@@ -132,7 +132,7 @@ impl Disk {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         DeviceReport {
             path: self.area.path.clone(),
-            engine: self.engine.get().map_or("none", |(name, _)| name),
+            engine: self.engine.get().map_or("none", |(name, _)| name).into(),
             direct: self.area.direct,
             total_bytes: self.total_bytes(),
             used_bytes: self.total_bytes() - self.free_bytes().min(self.total_bytes()),

@@ -57,7 +57,7 @@ use crate::lane::Bomb;
 
 pub use self::job::{Direction, Ended, Job, PageError, SpillReport};
 pub use self::slots::{GROUP_PAGES, SlotRef, Slots, SpillFull};
-pub use self::stats::{DeviceReport, DeviceState, LATENCY_BUCKETS_US};
+pub use self::stats::{DeviceReport, DeviceState, LATENCY_BUCKETS_US, Latency};
 
 /// What a session takes from a device at a time, in bytes.
 pub const CHUNK_BYTES: u64 = 16 << 20;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Upper ends of the read latency's buckets, in microseconds; a last bucket has what took longer.
 pub const LATENCY_BUCKETS_US: [u64; 15] =
@@ -44,7 +44,7 @@ impl Counters {
 }
 
 /// Whether a device takes pages.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceState {
     /// It does.
@@ -54,12 +54,12 @@ pub enum DeviceState {
 }
 
 /// What to say of one device of the spill tier.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceReport {
     /// The file or block device.
     pub path: PathBuf,
     /// How it is driven: `io_uring` or `psync`.
-    pub engine: &'static str,
+    pub engine: String,
     /// Whether it goes around the page cache.
     pub direct: bool,
     /// Bytes for pages.
@@ -92,6 +92,31 @@ pub struct DeviceReport {
     pub state: DeviceState,
 }
 
+/// How long a share of the reads took at most, as far as buckets tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Latency {
+    /// So many microseconds.
+    Within(u64),
+    /// More than so many.
+    Beyond(u64),
+}
+
+impl DeviceReport {
+    /// How long the quickest `percent` percent of all reads took; `None` before the first one.
+    #[must_use]
+    pub fn latency_at(&self, percent: u64) -> Option<Latency> {
+        let all: u64 = self.read_latency.iter().sum();
+        let wanted = (all * percent).div_ceil(100).max(1);
+        let mut reads = 0;
+        let bucket = self.read_latency.iter().position(|count| {
+            reads += count;
+            reads >= wanted
+        })?;
+        let last = LATENCY_BUCKETS_US[LATENCY_BUCKETS_US.len() - 1];
+        Some(LATENCY_BUCKETS_US.get(bucket).map_or(Latency::Beyond(last), |end| Latency::Within(*end)))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -104,5 +129,38 @@ mod tests {
         }
         let latency = counters.latency();
         assert_eq!((latency[0], latency[1], latency[LATENCY_BUCKETS_US.len()]), (2, 1, 1));
+    }
+
+    #[test]
+    fn a_percentile_is_the_end_of_the_bucket_that_it_falls_into() {
+        let report = |read_latency: Vec<u64>| DeviceReport {
+            path: "/spill".into(),
+            engine: "psync".into(),
+            direct: true,
+            total_bytes: 0,
+            used_bytes: 0,
+            reads: 0,
+            writes: 0,
+            read_operations: 0,
+            write_operations: 0,
+            read_bytes: 0,
+            written_bytes: 0,
+            late_reads: 0,
+            read_failures: 0,
+            write_failures: 0,
+            read_latency,
+            registered: 0,
+            state: DeviceState::Failed("it was unplugged".into()),
+        };
+        assert_eq!(report(vec![0; LATENCY_BUCKETS_US.len() + 1]).latency_at(50), None);
+        assert_eq!(report(Vec::new()).latency_at(50), None);
+        let mut counts = vec![0; LATENCY_BUCKETS_US.len() + 1];
+        (counts[1], counts[4], counts[LATENCY_BUCKETS_US.len()]) = (50, 48, 2);
+        let report = report(counts);
+        assert_eq!(report.latency_at(50), Some(Latency::Within(50)));
+        assert_eq!(report.latency_at(51), Some(Latency::Within(150)));
+        assert_eq!(report.latency_at(99), Some(Latency::Beyond(1_000_000)));
+        let text = serde_json::to_string(&report).unwrap();
+        assert_eq!(serde_json::from_str::<DeviceReport>(&text).unwrap(), report);
     }
 }

@@ -76,7 +76,10 @@ fn bad(url: String, reason: &str) -> StoreError {
 
 /// An address without user, password, query and fragment.
 fn shown(url: &Url) -> String {
-    let Some(host) = url.host_str() else { return format!("{}:{}", url.scheme(), plain_path(url)) };
+    let Some(host) = url.host_str() else {
+        let slashes = if url.scheme() == "file" { "//" } else { "" };
+        return format!("{}:{slashes}{}", url.scheme(), plain_path(url));
+    };
     let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
     format!("{}://{host}{port}{}", url.scheme(), url.path())
 }

@@ -1,0 +1,36 @@
+//! Who is at the other end of an admin connection, and what of.
+
+/// A user, as the kernel names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Caller {
+    /// Their id.
+    pub(super) uid: u32,
+    /// The daemon's own user's.
+    pub(super) daemon: u32,
+}
+
+impl Caller {
+    /// Whether they answer for the whole daemon: root, and its own user, who could read its memory anyway.
+    pub(super) fn operates(self) -> bool {
+        self.uid == 0 || self.uid == self.daemon
+    }
+
+    /// Whether they may see and change what is this user's.
+    pub(super) fn may(self, owner: u32) -> bool {
+        self.operates() || self.uid == owner
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_the_daemons_user_and_the_owner_may_and_nobody_else() {
+        let caller = |uid| Caller { uid, daemon: 990 };
+        assert!(caller(0).may(1000) && caller(990).may(1000) && caller(1000).may(1000));
+        assert!(!caller(1001).may(1000) && !caller(1001).may(0) && !caller(1000).may(990));
+        // A peer that the kernel does not name.
+        assert!(!caller(u32::MAX).may(0));
+    }
+}

@@ -1,0 +1,263 @@
+//! What each request of the admin socket does.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
+use kvoyant_protocol::wire::SequenceId;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::Semaphore;
+
+use super::caller::Caller;
+use super::messages::{
+    BringOrder, Done, ErrorBody, ImageReport, SequenceReport, SequencesReport, SuspendOrder,
+};
+use super::refusal::Refusal;
+use super::{LANES_TIMEOUT, REMOTE_LIST_TIMEOUT, WORK_TIMEOUT};
+use crate::control::{OrderError, Plane, image_id};
+use crate::keeper::{Keeper, merge};
+use crate::tiers::store::StoreError;
+
+/// Most bytes of a request's body.
+const BODY_MAX: usize = 64 << 10;
+
+/// How long a body may take to come.
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Most bytes of a label.
+const LABEL_MAX: usize = 1024;
+
+/// Images that may be brought or erased at a time.
+const WORK_MAX: usize = 4;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Routes {
+    plane: Arc<Plane>,
+    /// One list at a time: it costs lanes a moment, and the remote store more.
+    listing: Arc<Semaphore>,
+    /// Images that are worked on beside the control thread.
+    works: Arc<Semaphore>,
+}
+
+impl Routes {
+    pub(super) fn new(plane: Arc<Plane>) -> Self {
+        let (listing, works) = (Arc::new(Semaphore::new(1)), Arc::new(Semaphore::new(WORK_MAX)));
+        Self { plane, listing, works }
+    }
+
+    /// Does what is asked, or says why not.
+    pub(super) async fn answer(&self, request: Request<Incoming>, caller: Caller) -> Response<Full<Bytes>> {
+        let refused = |refusal: &Refusal| {
+            tracing::debug!("admin request of user {}: {refusal}", caller.uid);
+            response(refusal.status(), &ErrorBody { error: refusal.to_string() })
+        };
+        self.route(request, caller).await.unwrap_or_else(|refusal| refused(&refusal))
+    }
+
+    async fn route(
+        &self,
+        request: Request<Incoming>,
+        caller: Caller,
+    ) -> Result<Response<Full<Bytes>>, Refusal> {
+        let path = request.uri().path().to_owned();
+        let only = |known: &'static str| Refusal::Method { path: path.clone(), known };
+        let image = path.strip_prefix("/v1/images/").and_then(|rest| rest.split_once('/'));
+        let method = request.method().clone();
+        match (path.as_str(), image) {
+            ("/v1/status", _) if method == Method::GET => {
+                Ok(response(StatusCode::OK, &self.plane.registry().report()))
+            }
+            ("/v1/sequences", _) if method == Method::GET => {
+                Ok(response(StatusCode::OK, &self.list(caller).await?))
+            }
+            ("/v1/sequences/suspend", _) if method == Method::POST => {
+                Ok(response(StatusCode::OK, &self.suspend(body(request).await?, caller).await?))
+            }
+            ("/v1/images/bring", _) if method == Method::POST => {
+                Ok(response(StatusCode::OK, &self.bring(body(request).await?, caller).await?))
+            }
+            (_, Some((uid, name))) if method == Method::DELETE => {
+                let uid = uid.parse().map_err(|_| Refusal::User { text: uid.to_owned() })?;
+                Ok(response(StatusCode::OK, &self.remove(uid, name, caller).await?))
+            }
+            ("/v1/status" | "/v1/sequences", _) => Err(only("GET")),
+            ("/v1/sequences/suspend" | "/v1/images/bring", _) => Err(only("POST")),
+            (_, Some(_)) => Err(only("DELETE")),
+            _ => Err(Refusal::NoResource { path }),
+        }
+    }
+
+    async fn list(&self, caller: Caller) -> Result<SequencesReport, Refusal> {
+        let within = LANES_TIMEOUT + REMOTE_LIST_TIMEOUT;
+        let turn = tokio::time::timeout(within, Arc::clone(&self.listing).acquire_owned()).await;
+        let turn = turn.map_err(|_| Refusal::Lanes { within })?;
+        let open = tokio::time::timeout(LANES_TIMEOUT, self.plane.open_sequences()).await;
+        let open = open.map_err(|_| Refusal::Lanes { within: LANES_TIMEOUT })?;
+        let sequences = open.into_iter().filter_map(|open| {
+            let session = self.plane.registry().session(open.session)?;
+            caller.may(session.uid).then(|| SequenceReport::new(open, &session))
+        });
+        let sequences = sequences.collect();
+        let Some(keeper) = self.plane.keeper() else {
+            let images = Vec::new();
+            return Ok(SequencesReport { sequences, images, keeps_images: false, remote_error: None });
+        };
+        let folder = Arc::clone(&keeper);
+        let here = beside(move || folder.list_here()).await?;
+        // A list that nobody waits for any more keeps its turn until it has ended.
+        let remotely = beside(move || {
+            let list = keeper.list_remotely();
+            drop(turn);
+            list
+        });
+        let (remotely, remote_error) = match tokio::time::timeout(REMOTE_LIST_TIMEOUT, remotely).await {
+            Ok(Ok(list)) => (list, None),
+            Ok(Err(error)) => (Vec::new(), Some(error.to_string())),
+            Err(_) => {
+                let seconds = REMOTE_LIST_TIMEOUT.as_secs();
+                (Vec::new(), Some(format!("the remote store gave no list within {seconds} s")))
+            }
+        };
+        let images =
+            merge(here, remotely).into_iter().map(|(summary, kept)| ImageReport::new(&summary, kept));
+        let visible = |image: &ImageReport| image.uid.map_or(caller.operates(), |uid| caller.may(uid));
+        let mut images: Vec<_> = images.filter(visible).collect();
+        images.sort_by(|a, b| (a.uid, &a.name).cmp(&(b.uid, &b.name)));
+        Ok(SequencesReport { sequences, images, keeps_images: true, remote_error })
+    }
+
+    async fn suspend(&self, order: SuspendOrder, caller: Caller) -> Result<Done, Refusal> {
+        let SuspendOrder { session, sequence, image, overwrite, label } = order;
+        let handle = handle(&sequence).ok_or(Refusal::Handle { text: sequence })?;
+        if label.len() > LABEL_MAX {
+            return Err(Refusal::Label { bytes: label.len(), max: LABEL_MAX });
+        }
+        let owner = self.plane.registry().session(session).ok_or(OrderError::NoSession { session })?.uid;
+        allow(caller, owner)?;
+        let id = image_id(owner, &image).map_err(Refusal::Name)?;
+        let keeper = self.keeper()?;
+        if !overwrite && beside(move || Ok(keeper.has_here(&id))).await? {
+            return Err(Refusal::Exists { image });
+        }
+        tracing::info!(session, sequence = %handle, image, "user {} suspends a sequence", caller.uid);
+        let suspended = self.plane.order_suspension(session, handle, image.clone(), overwrite, label);
+        let suspended = tokio::time::timeout(WORK_TIMEOUT, suspended).await;
+        suspended.map_err(|_| Refusal::StillAtIt { after: WORK_TIMEOUT })??;
+        Ok(Done { image, uid: owner })
+    }
+
+    async fn bring(&self, order: BringOrder, caller: Caller) -> Result<ImageReport, Refusal> {
+        let BringOrder { image, uid } = order;
+        let owner = uid.unwrap_or(caller.uid);
+        allow(caller, owner)?;
+        let id = image_id(owner, &image).map_err(Refusal::Name)?;
+        let (summary, kept) = self
+            .work(move |keeper| {
+                let summary = keeper.bring(&id)?;
+                Ok::<_, StoreError>((summary, keeper.where_is(&id)))
+            })
+            .await??;
+        Ok(ImageReport::new(&summary, kept))
+    }
+
+    async fn remove(&self, owner: u32, name: &str, caller: Caller) -> Result<Done, Refusal> {
+        allow(caller, owner)?;
+        let id = image_id(owner, name).map_err(Refusal::Name)?;
+        tracing::info!("user {} erases the image {id}", caller.uid);
+        let removed = self.work(move |keeper| {
+            keeper.remove(&id).map_err(|error| match error {
+                StoreError::Unreachable { .. } | StoreError::Refused { .. } if !keeper.has_here(&id) => {
+                    Refusal::HalfRemoved(error)
+                }
+                error => error.into(),
+            })
+        });
+        removed.await??;
+        Ok(Done { image: name.to_owned(), uid: owner })
+    }
+
+    fn keeper(&self) -> Result<Arc<Keeper>, Refusal> {
+        self.plane.keeper().ok_or(Refusal::NoStore)
+    }
+
+    /// Works on images beside the control thread, a few at a time.
+    async fn work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Keeper) -> T + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let keeper = self.keeper()?;
+        let turn = Arc::clone(&self.works).try_acquire_owned();
+        let turn = turn.map_err(|_| Refusal::Busy { max: WORK_MAX })?;
+        let worked = tokio::task::spawn_blocking(move || {
+            let done = work(&keeper);
+            drop(turn);
+            done
+        });
+        let worked = tokio::time::timeout(WORK_TIMEOUT, worked).await;
+        let worked = worked.map_err(|_| Refusal::StillAtIt { after: WORK_TIMEOUT })?;
+        worked.map_err(|error| Refusal::Internal(error.to_string()))
+    }
+}
+
+fn allow(caller: Caller, owner: u32) -> Result<(), Refusal> {
+    if caller.may(owner) { Ok(()) } else { Err(Refusal::Foreign { caller: caller.uid }) }
+}
+
+/// Runs what may block beside the control thread.
+async fn beside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, Refusal> {
+    let done = tokio::task::spawn_blocking(work).await;
+    Ok(done.map_err(|error| Refusal::Internal(error.to_string()))??)
+}
+
+/// Slot and generation, with a dot between them.
+fn handle(text: &str) -> Option<SequenceId> {
+    let (slot, generation) = text.split_once('.')?;
+    let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?;
+    Some(SequenceId { slot: number(slot)?, generation: number(generation)? })
+}
+
+async fn body<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, Refusal> {
+    let body = Limited::new(request.into_body(), BODY_MAX).collect();
+    let body = tokio::time::timeout(BODY_TIMEOUT, body).await;
+    let body = body.map_err(|_| Refusal::TooSlow { within: BODY_TIMEOUT })?.map_err(|error| {
+        if error.is::<LengthLimitError>() {
+            Refusal::TooLong { max: BODY_MAX }
+        } else {
+            Refusal::Body(error.to_string())
+        }
+    })?;
+    serde_json::from_slice(&body.to_bytes()).map_err(|error| Refusal::Body(error.to_string()))
+}
+
+fn response(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
+    let (status, body) = match serde_json::to_vec(body) {
+        Ok(body) => (status, body),
+        Err(error) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, format!("{{\"error\":\"{error:?}\"}}").into_bytes())
+        }
+    };
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handle_is_two_numbers_with_a_dot_between_them() {
+        assert_eq!(handle("3.12"), Some(SequenceId { slot: 3, generation: 12 }));
+        for bad in ["", "3", "3.", ".1", "+3.1", "3.1.2", "a.b", "4294967296.0", "-1.0", " 3.1"] {
+            assert_eq!(handle(bad), None, "{bad}");
+        }
+    }
+}

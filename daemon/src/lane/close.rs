@@ -1,0 +1,108 @@
+//! The end of a sequence: closed by its client, or retired under its client's hands.
+
+use kvoyant_protocol::control::{Failure, PageWord};
+use kvoyant_protocol::wire::SequenceId;
+
+use crate::lane::model::{ModelState, RECORD_BYTES};
+use crate::lane::sequences::Sequence;
+use crate::tiers::heap::Region;
+
+/// What stays of a sequence whose client does not know of its end: it may still read what it was just told of, and write where
+/// it had room.
+#[derive(Debug)]
+pub(crate) struct Remains {
+    /// Its page table, in which the pages that its client uses by itself still are: sinks, window, and room for more.
+    table: Region,
+    /// Pages that are in the table no more, and may still be read for a moment.
+    read: Vec<u32>,
+}
+
+impl ModelState {
+    /// Closes a sequence and gives back what was its alone.
+    pub fn close(&mut self, id: SequenceId) -> Result<(), Failure> {
+        if self.bury(id) {
+            return Ok(());
+        }
+        let sequence = self.take_out(id)?;
+        for index in pages_of(&sequence, self.heads()) {
+            self.drop_page(sequence.table, sequence.slots, index);
+        }
+        self.tables.release(sequence.table);
+        self.give_up(sequence);
+        Ok(())
+    }
+
+    /// Closes a sequence whose client does not know. Pages that it may be reading are to be given back by
+    /// [`forget_read`](Self::forget_read) a little later, the rest when its client closes it, or its session ends.
+    pub(crate) fn retire(&mut self, id: SequenceId) -> Result<Remains, Failure> {
+        let sequence = self.take_out(id)?;
+        let (rows, heads) = (self.shape.page_rows, self.shape.kv_heads);
+        let mut remains = Remains { table: sequence.table, read: Vec::new() };
+        for index in pages_of(&sequence, self.heads()) {
+            let (head, page) = (index / sequence.capacity, index % sequence.capacity);
+            let len = sequence.lens[head / heads] as usize;
+            // A page of margin, as everywhere: the client may be a token ahead.
+            let own = page * rows < self.shape.sinks || (page + 1) * rows + self.shape.window + rows > len;
+            match self.page_word(sequence.table, index) {
+                PageWord::Page(_) if own => self.page_changes(sequence.table, sequence.slots, index),
+                PageWord::Page(frame) => {
+                    self.arena.share(frame);
+                    self.drop_page(sequence.table, sequence.slots, index);
+                    remains.read.push(frame);
+                }
+                _ => self.drop_page(sequence.table, sequence.slots, index),
+            }
+        }
+        self.give_up(sequence);
+        Ok(remains)
+    }
+
+    /// Gives pages back that a client may have been reading when its sequence was retired.
+    pub(crate) fn forget_read(&mut self, remains: &mut Remains) {
+        remains.read.drain(..).for_each(|frame| self.release_frame(frame));
+    }
+
+    /// Gives back what is left of a retired sequence.
+    pub(crate) fn end(&mut self, mut remains: Remains) {
+        self.forget_read(&mut remains);
+        for index in 0..remains.table.len / 4 {
+            self.drop_page(remains.table, None, index);
+        }
+        self.tables.release(remains.table);
+    }
+
+    /// Takes a sequence out of its slot: from here on its handle means nothing.
+    fn take_out(&mut self, id: SequenceId) -> Result<Sequence, Failure> {
+        self.sequence(id)?;
+        let slot = &mut self.sequences[id.slot as usize];
+        slot.generation = slot.generation.wrapping_add(1);
+        let Some(sequence) = slot.sequence.take() else { return Err(Failure::NoSuchSequence(id)) };
+        self.open.retain(|slot| *slot != id.slot);
+        self.planned.retain(|(planned, _)| *planned != id);
+        let record = id.slot as usize * RECORD_BYTES;
+        self.meta.get_mut(self.directory)[record..record + RECORD_BYTES].fill(0);
+        Ok(sequence)
+    }
+
+    /// Gives back everything of a sequence but its pages and their table.
+    fn give_up(&mut self, sequence: Sequence) {
+        if let (Some(slot), Some(graph)) = (sequence.graph, &mut self.graph) {
+            graph.close(slot);
+        }
+        for region in [sequence.observation, sequence.marks, sequence.slots].into_iter().flatten() {
+            self.meta.release(region);
+        }
+        for mut layer in sequence.residency {
+            self.clear_slots(&mut layer);
+        }
+        for set in sequence.digests {
+            self.release_digests(&set);
+        }
+    }
+}
+
+/// Entries of a sequence's table that may hold pages.
+fn pages_of(sequence: &Sequence, heads: usize) -> impl Iterator<Item = usize> + use<> {
+    let (pages, capacity) = (sequence.pages, sequence.capacity);
+    (0..heads).flat_map(move |head| (0..pages).map(move |page| head * capacity + page))
+}
