@@ -294,7 +294,7 @@ impl Client {
         let files = artifacts.iter().map(|bytes| artifact_file(bytes)).collect::<Result<Vec<_>, _>>()?;
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         let Received { message, fds } = self.control.call(&ToDaemon::Register(spec.clone()), &fds)?;
-        let ToClient::Registered { device, mode, page_rows, slab, spills } = message else {
+        let ToClient::Registered { device, mode, page_rows, slab, spills, scarce } = message else {
             return Err(Error::Broken(format!("{message:?} came instead of a registration")));
         };
         let slab = match slab {
@@ -333,6 +333,7 @@ impl Client {
             device,
             mode,
             spills,
+            scarce,
         })))
     }
 }

@@ -26,6 +26,7 @@ pub(crate) struct Inner {
     pub(crate) device: String,
     pub(crate) mode: Mode,
     pub(crate) spills: bool,
+    pub(crate) scarce: bool,
 }
 
 /// A model that the daemon serves. Clones share one session.
@@ -131,6 +132,12 @@ impl Model {
     #[must_use]
     pub fn spills(&self) -> bool {
         self.inner.spills
+    }
+
+    /// Whether only a share of the session's pages may be in host memory: what a prompt's chunk writes in all layers takes a part of that.
+    #[must_use]
+    pub fn is_scarce(&self) -> bool {
+        self.inner.scarce
     }
 
     /// Rows of a page.

@@ -307,6 +307,9 @@ pub enum ToClient {
         slab: SlabRef,
         /// Whether pages may leave host memory: then rows outside sinks and window are fetched before the client reads them itself.
         spills: bool,
+        /// Whether they do so as soon as there is more than a share of them, and not only when memory is used up: then room is better
+        /// asked for in small pieces.
+        scarce: bool,
     },
     /// New memory: consecutive extents or table files, one descriptor each. Comes before the answer that uses it.
     Memory {

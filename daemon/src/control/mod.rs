@@ -564,6 +564,7 @@ async fn register(
         page_rows: model.shape.page_rows as u32,
         slab,
         spills: model.spill.is_some(),
+        scarce: model.spill.is_some() && plane.config.host_percent < 100.0,
     };
     Ok((Box::new(model), message, fds))
 }

@@ -1,10 +1,13 @@
 //! The end of a sequence: closed by its client, or retired under its client's hands.
 
+use std::sync::Arc;
+
 use kvoyant_protocol::control::{Failure, PageWord};
 use kvoyant_protocol::wire::SequenceId;
 
 use crate::lane::model::{ModelState, RECORD_BYTES};
 use crate::lane::sequences::Sequence;
+use crate::prefixes::Attachment;
 use crate::tiers::heap::Region;
 
 /// What stays of a sequence whose client does not know of its end: it may still read what it was just told of, and write where
@@ -15,6 +18,8 @@ pub(crate) struct Remains {
     table: Region,
     /// Pages that are in the table no more, and may still be read for a moment.
     read: Vec<u32>,
+    /// The published prefix that some of them belong to.
+    _prefix: Option<Arc<Attachment>>,
 }
 
 impl ModelState {
@@ -37,7 +42,8 @@ impl ModelState {
     pub(crate) fn retire(&mut self, id: SequenceId) -> Result<Remains, Failure> {
         let sequence = self.take_out(id)?;
         let (rows, heads) = (self.shape.page_rows, self.shape.kv_heads);
-        let mut remains = Remains { table: sequence.table, read: Vec::new() };
+        let mut remains =
+            Remains { table: sequence.table, read: Vec::new(), _prefix: sequence.prefix.clone() };
         for index in pages_of(&sequence, self.heads()) {
             let (head, page) = (index / sequence.capacity, index % sequence.capacity);
             let len = sequence.lens[head / heads] as usize;

@@ -11,7 +11,7 @@ use super::super::{KvBackend, KvShape};
 use super::ask::{Asked, Moment, Partial, Waiting};
 use super::attention::{Pass, Rows};
 use super::device::Layer;
-use super::lease::SPILLING_CHUNK;
+use super::lease::SCARCE_CHUNK;
 use super::measure::Attended;
 use super::{DaemonError, DaemonKv, DaemonSequence};
 
@@ -221,7 +221,7 @@ impl KvBackend for DaemonKv {
     }
 
     fn chunk_tokens(&self, most: usize) -> usize {
-        if self.model.spills() { most.min(SPILLING_CHUNK) } else { most }
+        if self.model.is_scarce() { most.min(SCARCE_CHUNK) } else { most }
     }
 
     fn first_lost(&self, sequence: &DaemonSequence) -> Option<usize> {

@@ -6,8 +6,8 @@ use kvoyant_client::{Error, Model, Ready, Stat};
 
 use super::{DaemonError, DaemonKv, DaemonSequence};
 
-/// Tokens of a chunk of a prompt where pages may leave memory: those of all layers need room at once.
-pub(super) const SPILLING_CHUNK: usize = 64;
+/// Tokens of a chunk of a prompt where host memory is scarce: those of all layers need room at once.
+pub(super) const SCARCE_CHUNK: usize = 64;
 
 /// Has all pages of a layer of these sequences' first tokens in memory for as long as what it returns lives; nothing where they are in any
 /// case.
