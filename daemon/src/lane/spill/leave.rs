@@ -232,6 +232,8 @@ impl ModelState {
             report,
         });
         for (table, base, _) in tables {
+            // Whoever still knows another place lets go of that.
+            self.drop_slot(table, base + page);
             self.meta.set_word(table, base + page, slot);
         }
     }
