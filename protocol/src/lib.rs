@@ -10,6 +10,7 @@
 //! | [`device`] | memory of a GPU: how it travels, what lies where in a session's board |
 //! | [`graph`] | graph mode: residency records and the mailbox of reports |
 //! | [`control`] | the handshake and the control messages |
+//! | [`quota`] | what one user may have of a daemon that many share |
 //! | [`packet`] | `SOCK_SEQPACKET` sockets and file-descriptor passing |
 //!
 //! A session has two memfds, each written by one side only: *client → daemon* holds the request ring, batch
@@ -23,6 +24,7 @@ pub mod graph;
 pub mod layout;
 pub mod memory;
 pub mod packet;
+pub mod quota;
 pub mod ring;
 pub mod wire;
 
@@ -30,7 +32,7 @@ pub mod wire;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"KVOYANT\0");
 
 /// Version of everything in this crate. Both sides must have the same one.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// Bytes of one extent of the arena: a memfd of its own.
 pub const EXTENT_BYTES: usize = 64 << 20;

@@ -74,6 +74,39 @@ pub fn peer(socket: BorrowedFd<'_>) -> io::Result<(i32, u32)> {
     Ok((credentials.pid(), credentials.uid()))
 }
 
+/// The groups of who is at the other end, as the kernel says: the effective one, and the supplementary ones.
+pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
+    // Linux 4.13; libc has it for some targets only.
+    const SO_PEERGROUPS: libc::c_int = 59;
+    let credentials = nix::sys::socket::getsockopt(&socket, nix::sys::socket::sockopt::PeerCredentials)?;
+    let mut groups = vec![0_u32; 64];
+    loop {
+        let mut length = size_of_val(groups.as_slice()) as libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes, ids of 32 bits, to `groups`, and says in `length` how many it has.
+        let got = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        let count = length as usize / size_of::<u32>();
+        if got == 0 {
+            groups.truncate(count);
+            groups.push(credentials.gid());
+            return Ok(groups);
+        }
+        let error = io::Error::last_os_error();
+        // A group list that is longer says how long it is.
+        if error.raw_os_error() != Some(libc::ERANGE) || count <= groups.len() {
+            return Err(error);
+        }
+        groups.resize(count, 0);
+    }
+}
+
 /// The process at the other end, as a descriptor that becomes readable when it ends. Unlike its id, it never comes to
 /// mean another process.
 pub fn peer_process(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
@@ -191,6 +224,16 @@ mod tests {
         assert_eq!(receive(b.as_fd()).unwrap().bytes, b"again");
         drop(a);
         assert!(receive(b.as_fd()).unwrap().bytes.is_empty(), "a closed peer reads as an empty message");
+    }
+
+    #[test]
+    fn a_peers_groups_are_those_that_the_kernel_knows() {
+        let (a, _b) = pair();
+        let groups = peer_groups(a.as_fd()).unwrap();
+        assert!(groups.contains(&nix::unistd::getegid().as_raw()));
+        for group in nix::unistd::getgroups().unwrap() {
+            assert!(groups.contains(&group.as_raw()), "{group}");
+        }
     }
 
     #[test]

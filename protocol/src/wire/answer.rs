@@ -32,6 +32,9 @@ pub enum Status {
     RowsLost = 10,
     /// Host memory has no room for the pages that it needs at once.
     HostFull = 11,
+    /// The client's user has as many requests under way as their quota `in_flight` allows: nothing was done. Ask again once one is
+    /// answered.
+    OverQuota = 12,
 }
 
 impl Status {
@@ -48,6 +51,7 @@ impl Status {
             Self::SelectedByClient,
             Self::RowsLost,
             Self::HostFull,
+            Self::OverQuota,
         ]
         .into_iter()
         .find(|status| *status as u8 == code)
@@ -70,6 +74,9 @@ impl std::fmt::Display for Status {
             Self::HostFull => {
                 "host memory has no room for the pages that it needs at once: raise the daemon's arena or host_share, or \
                  ask for fewer rows"
+            }
+            Self::OverQuota => {
+                "the user has as many requests under way as the daemon's quota in_flight allows: ask again once one is answered"
             }
             Self::InGraphMode => "a member is served in graph mode, where rows are selected on the device",
             Self::BadHint => {
