@@ -1,0 +1,20 @@
+//! The table. Attacks are kept by what they go through: the first packet, the rings, requests, control messages, processes.
+
+mod canaries;
+mod handshake;
+mod requests;
+mod rings;
+
+use crate::Attack;
+
+/// All attacks.
+#[must_use]
+pub fn table() -> Vec<Attack> {
+    [handshake::table(), rings::table(), requests::table()].concat()
+}
+
+/// What must not be taken for an attack that ended as it has to: with them a broken harness shows.
+#[must_use]
+pub fn canaries() -> Vec<Attack> {
+    canaries::table()
+}
