@@ -5,9 +5,16 @@
 //! sequentially consistent fence between their store and their load, so at least one of them sees the other's
 //! store and no wake-up is lost.
 
-use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+#[cfg(not(loom))]
+mod any;
+mod bell;
+
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
+
+#[cfg(not(loom))]
+pub use any::{WAIT_ANY_MAX, wait_any};
+pub use bell::Bell;
 
 use crate::memory::SharedMapping;
 
@@ -64,45 +71,6 @@ impl Word<'_> {
     }
 }
 
-/// A word of this process's own that threads ring to wake one sleeper, who can watch it beside shared words.
-#[derive(Debug, Default)]
-pub struct Bell {
-    rung: AtomicU32,
-    sleeping: AtomicBool,
-}
-
-impl Bell {
-    /// Rings: what was done before is seen by whoever wakes. A system call only if somebody sleeps.
-    pub fn ring(&self) {
-        self.rung.fetch_add(1, Ordering::SeqCst);
-        if self.sleeping.load(Ordering::SeqCst) {
-            // SAFETY: the word lives as long as `self` is borrowed.
-            unsafe {
-                libc::syscall(
-                    libc::SYS_futex,
-                    self.rung.as_ptr(),
-                    libc::FUTEX_WAKE,
-                    1,
-                    std::ptr::null::<libc::timespec>(),
-                    std::ptr::null::<u32>(),
-                    0,
-                )
-            };
-        }
-    }
-
-    /// Value to compare with later.
-    #[must_use]
-    pub fn seen(&self) -> u32 {
-        self.rung.load(Ordering::SeqCst)
-    }
-
-    /// Says whether somebody sleeps on it. Look for work again after saying so.
-    pub fn say_sleeping(&self, sleeping: bool) {
-        self.sleeping.store(sleeping, Ordering::SeqCst);
-    }
-}
-
 /// Orders a store before a later load, as both sides of a sleep need.
 pub fn publish_before_looking() {
     fence(Ordering::SeqCst);
@@ -113,18 +81,6 @@ fn timespec(duration: Duration) -> libc::timespec {
         tv_sec: libc::time_t::try_from(duration.as_secs()).unwrap_or(libc::time_t::MAX),
         tv_nsec: libc::c_long::from(duration.subsec_nanos() as i32),
     }
-}
-
-/// How many words [`wait_any`] can watch at once (the kernel's limit).
-pub const WAIT_ANY_MAX: usize = 128;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct FutexWaitv {
-    value: u64,
-    address: u64,
-    flags: u32,
-    reserved: u32,
 }
 
 fn now() -> libc::timespec {
@@ -139,56 +95,6 @@ fn now() -> libc::timespec {
 pub fn now_ns() -> u64 {
     let now = now();
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
-}
-
-/// Sleeps until the bell or any word differs from the value seen, a wake-up comes, or the timeout passes. The bell
-/// and the first [`WAIT_ANY_MAX`]` - 1` words are watched. Needs Linux 5.16; on an older kernel it returns
-/// `Unsupported`.
-pub fn wait_any(bell: (&Bell, u32), words: &[(Word<'_>, u32)], timeout: Duration) -> io::Result<()> {
-    const FUTEX_32: u32 = 2;
-    let mut waiters = [FutexWaitv { value: 0, address: 0, flags: FUTEX_32, reserved: 0 }; WAIT_ANY_MAX];
-    let count = (words.len() + 1).min(WAIT_ANY_MAX);
-    waiters[0].value = u64::from(bell.1);
-    waiters[0].address = bell.0.rung.as_ptr() as u64;
-    for (waiter, (word, seen)) in waiters[1..].iter_mut().zip(words) {
-        waiter.value = u64::from(*seen);
-        waiter.address = word.memory.futex_word(word.offset) as u64;
-    }
-    // The system call takes an absolute time.
-    let now = now();
-    let wait = timespec(timeout);
-    let mut until = libc::timespec {
-        tv_sec: now.tv_sec.saturating_add(wait.tv_sec),
-        tv_nsec: now.tv_nsec + wait.tv_nsec,
-    };
-    if until.tv_nsec >= 1_000_000_000 {
-        until.tv_nsec -= 1_000_000_000;
-        until.tv_sec = until.tv_sec.saturating_add(1);
-    }
-    // SAFETY: `waiters[..count]` is initialised and every address is an aligned word that the borrows of
-    // `bell` and `words` keep alive; `until` outlives the call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_futex_waitv,
-            waiters.as_ptr(),
-            count as libc::c_uint,
-            0,
-            &raw const until,
-            libc::CLOCK_MONOTONIC,
-        )
-    };
-    if result >= 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::EAGAIN | libc::ETIMEDOUT | libc::EINTR) => Ok(()),
-        Some(libc::ENOSYS) => Err(io::Error::new(
-            io::ErrorKind::Unsupported,
-            "this kernel has no futex_waitv (Linux 5.16 or newer has)",
-        )),
-        _ => Err(error),
-    }
 }
 
 /// Polls `ready` for at most `budget`, with pauses that leave the core to a sibling thread.
@@ -213,7 +119,7 @@ pub fn spin(budget: Duration, mut ready: impl FnMut() -> bool) -> bool {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use crate::memory::Memfd;

@@ -26,6 +26,8 @@ pub mod memory;
 pub mod packet;
 pub mod quota;
 pub mod ring;
+#[cfg(loom)]
+pub mod simulated;
 pub mod wire;
 
 /// First eight bytes of every handshake message: `KVOYANT` and a zero.

@@ -10,9 +10,18 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::futex::{Word, publish_before_looking};
 use crate::layout::{DESCRIPTOR_BYTES, Layout, c2d, d2c};
-use crate::memory::SharedMapping;
+// The models of `simulated` run this very code, on memory and a kernel of their own.
+#[cfg(loom)]
+use crate::simulated::{SharedMapping, Word, publish_before_looking};
+#[cfg(not(loom))]
+use crate::{
+    futex::{Word, publish_before_looking},
+    memory::SharedMapping,
+};
+
+#[cfg(all(test, not(loom)))]
+mod verification;
 
 /// A descriptor as it lies in a ring.
 pub type Descriptor = [u8; DESCRIPTOR_BYTES];
@@ -203,7 +212,7 @@ impl Consumer {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use crate::layout::Limits;
