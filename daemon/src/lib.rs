@@ -20,6 +20,7 @@ pub mod control;
 pub mod device;
 pub mod keeper;
 pub mod lane;
+pub mod metrics;
 pub mod prefixes;
 pub mod server;
 pub mod status;

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -70,6 +71,14 @@ pub enum ServerError {
     /// Pages could not leave host memory.
     #[error("cannot use the places in `spill`: {0}")]
     Spill(#[from] SpillError),
+    /// An address that cannot be listened on.
+    #[error("cannot serve metrics at {address}: {source}; choose another address with --monitor")]
+    Monitor {
+        /// Which.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
     /// Images cannot be kept.
     #[error("cannot keep images: {0}")]
     Store(#[from] StoreError),
@@ -308,6 +317,14 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         let listener = std::os::unix::net::UnixListener::from(listener);
         listener.set_nonblocking(true).map_err(ServerError::Start)?;
         let listener = tokio::net::UnixListener::from_std(listener).map_err(ServerError::Start)?;
+        let monitor = match config.monitor_address().ok().flatten() {
+            None => None,
+            Some(address) => Some(
+                tokio::net::TcpListener::bind(address)
+                    .await
+                    .map_err(|source| ServerError::Monitor { address, source })?,
+            ),
+        };
         let mut terminate = signal(SignalKind::terminate()).map_err(ServerError::Start)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(ServerError::Start)?;
         tracing::info!(
@@ -321,6 +338,9 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         sessions
             .run_until(async {
                 tokio::task::spawn_local(admin::serve(admin, Arc::clone(&plane)));
+                if let Some(listener) = monitor {
+                    tokio::task::spawn_local(admin::serve_tcp(listener, Arc::clone(&plane)));
+                }
                 loop {
                     tokio::select! {
                         _ = terminate.recv() => break,

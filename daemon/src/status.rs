@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::Device;
 use crate::keeper::Keeper;
+use crate::metrics::{Endings, How, Snapshot, Times, Users};
 use crate::tiers::nvme::{self, Spill};
 use crate::tiers::pool::ExtentPool;
 
@@ -74,6 +75,8 @@ pub struct SessionStatus {
     pub slab_pages: AtomicU64,
     /// Counters in the order of [`Stat`].
     pub stats: [AtomicU64; STATS],
+    /// Times of its requests.
+    pub times: Times,
 }
 
 impl SessionStatus {
@@ -96,7 +99,14 @@ impl SessionStatus {
             kept: OnceLock::new(),
             slab_pages: AtomicU64::new(0),
             stats: std::array::from_fn(|_| AtomicU64::new(0)),
+            times: Times::default(),
         }
+    }
+
+    /// Its counters in the order of [`Stat`].
+    #[must_use]
+    pub fn counters(&self) -> [u64; STATS] {
+        std::array::from_fn(|stat| self.stats[stat].load(Ordering::Relaxed))
     }
 
     fn report(&self) -> SessionReport {
@@ -153,10 +163,18 @@ impl SessionStatus {
     }
 }
 
+/// Sessions, and what those that have ended had done. One lock for both: no counter is ever seen to go back.
+#[derive(Debug, Default)]
+struct Sessions {
+    open: BTreeMap<u64, Arc<SessionStatus>>,
+    past: Users,
+}
+
 /// All sessions, and what the daemon is.
 #[derive(Debug)]
 pub struct Registry {
-    sessions: Mutex<BTreeMap<u64, Arc<SessionStatus>>>,
+    sessions: Mutex<Sessions>,
+    endings: Endings,
     pool: Arc<ExtentPool>,
     device: Arc<dyn Device>,
     mode: String,
@@ -177,8 +195,8 @@ impl Registry {
         lanes: usize,
         boot_id: u64,
     ) -> Self {
-        let (sessions, started) = (Mutex::default(), Instant::now());
-        Self { sessions, pool, device, mode, lanes, boot_id, spill: None, keeper: None, started }
+        let (sessions, endings, started) = (Mutex::default(), Endings::default(), Instant::now());
+        Self { sessions, endings, pool, device, mode, lanes, boot_id, spill: None, keeper: None, started }
     }
 
     /// The same, of a daemon whose pages can leave host memory, or that keeps images.
@@ -193,30 +211,56 @@ impl Registry {
         self.boot_id
     }
 
-    fn sessions(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Arc<SessionStatus>>> {
+    fn sessions(&self) -> std::sync::MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Adds a session.
     pub fn add(&self, status: Arc<SessionStatus>) {
-        self.sessions().insert(status.id, status);
+        self.sessions().open.insert(status.id, status);
     }
 
-    /// Removes a session.
+    /// Removes a session; what it has done stays counted.
     pub fn remove(&self, id: u64) {
-        self.sessions().remove(&id);
+        let mut sessions = self.sessions();
+        if let Some(session) = sessions.open.remove(&id) {
+            sessions.past.of(session.uid).add_session(&session);
+        }
+    }
+
+    /// Counts the end of a session, or of an attempt at one.
+    pub fn ended(&self, how: How) {
+        self.endings.add(how);
     }
 
     /// A session, by its number.
     #[must_use]
     pub fn session(&self, id: u64) -> Option<Arc<SessionStatus>> {
-        self.sessions().get(&id).cloned()
+        self.sessions().open.get(&id).cloned()
     }
 
     /// Everything, at this moment.
     #[must_use]
     pub fn report(&self) -> StatusReport {
-        let sessions: Vec<_> = self.sessions().values().map(|session| session.report()).collect();
+        let sessions = self.sessions().open.values().map(|session| session.report()).collect();
+        self.report_of(sessions)
+    }
+
+    /// Everything, and what has been done since the start, at this moment.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let (reports, users) = {
+            let sessions = self.sessions();
+            let mut users = sessions.past.clone();
+            for session in sessions.open.values() {
+                users.of(session.uid).add_session(session);
+            }
+            (sessions.open.values().map(|session| session.report()).collect(), users)
+        };
+        Snapshot { status: self.report_of(reports), users, endings: self.endings.counts().collect() }
+    }
+
+    fn report_of(&self, sessions: Vec<SessionReport>) -> StatusReport {
         let pool = self.pool.report();
         let sum = |value: fn(&SessionReport) -> u64| sessions.iter().map(value).sum();
         StatusReport {

@@ -7,17 +7,24 @@ pub(super) struct Caller {
     pub(super) uid: u32,
     /// The daemon's own user's.
     pub(super) daemon: u32,
+    /// Whether they came over TCP, where nobody says who they are.
+    pub(super) remote: bool,
 }
 
 impl Caller {
+    /// Somebody who came over TCP.
+    pub(super) fn remote() -> Self {
+        Self { uid: u32::MAX, daemon: u32::MAX, remote: true }
+    }
+
     /// Whether they answer for the whole daemon: root, and its own user, who could read its memory anyway.
     pub(super) fn operates(self) -> bool {
-        self.uid == 0 || self.uid == self.daemon
+        !self.remote && (self.uid == 0 || self.uid == self.daemon)
     }
 
     /// Whether they may see and change what is this user's.
     pub(super) fn may(self, owner: u32) -> bool {
-        self.operates() || self.uid == owner
+        self.operates() || !self.remote && self.uid == owner
     }
 }
 
@@ -27,10 +34,12 @@ mod tests {
 
     #[test]
     fn root_the_daemons_user_and_the_owner_may_and_nobody_else() {
-        let caller = |uid| Caller { uid, daemon: 990 };
+        let caller = |uid| Caller { uid, daemon: 990, remote: false };
         assert!(caller(0).may(1000) && caller(990).may(1000) && caller(1000).may(1000));
         assert!(!caller(1001).may(1000) && !caller(1001).may(0) && !caller(1000).may(990));
         // A peer that the kernel does not name.
         assert!(!caller(u32::MAX).may(0));
+        let remote = Caller::remote();
+        assert!(!remote.operates() && !remote.may(0) && !remote.may(u32::MAX));
     }
 }

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::keeper::Kept;
 use crate::lane::list::OpenSequence;
-use crate::status::SessionStatus;
+use crate::status::{PoolState, SessionStatus, StatusReport};
+use crate::tiers::nvme::DeviceState;
 use crate::tiers::store::ImageSummary;
 
 /// Open sequences and images, as far as who asks may see them.
@@ -182,5 +183,38 @@ mod tests {
         let other = report("u-7.chat", Some(3));
         assert_eq!((other.name.as_str(), other.uid), ("u-7.chat", Some(3)));
         assert_eq!(report("prefix", None).uid, None);
+    }
+}
+
+/// How the daemon is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// Whether a new session would be served.
+    pub ready: bool,
+    /// What is not as it should be, each with what to do; nothing, in the best case.
+    pub troubles: Vec<String>,
+}
+
+impl Health {
+    /// By the daemon's status.
+    pub(super) fn of(status: &StatusReport) -> Self {
+        let lost = status.gpu.as_ref().and_then(|gpu| gpu.lost.clone());
+        let lost = lost.map(|reason| {
+            format!("the device is lost: {reason}; the daemon ends, and its supervisor starts it again")
+        });
+        let pool = &status.arena.pool;
+        let trouble = pool.trouble.as_ref().filter(|_| pool.state == PoolState::Failed);
+        let pool = trouble.map(|reason| format!("extents are not as configured: {reason}"));
+        let disks = status.spill.iter().filter_map(|device| match &device.state {
+            DeviceState::Serving => None,
+            DeviceState::Failed(reason) => Some(format!(
+                "{} takes no more pages: {reason}; replace it and restart",
+                device.path.display()
+            )),
+        });
+        let remote = status.store.as_ref().and_then(|store| store.remote_error.clone());
+        let remote = remote.map(|reason| format!("the remote store does not answer: {reason}"));
+        let ready = lost.is_none();
+        Self { ready, troubles: lost.into_iter().chain(pool).chain(disks).chain(remote).collect() }
     }
 }

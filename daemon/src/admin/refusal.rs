@@ -13,8 +13,14 @@ use crate::tiers::store::StoreError;
 #[derive(Debug, Error)]
 pub(super) enum Refusal {
     /// No such resource.
-    #[error("there is no {path}; try /v1/status or /v1/sequences")]
+    #[error("there is no {path}; try /v1/status, /v1/sequences, /metrics, /health or /ready")]
     NoResource {
+        /// What was asked for.
+        path: String,
+    },
+    /// Something that is not for everybody on this machine.
+    #[error("{path} is not to be had over TCP, where nobody says who they are: ask the admin socket")]
+    Remote {
         /// What was asked for.
         path: String,
     },
@@ -126,7 +132,7 @@ impl Refusal {
             Self::Body(_) | Self::Handle { .. } | Self::Label { .. } | Self::User { .. } | Self::Name(_) => {
                 StatusCode::BAD_REQUEST
             }
-            Self::Foreign { .. } => StatusCode::FORBIDDEN,
+            Self::Foreign { .. } | Self::Remote { .. } => StatusCode::FORBIDDEN,
             Self::Exists { .. } => StatusCode::CONFLICT,
             Self::Order(OrderError::Failed(failure)) => of_failure(failure),
             Self::Store(error) => of_store(error),

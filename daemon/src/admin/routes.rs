@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use kvoyant_protocol::wire::SequenceId;
 use serde::Serialize;
@@ -14,12 +14,13 @@ use tokio::sync::Semaphore;
 
 use super::caller::Caller;
 use super::messages::{
-    BringOrder, Done, ErrorBody, ImageReport, SequenceReport, SequencesReport, SuspendOrder,
+    BringOrder, Done, ErrorBody, Health, ImageReport, SequenceReport, SequencesReport, SuspendOrder,
 };
 use super::refusal::Refusal;
 use super::{LANES_TIMEOUT, REMOTE_LIST_TIMEOUT, WORK_TIMEOUT};
 use crate::control::{OrderError, Plane, image_id};
 use crate::keeper::{Keeper, merge};
+use crate::metrics::Format;
 use crate::tiers::store::StoreError;
 
 /// Most bytes of a request's body.
@@ -30,6 +31,9 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Most bytes of a label.
 const LABEL_MAX: usize = 1024;
+
+/// What whoever is on this machine may read, if there is a TCP listener: nothing of it names a process or what a client has named.
+const OPEN: [&str; 3] = ["/metrics", "/health", "/ready"];
 
 /// Images that may be brought or erased at a time.
 const WORK_MAX: usize = 4;
@@ -68,9 +72,19 @@ impl Routes {
         let only = |known: &'static str| Refusal::Method { path: path.clone(), known };
         let image = path.strip_prefix("/v1/images/").and_then(|rest| rest.split_once('/'));
         let method = request.method().clone();
+        if caller.remote && !OPEN.contains(&path.as_str()) {
+            return Err(Refusal::Remote { path });
+        }
         match (path.as_str(), image) {
             ("/v1/status", _) if method == Method::GET => {
                 Ok(response(StatusCode::OK, &self.plane.registry().report()))
+            }
+            ("/metrics", _) if method == Method::GET => self.metrics(&request),
+            ("/health", _) if method == Method::GET => Ok(response(StatusCode::OK, &self.health().await?)),
+            ("/ready", _) if method == Method::GET => {
+                let health = self.health().await?;
+                let status = if health.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+                Ok(response(status, &health))
             }
             ("/v1/sequences", _) if method == Method::GET => {
                 Ok(response(StatusCode::OK, &self.list(caller).await?))
@@ -85,11 +99,28 @@ impl Routes {
                 let uid = uid.parse().map_err(|_| Refusal::User { text: uid.to_owned() })?;
                 Ok(response(StatusCode::OK, &self.remove(uid, name, caller).await?))
             }
-            ("/v1/status" | "/v1/sequences", _) => Err(only("GET")),
+            ("/health" | "/ready" | "/metrics" | "/v1/status" | "/v1/sequences", _) => Err(only("GET")),
             ("/v1/sequences/suspend" | "/v1/images/bring", _) => Err(only("POST")),
             (_, Some(_)) => Err(only("DELETE")),
             _ => Err(Refusal::NoResource { path }),
         }
+    }
+
+    fn metrics<T>(&self, request: &Request<T>) -> Result<Response<Full<Bytes>>, Refusal> {
+        let accept = request.headers().get(ACCEPT).and_then(|value| value.to_str().ok());
+        let format = Format::accepted(accept.unwrap_or_default());
+        let text = self.plane.registry().snapshot().text(format);
+        let text = text.map_err(|error| Refusal::Internal(error.to_string()))?;
+        let mut response = Response::new(Full::new(Bytes::from(text)));
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(format.content_type()));
+        Ok(response)
+    }
+
+    /// Whether lanes answer, and what keeps new sessions out or slows them down.
+    async fn health(&self) -> Result<Health, Refusal> {
+        let lanes = tokio::time::timeout(LANES_TIMEOUT, self.plane.open_sequences()).await;
+        lanes.map_err(|_| Refusal::Lanes { within: LANES_TIMEOUT })?;
+        Ok(Health::of(&self.plane.registry().report()))
     }
 
     async fn list(&self, caller: Caller) -> Result<SequencesReport, Refusal> {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
 
 use super::caller::Caller;
 use super::routes::Routes;
@@ -14,6 +16,10 @@ use crate::control::Plane;
 
 /// How long a client may take to send a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connections over TCP at a time, and how long one may last.
+const TCP_MAX: usize = 16;
+const TCP_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Serves the admin socket until the task is dropped.
 pub async fn serve(listener: UnixListener, plane: Arc<Plane>) {
@@ -29,10 +35,38 @@ pub async fn serve(listener: UnixListener, plane: Arc<Plane>) {
     }
 }
 
+/// Serves what whoever is on this machine may read, until the task is dropped: for monitoring that knows no Unix sockets.
+pub async fn serve_tcp(listener: TcpListener, plane: Arc<Plane>) {
+    let routes = Rc::new(Routes::new(plane));
+    let places = Arc::new(Semaphore::new(TCP_MAX));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let routes = Rc::clone(&routes);
+                tokio::task::spawn_local(async move {
+                    // Whoever holds a connection open holds up others.
+                    let _ =
+                        tokio::time::timeout(TCP_TIMEOUT, exchange(stream, Caller::remote(), routes)).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!("cannot accept a connection of a monitor: {error}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
 async fn connection(stream: UnixStream, routes: Rc<Routes>) {
     // Who connected, and not who may have got the socket since.
     let uid = stream.peer_cred().map_or(u32::MAX, |peer| peer.uid());
-    let caller = Caller { uid, daemon: nix::unistd::geteuid().as_raw() };
+    let caller = Caller { uid, daemon: nix::unistd::geteuid().as_raw(), remote: false };
+    exchange(stream, caller, routes).await;
+}
+
+async fn exchange(stream: impl AsyncRead + AsyncWrite + Unpin, caller: Caller, routes: Rc<Routes>) {
     let service = hyper::service::service_fn(|request| {
         let routes = Rc::clone(&routes);
         async move { Ok::<_, Infallible>(routes.answer(request, caller).await) }

@@ -1,5 +1,6 @@
 //! Configuration: a TOML file, then the environment, then flags, each overriding what comes before it.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Admin socket; unless it is set, `admin.sock` beside `socket`.
     pub admin_socket: PathBuf,
+    /// Loopback address, with a port, where metrics and health are served over TCP to whoever is on this machine; empty: nowhere.
+    pub monitor: String,
     /// Host memory for KV, all sessions together. Rounded down to extents of 64 MiB.
     pub arena: ByteSize,
     /// Whether to lock the arena into memory as far as the memlock limit allows.
@@ -186,6 +189,7 @@ impl Default for Config {
         Self {
             socket: folder.join("kvoyantd.sock"),
             admin_socket: folder.join("admin.sock"),
+            monitor: String::new(),
             arena: ByteSize::gib(4),
             pin: true,
             pin_ahead: PinAhead::Auto,
@@ -285,6 +289,9 @@ impl Config {
         if self.arena.as_u64() < EXTENT_BYTES as u64 {
             return bad("arena", self.arena.to_string(), "it must hold at least one extent of 64 MiB");
         }
+        if let Err(reason) = self.monitor_address() {
+            return bad("monitor", self.monitor.clone(), &reason);
+        }
         if let Err(error) = self.device.parse::<DeviceName>() {
             return bad("device", self.device.clone(), &error.to_string());
         }
@@ -370,6 +377,21 @@ impl Config {
             );
         }
         Ok(())
+    }
+
+    /// Where metrics and health are served over TCP.
+    ///
+    /// # Errors
+    /// If it is no address, or one that other machines reach.
+    pub fn monitor_address(&self) -> Result<Option<SocketAddr>, String> {
+        if self.monitor.is_empty() {
+            return Ok(None);
+        }
+        match self.monitor.parse::<SocketAddr>() {
+            Ok(address) if address.ip().is_loopback() => Ok(Some(address)),
+            Ok(_) => Err("it must be a loopback address: for other machines, put a proxy that asks who they are before it".into()),
+            Err(_) => Err("it must be an address with a port, such as 127.0.0.1:9464 or [::1]:9464".into()),
+        }
     }
 
     /// What `device` names.

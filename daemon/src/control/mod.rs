@@ -38,6 +38,7 @@ use crate::lane::model::{ModelState, Placement, shape_of};
 use crate::lane::session::LaneSession;
 use crate::lane::spill::SpillTo;
 use crate::lane::{Asked, Command, Ending, LaneHandle, Outcome, Reply};
+use crate::metrics::How;
 use crate::prefixes::Prefixes;
 use crate::status::{Registry, SessionStatus};
 use crate::tiers::nvme::Spill;
@@ -148,6 +149,20 @@ pub(crate) enum Ended {
     TooSlow,
 }
 
+impl Ended {
+    /// What metrics call it.
+    fn how(&self) -> How {
+        match self {
+            Self::HungUp => How::Left,
+            Self::Protocol(_) => How::Rejected,
+            Self::Refused(Failure::Protocol(_)) => How::Rejected,
+            Self::Refused(_) => How::Refused,
+            Self::Io(_) | Self::Memory(_) => How::Failed,
+            Self::TooSlow => How::TooSlow,
+        }
+    }
+}
+
 /// A control socket.
 struct Socket(UnixStream);
 
@@ -223,6 +238,7 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
         }
         Err(error) => Err(error),
     };
+    plane.registry.ended(result.as_ref().map_or_else(Ended::how, |()| How::Left));
     match result {
         Ok(()) | Err(Ended::HungUp) => tracing::info!(pid, uid, "session ended"),
         // A client asks for its driver only when it is told that it needs one.

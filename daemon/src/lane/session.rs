@@ -533,6 +533,7 @@ impl LaneSession {
             self.count(Stat::BytesMoved, completion.bytes_moved);
             self.count(Stat::SelectNs, u64::from(completion.select_ns));
             self.count(Stat::TransferNs, u64::from(completion.transfer_ns));
+            self.status.times.add(completion.queue_ns, completion.select_ns, completion.transfer_ns);
             posted = true;
         }
         if posted {

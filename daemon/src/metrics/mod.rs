@@ -1,0 +1,23 @@
+//! What a monitoring system reads: text of OpenMetrics or of Prometheus, made when it is asked for.
+//!
+//! Lanes count what they do in their sessions' [`SessionStatus`](crate::status::SessionStatus); a session that ends is added to what
+//! its user's have done before, under the registry's lock, so that no counter ever goes back while the daemon lives. Nothing is
+//! labelled by session: names that clients choose would make as many time series as they like. Users are told apart, up to
+//! [`USERS_MAX`].
+//!
+//! | room | what lives there |
+//! |---|---|
+//! | `histogram` | times by buckets |
+//! | `done` | what sessions have done, by user |
+//! | `endings` | how sessions end |
+//! | `text` | the text |
+
+mod done;
+mod endings;
+mod histogram;
+mod text;
+
+pub use done::{Done, OTHERS, USERS_MAX, Users};
+pub use endings::{Endings, HOWS, How};
+pub use histogram::{BUCKETS, BUCKETS_US, Counts, Histogram, STAGES, Times};
+pub use text::{Format, Snapshot};
