@@ -1,5 +1,6 @@
 //! The command line.
 
+mod late;
 mod sequences;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use kvoyant_daemon::device::DeviceName;
 use kvoyant_engine::Format;
 use kvoyant_methods::{Budget, MethodSpec, registry};
 
+pub(crate) use self::late::LateArgs;
 pub(crate) use self::sequences::{SequencesArgs, SequencesWhat};
 use crate::bench::decode::Setting;
 
@@ -230,6 +232,9 @@ pub(crate) struct DemoArgs {
     /// Seed of the texts and needles
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
+    /// What is done about answers that are late
+    #[command(flatten)]
+    pub(crate) late: LateArgs,
     /// The daemon
     #[command(flatten)]
     pub(crate) daemon: OwnDaemonArgs,
@@ -419,6 +424,9 @@ pub(crate) struct RunArgs {
     /// Say on stderr where each token's time went
     #[arg(long)]
     pub(crate) stats: bool,
+    /// What is done about answers that are late
+    #[command(flatten)]
+    pub(crate) late: LateArgs,
     /// Use the daemon at this socket instead of starting one
     #[arg(long, value_name = "PATH", conflicts_with_all = ["device", "in_place", "host_budget", "shape_gbps", "shape_latency_us", "attention"])]
     pub(crate) socket: Option<PathBuf>,

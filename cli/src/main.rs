@@ -13,6 +13,7 @@ mod demo;
 mod doctor;
 mod fetch;
 mod fingerprint;
+mod late;
 mod machine;
 mod model;
 mod private_daemon;

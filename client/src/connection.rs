@@ -2,9 +2,9 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvoyant_kernels::RowLayout;
 use kvoyant_kernels::quantise::Format;
@@ -19,9 +19,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::cuda::{self, DeviceSession};
 use crate::error::Error;
+use crate::fallback::Fallback;
 use crate::memory::{Geometry, Memory, Slab};
 use crate::model::Model;
 use crate::rings::Rings;
+use crate::turn::{Turn, Turns};
 
 /// How a client connects.
 #[derive(Debug, Clone)]
@@ -37,6 +39,10 @@ pub struct Options {
     pub ticket_timeout: Duration,
     /// How long to wait for the answer to a control message.
     pub control_timeout: Duration,
+    /// What stands in for an answer that is late ([`Pending::or_late`](crate::Pending::or_late)).
+    pub fallback: Fallback,
+    /// How long after it was asked for an answer is late, where the fallback is not to wait for it.
+    pub late_after: Duration,
 }
 
 impl Default for Options {
@@ -48,6 +54,8 @@ impl Default for Options {
             spin: Duration::from_micros(if cores >= 8 { 200 } else { 10 }),
             ticket_timeout: Duration::from_secs(1),
             control_timeout: Duration::from_secs(30),
+            fallback: Fallback::Wait,
+            late_after: Duration::from_millis(100),
         }
     }
 }
@@ -61,7 +69,9 @@ struct Received {
 /// The control socket: one request at a time.
 #[derive(Debug)]
 pub(crate) struct Control {
-    socket: Mutex<OwnedFd>,
+    /// Its sends and receives are given up after `timeout` by the kernel itself.
+    socket: OwnedFd,
+    turns: Turns,
     /// For looking at the socket without waiting for its turn.
     watch: OwnedFd,
     timeout: Duration,
@@ -83,30 +93,41 @@ impl Control {
         result
     }
 
+    /// Waits for this thread's turn at the socket.
+    fn turn(&self, timeout: Duration) -> Result<Turn<'_>, Error> {
+        self.turns.take(timeout).ok_or(Error::Deadline { ticket: 0, waited: timeout })
+    }
+
     fn send(&self, socket: BorrowedFd<'_>, message: &ToDaemon, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
         if self.broken.load(Ordering::Relaxed) {
             return Err(Error::DaemonGone);
         }
+        let since = Instant::now();
         packet::send(socket, &encode(message), fds).map_err(|error| match error.kind() {
             std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => Error::DaemonGone,
+            std::io::ErrorKind::WouldBlock => Error::Deadline { ticket: 0, waited: since.elapsed() },
             _ => Error::Io(error),
         })
     }
 
     fn receive(&self, socket: BorrowedFd<'_>, timeout: Duration) -> Result<Received, Error> {
-        let waited = timeout;
-        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        let since = Instant::now();
         let mut fds = [PollFd::new(socket, PollFlags::POLLIN)];
         loop {
-            match poll(&mut fds, timeout) {
-                Ok(0) => return Err(Error::Deadline { ticket: 0, waited }),
+            let waited = since.elapsed();
+            let left = timeout.saturating_sub(waited);
+            // In whole milliseconds, the last of which counts.
+            let pause = PollTimeout::try_from(left.as_nanos().div_ceil(1_000_000) as i128);
+            match poll(&mut fds, pause.unwrap_or(PollTimeout::MAX)) {
+                Ok(0) if left.is_zero() => return Err(Error::Deadline { ticket: 0, waited }),
+                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
                 Ok(_) => break,
-                Err(nix::errno::Errno::EINTR) => {}
                 Err(errno) => return Err(Error::Io(errno.into())),
             }
         }
         let packet = packet::receive(socket).map_err(|error| match error.kind() {
             std::io::ErrorKind::ConnectionReset => Error::DaemonGone,
+            std::io::ErrorKind::WouldBlock => Error::Deadline { ticket: 0, waited: since.elapsed() },
             _ => Error::Io(error),
         })?;
         if packet.bytes.is_empty() {
@@ -119,18 +140,19 @@ impl Control {
     }
 
     fn call(&self, message: &ToDaemon, fds: &[BorrowedFd<'_>]) -> Result<Received, Error> {
-        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.turn(self.timeout)?;
+        let socket = self.socket.as_fd();
         // If the daemon has said why it ends the session, that is what the caller should hear.
-        if let Err(error) = self.send(socket.as_fd(), message, fds) {
-            return Err(self.last_words(socket.as_fd()).unwrap_or(error));
+        if let Err(error) = self.send(socket, message, fds) {
+            return Err(self.last_words(socket).unwrap_or(error));
         }
-        self.settle(self.receive(socket.as_fd(), self.timeout))
+        self.settle(self.receive(socket, self.timeout))
     }
 
     /// Sends what is not answered. A daemon that has gone need not hear it.
     pub(crate) fn say(&self, message: &ToDaemon) {
-        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = self.send(socket.as_fd(), message, &[]);
+        let Ok(_turn) = self.turn(self.timeout) else { return };
+        let _ = self.send(self.socket.as_fd(), message, &[]);
     }
 
     fn last_words(&self, socket: BorrowedFd<'_>) -> Option<Error> {
@@ -163,13 +185,17 @@ impl Control {
         file: Option<&Memfd>,
         timeout: Duration,
     ) -> Result<ToClient, Error> {
-        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = Instant::now();
+        let _turn = self.turn(timeout)?;
+        let socket = self.socket.as_fd();
         let fds: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
-        if let Err(error) = self.send(socket.as_fd(), message, &fds) {
-            return Err(self.last_words(socket.as_fd()).unwrap_or(error));
+        if let Err(error) = self.send(socket, message, &fds) {
+            return Err(self.last_words(socket).unwrap_or(error));
         }
         loop {
-            let Received { message, fds } = self.settle(self.receive(socket.as_fd(), timeout))?;
+            // Of all that comes together, however much memory is announced before the answer.
+            let left = timeout.saturating_sub(since.elapsed());
+            let Received { message, fds } = self.settle(self.receive(socket, left))?;
             match message {
                 ToClient::Memory { kind, first, bytes } => {
                     self.settle(memory.add(kind, first, bytes, fds))?;
@@ -187,8 +213,8 @@ impl Control {
         if !matches!(polled, Ok(1)) || !events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
             return None;
         }
-        let socket = self.socket.try_lock().ok()?;
-        Some(self.last_words(socket.as_fd()).unwrap_or(Error::DaemonGone))
+        let _turn = self.turns.take(Duration::ZERO)?;
+        Some(self.last_words(self.socket.as_fd()).unwrap_or(Error::DaemonGone))
     }
 }
 
@@ -198,6 +224,7 @@ pub struct Client {
     control: Control,
     rings: Rings,
     session: u64,
+    late: (Fallback, Duration),
 }
 
 impl Client {
@@ -225,11 +252,12 @@ impl Client {
     /// Connects as a client with these features.
     fn connect_as(path: &Path, options: Options, features: u64) -> Result<Self, Error> {
         let layout = Layout::new(options.limits)?;
-        let socket =
-            packet::connect_to(path).map_err(|source| Error::Connect { path: path.to_path_buf(), source })?;
+        let socket = packet::connect_within(path, options.control_timeout)
+            .map_err(|source| Error::Connect { path: path.to_path_buf(), source })?;
         let watch = socket.try_clone()?;
         let control = Control {
-            socket: Mutex::new(socket),
+            socket,
+            turns: Turns::default(),
             watch,
             timeout: options.control_timeout,
             broken: AtomicBool::new(false),
@@ -261,6 +289,7 @@ impl Client {
                 (options.spin, options.ticket_timeout),
             ),
             session,
+            late: (options.fallback, options.late_after),
         })
     }
 
@@ -327,6 +356,7 @@ impl Client {
         Ok(Model::new(Arc::new(crate::model::Inner {
             control: self.control,
             rings: self.rings,
+            late: self.late,
             memory,
             geometry,
             spec,

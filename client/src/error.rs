@@ -119,6 +119,21 @@ pub enum Error {
     Io(#[from] std::io::Error),
 }
 
+impl Error {
+    /// Whether the daemon is gone, cannot be believed any more, or has not answered in time: asking it for something else will hardly help.
+    /// What the session's extents hold can still be read ([`Sequence::read`](crate::Sequence::read)).
+    #[must_use]
+    pub fn is_daemon_lost(&self) -> bool {
+        match self {
+            Self::DaemonGone | Self::Deadline { .. } | Self::Broken(_) | Self::Control(_) | Self::Io(_) => {
+                true
+            }
+            Self::Failed(failure) => matches!(failure, Failure::Protocol(_) | Failure::DeviceLost(_)),
+            _ => false,
+        }
+    }
+}
+
 impl From<kvoyant_cuda::KernelError> for Error {
     fn from(error: kvoyant_cuda::KernelError) -> Self {
         Self::Kernel(Box::new(error))
@@ -142,6 +157,7 @@ fn advice(error: &std::io::Error) -> &'static str {
         std::io::ErrorKind::NotFound => "is kvoyantd running, and is this its socket?",
         std::io::ErrorKind::ConnectionRefused => "a daemon left this socket behind; start kvoyantd",
         std::io::ErrorKind::PermissionDenied => "join the socket's group, or run as its user",
+        std::io::ErrorKind::WouldBlock => "the daemon takes no connections; is it stopped or overloaded?",
         _ => "check the path",
     }
 }

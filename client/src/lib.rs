@@ -28,15 +28,18 @@
 mod connection;
 pub mod cuda;
 mod error;
+mod fallback;
 pub mod local;
 mod memory;
 mod model;
 mod ready;
 mod rings;
 mod sequence;
+mod turn;
 
 pub use connection::{Client, Options};
 pub use error::Error;
+pub use fallback::{Fallback, InTime};
 pub use kvoyant_kernels::quantise::Format;
 pub use kvoyant_kernels::{Dtype, RowLayout, Run};
 pub use kvoyant_protocol::control::{Failure, Mode, ModelSpec, SelectedBy};

@@ -11,6 +11,7 @@ use kvoyant_protocol::wire::{BatchEntry, FeedbackRows, Observe, Operation, QUERI
 
 use crate::connection::Control;
 use crate::error::Error;
+use crate::fallback::Fallback;
 use crate::memory::{Geometry, Memory};
 use crate::ready::Pending;
 use crate::rings::{Ask, Rings};
@@ -27,6 +28,8 @@ pub(crate) struct Inner {
     pub(crate) mode: Mode,
     pub(crate) spills: bool,
     pub(crate) scarce: bool,
+    /// What stands in for late answers, and how long after they were asked for they are late.
+    pub(crate) late: (Fallback, Duration),
 }
 
 /// A model that the daemon serves. Clones share one session.

@@ -2,13 +2,14 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvoyant_kernels::{Dtype, Kernels, RestSums, Run};
 use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, PartialLayout, RestEntry, RestLayout, Status};
 
 use crate::cuda::StreamPending;
 use crate::error::Error;
+use crate::fallback::{Fallback, InTime};
 use crate::model::Inner;
 use crate::rings::{Behind, Table};
 
@@ -18,11 +19,22 @@ pub struct Pending {
     inner: Arc<Inner>,
     ticket: u64,
     taken: bool,
+    asked: Instant,
+    fallback: Fallback,
+    late_after: Duration,
 }
 
 impl Pending {
     pub(crate) fn new(inner: Arc<Inner>, ticket: u64) -> Self {
-        Self { inner, ticket, taken: false }
+        let (fallback, late_after) = inner.late;
+        Self { inner, ticket, taken: false, asked: Instant::now(), fallback, late_after }
+    }
+
+    /// Has another fallback stand in for this answer than the session's.
+    #[must_use]
+    pub fn with_fallback(mut self, fallback: Fallback, late_after: Duration) -> Self {
+        (self.fallback, self.late_after) = (fallback, late_after);
+        self
     }
 
     /// Its ticket.
@@ -43,6 +55,23 @@ impl Pending {
         let release = Release { inner: Arc::clone(&self.inner), ticket: self.ticket };
         let answer = Answer::of(&self.inner, completion)?;
         Ok(Ready { answer, release })
+    }
+
+    /// Waits for the answer as long as its fallback allows: with [`Fallback::Wait`] for `deadline`, which is an error then; else until it is
+    /// late, which is none, and the answer is given up.
+    ///
+    /// # Errors
+    /// As [`Pending::wait`].
+    pub fn or_late(self, deadline: Duration) -> Result<InTime<Ready>, Error> {
+        if self.fallback == Fallback::Wait {
+            return self.wait(deadline).map(InTime::Answered);
+        }
+        let left = self.late_after.saturating_sub(self.asked.elapsed());
+        match self.wait(left.min(deadline)) {
+            Ok(ready) => Ok(InTime::Answered(ready)),
+            Err(Error::Deadline { waited, .. }) => Ok(InTime::Late { waited }),
+            Err(error) => Err(error),
+        }
     }
 
     /// Leaves the waiting to a stream: the same answer as [`Model::submit_on_stream`](crate::Model::submit_on_stream)

@@ -56,10 +56,11 @@ pub use decoder::{
 pub use error::{ForwardError, LoadError, TextError};
 pub use generate::{GenerateError, GenerateOptions, Generated, Prompt, StopReason, generate};
 pub use kv::{
-    Certified, DaemonError, DaemonKv, DaemonOptions, DaemonSequence, DenseKv, DenseSequence, Dtype, Format,
-    FormatError, HeadRows, IdsRequest, KvBackend, KvShape, Measured, Observe, Observed, Paged, Selects,
-    StepStats,
+    Certified, DaemonError, DaemonKv, DaemonOptions, DaemonSequence, DenseKv, DenseSequence, Dtype,
+    Fallbacks, Format, FormatError, HeadRows, IdsRequest, KvBackend, KvShape, Measured, Observe, Observed,
+    Paged, Selects, StepStats,
 };
+pub use kvoyant_client::Fallback;
 pub use kvoyant_kernels::SplitMix64;
 pub use load::{LoadOptions, sha256_file};
 pub use model::Model;

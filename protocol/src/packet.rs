@@ -4,12 +4,15 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::cmsg_space;
 use nix::sys::socket::{
     AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
     bind, connect, listen, recvmsg, sendmsg, socket,
 };
+
+use crate::faults::{self, Point};
 
 /// Largest message, in bytes. What is larger travels in a memfd.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
@@ -32,6 +35,22 @@ pub struct Packet {
 
 fn seqpacket() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+/// Connects to a listening socket, and gives sends and receives up that take longer than `timeout`, connecting included: that is an error
+/// of kind `WouldBlock`, after which the socket can be used as before. (A peer that stands still fills its queues, and who waits for room
+/// there waits as long as it stands.)
+pub fn connect_within(path: &Path, timeout: Duration) -> io::Result<OwnedFd> {
+    use nix::sys::socket::{setsockopt, sockopt};
+    use nix::sys::time::{TimeVal, TimeValLike};
+    let socket = seqpacket()?;
+    // Zero would mean for ever.
+    let micros = timeout.as_micros().clamp(1, i64::MAX as u128) as i64;
+    let timeout = TimeVal::microseconds(micros);
+    setsockopt(&socket, sockopt::SendTimeout, &timeout)?;
+    setsockopt(&socket, sockopt::ReceiveTimeout, &timeout)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket)
 }
 
 /// Connects to a listening socket.
@@ -154,6 +173,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io:
             format!("a message of {} bytes and {} descriptors is too large", bytes.len(), fds.len()),
         ));
     }
+    faults::check(Point::Send)?;
     let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control = if raw.is_empty() { &rights[..0] } else { &rights[..] };
@@ -174,6 +194,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io:
 /// Receives one message. A message or a list of descriptors that does not fit is an error, and no descriptor
 /// of it stays open.
 pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
+    faults::check(Point::Receive)?;
     let mut bytes = vec![0; MESSAGE_BYTES_MAX];
     let mut control = cmsg_space!([RawFd; KERNEL_FDS_MAX]);
     let (length, flags, fds) = {
@@ -294,6 +315,29 @@ mod tests {
         assert!(connect_to(&path).is_ok());
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(!path.with_extension("sock.new").exists());
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn who_stands_still_holds_up_neither_connecting_nor_sending_beyond_the_timeout() {
+        let path = std::env::temp_dir().join(format!("kvoyant-still-{}.sock", std::process::id()));
+        let _listening = listen_at(&path, 0o600).unwrap();
+        let connect = || connect_within(&path, Duration::from_millis(5));
+        let first = connect().unwrap();
+        // Nobody accepts, so that both queues fill.
+        let mut waiting = Vec::new();
+        let error = loop {
+            match connect() {
+                Ok(socket) => waiting.push(socket),
+                Err(error) => break error,
+            }
+            assert!(waiting.len() < 10_000);
+        };
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        let message = vec![0; MESSAGE_BYTES_MAX];
+        let error = (0..10_000).find_map(|_| send(first.as_fd(), &message, &[]).err()).unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(receive(first.as_fd()).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         std::fs::remove_file(&path).unwrap();
     }
 

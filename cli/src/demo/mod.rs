@@ -20,6 +20,7 @@ use self::report::{Report, Row};
 use self::why::{Effort, Spilled};
 use crate::args::DemoArgs;
 use crate::artifact_cache::ArtifactError;
+use crate::late;
 use crate::machine::Machine;
 use crate::model::{self, ModelError};
 use crate::private_daemon::{self, PrivateDaemon};
@@ -99,7 +100,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
     let mut asked = Asked::new(&plan);
     let methods = ROWS.iter().map(|(_, spec)| spec.parse()).collect::<Result<Vec<MethodSpec>, _>>()?;
     let longest = args.context + size.room;
-    let options = session::options(&model, methods, longest, asked.batch_max(), progress)?;
+    let mut options = session::options(&model, methods, longest, asked.batch_max(), progress)?;
+    args.late.set(&mut options);
 
     let shape = session::shape(&model);
     let batch_tokens = asked.batch_max() * args.context;
@@ -142,6 +144,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<String, DemoError> {
         rows.push(Row::new(name, budget, &measured));
     }
     drop(step);
+    late::say(&kv);
     effort.spilled = Spilled::of(&kv, args.daemon.host_budget);
 
     if args.json {

@@ -19,6 +19,7 @@ use self::prompt::PromptError;
 use self::stats::Times;
 use crate::args::{Attention, Prefill, RunArgs, ShareFor};
 use crate::artifact_cache::ArtifactError;
+use crate::late;
 use crate::model::{self, ModelError};
 use crate::private_daemon::{self, PrivateDaemon};
 use crate::progress::Progress;
@@ -121,6 +122,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
 
     let mut options = session::options_with(&model, vec![method.clone()], most, 1, &args.artifact, progress)?;
     options.selects = args.selects.into();
+    args.late.set(&mut options);
     let hint_norm = Hints::new(&model, &options.artifacts)?.of(&method);
     // It must live as long as the session.
     let own = match &args.socket {
@@ -156,10 +158,19 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
     let read = |kv: &mut DaemonKv, sequence: &DaemonSequence| {
         // What a sparse prefill cost is not the steps'.
         kv.take_stats();
-        publish.map_or(Ok(()), |shared| kv.publish(sequence, &tokens, shared).map(drop))
+        let published = publish.map_or(Ok(()), |shared| kv.publish(sequence, &tokens, shared).map(drop));
+        match published {
+            // The answer is what was asked for, and the daemon's loss is told behind it.
+            Err(error) if error.is_daemon_lost() => {
+                eprintln!("the prompt is not published: {error}");
+                Ok(())
+            }
+            published => published,
+        }
     };
     let reading = Reading { tokens: &tokens, begun };
     let times = answer(args, &mut decoder, &mut kv, &mut sequence, (reading, read), progress)?;
+    late::say(&kv);
     if let Some(image) = &args.suspend {
         kv.suspend(sequence, image, args.resume.as_ref() == Some(image)).map_err(SessionError::from)?;
     }

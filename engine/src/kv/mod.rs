@@ -11,8 +11,8 @@ use std::ops::Range;
 use kvoyant_kernels::RowLayout;
 
 pub use daemon::{
-    Certified, DaemonError, DaemonKv, DaemonOptions, DaemonSequence, IdsRequest, Measured, Paged, Selects,
-    StepStats,
+    Certified, DaemonError, DaemonKv, DaemonOptions, DaemonSequence, Fallbacks, IdsRequest, Measured, Paged,
+    Selects, StepStats,
 };
 pub use dense::{DenseKv, DenseSequence};
 pub use kvoyant_kernels::Dtype;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Instant;
 
 use kvoyant_client::cuda::{StreamMember, StreamPending};
-use kvoyant_client::{Hint, Member, Pending};
+use kvoyant_client::{Hint, InTime, Member, Pending};
 use kvoyant_methods::HintSource;
 
 use super::attention::{Pass, Rows, scores_of};
@@ -87,6 +87,8 @@ pub(super) enum Waiting {
     Host(Pending),
     /// A stream.
     Stream(StreamPending),
+    /// Nobody: there was no ticket to ask with, because so many answers are late.
+    Nobody,
 }
 
 /// When the daemon is asked.
@@ -130,12 +132,9 @@ impl DaemonKv {
         let (floored, plain): (Vec<usize>, Vec<usize>) =
             told.into_iter().partition(|i| self.needs_of(batch[*i]).floors && by_query(i));
         if !streamed.is_empty() {
-            let pending = self.ask_on_stream(layer, &streamed, batch, positions, queries)?;
-            self.pending[layer].push(Asked {
-                members: streamed,
-                answer: Waiting::Stream(pending),
-                local: None,
-            });
+            let pending = self.ask_on_stream(layer, &streamed, batch, positions, queries);
+            let answer = self.unless_all_late(pending)?.map_or(Waiting::Nobody, Waiting::Stream);
+            self.pending[layer].push(Asked { members: streamed, answer, local: None });
         }
         for (told, floored) in [(floored, true), (plain, false)] {
             if told.is_empty() {
@@ -143,10 +142,11 @@ impl DaemonKv {
             }
             let local = floored.then(|| self.attend_anyway(moment, layer, &told, batch, positions, queries));
             let floors = local.as_ref().map_or(&[][..], |local| &local.lse);
-            let pending = self.ask_from_here(layer, &told, batch, positions, (queries, floors))?;
-            let answer = match &self.device {
-                Some(_) => Waiting::Stream(pending.on_stream()?),
-                None => Waiting::Host(pending),
+            let pending = self.ask_from_here(layer, &told, batch, positions, (queries, floors));
+            let answer = match (self.unless_all_late(pending)?, &self.device) {
+                (None, _) => Waiting::Nobody,
+                (Some(pending), Some(_)) => Waiting::Stream(pending.on_stream()?),
+                (Some(pending), None) => Waiting::Host(pending),
             };
             // What a predicted query gives is no part of the answer.
             let local = local.filter(|_| moment == Moment::Current);
@@ -299,11 +299,16 @@ impl DaemonKv {
         Ok(all)
     }
 
-    /// Waits for an answer on the host, and counts it.
-    pub(super) fn wait(&mut self, pending: Pending) -> Result<kvoyant_client::Ready, DaemonError> {
+    /// Waits for an answer on the host, and counts it; none if it is late.
+    pub(super) fn wait(&mut self, pending: Pending) -> Result<Option<kvoyant_client::Ready>, DaemonError> {
         let since = Instant::now();
-        let ready = pending.wait(self.options.deadline)?;
-        self.stats.answered(since.elapsed(), ready.completion());
-        Ok(ready)
+        match pending.or_late(self.options.deadline)? {
+            InTime::Answered(ready) => {
+                self.silent = None;
+                self.stats.answered(since.elapsed(), ready.completion());
+                Ok(Some(ready))
+            }
+            InTime::Late { waited } => self.late(waited).map(|()| None),
+        }
     }
 }

@@ -256,6 +256,30 @@ impl Pass<'_> {
     }
 }
 
+/// Attention over all rows of sequences that have lost their daemon; `queries` and `out` are `[batch][Hq][d]`.
+pub(super) fn attend_alone(
+    pass: &Pass<'_>,
+    batch: &[&DaemonSequence],
+    positions: &[usize],
+    queries: &[f32],
+    out: &mut [f32],
+) {
+    let (kv_heads, group, row_bytes) = (pass.shape.kv_heads, pass.shape.group(), pass.shape.row_bytes());
+    let values = group * pass.shape.head_dim;
+    queries.par_chunks(values).zip(out.par_chunks_mut(values)).enumerate().for_each(|(task, (q, o))| {
+        let (sequence, position, head) =
+            (batch[task / kv_heads], positions[task / kv_heads], task % kv_heads);
+        let tokens = pass.shape.first_visible(pass.layer, position)..position + 1;
+        let (mut runs, mut lse) = (Vec::new(), vec![0.0; group]);
+        if let Some(own) = sequence.own() {
+            own.runs(sequence.inner(), (pass.layer, head, kv_heads), tokens, row_bytes, &mut runs);
+        }
+        // SAFETY: the runs lie in mappings that the sequence keeps alive, and in memory that it owns and is borrowed here. Neither is
+        // written to while a step attends: extents are read only where the daemon never moves pages, and else what they held was copied.
+        unsafe { attend_runs(pass.shape.layout(), q, &runs, o, &mut lse) };
+    });
+}
+
 /// Scores of a KV head's queries `[group][d]` over the session's own rows of these tokens, scaled by `1/√d`:
 /// `[group][rows]`. Rows that have been dropped for good are left out.
 pub(super) fn scores_of(

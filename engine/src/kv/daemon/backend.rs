@@ -1,17 +1,16 @@
-//! The calls of the decoder.
+//! What the calls of the decoder do with the daemon.
 
 use std::ops::Range;
 
-use kvoyant_client::Mode;
+use kvoyant_client::{Fallback, Mode};
 use kvoyant_kernels::Kernels;
 use kvoyant_methods::{Budget, HintSource, infinigen};
 use rayon::prelude::*;
 
-use super::super::{KvBackend, KvShape};
+use super::super::KvShape;
 use super::ask::{Asked, Moment, Partial, Waiting};
 use super::attention::{Pass, Rows};
 use super::device::Layer;
-use super::lease::SCARCE_CHUNK;
 use super::measure::Attended;
 use super::{DaemonError, DaemonKv, DaemonSequence};
 
@@ -61,6 +60,12 @@ impl DaemonKv {
         positions: &[usize],
         Heads { queries, out }: Heads<'_>,
     ) -> Result<(), DaemonError> {
+        if let Some(asked) = &asked
+            && self.is_late(asked)?
+        {
+            self.attend_late(layer, batch, positions, queries, out);
+            return Ok(());
+        }
         let learns = batch.iter().any(|sequence| self.needs_of(sequence).feedback.is_some());
         let attends = batch.iter().any(|sequence| self.needs_of(sequence).cpu_attention.is_some());
         let estimates = batch.iter().any(|sequence| self.needs_of(sequence).rest);
@@ -74,6 +79,7 @@ impl DaemonKv {
                 None => None,
                 Some(Waiting::Stream(pending)) => Some(pending),
                 Some(Waiting::Host(pending)) => Some(pending.on_stream()?),
+                Some(Waiting::Nobody) => None,
             };
             let pass = Pass {
                 shape: &self.shape,
@@ -82,19 +88,28 @@ impl DaemonKv {
                 layer,
                 selects: asked.is_some(),
             };
-            let wanted = self.measure || learns || attends || estimates;
+            let keeps = self.options.fallback == Fallback::Partial;
+            let wanted = self.measure || learns || attends || estimates || keeps;
             let attended = Layer { pass, batch, positions, queries };
             let answered = device.attend(attended, asked, deadline, wanted, (&mut *out, &mut lse))?;
             let Some(answered) = answered else { return Ok(()) };
             self.stats.answered(answered.waited, &answered.completion);
             let Some(answer) = answered.answer else { return Ok(()) };
             pass.merge(&answer, batch.len(), (&mut *out, &mut lse));
+            self.keep_named_rows(layer, &answer, &members);
             answer
         } else {
             let ready = match asked {
-                Some(Waiting::Host(pending)) => Some(self.wait(pending)?),
+                Some(Waiting::Host(pending)) => {
+                    let Some(ready) = self.wait(pending)? else {
+                        self.attend_late(layer, batch, positions, queries, out);
+                        return Ok(());
+                    };
+                    self.keep_named_rows(layer, &ready, &members);
+                    Some(ready)
+                }
                 // Streams are asked for where there is a device alone.
-                Some(Waiting::Stream(_)) | None => None,
+                Some(Waiting::Stream(_) | Waiting::Nobody) | None => None,
             };
             let pass = self.pass(layer, ready.is_some());
             let ranks: Vec<Option<Budget>> =
@@ -147,15 +162,8 @@ impl DaemonKv {
     }
 }
 
-impl KvBackend for DaemonKv {
-    type Sequence = DaemonSequence;
-    type Error = DaemonError;
-
-    fn tokens(&self, sequence: &DaemonSequence) -> usize {
-        sequence.tokens()
-    }
-
-    fn store(
+impl DaemonKv {
+    pub(super) fn store_there(
         &mut self,
         layer: usize,
         sequence: &mut DaemonSequence,
@@ -183,7 +191,7 @@ impl KvBackend for DaemonKv {
         })
     }
 
-    fn read(
+    pub(super) fn read_there(
         &mut self,
         layer: usize,
         sequence: &DaemonSequence,
@@ -206,7 +214,7 @@ impl KvBackend for DaemonKv {
         )
     }
 
-    fn observe_queries(
+    pub(super) fn observe_queries_there(
         &mut self,
         layer: usize,
         sequence: &mut DaemonSequence,
@@ -220,47 +228,11 @@ impl KvBackend for DaemonKv {
         Ok(())
     }
 
-    fn chunk_tokens(&self, most: usize) -> usize {
-        if self.model.is_scarce() { most.min(SCARCE_CHUNK) } else { most }
-    }
-
-    fn first_lost(&self, sequence: &DaemonSequence) -> Option<usize> {
-        sequence.inner().first_lost()
-    }
-
-    fn forget_from(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
-        // Answers that a failed step has left would hold up all that come.
-        self.in_step = false;
-        self.pending.iter_mut().for_each(Vec::clear);
-        self.truncate(sequence, tokens)
-    }
-
-    fn wants_marks(&self) -> bool {
-        self.needs.iter().any(|needs| needs.marks)
-    }
-
-    fn mark_tokens(
+    pub(super) fn commit_there(
         &mut self,
         sequence: &mut DaemonSequence,
-        start: usize,
-        marks: &[u8],
+        tokens: usize,
     ) -> Result<(), DaemonError> {
-        self.make_room(&[(sequence, start + marks.len())])?;
-        Ok(self.model.mark(sequence.inner(), start, marks)?)
-    }
-
-    fn attend_chunk(
-        &mut self,
-        layer: usize,
-        sequence: &mut DaemonSequence,
-        start: usize,
-        queries: &[f32],
-        out: &mut [f32],
-    ) -> Result<bool, DaemonError> {
-        self.attend_selected(layer, sequence, start, queries, out)
-    }
-
-    fn commit(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
         let new = tokens - sequence.tokens();
         sequence.set_tokens(tokens);
         if !self.in_step && new > 0 {
@@ -270,7 +242,7 @@ impl KvBackend for DaemonKv {
         Ok(())
     }
 
-    fn begin_step(
+    pub(super) fn begin_step_there(
         &mut self,
         batch: &mut [&mut DaemonSequence],
         positions: &[usize],
@@ -280,6 +252,7 @@ impl KvBackend for DaemonKv {
         self.chosen.iter_mut().for_each(Vec::clear);
         self.asked.fill(None);
         self.rows.clear();
+        self.named.clear();
         for (sequence, position) in batch.iter_mut().zip(positions) {
             self.finish_prompt(sequence)?;
             self.digest(sequence, *position)?;
@@ -289,7 +262,6 @@ impl KvBackend for DaemonKv {
         self.make_room(&wanted)?;
         self.in_step = true;
         self.hinted = batch.iter().any(|sequence| self.needs_of(sequence).hint == HintSource::Ahead);
-        self.stats.begin(batch.len(), positions);
         // A first layer that is not dense has nothing before it to be predicted from: members that want to be asked by
         // a prediction attend to everything there.
         if self.speculates(0) {
@@ -298,11 +270,7 @@ impl KvBackend for DaemonKv {
         Ok(())
     }
 
-    fn wants_hint(&self, layer: usize) -> bool {
-        self.hinted && self.speculates(layer)
-    }
-
-    fn hint(
+    pub(super) fn hint_there(
         &mut self,
         layer: usize,
         batch: &mut [&mut DaemonSequence],
@@ -313,7 +281,7 @@ impl KvBackend for DaemonKv {
         self.choose_here(layer, batch, positions, queries)
     }
 
-    fn append(
+    pub(super) fn append_there(
         &mut self,
         layer: usize,
         batch: &mut [&mut DaemonSequence],
@@ -338,7 +306,7 @@ impl KvBackend for DaemonKv {
         Ok(())
     }
 
-    fn attend(
+    pub(super) fn attend_there(
         &mut self,
         layer: usize,
         batch: &mut [&mut DaemonSequence],
@@ -376,6 +344,9 @@ impl KvBackend for DaemonKv {
                 out[own(i)].copy_from_slice(attended);
             }
         }
+        for (member, named) in std::mem::take(&mut self.named) {
+            batch[member].set_named(layer, named);
+        }
         self.check_missed(layer, &shared(batch))?;
         if self.keeps_last() {
             for (sequence, query) in batch.iter_mut().zip(queries.chunks_exact(width)) {
@@ -385,15 +356,25 @@ impl KvBackend for DaemonKv {
         Ok(())
     }
 
-    fn end_step(&mut self, batch: &mut [&mut DaemonSequence]) -> Result<(), DaemonError> {
+    pub(super) fn end_step_there(&mut self, batch: &mut [&mut DaemonSequence]) -> Result<(), DaemonError> {
         self.in_step = false;
         let appended: Vec<_> = batch.iter().map(|sequence| (sequence.inner(), 1)).collect();
         self.model.append(&appended)?;
         batch.iter_mut().for_each(|sequence| sequence.stepped());
         self.send_rows(batch)
     }
+
+    pub(super) fn mark_tokens_there(
+        &mut self,
+        sequence: &mut DaemonSequence,
+        start: usize,
+        marks: &[u8],
+    ) -> Result<(), DaemonError> {
+        self.make_room(&[(sequence, start + marks.len())])?;
+        Ok(self.model.mark(sequence.inner(), start, marks)?)
+    }
 }
 
-fn shared<'a>(batch: &'a [&mut DaemonSequence]) -> Vec<&'a DaemonSequence> {
+pub(super) fn shared<'a>(batch: &'a [&mut DaemonSequence]) -> Vec<&'a DaemonSequence> {
     batch.iter().map(|sequence| &**sequence).collect()
 }

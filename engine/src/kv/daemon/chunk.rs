@@ -45,7 +45,8 @@ impl DaemonKv {
         let (hint, count) = sample(queries, width, most);
         let member = Member { sequence: sequence.inner(), position: start, hint: Hint::Query(&hint) };
         let pending = self.model.speculate_block(layer, &[member], count)?;
-        let ready = self.wait(pending)?;
+        // A chunk of a prompt can attend to all rows as well.
+        let Some(ready) = self.wait(pending)? else { return Ok(false) };
         let pass = self.pass(layer, true);
         let (layout, row_bytes) = (self.shape.layout(), self.shape.row_bytes());
         let on_host = self.device.is_none();

@@ -16,17 +16,21 @@
 //! An answer is waited for when its layer attends. Members of one step may have methods of different kinds: those that are
 //! asked together are one group with one answer.
 
+mod alone;
 mod ask;
 mod attention;
 mod backend;
+mod calls;
 mod chunk;
 mod device;
 mod feedback;
 mod here;
 mod kept;
+mod late;
 mod lease;
 mod measure;
 mod options;
+mod own;
 mod prompt;
 mod rebuilt;
 mod rest;
@@ -34,11 +38,12 @@ mod sequence;
 mod stats;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvoyant_client::cuda::KernelError;
 use kvoyant_client::local::LocalMethod;
-use kvoyant_client::{Client, Mode, ModelSpec, Options, SelectedBy, Stat};
+use kvoyant_client::{Client, Fallback, Mode, ModelSpec, Options, SelectedBy, Stat};
 use kvoyant_methods::{MethodError, MethodSpec, Needs, Shape};
 use thiserror::Error;
 
@@ -46,7 +51,7 @@ pub use ask::IdsRequest;
 pub use lease::Paged;
 pub use options::{DaemonOptions, Selects};
 pub use sequence::DaemonSequence;
-pub use stats::{Certified, Measured, StepStats};
+pub use stats::{Certified, Fallbacks, Measured, StepStats};
 
 use self::ask::{Asked, Provider};
 use self::device::DeviceAttention;
@@ -156,6 +161,14 @@ pub struct DaemonKv {
     rows: Vec<Row>,
     measure: bool,
     stats: StepStats,
+    /// Of steps whose statistics have been taken.
+    fallen_back: Fallbacks,
+    /// Rows that the layer's answers named, by index into the batch, until they are kept.
+    named: late::NamedRows,
+    /// Since when answers are late, if the last one was.
+    silent: Option<Instant>,
+    /// Why the daemon is not asked any more.
+    alone: Option<Arc<str>>,
 }
 
 impl DaemonKv {
@@ -166,8 +179,22 @@ impl DaemonKv {
     pub fn connect(socket: &Path, shape: KvShape, options: DaemonOptions) -> Result<Self, DaemonError> {
         shape.check()?;
         let limits = options.limits(&shape);
-        let client =
-            Client::connect(socket, Options { name: options.name.clone(), limits, ..Options::default() })?;
+        let client = Client::connect(
+            socket,
+            Options {
+                name: options.name.clone(),
+                limits,
+                control_timeout: options.deadline,
+                fallback: options.fallback,
+                late_after: options.late_after,
+                // A ticket that does not come free is a late answer too.
+                ticket_timeout: match options.fallback {
+                    Fallback::Wait => options.deadline,
+                    Fallback::Partial | Fallback::ResidentOnly => options.late_after,
+                },
+                ..Options::default()
+            },
+        )?;
         let sliding = (0..shape.layers).filter(|layer| shape.sliding_window[*layer].is_some());
         let spec = ModelSpec {
             name: options.name.clone(),
@@ -233,6 +260,10 @@ impl DaemonKv {
             rows: Vec::new(),
             measure: false,
             stats: StepStats::default(),
+            fallen_back: Fallbacks::default(),
+            named: Vec::new(),
+            silent: None,
+            alone: None,
         };
         made.check_rebuilt()?;
         Ok(made)
@@ -276,7 +307,16 @@ impl DaemonKv {
 
     /// What the steps since the last call did.
     pub fn take_stats(&mut self) -> StepStats {
+        self.fallen_back += self.stats.fallbacks;
         std::mem::take(&mut self.stats)
+    }
+
+    /// What was attended by other rows than its method's since the session began.
+    #[must_use]
+    pub fn fallbacks(&self) -> Fallbacks {
+        let mut all = self.fallen_back;
+        all += self.stats.fallbacks;
+        all
     }
 
     /// Opens an empty sequence with a method, by index.
@@ -313,8 +353,15 @@ impl DaemonKv {
     }
 
     /// Drops the tokens at and after `tokens`.
-    pub fn truncate(&self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
-        Ok(sequence.truncate(tokens)?)
+    pub fn truncate(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
+        if self.is_served() {
+            let truncated = sequence.truncate(tokens).map_err(DaemonError::from);
+            if let Some(truncated) = self.or_alone(truncated) {
+                return truncated;
+            }
+        }
+        self.truncate_alone(sequence, tokens);
+        Ok(())
     }
 
     /// Closes sequences in one message.

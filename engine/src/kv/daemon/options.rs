@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kvoyant_client::Limits;
+use kvoyant_client::{Fallback, Limits};
 use kvoyant_kernels::quantise::Format;
 use kvoyant_methods::full::FullSpec;
 use kvoyant_methods::infinigen::{IndexRule, InfinigenSpec};
@@ -54,8 +54,12 @@ pub struct DaemonOptions {
     pub context_tokens: usize,
     /// Most sequences in one step.
     pub batch_max: usize,
-    /// How long to wait for an answer before giving up.
+    /// How long the daemon may be silent before the engine goes on without it.
     pub deadline: Duration,
+    /// What stands in for a layer's answer that is late.
+    pub fallback: Fallback,
+    /// How long after it was asked for an answer is late, where the fallback is not to wait for it.
+    pub late_after: Duration,
     /// Who selects rows, where they are read in place.
     pub selects: Selects,
 }
@@ -74,6 +78,8 @@ impl Default for DaemonOptions {
             context_tokens: 8192,
             batch_max: 32,
             deadline: Duration::from_secs(30),
+            fallback: Fallback::Wait,
+            late_after: Duration::from_millis(100),
             selects: Selects::Auto,
         }
     }

@@ -42,8 +42,13 @@ impl DaemonKv {
                     },
                 })
                 .collect();
-            let pending = self.model.rest(layer, &members)?;
-            Some(self.wait(pending)?)
+            let pending = self.model.rest(layer, &members).map_err(DaemonError::from);
+            let again = match self.unless_all_late(pending)? {
+                Some(pending) => self.wait(pending)?,
+                None => None,
+            };
+            self.stats.fallbacks.estimates += if again.is_none() { asked.len() as u64 } else { 0 };
+            again
         };
         for i in 0..batch.len() {
             let (out, lse) = (&mut out[i * width..][..width], &mut lse[i * heads..][..heads]);

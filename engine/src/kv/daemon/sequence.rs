@@ -1,10 +1,12 @@
 //! One sequence in the daemon.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvoyant_client::local::LocalDigests;
 use kvoyant_client::{Error, SelectedBy, Sequence};
 
+use super::own::Own;
 use super::rebuilt::Rebuilt;
 
 /// The newest queries of a prompt, per layer.
@@ -36,6 +38,10 @@ pub struct DaemonSequence {
     steps: usize,
     /// What its method keeps, where this process selects.
     digests: Option<LocalDigests>,
+    /// What it has without the daemon, once that is lost.
+    own: Option<Own>,
+    /// The rows of each layer's last answer, by KV head, where they may stand in for one that is late.
+    named: Vec<Vec<Vec<Range<usize>>>>,
 }
 
 impl DaemonSequence {
@@ -51,6 +57,8 @@ impl DaemonSequence {
             rebuilt: Rebuilt::default(),
             steps: 0,
             digests: None,
+            own: None,
+            named: vec![Vec::new(); layers],
         }
     }
 
@@ -170,6 +178,45 @@ impl DaemonSequence {
         self.digests.as_mut()
     }
 
+    /// The rows of a layer's last answer, by KV head; none where nothing is known of it.
+    pub(super) fn named(&self, layer: usize) -> &[Vec<Range<usize>>] {
+        &self.named[layer]
+    }
+
+    pub(super) fn set_named(&mut self, layer: usize, named: Vec<Vec<Range<usize>>>) {
+        self.named[layer] = named;
+    }
+
+    pub(super) fn own(&self) -> Option<&Own> {
+        self.own.as_ref()
+    }
+
+    pub(super) fn set_own(&mut self, own: Own) {
+        self.own = Some(own);
+    }
+
+    /// Writes rows of one head where the daemon is lost.
+    pub(super) fn write_own(
+        &mut self,
+        head: (usize, usize, usize),
+        position: usize,
+        rows: &[u8],
+        row_bytes: usize,
+    ) -> Result<(), Error> {
+        match &mut self.own {
+            Some(own) => own.write(&self.inner, head, position, rows, row_bytes),
+            None => Ok(()),
+        }
+    }
+
+    /// Drops rows where the daemon is lost.
+    pub(super) fn truncate_own(&mut self, tokens: usize, row_bytes: usize) {
+        self.tokens = self.tokens.min(tokens);
+        if let Some(own) = &mut self.own {
+            own.truncate(self.tokens, row_bytes);
+        }
+    }
+
     pub(super) fn take_digests(&mut self) -> Option<LocalDigests> {
         self.digests.take()
     }
@@ -194,6 +241,8 @@ impl DaemonSequence {
             rebuilt: self.rebuilt.clone(),
             steps: self.steps,
             digests: None,
+            own: None,
+            named: self.named.clone(),
         })
     }
 
@@ -206,6 +255,7 @@ impl DaemonSequence {
         }
         self.reported = self.reported.min(tokens);
         self.rebuilt.tokens = self.rebuilt.tokens.min(tokens);
+        self.named.iter_mut().for_each(Vec::clear);
         if let Some(digests) = &mut self.digests {
             digests.truncate(tokens);
         }

@@ -40,10 +40,45 @@ pub struct StepStats {
     pub feedback: Duration,
     /// Bytes of keys that attention rows over all tokens read beyond the rows attended: on a device they would have to be moved.
     pub feedback_bytes: u64,
+    /// What was attended by other rows than the method's.
+    pub fallbacks: Fallbacks,
     /// What answers say that they may have missed.
     pub certified: Certified,
     /// How far selected layers were from dense attention, where that was measured.
     pub measured: Measured,
+}
+
+/// Layers that were not attended as the method has it, because an answer was late or the daemon was lost; counted for each sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Fallbacks {
+    /// Attended to all rows, without the daemon.
+    pub alone: u64,
+    /// Attended to sinks, window and the rows of the layer's last answer ([`Fallback::Partial`](kvoyant_client::Fallback)).
+    pub partial: u64,
+    /// Attended to sinks and window alone ([`Fallback::ResidentOnly`](kvoyant_client::Fallback)).
+    pub resident_only: u64,
+    /// Rows that these left out, all KV heads together.
+    pub rows_left_out: u64,
+    /// Estimates of rows left out that were late, and are left out too.
+    pub estimates: u64,
+}
+
+impl Fallbacks {
+    /// Whether there were none.
+    #[must_use]
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl std::ops::AddAssign for Fallbacks {
+    fn add_assign(&mut self, other: Self) {
+        self.alone += other.alone;
+        self.partial += other.partial;
+        self.resident_only += other.resident_only;
+        self.rows_left_out += other.rows_left_out;
+        self.estimates += other.estimates;
+    }
 }
 
 /// Upper ends of the bins of [`Certified::missed`].
@@ -244,6 +279,7 @@ impl std::ops::AddAssign for StepStats {
         self.rows_cpu += other.rows_cpu;
         self.feedback += other.feedback;
         self.feedback_bytes += other.feedback_bytes;
+        self.fallbacks += other.fallbacks;
         self.certified += other.certified;
         self.measured += other.measured;
     }
