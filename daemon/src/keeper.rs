@@ -93,9 +93,7 @@ impl Keeper {
         let stop = Arc::new(AtomicBool::new(false));
         let thread = remote.clone().map(|remote| {
             let (local, progress, stop) = (Arc::clone(&local), Arc::clone(&progress), Arc::clone(&stop));
-            std::thread::Builder::new()
-                .name("keeper".into())
-                .spawn(move || copy_loop(&local, &*remote, (&progress, &stop), &inbox))
+            crate::threads::start("keeper", move || copy_loop(&local, &*remote, (&progress, &stop), &inbox))
         });
         let thread = thread.transpose().map_err(|source| StoreError::Io {
             doing: "start a thread for",

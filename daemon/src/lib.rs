@@ -24,6 +24,7 @@ pub mod metrics;
 pub mod prefixes;
 pub mod server;
 pub mod status;
+mod threads;
 pub mod tiers;
 
 use std::io::{IsTerminal, Write};

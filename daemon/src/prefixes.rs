@@ -176,7 +176,7 @@ impl Prefixes {
                     prefixes.load(&keeper);
                 }
             };
-            if let Err(error) = std::thread::Builder::new().name("prefixes".into()).spawn(load) {
+            if let Err(error) = crate::threads::start("prefixes", load) {
                 tracing::warn!("published prefixes of before are not looked for: {error}");
             }
         }
@@ -272,7 +272,7 @@ impl Prefixes {
                 tracing::warn!(
                     "a published prefix is on the host only: {WAITING_MAX} others wait to be written"
                 );
-            } else if let Err(error) = std::thread::Builder::new().name("prefix".into()).spawn(work) {
+            } else if let Err(error) = crate::threads::start("prefix", work) {
                 self.waiting.fetch_sub(1, Ordering::Relaxed);
                 tracing::warn!("a published prefix is on the host only: {error}");
             }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::Mode;
+use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::packet;
 use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
@@ -347,14 +348,17 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
                         _ = interrupt.recv() => break,
                         reason = plane.lost() => {
                             // The sessions' own tasks tell their clients meanwhile. Going in good order may take for ever.
-                            std::thread::spawn(|| {
+                            let leaves = crate::threads::start("leave", || {
                                 std::thread::sleep(FAREWELL + LEAVE_AFTER);
                                 leave(75);
                             });
+                            if let Err(error) = leaves {
+                                tracing::warn!("nothing bounds how long it takes to end: {error}");
+                            }
                             tokio::time::sleep(FAREWELL).await;
                             return Err(ServerError::DeviceLost(reason));
                         }
-                        accepted = listener.accept() => match accepted {
+                        accepted = listener.accept() => match faults::check(Point::Accept).and(accepted) {
                             Ok((socket, _)) => {
                                 tokio::task::spawn_local(serve_session(Arc::clone(&plane), socket));
                             }

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 pub use any::{WAIT_ANY_MAX, wait_any};
 pub use bell::Bell;
 
+use crate::faults::{self, Point};
 use crate::memory::SharedMapping;
 
 /// A word of shared memory that can be slept on.
@@ -38,6 +39,9 @@ impl Word<'_> {
     ///
     /// Returns on a wake-up, on a changed value, on the timeout and on signals: callers look again in any case.
     pub fn wait(&self, seen: u32, timeout: Duration) {
+        if faults::fires(Point::FutexWait) {
+            return;
+        }
         let timeout = timespec(timeout);
         // SAFETY: the word is aligned and mapped for as long as `self.memory` is borrowed; the kernel only reads
         // it, and the timeout outlives the call.
@@ -56,6 +60,9 @@ impl Word<'_> {
 
     /// Wakes everybody who sleeps on the word.
     pub fn wake(&self) {
+        if faults::fires(Point::FutexWake) {
+            return;
+        }
         // SAFETY: the word is aligned and mapped for as long as `self.memory` is borrowed.
         unsafe {
             libc::syscall(

@@ -19,6 +19,7 @@
 
 pub mod control;
 pub mod device;
+pub mod faults;
 pub mod futex;
 pub mod graph;
 pub mod layout;

@@ -21,6 +21,8 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use thiserror::Error;
 
+use crate::faults::{self, Point};
+
 /// What can be wrong with shared memory.
 #[derive(Debug, Error)]
 pub enum MemoryError {
@@ -66,6 +68,11 @@ pub enum MemoryError {
     },
 }
 
+/// See [`crate::faults`].
+fn fault(point: Point, what: &'static str) -> Result<(), MemoryError> {
+    faults::check(point).map_err(|source| MemoryError::Os { what, source })
+}
+
 fn os(what: &'static str) -> impl Fn(nix::Error) -> MemoryError {
     move |errno| MemoryError::Os { what, source: errno.into() }
 }
@@ -106,8 +113,10 @@ impl Memfd {
     /// Creates a zeroed memfd of `len` bytes that can be sealed.
     pub fn create(name: &str, len: usize) -> Result<Self, MemoryError> {
         let name = CString::new(name.replace('\0', "")).unwrap_or_default();
+        fault(Point::Memfd, "create a memfd")?;
         let fd = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
             .map_err(os("create a memfd"))?;
+        fault(Point::MemfdSize, "size a memfd")?;
         nix::unistd::ftruncate(&fd, len as i64).map_err(os("size a memfd"))?;
         Ok(Self { fd, len })
     }
@@ -143,6 +152,7 @@ impl Memfd {
 
     /// Adds seals and checks that they hold.
     pub fn seal(&self, seals: Seals) -> Result<(), MemoryError> {
+        fault(Point::Seal, "seal a memfd")?;
         fcntl(&self.fd, FcntlArg::F_ADD_SEALS(seals.0)).map_err(os("seal a memfd"))?;
         let found = fcntl(&self.fd, FcntlArg::F_GET_SEALS).map_err(os("read seals"))?;
         if found & seals.0.bits() == seals.0.bits() {
@@ -179,11 +189,13 @@ impl Memfd {
 
     /// Another descriptor for the same file.
     pub fn try_clone(&self) -> Result<OwnedFd, MemoryError> {
+        fault(Point::Duplicate, "duplicate a memfd")?;
         self.fd.try_clone().map_err(|source| MemoryError::Os { what: "duplicate a memfd", source })
     }
 
     /// Maps it for reading and writing; `populate` faults every page in now.
     pub fn map(&self, populate: bool) -> Result<SharedMapping, MemoryError> {
+        fault(Point::Map, "map shared memory")?;
         let mut options = MmapOptions::new();
         options.len(self.len);
         if populate {
@@ -197,6 +209,7 @@ impl Memfd {
 
     /// Maps it for reading only.
     pub fn map_read_only(&self) -> Result<SharedMapping, MemoryError> {
+        fault(Point::Map, "map shared memory")?;
         let map = MmapOptions::new()
             .len(self.len)
             .map_raw_read_only(self.fd.as_raw_fd())

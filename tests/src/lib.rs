@@ -1,6 +1,7 @@
 //! What the cross-process tests share: a daemon in a process of its own, on sockets in a temporary folder.
 
 pub mod fake;
+pub mod faults;
 pub mod noisy;
 pub mod raw;
 pub mod softcuda;

@@ -17,6 +17,7 @@ use std::time::Duration;
 use kvoyant_methods::Artifacts;
 use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::device::SlabRef;
+use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::layout::{Layout, d2c};
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
 use kvoyant_protocol::packet::{self, Packet};
@@ -234,6 +235,9 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
             plane.lanes[session.status.lane].send(Command::Detach(session.status.id, done));
             let _ = gone.await;
             plane.registry.remove(session.status.id);
+            if faults::fires(Point::Leak) {
+                std::mem::forget(socket.0.as_fd().try_clone_to_owned());
+            }
             result
         }
         Err(error) => Err(error),

@@ -13,6 +13,7 @@ use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use kvoyant_kernels::Kernels;
 use kvoyant_protocol::control::{Mode, features};
 use kvoyant_protocol::device::SlabRef;
+use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
 
 use super::{Device, Slab, SlabError, SlabMemory, SlabRequest, Transfer};
@@ -58,9 +59,7 @@ impl HostDevice {
         let threads = (0..copy_threads.max(1))
             .map(|index| {
                 let (transfers, link) = (transfers.clone(), Arc::clone(&link));
-                std::thread::Builder::new()
-                    .name(format!("copy-{index}"))
-                    .spawn(move || copy_loop(&transfers, &link, shape))
+                crate::threads::start(format!("copy-{index}"), move || copy_loop(&transfers, &link, shape))
             })
             .collect::<Result<_, _>>()?;
         Ok(Self { mode, queue: Some(queue), threads })
@@ -78,16 +77,30 @@ fn copy_loop(transfers: &Receiver<Transfer>, link: &Mutex<Instant>, shape: Shape
             *free_at = free;
             arrives
         };
+        let failed = faults::fires(Point::Copy);
+        if faults::fires(Point::Hang) {
+            std::mem::forget(transfer);
+            continue;
+        }
         // SAFETY: the lane made every run from offsets that it checked against mappings which `transfer.memory`
         // keeps alive. Sources are extents, which only the session's client writes; destinations are slab slots
         // that no other transfer and no answer uses until this one is reported. A client that writes to a source
         // meanwhile gets torn rows in its own slab and nothing else.
-        unsafe { kernels.copy_runs(&transfer.copies) };
+        unsafe {
+            if !failed {
+                kernels.copy_runs(&transfer.copies);
+            }
+            if faults::fires(Point::WrongByte)
+                && let Some(run) = transfer.copies.first()
+            {
+                run.dst.write_volatile(!run.dst.read_volatile());
+            }
+        }
         let ahead = arrives.saturating_duration_since(Instant::now());
         if !ahead.is_zero() {
             std::thread::sleep(ahead);
         }
-        transfer.end(false);
+        transfer.end(failed);
     }
 }
 

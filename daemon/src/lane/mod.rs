@@ -165,7 +165,7 @@ impl LaneHandle {
         let pages = Arc::new(SpillReport::new(Arc::clone(&bell)));
         let lane =
             Lane { inbox, bell: Arc::clone(&bell), report, pages, device, sessions: Vec::new(), spin_for };
-        let thread = std::thread::Builder::new().name(format!("lane-{index}")).spawn(move || {
+        let thread = crate::threads::start(format!("lane-{index}"), move || {
             let _bomb = Bomb;
             if let Some(cpu) = cpu {
                 pin(cpu);

@@ -220,7 +220,7 @@ impl ExtentPool {
         let mut pool = Self { shared: Arc::clone(&shared), threads: Vec::with_capacity(threads) };
         for index in 0..threads {
             let shared = Arc::clone(&shared);
-            let thread = std::thread::Builder::new().name(format!("pool-{index}")).spawn(move || {
+            let thread = crate::threads::start(format!("pool-{index}"), move || {
                 let _bomb = Bomb;
                 shared.work();
             })?;

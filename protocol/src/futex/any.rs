@@ -3,6 +3,8 @@
 use std::io;
 use std::time::Duration;
 
+use crate::faults::{self, Point};
+
 use super::{Bell, Word, now, timespec};
 
 /// How many words [`wait_any`] can watch at once (the kernel's limit).
@@ -22,6 +24,7 @@ struct FutexWaitv {
 /// `Unsupported`.
 pub fn wait_any(bell: (&Bell, u32), words: &[(Word<'_>, u32)], timeout: Duration) -> io::Result<()> {
     const FUTEX_32: u32 = 2;
+    faults::check(Point::FutexWaitMany)?;
     let mut waiters = [FutexWaitv { value: 0, address: 0, flags: FUTEX_32, reserved: 0 }; WAIT_ANY_MAX];
     let count = (words.len() + 1).min(WAIT_ANY_MAX);
     waiters[0].value = u64::from(bell.1);

@@ -56,6 +56,9 @@ impl OwnWord {
     }
 
     fn wake_one(&self) {
+        if crate::faults::fires(crate::faults::Point::FutexWake) {
+            return;
+        }
         // SAFETY: the word lives as long as `self` is borrowed.
         unsafe {
             libc::syscall(

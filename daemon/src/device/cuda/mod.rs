@@ -234,7 +234,7 @@ impl CudaDevice {
         let quarantine = Quarantine::start()?;
         let worker = Worker::new(Arc::clone(&shared), engines, quarantine.inbox())?;
         let (work, inbox) = unbounded();
-        let thread = std::thread::Builder::new().name(format!("cuda-{ordinal}")).spawn(move || {
+        let thread = crate::threads::start(format!("cuda-{ordinal}"), move || {
             let _bomb = crate::lane::Bomb;
             worker.run(&inbox);
         })?;

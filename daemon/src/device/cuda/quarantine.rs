@@ -34,7 +34,7 @@ pub(super) struct Quarantine {
 impl Quarantine {
     pub(super) fn start() -> std::io::Result<Self> {
         let (inbox, outbox) = unbounded();
-        let thread = std::thread::Builder::new().name("quarantine".into()).spawn(move || {
+        let thread = crate::threads::start("quarantine", move || {
             let _bomb = crate::lane::Bomb;
             watch(&outbox);
         })?;

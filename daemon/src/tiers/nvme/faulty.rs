@@ -5,12 +5,14 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kvoyant_protocol::faults::{Point, fires};
 use kvoyant_protocol::memory::SharedMapping;
 
 use super::engine::{Engine, Wake};
 use super::operation::{Completed, Kind, Operation};
 
 /// What goes wrong.
+#[cfg_attr(not(test), allow(dead_code, reason = "some are chosen by the tests beside the tier alone"))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
     /// The system refuses with this error number.
@@ -64,6 +66,16 @@ impl Faulty {
         };
         let nth = *count;
         *count += 1;
+        let chosen = match kind {
+            Kind::Read if fires(Point::SpillRead) => Some(Fault::Error(nix::libc::EIO)),
+            // Half a page is another's, and the system calls it whole.
+            Kind::Read if fires(Point::SpillTorn) => Some(Fault::Torn(2048)),
+            Kind::Write if fires(Point::SpillWrite) => Some(Fault::Error(nix::libc::EIO)),
+            _ => None,
+        };
+        if chosen.is_some() {
+            return chosen;
+        }
         let once = self.plan.faults.iter().find(|(of, at, _)| *of == kind && *at == nth).map(|found| found.2);
         once.or_else(|| self.plan.always.iter().find(|(of, _)| *of == kind).map(|found| found.1))
     }

@@ -20,7 +20,7 @@
 mod device;
 mod disk;
 mod engine;
-#[cfg(test)]
+#[cfg(any(test, debug_assertions, feature = "faults"))]
 mod faulty;
 mod free_map;
 mod index;
@@ -311,9 +311,9 @@ impl Drop for Spill {
 fn launch(disk: &Arc<Disk>, setup: Setup, depths: Depths, make: &Make) -> io::Result<JoinHandle<()>> {
     let (said, hear) = mpsc::sync_channel(1);
     let (disk, make) = (Arc::clone(disk), Arc::clone(make));
-    let thread = std::thread::Builder::new().name(format!("spill-{}", disk.number)).spawn(move || {
+    let thread = crate::threads::start(format!("spill-{}", disk.number), move || {
         let _bomb = Bomb;
-        match make(&setup) {
+        match make(&setup).map(failing) {
             Ok(engine) => {
                 let _ = disk.engine.set((engine.name(), engine.waker()));
                 // The other side waits for it.
@@ -325,6 +325,23 @@ fn launch(disk: &Arc<Disk>, setup: Setup, depths: Depths, make: &Make) -> io::Re
     })?;
     let made = hear.recv().unwrap_or_else(|_| Err(io::Error::other("its thread has ended")));
     made.map(|()| thread)
+}
+
+/// The engine, failing where the environment of a test build says so.
+#[cfg(any(debug_assertions, feature = "faults"))]
+fn failing(engine: Box<dyn Engine>) -> Box<dyn Engine> {
+    use kvoyant_protocol::faults::{Point, chose};
+    if chose(&[Point::SpillRead, Point::SpillTorn, Point::SpillWrite]) {
+        Box::new(faulty::Faulty::new(engine, faulty::Plan::default()))
+    } else {
+        engine
+    }
+}
+
+/// The engine as it is.
+#[cfg(not(any(debug_assertions, feature = "faults")))]
+fn failing(engine: Box<dyn Engine>) -> Box<dyn Engine> {
+    engine
 }
 
 /// Makes rings.

@@ -54,11 +54,10 @@ impl Psync {
         };
         for index in 0..THREADS {
             let (jobs, ended, file) = (jobs.clone(), ended.clone(), Arc::clone(&setup.file));
-            let thread =
-                std::thread::Builder::new().name(format!("spill-psync-{index}")).spawn(move || {
-                    let _bomb = Bomb;
-                    serve(&jobs, &ended, &file);
-                })?;
+            let thread = crate::threads::start(format!("spill-psync-{index}"), move || {
+                let _bomb = Bomb;
+                serve(&jobs, &ended, &file);
+            })?;
             engine.threads.push(thread);
         }
         Ok(engine)

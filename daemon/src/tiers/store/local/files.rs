@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use kvoyant_protocol::faults::{self, Point};
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 
@@ -27,7 +28,8 @@ pub(super) fn failed(doing: &'static str, path: &Path, wanted_bytes: u64, source
 
 /// Makes a folder's list of names lasting.
 pub(super) fn sync_folder(folder: &Path) -> Result<(), StoreError> {
-    File::open(folder).and_then(|file| file.sync_all()).map_err(|error| failed("sync", folder, 0, error))
+    let opened = faults::check(Point::ImageSync).and_then(|()| File::open(folder));
+    opened.and_then(|file| file.sync_all()).map_err(|error| failed("sync", folder, 0, error))
 }
 
 /// A new file of an image.
@@ -42,7 +44,8 @@ pub(super) struct Out {
 impl Out {
     /// Makes the file, which must not be there.
     pub(super) fn create(path: PathBuf) -> Result<Self, StoreError> {
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let made = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let file = faults::check(Point::ImageOpen).and_then(|()| made());
         let file = file.map_err(|error| failed("make the file", &path, 0, error))?;
         Ok(Self { path, file, buffer: Vec::new(), bytes: 0 })
     }
@@ -81,10 +84,12 @@ impl Out {
 
     /// Has everything on the disk.
     pub(super) fn sync(&self) -> Result<(), StoreError> {
-        self.file.sync_all().map_err(|error| failed("sync", &self.path, self.bytes, error))
+        let synced = faults::check(Point::ImageSync).and_then(|()| self.file.sync_all());
+        synced.map_err(|error| failed("sync", &self.path, self.bytes, error))
     }
 
     fn now(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        self.file.write_all(bytes).map_err(|error| failed("write", &self.path, bytes.len() as u64, error))
+        let written = faults::check(Point::ImageWrite).and_then(|()| self.file.write_all(bytes));
+        written.map_err(|error| failed("write", &self.path, bytes.len() as u64, error))
     }
 }

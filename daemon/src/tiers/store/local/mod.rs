@@ -30,6 +30,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvoyant_protocol::faults::{self, Point};
+
 use super::{Damage, ImageFacts, ImageId, ImageReader, ImageStore, ImageSummary, ImageWriter, StoreError};
 use files::{failed, sync_folder};
 use steps::{Step, reach};
@@ -129,7 +131,8 @@ impl Shared {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<(), StoreError> {
-        std::fs::rename(from, to).map_err(|error| failed("rename", from, 0, error))
+        let renamed = faults::check(Point::ImageSync).and_then(|()| std::fs::rename(from, to));
+        renamed.map_err(|error| failed("rename", from, 0, error))
     }
 
     /// Makes the root's names lasting.

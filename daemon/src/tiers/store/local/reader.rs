@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use kvoyant_protocol::faults::{self, Point};
 use nix::libc::{O_CLOEXEC, O_NOFOLLOW};
 
 use super::files::failed;
@@ -48,7 +49,8 @@ impl Reader {
             return Err(damaged(Damage::Length { file, expected: RECORD_MAX, found: bytes }));
         }
         let mut record = Vec::with_capacity(bytes as usize);
-        let read = file.by_ref().take(bytes).read_to_end(&mut record);
+        let read =
+            faults::check(Point::ImageRead).and_then(|()| file.by_ref().take(bytes).read_to_end(&mut record));
         read.map_err(|error| failed("read", &folder.join(MANIFEST), 0, error))?;
         let manifest = Manifest::decode(&record, MANIFEST).map_err(damaged)?;
         let sized = |name: &str, expected: u64| -> Result<File, StoreError> {
@@ -99,7 +101,7 @@ impl ImageReader for Reader {
     fn page(&mut self, index: usize, into: &mut [u8]) -> Result<(), StoreError> {
         let expected = page_crc(&self.id, &self.manifest, index, into)?;
         let at = index as u64 * into.len() as u64;
-        let read = self.pages.read_exact_at(into, at);
+        let read = faults::check(Point::ImageRead).and_then(|()| self.pages.read_exact_at(into, at));
         let read = read.map_err(|error| self.unread(PAGES, self.manifest.pages_bytes(), &self.pages, error));
         let good = read
             .and_then(|()| verify_page(into, index, expected, PAGES).map_err(|damage| self.damaged(damage)));
@@ -118,7 +120,8 @@ impl ImageReader for Reader {
             }
             // No longer than the file was when it was opened.
             let mut bytes = vec![0; entry.bytes as usize];
-            let read = self.blobs.read_exact_at(&mut bytes, at);
+            let read =
+                faults::check(Point::ImageRead).and_then(|()| self.blobs.read_exact_at(&mut bytes, at));
             read.map_err(|error| self.unread(BLOBS, self.manifest.blobs_bytes(), &self.blobs, error))?;
             verify_blob(&bytes, entry, BLOBS).map_err(|damage| self.damaged(damage))?;
             return Ok(bytes);
@@ -129,6 +132,7 @@ impl ImageReader for Reader {
 
 /// A regular file that is no link, and its length.
 fn open(path: &Path) -> io::Result<(File, u64)> {
+    faults::check(Point::ImageOpen)?;
     let file = OpenOptions::new().read(true).custom_flags(O_NOFOLLOW | O_CLOEXEC).open(path)?;
     let metadata = file.metadata()?;
     if !metadata.is_file() {

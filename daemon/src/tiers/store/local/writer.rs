@@ -5,6 +5,8 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use kvoyant_protocol::faults::{self, Point};
+
 use super::files::{Out, failed, sync_folder};
 use super::steps::Step;
 use super::{BLOBS, MANIFEST, NEW, PAGES, Shared};
@@ -42,7 +44,8 @@ impl Drop for Staging {
 impl Writer {
     pub(super) fn create(shared: Arc<Shared>, id: &ImageId, overwrite: bool) -> Result<Self, StoreError> {
         let folder = shared.aside(id, NEW);
-        let made = DirBuilder::new().mode(0o700).create(&folder);
+        let made =
+            faults::check(Point::ImageOpen).and_then(|()| DirBuilder::new().mode(0o700).create(&folder));
         made.map_err(|error| failed("make the folder", &folder, 0, error))?;
         let staging = Staging { shared, folder };
         let pages = Out::create(staging.folder.join(PAGES))?;

@@ -1,0 +1,68 @@
+//! Has calls of a daemon fail in turn, and prints what came of it: `scripts/faults`.
+//!
+//! `fault-sweep DAEMON [POINT [N]]`: every call of every kind, of one, or one call alone.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use kvoyant_protocol::faults::Point;
+use kvoyant_tests::PATIENCE;
+use kvoyant_tests::faults::Sweep;
+
+/// Of these there are as many calls as time passes, so that a sweep of them has no end of its own.
+const BY_TIME: [Point; 3] = [Point::FutexWait, Point::FutexWaitMany, Point::FutexWake];
+/// How many of them a sweep tries.
+const BY_TIME_MOST: u64 = 60;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    let (Some(daemon), only) = (arguments.get(1), arguments.get(2)) else {
+        eprintln!("usage: fault-sweep DAEMON [POINT [N]]");
+        return ExitCode::FAILURE;
+    };
+    let one: Option<u64> = arguments.get(3).and_then(|nth| nth.parse().ok());
+    let all =
+        Point::ALL.into_iter().chain(if only.is_some() { Point::CANARIES.to_vec() } else { Vec::new() });
+    let points: Vec<Point> = all.filter(|point| only.is_none_or(|only| only == point.name())).collect();
+    if points.is_empty() {
+        eprintln!("there are no calls of that kind; there are: {}", Point::ALL.map(Point::name).join(", "));
+        return ExitCode::FAILURE;
+    }
+    let mut defects = Vec::new();
+    println!("| call | failed in turn | clients saw an error | starts refused | s |");
+    println!("|---|---|---|---|---|");
+    for (flags, name) in [(&[][..], "slab"), (&["--in-place", "true"][..], "in place")] {
+        let sweep = match Sweep::new(daemon, PATIENCE, flags) {
+            Ok(sweep) => sweep,
+            Err(found) => {
+                eprintln!("without a fault ({name}): {found:?}");
+                return ExitCode::FAILURE;
+            }
+        };
+        for point in &points {
+            let (since, mut failed, mut errors, mut refused) = (Instant::now(), 0, 0, 0);
+            let last = if BY_TIME.contains(point) { BY_TIME_MOST } else { u64::MAX };
+            for nth in one.unwrap_or(1)..=one.unwrap_or(last) {
+                match sweep.run(*point, nth) {
+                    Ok(seen) if !seen.hit => break,
+                    Ok(seen) => {
+                        refused += u64::from(seen.refused);
+                        errors += u64::from(seen.error.is_some() && !seen.refused);
+                        if let (Some(error), Some(_)) = (seen.error, one) {
+                            println!("{error}");
+                        }
+                    }
+                    Err(found) => {
+                        println!("{}:{nth} ({name}): {found:?}", point.name());
+                        defects.push(());
+                    }
+                }
+                failed += 1;
+            }
+            let seconds = since.elapsed().as_secs();
+            println!("| {} ({name}) | {failed} | {errors} | {refused} | {seconds} |", point.name());
+        }
+    }
+    println!("{} defects", defects.len());
+    if defects.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

@@ -1,0 +1,407 @@
+//! A daemon whose n-th call of a kind fails, the workload that it fails in, and what must hold all the same: no wrong byte, no hang, no leak,
+//! no end but a typed one.
+//!
+//! The fault happens once. What it hits may fail, with an error that says so; after that everything must work, and everything that the
+//! failed work had must be back: as after the same work without a fault.
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use kvoyant_client::{Client, Error, Hint, Member, Model, Options, SelectedBy, Sequence};
+use kvoyant_daemon::status::StatusReport;
+use kvoyant_protocol::faults::Point;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::{Daemon, fake, words};
+
+/// Tokens of the workload's sequence: a dozen pages of each head, most of which leave host memory.
+const TOKENS: usize = 400;
+/// Tokens that are written at once.
+const CHUNK: usize = 100;
+/// Where the fork is cut.
+const CUT: usize = 133;
+
+/// What a sweep finds: each is a defect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Found {
+    /// Rows that are not what was written.
+    Wrong(String),
+    /// Something that did not come to its end.
+    Hang(String),
+    /// Something that is there and should not be.
+    Leak(String),
+    /// The daemon ended, panicked, or goes on refusing.
+    Broken(String),
+}
+
+/// What a run without a defect saw.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// Whether the call was made at all: if not, there are no more of its kind.
+    pub hit: bool,
+    /// What the workload, or the daemon's start, failed with.
+    pub error: Option<String>,
+    /// Whether the daemon did not start.
+    pub refused: bool,
+}
+
+/// Descriptors and mappings by kind, and what the daemon counts.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+struct Census(BTreeMap<String, u64>);
+
+impl Census {
+    fn of(pid: Pid, status: &StatusReport) -> Self {
+        let mut all = BTreeMap::new();
+        let kind = |target: &str| -> Option<String> {
+            // "/memfd:kvoyant-extent (deleted)", "socket:[123]", "anon_inode:[eventpoll]", "/tmp/…".
+            let target = target.strip_suffix(" (deleted)").unwrap_or(target);
+            let name = target.rsplit('/').next()?;
+            Some(name.split(['[', ' ']).next()?.to_owned())
+        };
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+            if let Some(kind) =
+                std::fs::read_link(entry.path()).ok().and_then(|to| kind(&to.to_string_lossy()))
+            {
+                *all.entry(format!("fd {kind}")).or_default() += 1;
+            }
+        }
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+        for line in maps.lines().filter(|line| line.contains("/memfd:kvoyant")) {
+            if let Some(kind) = line.split_once("/memfd").and_then(|(_, name)| kind(name)) {
+                *all.entry(format!("map {kind}")).or_default() += 1;
+            }
+        }
+        let totals = &status.totals;
+        for (name, count) in [
+            ("sessions", totals.sessions),
+            ("sequences", totals.sequences),
+            ("pages", totals.pages),
+            ("digest bytes", totals.digest_bytes),
+            ("slab bytes", totals.slab_bytes),
+            ("arena bytes", status.arena.used_bytes),
+        ] {
+            all.insert(name.to_owned(), count);
+        }
+        Self(all)
+    }
+
+    /// What is more here than there.
+    fn beyond(&self, other: &Self) -> Vec<String> {
+        let more = self.0.iter().filter_map(|(kind, count)| {
+            let most = other.0.get(kind).copied().unwrap_or(0);
+            (*count > most).then(|| format!("{kind}: {count} instead of {most}"))
+        });
+        more.collect()
+    }
+}
+
+/// A sweep of one daemon binary.
+#[derive(Debug)]
+pub struct Sweep {
+    binary: String,
+    patience: Duration,
+    flags: Vec<String>,
+    expected: Census,
+}
+
+/// A running daemon, and the folder of its sockets, images and spilled pages.
+struct Subject {
+    child: Child,
+    folder: tempfile::TempDir,
+}
+
+impl Drop for Subject {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Subject {
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("kvoyantd.sock")
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// How it ended, if it has: a panic and a signal are defects, an exit with a sentence is none.
+    fn ended(&mut self) -> Result<Option<String>, Found> {
+        let Ok(Some(status)) = self.child.try_wait() else { return Ok(None) };
+        let said = words(&mut self.child);
+        match status.signal() {
+            None if !said.contains("panicked") => Ok(Some(format!("{status}: {}", said.trim()))),
+            _ => Err(Found::Broken(format!("the daemon ended with {status}: {said}"))),
+        }
+    }
+}
+
+/// Why a workload did not come to its end.
+enum Trouble {
+    Failed(Error),
+    Found(Found),
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Deadline { .. } => Self::Found(Found::Hang(error.to_string())),
+            error => Self::Failed(error),
+        }
+    }
+}
+
+impl Sweep {
+    /// Of this daemon; nothing may take longer than `patience`. The first run is without a fault, and all others are compared with it.
+    ///
+    /// # Errors
+    /// What is wrong without any fault.
+    pub fn new(binary: &str, patience: Duration, flags: &[&str]) -> Result<Self, Found> {
+        let flags = flags.iter().map(ToString::to_string).collect();
+        let mut sweep = Self { binary: binary.to_owned(), patience, flags, expected: Census::default() };
+        let mut subject = sweep.start(None)?.map_err(Found::Broken)?;
+        for round in 0..2 {
+            match sweep.workload(&subject.socket(), round) {
+                Ok(()) => {}
+                Err(Trouble::Failed(error)) => return Err(Found::Broken(error.to_string())),
+                Err(Trouble::Found(found)) => return Err(found),
+            }
+        }
+        let since = Instant::now();
+        // What is on its way back is on its way back for a while.
+        let mut last = Census::default();
+        loop {
+            let census = sweep.census(&mut subject)?;
+            let still = census == last && census.0.get("sessions") == Some(&0);
+            last = census;
+            if still || since.elapsed() > sweep.patience {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        sweep.expected = last;
+        Ok(sweep)
+    }
+
+    /// Has the n-th call of a kind fail, and says what came of it.
+    ///
+    /// # Errors
+    /// A defect.
+    pub fn run(&self, point: Point, nth: u64) -> Result<Seen, Found> {
+        let mut subject = match self.start(Some((point, nth)))? {
+            Ok(subject) => subject,
+            // A daemon that cannot start says why, and has served nobody.
+            Err(said) => return Ok(Seen { hit: true, error: Some(said), refused: true }),
+        };
+        let error = match self.workload(&subject.socket(), 0) {
+            Ok(()) => None,
+            Err(Trouble::Failed(error)) => Some(error.to_string()),
+            Err(Trouble::Found(found)) => return Err(found),
+        };
+        if let Some(end) = subject.ended()? {
+            return Err(Found::Broken(format!("the daemon ended in the middle of its work: {end}")));
+        }
+        let hit = subject.folder.path().join("seen").exists();
+        match self.workload(&subject.socket(), 1) {
+            Ok(()) => {}
+            Err(Trouble::Failed(again)) if subject.folder.path().join("seen").exists() && !hit => {
+                // It came as late as that.
+                match self.workload(&subject.socket(), 2) {
+                    Ok(()) => {}
+                    Err(Trouble::Failed(error)) => {
+                        return Err(Found::Broken(format!("{again}, and then {error}")));
+                    }
+                    Err(Trouble::Found(found)) => return Err(found),
+                }
+            }
+            Err(Trouble::Failed(again)) => {
+                return Err(Found::Broken(format!("after {error:?}, the next try fails too: {again}")));
+            }
+            Err(Trouble::Found(found)) => return Err(found),
+        }
+        self.compare(&mut subject)?;
+        let hit = subject.folder.path().join("seen").exists();
+        self.end(subject)?;
+        Ok(Seen { hit, error, refused: false })
+    }
+
+    /// Starts a daemon; its last words where it ends at once.
+    fn start(&self, fault: Option<(Point, u64)>) -> Result<Result<Subject, String>, Found> {
+        let folder = tempfile::tempdir().map_err(|error| Found::Broken(error.to_string()))?;
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let (spill, store) = (path("spill"), path("images"));
+        let made = std::fs::create_dir(&spill);
+        made.map_err(|error| Found::Broken(error.to_string()))?;
+        let own = ["--spill", &spill, "--spill-bytes", "64MiB", "--host-percent", "20", "--store", &store];
+        let more = ["--arena", "256MiB", "--lanes", "1", "--copy-threads", "1"];
+        let flags: Vec<&str> =
+            own.into_iter().chain(more).chain(self.flags.iter().map(String::as_str)).collect();
+        let mut command = Daemon::command(&self.binary, folder.path(), &flags);
+        if let Some((point, nth)) = fault {
+            command.env("KVOYANT_FAULTS", format!("{}:{nth}", point.name()));
+            command.env("KVOYANT_FAULTS_SEEN", folder.path().join("seen"));
+        }
+        let child = command.spawn().map_err(|error| Found::Broken(error.to_string()))?;
+        let mut subject = Subject { child, folder };
+        let since = Instant::now();
+        while !subject.socket().exists() {
+            if let Some(said) = subject.ended()? {
+                return Ok(Err(said));
+            }
+            if since.elapsed() > self.patience {
+                return Err(Found::Hang("the daemon neither starts nor ends".into()));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(Ok(subject))
+    }
+
+    /// Tells it to end, and looks at how it does.
+    fn end(&self, mut subject: Subject) -> Result<(), Found> {
+        let _ = kill(subject.pid(), Signal::SIGTERM);
+        let since = Instant::now();
+        loop {
+            match subject.ended()? {
+                Some(end) if end.starts_with("exit status: 0") => return Ok(()),
+                Some(end) => return Err(Found::Broken(format!("told to end, the daemon ends with {end}"))),
+                None if since.elapsed() > self.patience => {
+                    return Err(Found::Hang("the daemon was told to end and does not".into()));
+                }
+                None => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    fn census(&self, subject: &mut Subject) -> Result<Census, Found> {
+        let admin = subject.folder.path().join("admin.sock");
+        match kvoyant_daemon::admin::fetch_status(&admin) {
+            Ok(status) => Ok(Census::of(subject.pid(), &status)),
+            Err(error) => match subject.ended()? {
+                Some(end) => Err(Found::Broken(end)),
+                None => Err(Found::Hang(format!("no status: {error}"))),
+            },
+        }
+    }
+
+    /// Waits until there is no more than without a fault.
+    fn compare(&self, subject: &mut Subject) -> Result<(), Found> {
+        let since = Instant::now();
+        loop {
+            let beyond = self.census(subject)?.beyond(&self.expected);
+            if beyond.is_empty() {
+                return Ok(());
+            }
+            if since.elapsed() > self.patience {
+                return Err(Found::Leak(beyond.join(", ")));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn wait(&self, pending: kvoyant_client::Pending) -> Result<kvoyant_client::Ready, Error> {
+        pending.wait(self.patience)
+    }
+
+    /// A little of everything that the daemon does.
+    fn workload(&self, socket: &Path, round: usize) -> Result<(), Trouble> {
+        let options = Options { control_timeout: self.patience, ..Options::default() };
+        let client = Client::connect(socket, options)?;
+        let model = client.register(fake::spec(&["full", "given"]), &[])?;
+        let first = model.open(0, 0)?;
+        self.write(&model, &first, 1, TOKENS)?;
+        let second = first.fork(Some(1))?;
+        second.truncate(CUT)?;
+        self.write(&model, &second, 2, TOKENS)?;
+        for layer in 1..fake::LAYERS {
+            self.ask(&model, &first, layer, Hint::None, |token| (token < TOKENS).then_some(1))?;
+            let ids: Vec<u32> = (0..fake::KV_HEADS).flat_map(|_| [4, 10, 99, 140, 300]).collect();
+            let of = |token| Some(if token < CUT { 1 } else { 2 });
+            self.ask(&model, &second, layer, Hint::Ids(&ids), of)?;
+        }
+        let tokens: Vec<u32> = (0..TOKENS as u32).collect();
+        model.publish(&first, &tokens, false)?;
+        let attached = model.attach(0, &tokens, SelectedBy::Lane)?;
+        self.read(&model, &attached, attached.tokens(), |_| 1)?;
+        let image = format!("image-{round}");
+        second.suspend(&image, true, "a sweep's").map_err(|(_, error)| error)?;
+        let (resumed, _) = model.resume(&image, None, SelectedBy::Lane)?;
+        self.read(&model, &resumed, TOKENS, |token| if token < CUT { 1 } else { 2 })?;
+        resumed.close()?;
+        attached.close()?;
+        first.close()?;
+        Ok(())
+    }
+
+    fn write(&self, model: &Model, sequence: &Sequence, seed: usize, tokens: usize) -> Result<(), Trouble> {
+        while sequence.tokens() < tokens {
+            let end = (sequence.tokens() + CHUNK).min(tokens);
+            model.reserve(&[(sequence, end)])?;
+            fake::fill(model, sequence, seed, end)?;
+        }
+        Ok(())
+    }
+
+    /// Asks, and compares each row with what was written.
+    fn ask(
+        &self,
+        model: &Model,
+        sequence: &Sequence,
+        layer: usize,
+        hint: Hint<'_>,
+        seed_of: impl Fn(usize) -> Option<usize>,
+    ) -> Result<(), Trouble> {
+        let member = Member { sequence, position: sequence.tokens(), hint };
+        let ready = self.wait(model.speculate(layer, &[member])?)?;
+        for head in 0..fake::KV_HEADS {
+            let mut bytes = Vec::new();
+            ready.copy_rows(0, head, &mut bytes)?;
+            let tokens = ready.tokens(0, head).flat_map(|run| run.token..run.token + run.rows);
+            let tokens: Vec<usize> = tokens.collect();
+            for (token, found) in tokens.iter().zip(bytes.chunks_exact(2 * fake::HEAD_DIM * 4)) {
+                let seed = seed_of(*token).ok_or_else(|| wrong(layer, head, *token))?;
+                same(found, seed, layer, head, *token)?;
+            }
+            if tokens.is_empty() || bytes.len() != tokens.len() * 2 * fake::HEAD_DIM * 4 {
+                return Err(wrong(layer, head, 0));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads everything, and compares.
+    fn read(
+        &self,
+        model: &Model,
+        sequence: &Sequence,
+        tokens: usize,
+        seed_of: impl Fn(usize) -> usize,
+    ) -> Result<(), Trouble> {
+        let mut rows = vec![0; 2 * fake::HEAD_DIM * 4 * tokens];
+        for layer in 0..fake::LAYERS {
+            let lease = self.wait(model.fetch(layer, &[(sequence, tokens)])?)?;
+            for head in 0..fake::KV_HEADS {
+                sequence.read_rows(layer, head, 0..tokens, &mut rows)?;
+                for (token, found) in rows.chunks_exact(2 * fake::HEAD_DIM * 4).enumerate() {
+                    same(found, seed_of(token), layer, head, token)?;
+                }
+            }
+            drop(lease);
+        }
+        Ok(())
+    }
+}
+
+fn wrong(layer: usize, head: usize, token: usize) -> Trouble {
+    Trouble::Found(Found::Wrong(format!("layer {layer} head {head} token {token}")))
+}
+
+fn same(found: &[u8], seed: usize, layer: usize, head: usize, token: usize) -> Result<(), Trouble> {
+    let wanted: Vec<u8> =
+        fake::row(seed, layer, head, token).into_iter().flat_map(f32::to_le_bytes).collect();
+    if found == wanted { Ok(()) } else { Err(wrong(layer, head, token)) }
+}
