@@ -1,13 +1,13 @@
-//! A daemon whose n-th call of a kind fails, the workload that it fails in, and what must hold all the same: no wrong byte, no hang, no leak,
+//! A daemon, or a client, whose n-th call of a kind fails, the workload that it fails in, and what must hold all the same: no wrong byte, no hang, no leak,
 //! no end but a typed one.
 //!
 //! The fault happens once. What it hits may fail, with an error that says so; after that everything must work, and everything that the
 //! failed work had must be back: as after the same work without a fault.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kvoyant_client::{Client, Error, Hint, Member, Model, Options, SelectedBy, Sequence};
@@ -62,10 +62,16 @@ impl Census {
             let name = target.rsplit('/').next()?;
             Some(name.split(['[', ' ']).next()?.to_owned())
         };
+        let packets = packet_sockets();
         for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
-            if let Some(kind) =
-                std::fs::read_link(entry.path()).ok().and_then(|to| kind(&to.to_string_lossy()))
-            {
+            let Ok(target) = std::fs::read_link(entry.path()) else { continue };
+            let target = target.to_string_lossy();
+            let socket = target.strip_prefix("socket:[").and_then(|end| end.strip_suffix(']'));
+            // Those of the admin side come and go with each look at the daemon.
+            if socket.is_some_and(|inode| !packets.contains(inode)) {
+                continue;
+            }
+            if let Some(kind) = kind(&target) {
                 *all.entry(format!("fd {kind}")).or_default() += 1;
             }
         }
@@ -99,6 +105,17 @@ impl Census {
     }
 }
 
+/// Inodes of sequenced-packet sockets, as sessions have them.
+fn packet_sockets() -> BTreeSet<String> {
+    const SEQPACKET: &str = "0005";
+    let table = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let columns = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    columns
+        .filter(|line| line.get(4) == Some(&SEQPACKET))
+        .filter_map(|line| Some((*line.get(6)?).to_owned()))
+        .collect()
+}
+
 /// A sweep of one daemon binary.
 #[derive(Debug)]
 pub struct Sweep {
@@ -109,6 +126,7 @@ pub struct Sweep {
 }
 
 /// A running daemon, and the folder of its sockets, images and spilled pages.
+#[derive(Debug)]
 struct Subject {
     child: Child,
     folder: tempfile::TempDir,
@@ -139,6 +157,35 @@ impl Subject {
             _ => Err(Found::Broken(format!("the daemon ended with {status}: {said}"))),
         }
     }
+}
+
+/// A daemon that clients with faults are tried on.
+#[derive(Debug)]
+pub struct Served(Subject);
+
+/// What a client process ends with whose workload failed with an error that says so.
+pub const CLIENT_FAILED: i32 = 2;
+
+/// Runs the workload once, in a process of its own, and says on stderr what failed: what [`Sweep::run_client`] starts.
+///
+/// # Errors
+/// A defect: a wrong row, a hang, or memory of the session that stays when all of it is dropped.
+pub fn act_as_client(socket: &Path, patience: Duration) -> Result<Option<String>, Found> {
+    let sweep = Sweep { binary: String::new(), patience, flags: Vec::new(), expected: Census::default() };
+    let error = match sweep.workload(socket, 0) {
+        Ok(()) => None,
+        Err(Trouble::Failed(error)) => Some(error.to_string()),
+        Err(Trouble::Found(found)) => return Err(found),
+    };
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let mapped = maps.lines().filter(|line| line.contains("/memfd:kvoyant")).count();
+    let descriptors = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let links = descriptors.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    let open = links.filter(|to| to.to_string_lossy().contains("memfd:kvoyant")).count();
+    if mapped + open > 0 {
+        return Err(Found::Leak(format!("{mapped} mappings and {open} descriptors of the session")));
+    }
+    Ok(error)
 }
 
 /// Why a workload did not come to its end.
@@ -228,6 +275,58 @@ impl Sweep {
         let hit = subject.folder.path().join("seen").exists();
         self.end(subject)?;
         Ok(Seen { hit, error, refused: false })
+    }
+
+    /// A daemon without a fault, for clients that have one.
+    ///
+    /// # Errors
+    /// One that does not start.
+    pub fn serve(&self) -> Result<Served, Found> {
+        Ok(Served(self.start(None)?.map_err(Found::Broken)?))
+    }
+
+    /// Has the n-th call of a kind fail in a client of a daemon: the workload, in a process of its own, which `program` makes of itself
+    /// with the arguments `client SOCKET` ([`act_as_client`]).
+    ///
+    /// # Errors
+    /// A defect of the client's, or of the daemon's after it.
+    pub fn run_client(
+        &self,
+        served: &mut Served,
+        program: &Path,
+        point: Point,
+        nth: u64,
+    ) -> Result<Seen, Found> {
+        let subject = &mut served.0;
+        let seen = subject.folder.path().join("seen");
+        let _ = std::fs::remove_file(&seen);
+        let mut command = Command::new(program);
+        command.arg("client").arg(subject.socket()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.env("KVOYANT_FAULTS", format!("{}:{nth}", point.name())).env("KVOYANT_FAULTS_SEEN", &seen);
+        let mut client = command.spawn().map_err(|error| Found::Broken(error.to_string()))?;
+        let since = Instant::now();
+        let status = loop {
+            match client.try_wait() {
+                Ok(Some(status)) => break status,
+                _ if since.elapsed() > 2 * self.patience => {
+                    let _ = client.kill();
+                    let _ = client.wait();
+                    return Err(Found::Hang("the client does not end".into()));
+                }
+                _ => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        let said = words(&mut client);
+        let error = match status.code() {
+            Some(0) => None,
+            Some(CLIENT_FAILED) => Some(said),
+            _ => return Err(Found::Broken(format!("the client ended with {status}: {said}"))),
+        };
+        if let Some(end) = subject.ended()? {
+            return Err(Found::Broken(format!("a client's fault ended the daemon: {end}")));
+        }
+        self.compare(subject)?;
+        Ok(Seen { hit: seen.exists(), error, refused: false })
     }
 
     /// Starts a daemon; its last words where it ends at once.

@@ -2,17 +2,45 @@
 //!
 //! `fault-sweep DAEMON [POINT [N]]`: every call of every kind, of one, or one call alone.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use kvoyant_protocol::faults::Point;
 use kvoyant_tests::PATIENCE;
-use kvoyant_tests::faults::Sweep;
+use kvoyant_tests::faults::{CLIENT_FAILED, Sweep, act_as_client};
 
 /// Of these there are as many calls as time passes, so that a sweep of them has no end of its own.
 const BY_TIME: [Point; 3] = [Point::FutexWait, Point::FutexWaitMany, Point::FutexWake];
 /// How many of them a sweep tries.
 const BY_TIME_MOST: u64 = 60;
+
+/// Calls that clients make too.
+const OF_CLIENTS: [Point; 8] = [
+    Point::Memfd,
+    Point::MemfdSize,
+    Point::Seal,
+    Point::Map,
+    Point::FutexWait,
+    Point::FutexWake,
+    Point::Send,
+    Point::Receive,
+];
+
+/// Is a client with a fault.
+fn client(socket: &Path) -> ExitCode {
+    match act_as_client(socket, PATIENCE) {
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(error)) => {
+            eprintln!("{error}");
+            ExitCode::from(CLIENT_FAILED as u8)
+        }
+        Err(found) => {
+            eprintln!("{found:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
@@ -20,6 +48,9 @@ fn main() -> ExitCode {
         eprintln!("usage: fault-sweep DAEMON [POINT [N]]");
         return ExitCode::FAILURE;
     };
+    if daemon == "client" {
+        return client(Path::new(only.map_or("", String::as_str)));
+    }
     let one: Option<u64> = arguments.get(3).and_then(|nth| nth.parse().ok());
     let all =
         Point::ALL.into_iter().chain(if only.is_some() { Point::CANARIES.to_vec() } else { Vec::new() });
@@ -61,6 +92,28 @@ fn main() -> ExitCode {
             }
             let seconds = since.elapsed().as_secs();
             println!("| {} ({name}) | {failed} | {errors} | {refused} | {seconds} |", point.name());
+        }
+        let served = sweep.serve().and_then(|served| Ok((served, std::env::current_exe())));
+        let Ok((mut served, Ok(program))) = served else {
+            eprintln!("no daemon for clients with faults ({name})");
+            return ExitCode::FAILURE;
+        };
+        for point in points.iter().filter(|point| OF_CLIENTS.contains(point)) {
+            let (since, mut failed, mut errors) = (Instant::now(), 0, 0);
+            let last = if BY_TIME.contains(point) { BY_TIME_MOST } else { u64::MAX };
+            for nth in one.unwrap_or(1)..=one.unwrap_or(last) {
+                match sweep.run_client(&mut served, &program, *point, nth) {
+                    Ok(seen) if !seen.hit => break,
+                    Ok(seen) => errors += u64::from(seen.error.is_some()),
+                    Err(found) => {
+                        println!("{}:{nth} (of a client, {name}): {found:?}", point.name());
+                        defects.push(());
+                    }
+                }
+                failed += 1;
+            }
+            let seconds = since.elapsed().as_secs();
+            println!("| {} (of a client, {name}) | {failed} | {errors} | – | {seconds} |", point.name());
         }
     }
     println!("{} defects", defects.len());
