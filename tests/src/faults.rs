@@ -337,7 +337,8 @@ impl Sweep {
         let made = std::fs::create_dir(&spill);
         made.map_err(|error| Found::Broken(error.to_string()))?;
         let own = ["--spill", &spill, "--spill-bytes", "64MiB", "--host-percent", "20", "--store", &store];
-        let more = ["--arena", "256MiB", "--lanes", "1", "--copy-threads", "1"];
+        // Nobody reads what it says meanwhile: a panic is told in any case.
+        let more = ["--log", "error", "--arena", "256MiB", "--lanes", "1", "--copy-threads", "1"];
         let flags: Vec<&str> =
             own.into_iter().chain(more).chain(self.flags.iter().map(String::as_str)).collect();
         let mut command = Daemon::command(&self.binary, folder.path(), &flags);

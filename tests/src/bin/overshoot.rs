@@ -56,7 +56,7 @@ fn stopped(daemon: &Daemon, wait: Wait, deadline: Duration) -> Result<Duration, 
 
 /// How long after the kill of its daemon a client that waits hears of it.
 fn killed(binary: &str) -> Result<Duration, Failure> {
-    let daemon = Daemon::start(binary, &["--shape-latency-us", "60000000"]);
+    let daemon = Daemon::start(binary, &["--log", "error", "--shape-latency-us", "60000000"]);
     let model = connect(&daemon, PATIENCE)?;
     let sequence = model.open(0, 100)?;
     fake::fill(&model, &sequence, 1, 100)?;
@@ -93,7 +93,8 @@ fn main() -> Result<(), Failure> {
     let samples: usize = samples.parse()?;
     println!("| the daemon | deadline | samples | median µs | p99 µs | most µs |");
     println!("|---|---|---|---|---|---|");
-    let daemon = Daemon::start(binary, &[]);
+    // Nobody reads what it says meanwhile, and a full pipe would hold it up.
+    let daemon = Daemon::start(binary, &["--log", "error"]);
     for (wait, name, deadlines) in [
         (Wait::Answer, "stopped, an answer", &[1, 10, 100][..]),
         (Wait::Control, "stopped, a control message", &[1000]),
