@@ -93,7 +93,7 @@ fn work(daemon: &Daemon) -> (kvoyant_client::Model, kvoyant_client::Sequence) {
     model.reserve(&[(&sequence, TOKENS)]).unwrap();
     fake::fill(&model, &sequence, 1, TOKENS).unwrap();
     for _ in 0..3 {
-        fake::ask(&model, &sequence, 1);
+        drop(fake::ask(&model, &sequence, 1));
     }
     (model, sequence)
 }

@@ -93,7 +93,7 @@ fn main() -> ExitCode {
             let seconds = since.elapsed().as_secs();
             println!("| {} ({name}) | {failed} | {errors} | {refused} | {seconds} |", point.name());
         }
-        let served = sweep.serve().and_then(|served| Ok((served, std::env::current_exe())));
+        let served = sweep.serve().map(|served| (served, std::env::current_exe()));
         let Ok((mut served, Ok(program))) = served else {
             eprintln!("no daemon for clients with faults ({name})");
             return ExitCode::FAILURE;
