@@ -14,7 +14,7 @@ fn lines(alone: Option<&str>, fallbacks: Fallbacks) -> Vec<String> {
     let mut all = Vec::new();
     if let Some(why) = alone {
         all.push(format!(
-            "{why}; the rest was answered without the daemon: {layers} layers attended to all rows, in this process"
+            "the rest was answered without the daemon: {layers} layers attended to all rows, in this process, because {why}"
         ));
     }
     if partial + resident_only > 0 {
@@ -40,7 +40,7 @@ mod tests {
         let some = Fallbacks { alone: 4, partial: 3, resident_only: 2, rows_left_out: 99, estimates: 1 };
         let said = lines(Some("the daemon has gone"), some);
         assert_eq!(said.len(), 3, "{said:?}");
-        assert!(said[0].starts_with("the daemon has gone; ") && said[0].contains("4 layers"), "{said:?}");
+        assert!(said[0].ends_with("because the daemon has gone") && said[0].contains("4 layers"), "{said:?}");
         assert!(said[1].starts_with("5 layers") && said[1].contains("99 rows"), "{said:?}");
     }
 }
