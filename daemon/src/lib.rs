@@ -9,6 +9,7 @@
 //! | [`lane`] | threads that validate, select, plan, transfer and complete |
 //! | [`tiers`] | arena, page tables, digests, residency |
 //! | [`device`] | where attention runs, and how bytes get there |
+//! | [`quota`] | who may connect, and how much each user may have |
 //! | [`admin`], [`status`] | what operators see |
 //!
 //! `kvoyantd` and `kvoyant serve` are the same [`main`](fn@main).
@@ -22,6 +23,7 @@ pub mod keeper;
 pub mod lane;
 pub mod metrics;
 pub mod prefixes;
+pub mod quota;
 pub mod server;
 pub mod status;
 mod threads;

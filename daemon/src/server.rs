@@ -26,6 +26,7 @@ use crate::device::host::HostDevice;
 use crate::keeper::Keeper;
 use crate::lane::LaneHandle;
 use crate::prefixes::Prefixes;
+use crate::quota::Ledger;
 use crate::status::Registry;
 use crate::tiers::arena::ArenaBudget;
 use crate::tiers::cgroup::{Limits, TooLarge};
@@ -274,7 +275,8 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     });
     let spill = spill.transpose()?;
     let disk = spill.as_ref().map_or(0, |spill| spill.report().iter().map(|device| device.total_bytes).sum());
-    let budget = Arc::new(ArenaBudget::beside_disk(arena, disk));
+    let ledger = Ledger::new(config.quotas.clone(), config.newcomers_percent.percent(&config.socket));
+    let budget = Arc::new(ArenaBudget::beside_disk(arena, disk).shared_by(ledger));
     let pool = ExtentPool::start(budget, pool_settings(config, arena, &*device));
     let pool = Arc::new(pool.map_err(ServerError::Start)?);
     let lanes: Vec<_> = (0..config.lanes)
@@ -303,7 +305,8 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         Mode::Device => "device",
     };
     let registry = Registry::new(Arc::clone(&pool), Arc::clone(&device), mode.into(), lanes.len(), boot_id);
-    let registry = Arc::new(registry.with_stores(spill.clone(), keeper.clone()));
+    let registry = registry.with_stores(spill.clone(), keeper.clone()).with_access(config.access());
+    let registry = Arc::new(registry);
     let plane =
         Arc::new(Plane::new(config.clone(), lanes, device, pool, registry, spill, (keeper, prefixes)));
     let runtime =

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::Device;
 use crate::keeper::Keeper;
 use crate::metrics::{Endings, How, Snapshot, Times, Users};
+use crate::quota::{Access, AccessReport, UserReport};
 use crate::tiers::nvme::{self, Spill};
 use crate::tiers::pool::ExtentPool;
 
@@ -182,6 +183,7 @@ pub struct Registry {
     boot_id: u64,
     spill: Option<Arc<Spill>>,
     keeper: Option<Arc<Keeper>>,
+    access: Arc<Access>,
     started: Instant,
 }
 
@@ -196,7 +198,31 @@ impl Registry {
         boot_id: u64,
     ) -> Self {
         let (sessions, endings, started) = (Mutex::default(), Endings::default(), Instant::now());
-        Self { sessions, endings, pool, device, mode, lanes, boot_id, spill: None, keeper: None, started }
+        Self {
+            sessions,
+            endings,
+            pool,
+            device,
+            mode,
+            lanes,
+            boot_id,
+            spill: None,
+            keeper: None,
+            access: Arc::default(),
+            started,
+        }
+    }
+
+    /// The same, of a daemon that these users may connect to.
+    #[must_use]
+    pub fn with_access(self, access: Access) -> Self {
+        Self { access: Arc::new(access), ..self }
+    }
+
+    /// Who may connect.
+    #[must_use]
+    pub fn access(&self) -> Arc<Access> {
+        Arc::clone(&self.access)
     }
 
     /// The same, of a daemon whose pages can leave host memory, or that keeps images.
@@ -291,6 +317,8 @@ impl Registry {
             spill: self.spill.as_ref().map(|spill| spill.report()).unwrap_or_default(),
             store: self.keeper.as_ref().map(|keeper| keeper.report()),
             sessions,
+            access: self.access.report(),
+            users: self.pool.budget().ledger().report(),
         }
     }
 }
@@ -327,6 +355,12 @@ pub struct StatusReport {
     pub store: Option<StoreReport>,
     /// Each session.
     pub sessions: Vec<SessionReport>,
+    /// Who may connect.
+    #[serde(default)]
+    pub access: AccessReport,
+    /// What each user has who ever connected.
+    #[serde(default)]
+    pub users: Vec<UserReport>,
 }
 
 /// A GPU.

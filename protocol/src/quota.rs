@@ -8,7 +8,7 @@ use thiserror::Error;
 use crate::wire::SequenceId;
 
 /// Something that a user has a quota of, all their sessions together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Quota {
     /// Sessions that are open.
@@ -91,8 +91,8 @@ impl fmt::Display for Quota {
 /// A user asked for more than their quota leaves.
 #[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[error(
-    "user {uid} may have {} (the daemon's quota `{quota}`), has {held} and asked for {asked} more; {}",
-    .quota.amount(*.limit), self.advice(), held = .quota.plain(*.held), asked = .quota.plain(*.asked)
+    "user {uid} may have {} ({}), has {held} and asked for {asked} more; {}",
+    .quota.amount(*.limit), self.reason(), self.advice(), held = .quota.plain(*.held), asked = .quota.plain(*.asked)
 )]
 pub struct OverQuota {
     /// Of what.
@@ -103,8 +103,10 @@ pub struct OverQuota {
     pub asked: u64,
     /// What all sessions of the user hold.
     pub held: u64,
-    /// The quota.
+    /// The quota, or the share.
     pub limit: u64,
+    /// Whether it is no quota of the operator's: what is left is kept for users who have less than their share of the whole.
+    pub share: bool,
     /// Sequences of this session which, closed, would free enough; empty if none would, or nobody looked.
     pub closing: Vec<SequenceId>,
 }
@@ -116,6 +118,13 @@ impl Quota {
 }
 
 impl OverQuota {
+    fn reason(&self) -> String {
+        if self.share {
+            return "while what is left is kept for users who have less than their share".into();
+        }
+        format!("the daemon's quota `{}`", self.quota)
+    }
+
     fn advice(&self) -> String {
         if !self.closing.is_empty() {
             let names: Vec<_> = self.closing.iter().map(ToString::to_string).collect();
@@ -148,6 +157,7 @@ mod tests {
             asked: 128 << 20,
             held: 192 << 20,
             limit: 256 << 20,
+            share: false,
             closing: Vec::new(),
         };
         let said = over.to_string();
@@ -161,6 +171,8 @@ mod tests {
         let sessions =
             OverQuota { quota: Quota::Sessions, asked: 1, held: 2, limit: 2, closing: Vec::new(), ..over };
         assert!(sessions.to_string().contains("2 sessions (the daemon's quota `sessions`), has 2"));
+        let share = OverQuota { share: true, ..sessions };
+        assert!(share.to_string().contains("2 sessions (while what is left is kept for users who have less"));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use kvoyant_protocol::control::{
-    ControlError, ModelSpec, SelectedBy, ToClient, ToDaemon, decode, encode, features,
+    ControlError, MemoryKind, ModelSpec, SelectedBy, ToClient, ToDaemon, decode, encode, features,
 };
 use kvoyant_protocol::layout::{Layout, Limits};
 use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
@@ -29,6 +29,8 @@ pub struct Raw {
     pub d2c: SharedMapping,
     /// Running index of the next request.
     pub tail: u32,
+    /// Memory that the daemon has sent.
+    pub memory: Vec<(MemoryKind, OwnedFd)>,
 }
 
 impl Raw {
@@ -80,7 +82,7 @@ impl Raw {
         let c2d = c2d_file.map(false).expect("a map");
         let d2c = Memfd::from_peer(d2c, layout.d2c_bytes, Seals::frozen_for_readers()).expect("d2c");
         let d2c = d2c.map_read_only().expect("a map");
-        let mut raw = Self { socket, layout, c2d, c2d_file, d2c, tail: 0 };
+        let mut raw = Self { socket, layout, c2d, c2d_file, d2c, tail: 0, memory: Vec::new() };
         assert_eq!(raw.call(&ToDaemon::Mapped).expect("an answer"), ToClient::Sealed);
         raw
     }
@@ -126,7 +128,9 @@ impl Raw {
         loop {
             let packet = packet::receive(self.socket.as_fd()).map_err(|_| ControlError::NotKvoyant)?;
             match decode(&packet.bytes)? {
-                ToClient::Memory { .. } => {}
+                ToClient::Memory { kind, .. } => {
+                    self.memory.extend(packet.fds.into_iter().map(|fd| (kind, fd)));
+                }
                 message => return Ok(message),
             }
         }

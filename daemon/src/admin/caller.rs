@@ -9,12 +9,14 @@ pub(super) struct Caller {
     pub(super) daemon: u32,
     /// Whether they came over TCP, where nobody says who they are.
     pub(super) remote: bool,
+    /// Whether the allow-lists let them in.
+    pub(super) admitted: bool,
 }
 
 impl Caller {
     /// Somebody who came over TCP.
     pub(super) fn remote() -> Self {
-        Self { uid: u32::MAX, daemon: u32::MAX, remote: true }
+        Self { uid: u32::MAX, daemon: u32::MAX, remote: true, admitted: true }
     }
 
     /// Whether they answer for the whole daemon: root, and its own user, who could read its memory anyway.
@@ -34,7 +36,7 @@ mod tests {
 
     #[test]
     fn root_the_daemons_user_and_the_owner_may_and_nobody_else() {
-        let caller = |uid| Caller { uid, daemon: 990, remote: false };
+        let caller = |uid| Caller { uid, daemon: 990, remote: false, admitted: true };
         assert!(caller(0).may(1000) && caller(990).may(1000) && caller(1000).may(1000));
         assert!(!caller(1001).may(1000) && !caller(1001).may(0) && !caller(1000).may(990));
         // A peer that the kernel does not name.

@@ -70,6 +70,9 @@ pub(super) enum Refusal {
     /// A name that no image can have.
     #[error("{0}")]
     Name(Failure),
+    /// Somebody whom the daemon does not serve.
+    #[error("{0}")]
+    NotAllowed(Failure),
     /// Somebody else's.
     #[error(
         "that is another user's, and you are user {caller}: only they, root and the daemon's own user may do it"
@@ -132,7 +135,7 @@ impl Refusal {
             Self::Body(_) | Self::Handle { .. } | Self::Label { .. } | Self::User { .. } | Self::Name(_) => {
                 StatusCode::BAD_REQUEST
             }
-            Self::Foreign { .. } | Self::Remote { .. } => StatusCode::FORBIDDEN,
+            Self::Foreign { .. } | Self::NotAllowed(_) | Self::Remote { .. } => StatusCode::FORBIDDEN,
             Self::Exists { .. } => StatusCode::CONFLICT,
             Self::Order(OrderError::Failed(failure)) => of_failure(failure),
             Self::Store(error) => of_store(error),

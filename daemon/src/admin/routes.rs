@@ -1,5 +1,6 @@
 //! What each request of the admin socket does.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
+use kvoyant_protocol::control::Failure;
 use kvoyant_protocol::wire::SequenceId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -54,6 +56,11 @@ impl Routes {
         Self { plane, listing, works }
     }
 
+    /// Whether the allow-lists let a caller in.
+    pub(super) fn admits(&self, socket: BorrowedFd<'_>, uid: u32) -> bool {
+        self.plane.access().admits(socket, uid)
+    }
+
     /// Does what is asked, or says why not.
     pub(super) async fn answer(&self, request: Request<Incoming>, caller: Caller) -> Response<Full<Bytes>> {
         let refused = |refusal: &Refusal| {
@@ -68,6 +75,9 @@ impl Routes {
         request: Request<Incoming>,
         caller: Caller,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
+        if !caller.admitted {
+            return Err(Refusal::NotAllowed(Failure::NotAllowed { uid: caller.uid }));
+        }
         let path = request.uri().path().to_owned();
         let only = |known: &'static str| Refusal::Method { path: path.clone(), known };
         let image = path.strip_prefix("/v1/images/").and_then(|rest| rest.split_once('/'));

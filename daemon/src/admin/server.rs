@@ -1,6 +1,7 @@
 //! Connections of the admin socket.
 
 use std::convert::Infallible;
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,7 +63,8 @@ pub async fn serve_tcp(listener: TcpListener, plane: Arc<Plane>) {
 async fn connection(stream: UnixStream, routes: Rc<Routes>) {
     // Who connected, and not who may have got the socket since.
     let uid = stream.peer_cred().map_or(u32::MAX, |peer| peer.uid());
-    let caller = Caller { uid, daemon: nix::unistd::geteuid().as_raw(), remote: false };
+    let admitted = routes.admits(stream.as_fd(), uid);
+    let caller = Caller { uid, daemon: nix::unistd::geteuid().as_raw(), remote: false, admitted };
     exchange(stream, caller, routes).await;
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use bytesize::ByteSize;
 use serde::Serialize;
 
-use super::PinAhead;
+use super::{Newcomers, PinAhead};
 use crate::tiers::host_memory::HugePages;
 
 /// The same keys as flags.
@@ -147,4 +147,16 @@ pub struct Flags {
     #[arg(long, value_name = "FILTER")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log: Option<String>,
+    /// Users who may connect, names or numbers, beside root and the daemon's own (none named: the sockets' permissions say)
+    #[arg(long, value_name = "USERS", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_users: Option<Vec<String>>,
+    /// Groups whose members may connect, names or numbers
+    #[arg(long, value_name = "GROUPS", value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_groups: Option<Vec<String>>,
+    /// How much of what is scarce is kept for users who have less than their share: auto, or percent
+    #[arg(long, value_name = "PERCENT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub newcomers_percent: Option<Newcomers>,
 }

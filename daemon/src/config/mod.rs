@@ -17,12 +17,15 @@ use crate::device::DeviceName;
 use crate::device::cuda;
 use crate::device::cuda::store::default_folder;
 use crate::device::host::Shape;
+use crate::quota::{Access, Group, Quotas, User};
 use crate::tiers::host_memory::HugePages;
 use crate::tiers::nvme::{EngineChoice, SpillSettings};
 
 mod flags;
+mod newcomers;
 
 pub use flags::Flags;
+pub use newcomers::Newcomers;
 
 /// Operations in flight on each device, and how many of them may be writes while reads wait.
 const SPILL_DEPTH: u32 = 128;
@@ -100,6 +103,15 @@ pub struct Config {
     pub max_sessions: u32,
     /// Log filter, as `tracing` takes it: `info`, `kvoyant_daemon=debug`, …
     pub log: String,
+    /// Users who may connect, by name or number, beside root and the daemon's own; with `allow_groups` empty as well: everybody whom the
+    /// sockets' permissions let in.
+    pub allow_users: Vec<User>,
+    /// Groups whose members may connect, by name or number.
+    pub allow_groups: Vec<Group>,
+    /// What users may have, all their sessions together.
+    pub quotas: Quotas,
+    /// How much of what is scarce users who have more than an equal share of it leave free for others, in percent, or `auto`.
+    pub newcomers_percent: Newcomers,
 }
 
 /// How much of the arena is made ready ahead of time.
@@ -223,6 +235,10 @@ impl Default for Config {
             spin_us: if cores >= 8 { 200 } else { 20 },
             max_sessions: 64,
             log: "info".into(),
+            allow_users: Vec::new(),
+            allow_groups: Vec::new(),
+            quotas: Quotas::default(),
+            newcomers_percent: Newcomers::Auto,
         }
     }
 }
@@ -418,6 +434,12 @@ impl Config {
         }
     }
 
+    /// Who may connect.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        Access::new(&self.allow_users, &self.allow_groups)
+    }
+
     /// Where pages go that leave host memory.
     #[must_use]
     pub fn spill(&self) -> Option<SpillSettings> {
@@ -497,6 +519,32 @@ mod tests {
         assert_eq!(Config::load(None, flags.clone()).unwrap().admin_socket, Path::new("/x/admin.sock"));
         let flags = Flags { admin_socket: Some("/z/a.sock".into()), ..flags };
         assert_eq!(Config::load(None, flags).unwrap().admin_socket, Path::new("/z/a.sock"));
+    }
+
+    #[test]
+    fn who_may_connect_and_have_how_much_is_read_from_names_and_numbers() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("kvoyantd.toml");
+        let load = |text: &str, flags: Flags| {
+            std::fs::write(&file, text).unwrap();
+            Config::load(Some(&file), flags).map_err(|error| error.to_string())
+        };
+        let text = "allow_users = [\"root\", 1001]\nnewcomers_percent = 5\n[quotas]\nhost = \"1GiB\"\n[quotas.user.root]\nhost = \"none\"\n";
+        let config = load(text, Flags::default()).unwrap();
+        assert_eq!(
+            (config.allow_users.as_slice(), config.newcomers_percent),
+            ([User(0), User(1001)].as_slice(), Newcomers::Percent(5.0))
+        );
+        assert_eq!((config.quotas.of(0)[3], config.quotas.of(1001)[3]), (u64::MAX, 1 << 30));
+        let again: Config = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config, "what --check prints says the same");
+        let flags = Flags { allow_users: Some(vec!["nobody-of-that-name".into()]), ..Flags::default() };
+        let error = load(text, flags).unwrap_err();
+        assert!(error.contains("there is no user `nobody-of-that-name`"), "{error}");
+        let flags = Flags { allow_groups: Some(vec!["root".into(), "7".into()]), ..Flags::default() };
+        assert_eq!(load(text, flags).unwrap().allow_groups, [Group(0), Group(7)]);
+        let error = load("[quotas]\nhots = 3\n", Flags::default()).unwrap_err();
+        assert!(error.contains("no quota `hots`"), "{error}");
     }
 
     #[test]

@@ -84,10 +84,13 @@ impl From<Failure> for Stop {
 }
 
 /// Does it, or says why not.
-pub(super) fn answer(result: Result<ToClient, Stop>) -> Result<ToClient, Ended> {
+pub(super) fn answer(session: &Session, result: Result<ToClient, Stop>) -> Result<ToClient, Ended> {
     match result {
         Ok(message) => Ok(message),
-        Err(Stop::Failed(failure)) => Ok(ToClient::Failed(failure)),
+        Err(Stop::Failed(failure)) => {
+            session.account.note(&failure);
+            Ok(ToClient::Failed(failure))
+        }
         Err(Stop::Ended(ended)) => Err(ended),
     }
 }

@@ -4,7 +4,9 @@
 
 mod images;
 mod orders;
+mod place;
 mod prefix;
+mod register;
 
 pub(crate) use images::now_unix;
 
@@ -14,9 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use kvoyant_methods::Artifacts;
-use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToClient, ToDaemon, decode, encode, features};
-use kvoyant_protocol::device::SlabRef;
+use kvoyant_protocol::control::{Failure, Mode, ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::layout::{Layout, d2c};
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
@@ -24,23 +24,24 @@ use kvoyant_protocol::packet::{self, Packet};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{Semaphore, oneshot};
 
 pub(crate) use self::images::image_id;
 use self::images::{Registered as RegisteredModel, Resume, Suspend};
 pub(crate) use self::orders::OrderError;
 use self::orders::Orders;
+use self::place::Place;
 use self::prefix::{Publish, ToAttach};
-use crate::artifacts;
+use self::register::register;
 use crate::config::Config;
-use crate::device::{Device, Importer, SlabRequest};
+use crate::device::{Device, Importer};
 use crate::keeper::Keeper;
-use crate::lane::model::{ModelState, Placement, shape_of};
 use crate::lane::session::LaneSession;
 use crate::lane::spill::SpillTo;
 use crate::lane::{Asked, Command, Ending, LaneHandle, Outcome, Reply};
 use crate::metrics::How;
 use crate::prefixes::Prefixes;
+use crate::quota::{Access, Account};
 use crate::status::{Registry, SessionStatus};
 use crate::tiers::nvme::Spill;
 use crate::tiers::pool::{ExtentPool, Refusal};
@@ -72,6 +73,8 @@ pub struct Plane {
     places: Arc<Semaphore>,
     /// Whose turn it is to have artifacts read.
     readings: Arc<Semaphore>,
+    /// Who may connect.
+    access: Arc<Access>,
 }
 
 impl Plane {
@@ -91,7 +94,7 @@ impl Plane {
         let (next_session, readings) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
         let host_share = config.host_percent / 100.0;
         let spill = spill.map(|spill| SpillTo { spill, host_share });
-        let orders = Orders::default();
+        let (orders, access) = (Orders::default(), registry.access());
         Self {
             config,
             lanes,
@@ -106,7 +109,13 @@ impl Plane {
             next_session,
             places,
             readings,
+            access,
         }
+    }
+
+    /// Who may connect.
+    pub(crate) fn access(&self) -> &Access {
+        &self.access
     }
 
     /// Whether what a user publishes for everybody may be believed.
@@ -272,10 +281,11 @@ struct Session {
     /// Abilities that the client and the daemon have in common.
     features: u64,
     importer: Arc<Importer>,
+    account: Arc<Account>,
     /// What it has registered.
     registered: OnceLock<RegisteredModel>,
-    /// Its place among `max_sessions`.
-    _place: OwnedSemaphorePermit,
+    /// Its place among `max_sessions`, and those of its user.
+    _place: Place,
 }
 
 /// Runs what may take a while beside the control thread, which serves everybody.
@@ -295,6 +305,9 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     let ToDaemon::Hello { features: theirs, name, limits } = message else {
         return Err(Ended::Protocol("the first message must be a hello".into()));
     };
+    if !plane.access.admits(socket.0.as_fd(), uid) {
+        return Err(Ended::Refused(Failure::NotAllowed { uid }));
+    }
     let wanted = plane.device.features();
     let common = theirs & (wanted | features::DOORBELLS);
     if common & wanted == 0 {
@@ -309,11 +322,12 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
         };
         return Err(Ended::Refused(failure));
     }
-    let max = plane.config.max_sessions;
-    let place = Arc::clone(&plane.places)
-        .try_acquire_owned()
-        .map_err(|_| Ended::Refused(Failure::TooManySessions { max }))?;
     let layout = Layout::new(limits).map_err(|error| Ended::Protocol(error.to_string()))?;
+    let account = plane.pool.budget().ledger().account(uid);
+    let place = Place::take(plane, &account, layout.c2d_bytes + layout.d2c_bytes).map_err(|failure| {
+        account.note(&failure);
+        Ended::Refused(failure)
+    })?;
     // The daemon never writes what the client writes, and the client gets what the daemon writes already sealed.
     // Neither can be resized from before the client has it: a file cut short under a mapping ends the process.
     let (c2d_file, c2d_map, d2c_file, d2c_map) = beside(move || {
@@ -340,8 +354,15 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     let lane = (id % plane.lanes.len() as u64) as usize;
     let name = printable(&name);
     let status = Arc::new(SessionStatus::new(id, name, pid, uid, lane));
-    let session =
-        LaneSession::new(id, Arc::clone(&status), layout, c2d_map, Arc::clone(&d2c_map), plane.boot_id);
+    let session = LaneSession::new(
+        id,
+        Arc::clone(&status),
+        layout,
+        c2d_map,
+        Arc::clone(&d2c_map),
+        plane.boot_id,
+        Arc::clone(&account),
+    );
     let ending = Arc::new(Ending::default());
     plane.lanes[lane].send(Command::Attach(Box::new(session), Arc::clone(&ending)));
     plane.registry.add(Arc::clone(&status));
@@ -359,6 +380,7 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
         d2c: d2c_map,
         features,
         importer,
+        account,
         registered: OnceLock::new(),
         _place: place,
     };
@@ -414,7 +436,10 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
                 return Err(Ended::Protocol("a session registers one model, once".into()));
             }
             ToDaemon::Register(spec) => match register(plane, session, spec, fds).await {
-                Err(Ended::Refused(failure)) => socket.send(&ToClient::Failed(failure), &[]).await?,
+                Err(Ended::Refused(failure)) => {
+                    session.account.note(&failure);
+                    socket.send(&ToClient::Failed(failure), &[]).await?;
+                }
                 Err(ended) => return Err(ended),
                 Ok((model, message, slab)) => {
                     registered = true;
@@ -425,26 +450,27 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
             },
             ToDaemon::Suspend { sequence, image, overwrite, label } => {
                 let asked = Suspend { sequence, image, overwrite, label };
-                let message = images::answer(images::suspend(plane, socket, session, asked).await)?;
+                let message = images::answer(session, images::suspend(plane, socket, session, asked).await)?;
                 socket.send(&message, &[]).await?;
             }
             ToDaemon::Publish { sequence, tokens, shared } => {
                 let asked = Publish { sequence, tokens, shared, fds };
-                let message = images::answer(prefix::publish(plane, session, asked).await)?;
+                let message = images::answer(session, prefix::publish(plane, session, asked).await)?;
                 socket.send(&message, &[]).await?;
             }
             ToDaemon::Attach { method, by, tokens } => {
                 let asked = ToAttach { method, by, tokens, fds };
-                let message = images::answer(prefix::attach(plane, socket, session, asked).await)?;
+                let message = images::answer(session, prefix::attach(plane, socket, session, asked).await)?;
                 socket.send(&message, &[]).await?;
             }
             ToDaemon::Resume { image, method, by } => {
                 let asked = Resume { image, method, by };
-                let message = images::answer(images::resume(plane, socket, session, asked).await)?;
+                let message = images::answer(session, images::resume(plane, socket, session, asked).await)?;
                 socket.send(&message, &[]).await?;
             }
             message => {
                 let reply = ask(plane, socket, session, message).await?;
+                session.note(&reply.message);
                 socket.reply(reply).await?;
             }
         }
@@ -476,9 +502,21 @@ async fn ask(
 ) -> Result<Reply, Ended> {
     let (id, uid) = (session.status.id, session.status.uid);
     let lane = &plane.lanes[session.status.lane];
+    let (mut yielded, mut announced) = (false, Vec::new());
     loop {
+        let again = (!yielded).then(|| message.clone());
         let extents = match ask_lane(plane, session, Asked::Message(message)).await? {
-            Outcome::Answered(reply) => return Ok(reply),
+            Outcome::Answered(reply) => match again {
+                Some(again) if place::makes_room(plane, &session.account, &reply.message).await => {
+                    // What it was given on the way it hears of all the same.
+                    (message, yielded, announced) = (again, true, reply.announcements);
+                    continue;
+                }
+                _ => {
+                    announced.extend(reply.announcements);
+                    return Ok(Reply { announcements: announced, ..reply });
+                }
+            },
             Outcome::Needs { extents, message: again } => {
                 message = again;
                 extents
@@ -499,92 +537,14 @@ async fn ask(
             Err(Refusal::Full) => {}
             Err(refusal) => {
                 let failure = Failure::NotReady(refusal.to_string());
-                return Ok(Reply::plain(ToClient::Failed(failure)));
+                let reply = Reply::plain(ToClient::Failed(failure));
+                return Ok(Reply { announcements: announced, ..reply });
             }
         }
     }
 }
 
-type Registered = (Box<ModelState>, ToClient, Vec<OwnedFd>);
-
 /// A name that a peer gave, fit for logs and terminals.
 fn printable(name: &str) -> String {
     name.chars().filter(|c| !c.is_control()).take(64).collect()
-}
-
-async fn register(
-    plane: &Plane,
-    session: &Session,
-    spec: ModelSpec,
-    fds: Vec<OwnedFd>,
-) -> Result<Registered, Ended> {
-    let spec = ModelSpec { name: printable(&spec.name), ..spec };
-    // Before anything is made as large as the client says.
-    shape_of(&spec).map_err(Ended::Refused)?;
-    let artifacts = artifacts::files(&spec, fds)?;
-    if let Ok(mut name) = session.status.model.lock() {
-        name.clone_from(&spec.name);
-    }
-    let (extents, device) = (plane.pool.supply(session.status.uid), Arc::clone(&plane.device));
-    let sequences_max = session.sequences_max;
-    let placement = Placement {
-        keep: plane.config.keep,
-        device_share: plane.config.device_percent / 100.0,
-        spill: plane.spill.clone(),
-    };
-    let default = plane.config.slab.as_u64();
-    let asked = match (spec.slab_bytes, plane.device.mode()) {
-        (0, _) => default,
-        // What is set aside on a device bounds all sessions together; on the host only this does.
-        (bytes, Mode::Device) => bytes,
-        (bytes, _) => bytes.min(default),
-    };
-    let slab = SlabRequest {
-        session: session.status.id,
-        bytes: usize::try_from(asked.min(SLAB_MAX)).unwrap_or(usize::MAX),
-        records: 0,
-        layout: session.layout,
-        d2c: Arc::clone(&session.d2c),
-        features: session.features,
-        importer: Arc::clone(&session.importer),
-    };
-    let (artifacts, spec) = if artifacts.is_empty() {
-        (Artifacts::none(), spec)
-    } else {
-        // Nothing else of a registration takes as much memory: only one at a time does.
-        let turn = Arc::clone(&plane.readings).acquire_owned().await;
-        beside(move || {
-            let artifacts = artifacts::read(artifacts, &spec)?;
-            drop(turn);
-            Ok((artifacts, spec))
-        })
-        .await?
-    };
-    let model = beside(move || {
-        ModelState::new(spec, &artifacts, sequences_max, extents, &*device, slab, placement)
-            .map_err(Ended::Refused)
-    })
-    .await?;
-    let (slab, mut fds) = match &model.slab {
-        None => (SlabRef::None, Vec::new()),
-        Some(slab) => slab.slab.0.export().map_err(|error| Ended::Refused(error.into()))?,
-    };
-    if let Some(graph) = &model.graph {
-        fds.push(graph.mailbox.fd()?);
-    }
-    let methods = model.spec.methods.clone();
-    let _ = session.registered.set(RegisteredModel {
-        key: model.model_key(),
-        rope: model.spec.rope.clone(),
-        methods,
-    });
-    let message = ToClient::Registered {
-        device: plane.device.name().into(),
-        mode: plane.device.mode(),
-        page_rows: model.shape.page_rows as u32,
-        slab,
-        spills: model.spill.is_some(),
-        scarce: model.spill.is_some() && plane.config.host_percent < 100.0,
-    };
-    Ok((Box::new(model), message, fds))
 }

@@ -9,17 +9,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam::queue::SegQueue;
 use kvoyant_kernels::Kernels;
-use kvoyant_protocol::control::{Mode, features};
+use kvoyant_protocol::control::{Failure, Mode, features};
 use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
+use kvoyant_protocol::quota::Quota;
 
+use super::fair::Fair;
 use super::{Device, Slab, SlabError, SlabMemory, SlabRequest, Transfer};
-
-/// Transfers that may wait for a copy thread.
-const QUEUE: usize = 1024;
+use crate::quota::Charge;
 
 /// A simulated link: transfers share its bandwidth one after the other, and each arrives a latency later.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -44,7 +45,9 @@ impl Shape {
 #[derive(Debug)]
 pub struct HostDevice {
     mode: Mode,
-    queue: Option<Sender<Transfer>>,
+    waiting: Arc<Waiting>,
+    /// One token for each transfer that waits.
+    tokens: Option<Sender<()>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -52,24 +55,47 @@ impl HostDevice {
     /// A host device. In slab mode it starts `copy_threads` threads.
     pub fn new(mode: Mode, copy_threads: usize, shape: Shape) -> std::io::Result<Self> {
         if mode == Mode::InPlace {
-            return Ok(Self { mode, queue: None, threads: Vec::new() });
+            return Ok(Self { mode, waiting: Arc::default(), tokens: None, threads: Vec::new() });
         }
-        let (queue, transfers) = bounded(QUEUE);
+        // There are never more than all rings together have slots.
+        let (tokens, waits) = unbounded();
+        let waiting = Arc::new(Waiting::default());
         let link = Arc::new(Mutex::new(Instant::now()));
         let threads = (0..copy_threads.max(1))
             .map(|index| {
-                let (transfers, link) = (transfers.clone(), Arc::clone(&link));
-                crate::threads::start(format!("copy-{index}"), move || copy_loop(&transfers, &link, shape))
+                let (waits, waiting, link) = (waits.clone(), Arc::clone(&waiting), Arc::clone(&link));
+                let work = move || copy_loop(&waits, &waiting, &link, shape);
+                crate::threads::start(format!("copy-{index}"), work)
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self { mode, queue: Some(queue), threads })
+        Ok(Self { mode, waiting, tokens: Some(tokens), threads })
     }
 }
 
-fn copy_loop(transfers: &Receiver<Transfer>, link: &Mutex<Instant>, shape: Shape) {
+/// Transfers that lanes have handed in, which the copy threads take in turns: first of all users, then of their sessions.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// Where lanes put them, without waiting for anybody.
+    inbox: SegQueue<Transfer>,
+    sorted: Mutex<Fair<Transfer>>,
+}
+
+impl Waiting {
+    fn next(&self) -> Option<Transfer> {
+        let mut sorted = self.sorted.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(transfer) = self.inbox.pop() {
+            sorted.push(transfer.memory.uid(), transfer.session, transfer);
+        }
+        sorted.pop()
+    }
+}
+
+fn copy_loop(waits: &Receiver<()>, waiting: &Waiting, link: &Mutex<Instant>, shape: Shape) {
     let _bomb = crate::lane::Bomb;
     let kernels = Kernels::best();
-    while let Ok(transfer) = transfers.recv() {
+    while let Ok(()) = waits.recv() {
+        // Each token came after its transfer.
+        let Some(transfer) = waiting.next() else { continue };
         let start = Instant::now();
         let arrives = {
             let mut free_at = link.lock().unwrap_or_else(PoisonError::into_inner);
@@ -109,6 +135,7 @@ fn copy_loop(transfers: &Receiver<Transfer>, link: &Mutex<Instant>, shape: Shape
 struct HostSlab {
     file: Memfd,
     memory: SharedMapping,
+    _charge: Charge,
 }
 
 impl SlabMemory for HostSlab {
@@ -142,25 +169,26 @@ impl Device for HostDevice {
     }
 
     fn slab(&self, request: SlabRequest) -> Result<Slab, SlabError> {
+        let charge = request.account.charge(Quota::Device, request.bytes as u64);
+        let charge = charge.map_err(|over| SlabError::Refused(Failure::Quota(over)))?;
         let file = Memfd::create("kvoyant-slab", request.bytes)?;
         let memory = file.map(false)?;
         file.seal(Seals::frozen_for_readers())?;
-        Ok(Slab(Arc::new(HostSlab { file, memory })))
+        Ok(Slab(Arc::new(HostSlab { file, memory, _charge: charge })))
     }
 
     fn submit(&self, transfer: Transfer) -> Result<(), Transfer> {
-        match &self.queue {
-            None => Err(transfer),
-            Some(queue) => queue.try_send(transfer).map_err(|error| match error {
-                TrySendError::Full(transfer) | TrySendError::Disconnected(transfer) => transfer,
-            }),
-        }
+        let Some(tokens) = &self.tokens else { return Err(transfer) };
+        self.waiting.inbox.push(transfer);
+        // Copy threads end only once the last token is taken, and this one is dropped.
+        let _ = tokens.send(());
+        Ok(())
     }
 }
 
 impl Drop for HostDevice {
     fn drop(&mut self) {
-        self.queue = None;
+        self.tokens = None;
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a copy thread panicked");
@@ -194,6 +222,7 @@ mod tests {
         let d2c = Arc::new(Memfd::create("test", 4096).unwrap().map(false).unwrap());
         let importer = Arc::new(Importer { process: None, closed: AtomicBool::new(true) });
         let layout = Layout::new(Limits::default()).unwrap();
+        let account = crate::quota::Ledger::default().account(1);
         let slab = device
             .slab(SlabRequest {
                 session: 1,
@@ -203,8 +232,10 @@ mod tests {
                 d2c,
                 features: features::SLAB,
                 importer,
+                account: Arc::clone(&account),
             })
             .unwrap();
+        assert_eq!(account.held(Quota::Device), 1 << 20);
         let (SlabRef::Host { bytes }, fds) = slab.0.export().unwrap() else { panic!("not in host memory") };
         let seals = Seals::frozen_for_readers();
         let file = Memfd::from_peer(fds.into_iter().next().unwrap(), bytes as usize, seals).unwrap();

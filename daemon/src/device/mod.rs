@@ -5,6 +5,7 @@
 //! them.
 
 pub mod cuda;
+mod fair;
 pub mod host;
 mod name;
 pub mod rows;
@@ -25,6 +26,7 @@ use kvoyant_protocol::memory::{MemoryError, SharedMapping};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 
+use crate::quota::Account;
 use crate::status::DeviceReport;
 use crate::tiers::pin::Pin;
 
@@ -34,6 +36,8 @@ pub use name::{BadDeviceName, DeviceName};
 /// the middle of one takes nothing away.
 #[derive(Debug, Default)]
 pub struct SessionMemory {
+    /// Whose session it is.
+    uid: u32,
     /// Everything that a copy may touch. Pushed to when an extent is added, never shrunk.
     kept: std::sync::Mutex<Vec<Arc<dyn Memory>>>,
 }
@@ -44,9 +48,29 @@ pub trait Memory: Send + Sync + Debug {}
 impl<T: Send + Sync + Debug> Memory for T {}
 
 impl SessionMemory {
+    /// None yet, of a user's session.
+    #[must_use]
+    pub fn of(uid: u32) -> Self {
+        Self { uid, ..Self::default() }
+    }
+
+    /// Whose session it is.
+    #[must_use]
+    pub fn uid(&self) -> u32 {
+        self.uid
+    }
+
     /// Keeps memory for as long as any transfer of the session runs.
     pub fn keep(&self, memory: Arc<dyn Memory>) {
         self.kept.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(memory);
+    }
+
+    /// Lets go of memory that no transfer uses, and none will.
+    pub fn forget<T>(&self, memory: &Arc<T>) {
+        let same =
+            |kept: &Arc<dyn Memory>| Arc::as_ptr(kept).cast::<()>() == Arc::as_ptr(memory).cast::<()>();
+        let mut kept = self.kept.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        kept.retain(|kept| !same(kept));
     }
 }
 
@@ -177,6 +201,11 @@ pub trait SlabMemory: Memory {
     /// Its address, as destinations of copies have it. The host may not follow it unless the device is the host.
     fn base(&self) -> *mut u8;
 
+    /// Whether it is a GPU's.
+    fn is_on_device(&self) -> bool {
+        false
+    }
+
     /// How the client gets at it, with the descriptors that go along.
     fn export(&self) -> Result<(SlabRef, Vec<OwnedFd>), SlabError>;
 }
@@ -238,6 +267,8 @@ pub struct SlabRequest {
     pub features: u64,
     /// Who will open it.
     pub importer: Arc<Importer>,
+    /// Whose it is.
+    pub account: Arc<Account>,
 }
 
 /// Why there is no slab.

@@ -24,6 +24,8 @@ pub mod session;
 pub mod spill;
 #[cfg(test)]
 mod tests;
+mod turns;
+mod yields;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -42,11 +44,15 @@ use crate::lane::list::{Looks, OpenSequence};
 use crate::lane::model::{Announcement, ModelState};
 use crate::lane::session::{LaneSession, Tools};
 use crate::lane::spill::Before;
+use crate::lane::turns::{Seat, Turns};
 use crate::tiers::nvme::SpillReport;
 use crate::tiers::pool::Supply;
 
 /// Requests of one session that a lane handles before it looks at the next one.
 const FAIR_SHARE: u32 = 32;
+
+/// Commands of the control plane that a lane does before it looks at its rings again.
+const COMMANDS_AT_ONCE: usize = 8;
 
 /// How long a lane sleeps at most, so that a lost wake-up could only ever cost this much.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
@@ -135,6 +141,9 @@ pub enum Command {
     Control(u64, Asked, oneshot::Sender<Outcome>),
     /// Extents that it needs.
     Supply(u64, Supply),
+    /// Another user needs host memory of which they have less than their share: whoever has more is to give back extents in which nothing is.
+    /// Answered with how many there were.
+    Yield(u32, oneshot::Sender<usize>),
     /// Which sequences are open, in all of its sessions.
     List(oneshot::Sender<Vec<OpenSequence>>),
     /// The client is gone. Answered once all its memory has been given back.
@@ -163,8 +172,8 @@ impl LaneHandle {
         let bell = Arc::new(Bell::default());
         let report = Arc::new(Report::new(Arc::clone(&bell)));
         let pages = Arc::new(SpillReport::new(Arc::clone(&bell)));
-        let lane =
-            Lane { inbox, bell: Arc::clone(&bell), report, pages, device, sessions: Vec::new(), spin_for };
+        let (sessions, turns) = (Vec::new(), Turns::default());
+        let lane = Lane { inbox, bell: Arc::clone(&bell), report, pages, device, sessions, turns, spin_for };
         let thread = crate::threads::start(format!("lane-{index}"), move || {
             let _bomb = Bomb;
             if let Some(cpu) = cpu {
@@ -229,6 +238,22 @@ struct Attached {
     /// Whether something has come that it may have waited for.
     retries: bool,
     detaching: Option<oneshot::Sender<()>>,
+    /// The last round in which it had something to do.
+    last_turn: u64,
+}
+
+impl Seat for Attached {
+    fn uid(&self) -> u32 {
+        self.session.status.uid
+    }
+
+    fn last(&self) -> u64 {
+        self.last_turn
+    }
+
+    fn took(&mut self, round: u64) {
+        self.last_turn = round;
+    }
 }
 
 #[derive(Debug)]
@@ -239,6 +264,7 @@ struct Lane {
     pages: Arc<SpillReport>,
     device: Arc<dyn Device>,
     sessions: Vec<Attached>,
+    turns: Turns,
     spin_for: Duration,
 }
 
@@ -248,7 +274,8 @@ impl Lane {
         loop {
             let rung = self.bell.seen();
             let mut busy = false;
-            while let Ok(command) = self.inbox.try_recv() {
+            for _ in 0..COMMANDS_AT_ONCE {
+                let Ok(command) = self.inbox.try_recv() else { break };
                 busy = true;
                 stopping |= matches!(command, Command::Stop);
                 self.command(command);
@@ -281,14 +308,16 @@ impl Lane {
                     attached.control(asked, reply, tools);
                 }
             }
-            let mut armed = false;
-            for attached in &mut self.sessions {
-                if !stopping && !attached.broken && attached.detaching.is_none() {
-                    let result = attached.session.poll(tools, FAIR_SHARE);
-                    busy |= attached.check(result).unwrap_or(false);
-                    armed |= attached.session.armed;
+            // Those that go on in the middle of their ring have work, whatever else there is.
+            busy |= self.sessions.iter().any(|attached| attached.retries);
+            busy |= self.turns.round(&mut self.sessions, |attached| {
+                if stopping || attached.broken || attached.retries || attached.detaching.is_some() {
+                    return false;
                 }
-            }
+                let result = attached.session.poll(tools, FAIR_SHARE);
+                attached.check(result).unwrap_or(false)
+            });
+            let armed = !stopping && self.sessions.iter().any(Attached::is_armed);
             self.reap();
             if stopping && self.sessions.iter().all(|attached| !attached.session.in_transfer()) {
                 return;
@@ -361,6 +390,7 @@ impl Lane {
                     parked: None,
                     retries: false,
                     detaching: None,
+                    last_turn: 0,
                 });
             }
             Command::Register(id, mut model, reply) => {
@@ -380,6 +410,10 @@ impl Lane {
                 if let Some(model) = self.find(id).and_then(|attached| attached.session.model.as_mut()) {
                     model.arena.add(supply);
                 }
+            }
+            Command::Yield(to, reply) => {
+                let given = self.sessions.iter_mut().map(|attached| attached.session.yield_extents(to)).sum();
+                let _ = reply.send(given);
             }
             Command::List(reply) => drop(reply.send(self.list())),
             Command::Detach(id, done) => {
@@ -414,14 +448,24 @@ impl Lane {
 }
 
 impl Attached {
+    fn is_armed(&self) -> bool {
+        self.session.armed && !self.broken && self.detaching.is_none()
+    }
+
     /// Does what a control message asks once all requests before it are done, and everything is there that it needs.
     fn control(&mut self, asked: Asked, reply: oneshot::Sender<Outcome>, tools: Tools<'_>) {
         if self.broken || self.detaching.is_some() {
             return;
         }
-        let drained = self.session.drain(tools);
-        if self.check(drained).is_none() {
-            return;
+        let drained = self.session.drain(tools, FAIR_SHARE);
+        match self.check(drained) {
+            None => return,
+            // The rest has to wait for its turn, as everybody's does.
+            Some(false) => {
+                (self.parked, self.retries) = (Some((asked, reply)), true);
+                return;
+            }
+            Some(true) => {}
         }
         let answer = self.session.asked(asked);
         self.session.count_pages();

@@ -234,7 +234,7 @@ impl ModelState {
             ),
         };
         let records = graph.map_or(0, |layout| layout.records_bytes());
-        let memory = Arc::new(SessionMemory::default());
+        let memory = Arc::new(SessionMemory::of(extents.purse().account().uid()));
         let slab = match device.mode() {
             Mode::InPlace => None,
             Mode::Slab | Mode::Device => {
@@ -249,9 +249,17 @@ impl ModelState {
         };
         let estimating = methods.iter().any(|method| method.needs().rest);
         let attends = slab.is_some() && methods.iter().any(|method| method.needs().cpu_attention.is_some());
-        let budget = Arc::clone(extents.budget());
+        let purse = extents.purse().clone();
         let graph = graph.map(GraphState::new).transpose()?;
-        let mut meta = Heap::new("kvoyant-meta", Arc::clone(&budget), HEAP_FILE_BYTES);
+        let account = Arc::clone(purse.account());
+        let file = HEAP_FILE_BYTES as u64;
+        if purse.free_table_bytes() < file {
+            return Err(purse.refuse_tables(file).map_or(
+                Failure::TablesFull { wanted_bytes: file, free_bytes: purse.free_table_bytes() },
+                Failure::Quota,
+            ));
+        }
+        let mut meta = Heap::new("kvoyant-meta", purse.clone(), HEAP_FILE_BYTES);
         let directory = meta.allocate(sequences_max as usize * RECORD_BYTES)?;
         let mut sequences = Vec::new();
         sequences.resize_with(sequences_max as usize, SequenceSlot::default);
@@ -262,7 +270,7 @@ impl ModelState {
             keepers: Keepers::of(&methods),
             methods,
             arena: SessionArena::new(extents, geometry),
-            tables: Heap::new("kvoyant-tables", budget, HEAP_FILE_BYTES),
+            tables: Heap::new("kvoyant-tables", purse, HEAP_FILE_BYTES),
             meta,
             directory,
             pools: Vec::new(),
@@ -270,7 +278,7 @@ impl ModelState {
             open: Vec::new(),
             slab,
             graph,
-            spill: spill.map(|to| SpillState::new(to, geometry.page_bytes())),
+            spill: spill.map(|to| SpillState::new(to, geometry.page_bytes(), &account)),
             memory,
             keep,
             device_share,

@@ -1,6 +1,7 @@
 //! Whether there is room for what a request needs: pages for rows, and beside them page tables, digests, memories, marks.
 
 use kvoyant_protocol::control::{Failure, PageWord, SelectedBy, ToDaemon};
+use kvoyant_protocol::quota::{OverQuota, Quota};
 use kvoyant_protocol::wire::SequenceId;
 
 use crate::lane::digests::DigestSet;
@@ -25,6 +26,9 @@ impl ModelState {
     fn pages_to_open(&self, method: u16, tokens: u32, by: SelectedBy) -> Result<usize, Failure> {
         let method = self.method_index(method)?;
         self.free_slot()?;
+        if self.arena.purse().account().room(Quota::Sequences) == 0 {
+            return Err(Failure::Quota(self.arena.purse().account().over_quota(Quota::Sequences, 1)));
+        }
         let pages = (check_tokens(tokens)? as usize).div_ceil(self.shape.page_rows);
         self.check_tables(self.tables_of(self.digested_here(method, by), pages))?;
         Ok(pages * self.heads())
@@ -70,6 +74,13 @@ impl ModelState {
         Ok(needed)
     }
 
+    /// The quota, or the share, that keeps `pages` free pages from the session's user; none if host memory is just full.
+    pub(super) fn refused_by(&self, pages: usize) -> Option<OverQuota> {
+        let host = self.arena.purse().refuse_host(self.arena.bytes_for(pages));
+        // Where pages could leave, it is the disk that has no room for them.
+        host.or_else(|| self.spill.as_ref()?.refused())
+    }
+
     /// Bytes that a sequence's table of `pages` pages, its marks and statistics, and its digests for each of these methods
     /// may take.
     pub(super) fn tables_of(&self, methods: impl IntoIterator<Item = usize>, pages: usize) -> u64 {
@@ -91,11 +102,14 @@ impl ModelState {
     /// allocation that fails half way ends the session.
     pub(super) fn check_tables(&self, wanted: u64) -> Result<(), Failure> {
         // Either new files can be had, or what is wanted fits into free spans of those that are there.
-        let new = self.arena.budget().free_table_bytes().saturating_sub(2 * HEAP_FILE_BYTES as u64);
+        let purse = self.arena.purse();
+        let spare = 2 * HEAP_FILE_BYTES as u64;
+        let new = purse.free_table_bytes().saturating_sub(spare);
         let free = new.max(self.tables.longest_span().min(self.meta.longest_span()));
         if wanted <= free {
             return Ok(());
         }
-        Err(Failure::TablesFull { wanted_bytes: wanted, free_bytes: free })
+        let full = Failure::TablesFull { wanted_bytes: wanted, free_bytes: free };
+        Err(purse.refuse_tables(wanted.saturating_add(spare)).map_or(full, Failure::Quota))
     }
 }

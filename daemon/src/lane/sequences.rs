@@ -9,12 +9,14 @@ use std::sync::Arc;
 use kvoyant_methods::Selection;
 use kvoyant_protocol::control::{Failure, NO_PAGE, PageWord, SelectedBy, TableRef};
 use kvoyant_protocol::memory::MemoryError;
+use kvoyant_protocol::quota::{OverQuota, Quota};
 use kvoyant_protocol::wire::SequenceId;
 
 use crate::lane::background::is_flying;
 use crate::lane::digests::DigestSet;
 use crate::lane::model::{Limbo, ModelState, RECORD_BYTES};
 use crate::prefixes::Attachment;
+use crate::quota::Charge;
 use crate::tiers::heap::Region;
 use crate::tiers::residency::SlotSet;
 
@@ -79,6 +81,8 @@ pub struct Sequence {
     pub residency: Vec<LayerSlots>,
     /// Its slot of the records, in graph mode.
     pub graph: Option<u32>,
+    /// Its user has one sequence more.
+    pub _charge: Charge,
 }
 
 impl Sequence {
@@ -148,6 +152,11 @@ impl ModelState {
         self.shape.layers * self.shape.kv_heads
     }
 
+    /// One sequence more, of its user's.
+    fn charge_sequence(&self) -> Result<Charge, Failure> {
+        self.arena.purse().account().charge(Quota::Sequences, 1).map_err(Failure::Quota)
+    }
+
     pub(super) fn free_slot(&self) -> Result<usize, Failure> {
         let max = self.sequences.len() as u32;
         self.sequences
@@ -201,6 +210,7 @@ impl ModelState {
         self.check_selector(method, by)?;
         let slot = self.free_slot()?;
         self.check_tables(self.tables_of(self.digested_here(method, by), 0))?;
+        let charge = self.charge_sequence()?;
         let table = self.tables.allocate(0)?;
         let slots = self.new_slot_table(0)?;
         self.seeds += 1;
@@ -225,6 +235,7 @@ impl ModelState {
             prefix: None,
             residency,
             graph: None,
+            _charge: charge,
         };
         let id = self.install(slot, sequence);
         let digests = match by {
@@ -268,6 +279,7 @@ impl ModelState {
         let new = digested.filter(|method| !self.has_digests(parent, *method));
         let child = self.tables_of(digested, capacity);
         self.check_tables(child.saturating_add(self.tables_of(new, capacity)))?;
+        let charge = self.charge_sequence()?;
         if let Some(method) = digested {
             self.ensure_digests(parent, method)?;
         }
@@ -324,6 +336,7 @@ impl ModelState {
                 prefix,
                 residency,
                 graph: None,
+                _charge: charge,
             },
         ))
     }
@@ -446,6 +459,9 @@ impl ModelState {
         // A list that is too long for a message would help nobody either.
         if freed < missing || closing.len() > CLOSING_MAX {
             closing.clear();
+        }
+        if let Some(over) = self.refused_by(needed) {
+            return Failure::Quota(OverQuota { closing, ..over });
         }
         let page_bytes = self.arena.geometry().page_bytes() as u64;
         Failure::Backpressure {

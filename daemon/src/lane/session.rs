@@ -2,6 +2,7 @@
 //!
 //! Whatever a client does wrong here ends this session, with a reason, and no other.
 
+mod flights;
 mod held;
 mod hints;
 pub(super) mod limits;
@@ -9,7 +10,6 @@ mod release;
 mod reports;
 mod told;
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
 use kvoyant_protocol::wire::{BatchEntry, Completion, Operation, Request, STATS, Speculate, Stat, Status};
 
-use crate::device::{AnswerWords, BACKGROUND, Device, Done, Publication, Report};
+use crate::device::{AnswerWords, BACKGROUND, Device, Publication, Report};
 use crate::lane::background::Background;
 use crate::lane::error::SessionError;
 use crate::lane::link::Link;
@@ -27,25 +27,16 @@ use crate::lane::mailbox::Report as GraphReport;
 use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::Sequence;
+use crate::lane::session::flights::{Flight, Flights};
 use crate::lane::session::held::Held;
 use crate::lane::session::hints::HintArea;
 use crate::lane::session::limits::{WORK_MAX, charge};
 use crate::lane::spill::SpillState;
+use crate::quota::Account;
 use crate::status::SessionStatus;
 
 /// How long a session may keep its lane before another one gets its turn; one request may take longer.
 const TURN_MAX: Duration = Duration::from_millis(1);
-
-/// An answer on its way.
-#[derive(Debug)]
-struct Flight {
-    completion: Completion,
-    planned: Instant,
-    /// Its own copies are under way.
-    waiting: bool,
-    /// Background transfers of rows that it names.
-    after: Vec<u64>,
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -71,7 +62,7 @@ pub struct LaneSession {
     asked_release: u64,
     /// Whether answers are made known to the client's streams, which may be ahead of its CPU and of the lane.
     streams: bool,
-    flights: VecDeque<Flight>,
+    flights: Flights,
     held: Vec<Held>,
     /// Whether the next request waits for pages from disk.
     pub waits_for_pages: bool,
@@ -91,6 +82,8 @@ pub struct LaneSession {
     pub armed: bool,
     dirty: bool,
     seen: Option<(u32, Instant)>,
+    /// Up to where requests come before a control request that waits for them.
+    draining: Option<u32>,
 }
 
 /// What a session needs from its lane to work.
@@ -112,6 +105,7 @@ impl LaneSession {
         c2d: SharedMapping,
         d2c: Arc<SharedMapping>,
         boot_id: u64,
+        account: Arc<Account>,
     ) -> Self {
         Self {
             id,
@@ -129,7 +123,7 @@ impl LaneSession {
             stream_released: 0,
             asked_release: 0,
             streams: false,
-            flights: VecDeque::with_capacity(layout.limits.ring_slots as usize),
+            flights: Flights::new(account, layout.limits.ring_slots as usize),
             held: Vec::new(),
             waits_for_pages: false,
             waited_for: None,
@@ -146,6 +140,7 @@ impl LaneSession {
             armed: false,
             dirty: true,
             seen: None,
+            draining: None,
         }
     }
 
@@ -170,6 +165,12 @@ impl LaneSession {
     pub fn in_transfer(&self) -> bool {
         let spill = self.model.as_ref().and_then(|model| model.spill.as_ref());
         self.in_transfer > 0 || spill.is_some_and(SpillState::is_busy)
+    }
+
+    /// Whether answers have been planned and not been posted.
+    #[must_use]
+    pub(super) fn has_answers_under_way(&self) -> bool {
+        !self.flights.list.is_empty() || !self.held.is_empty()
     }
 
     /// Handles up to `most` requests; true if there was one.
@@ -237,20 +238,25 @@ impl LaneSession {
         Ok(self.reports(tools, most)? | (handled > 0) | prepared)
     }
 
-    /// Handles every request that is there, doorbells aside: what a control request says comes after it.
-    pub fn drain(&mut self, tools: Tools<'_>) -> Result<(), SessionError> {
-        // What comes while this runs comes after the control request.
-        let mut waiting = self.requests.available(&self.c2d)?;
-        while waiting > 0 {
-            let before = self.requests.index();
-            self.poll(tools, waiting)?;
-            match self.requests.index().wrapping_sub(before) {
-                0 => break,
-                handled => waiting = waiting.saturating_sub(handled),
+    /// Handles requests that are there, doorbells aside, up to so many: what a control request says comes after all of them. False if some
+    /// are left, for which this is to be called again.
+    pub fn drain(&mut self, tools: Tools<'_>, most: u32) -> Result<bool, SessionError> {
+        let first = self.requests.index();
+        let available = self.requests.available(&self.c2d)?;
+        // What comes while this goes on comes after the control request.
+        let end = self.draining.take().unwrap_or(first.wrapping_add(available));
+        let waiting = end.wrapping_sub(first).min(available);
+        if waiting > 0 {
+            self.poll(tools, waiting.min(most))?;
+            let handled = self.requests.index().wrapping_sub(first);
+            // What has to wait for its doorbell comes later.
+            if handled > 0 && handled < waiting {
+                self.draining = Some(end);
+                return Ok(false);
             }
         }
         self.reports(tools, u32::MAX)?;
-        Ok(())
+        Ok(true)
     }
 
     fn handle(
@@ -312,11 +318,13 @@ impl LaneSession {
         self.background.clear(self.backgrounds + 1, model.rows_per_extent());
         let (attends, estimates) = (model.attends || request.rest, model.estimating);
         let mut work = 0_usize;
-        let mut status = Status::Ready;
+        // Beyond the quota nothing is done, and that is the answer.
+        let allowed = self.flights.begin();
+        let mut status = if allowed { Status::Ready } else { Status::OverQuota };
         let area = HintArea::of(request, &self.c2d, self.layout.hints(index));
         let row_bytes = model.arena.geometry().row_bytes as u64;
         let room = self.link.bytes_until(request.deadline_ns).map(|bytes| bytes / row_bytes);
-        for entry in &self.batch {
+        for entry in self.batch.iter().filter(|_| allowed) {
             let tokens = entry.position as usize + 1;
             if request.fetch {
                 let pages = model.pages_of(entry.sequence, layer, entry.position as usize);
@@ -394,7 +402,13 @@ impl LaneSession {
         let copies = publish.is_some() || !self.answer.copies.is_empty();
         let reads = !self.answer.reads.is_empty();
         let after = std::mem::take(&mut self.answer.after);
-        self.flights.push_back(Flight { completion, planned, waiting: copies || reads, after });
+        self.flights.list.push_back(Flight {
+            completion,
+            planned,
+            waiting: copies || reads,
+            after,
+            charged: allowed,
+        });
         self.count(Stat::CpuRows, u64::from(self.answer.cpu_rows));
         self.count(Stat::LateRows, self.answer.late);
         self.count_rest();
@@ -479,69 +493,6 @@ impl LaneSession {
         Ok(self.answer.table_bytes() as u32)
     }
 
-    /// Takes note of an ended transfer.
-    pub fn transferred(&mut self, done: Done) -> Result<(), SessionError> {
-        self.in_transfer -= 1;
-        self.spare_copies.push(done.copies);
-        if let (Some(update), Some(model)) = (done.records, &mut self.model) {
-            model.records_written(update, done.failed);
-            return Ok(());
-        }
-        if done.ticket & BACKGROUND != 0 {
-            let number = done.ticket & !BACKGROUND;
-            if let Some(model) = &mut self.model {
-                model.background_ended(number, self.released_through);
-            }
-            self.flights.iter_mut().for_each(|flight| flight.after.retain(|after| *after != number));
-            return self.post_ready();
-        }
-        for flight in &mut self.flights {
-            if flight.completion.ticket == done.ticket {
-                let took = done.finished.saturating_duration_since(flight.planned).as_nanos();
-                flight.completion.transfer_ns = took.min(u128::from(u32::MAX)) as u32;
-                self.link.took(flight.completion.bytes_moved, took as u64);
-                flight.waiting = false;
-                if done.failed {
-                    flight.completion.status = Status::Failed;
-                }
-            }
-        }
-        self.post_ready()
-    }
-
-    /// Posts what is ready, in the order of tickets: the timeline word never runs backwards.
-    fn post_ready(&mut self) -> Result<(), SessionError> {
-        let mut posted = false;
-        while self.flights.front().is_some_and(|flight| !flight.waiting && flight.after.is_empty()) {
-            if self.completions.room(&self.c2d)? == 0 {
-                // A client with streams can release what its CPU has yet to read in the ring; any other has read it.
-                if self.streams {
-                    self.armed = true;
-                    break;
-                }
-                return Err(SessionError::CompletionsFull);
-            }
-            let Some(flight) = self.flights.pop_front() else { break };
-            let completion = flight.completion;
-            self.posted = completion.ticket;
-            self.completions.stage(&self.d2c, &completion.encode());
-            self.d2c.store_u64(d2c::TIMELINE, completion.timeline());
-            self.count(Stat::Speculations, 1);
-            self.count(Stat::RowsSelected, u64::from(completion.rows_selected));
-            self.count(Stat::RowsHit, u64::from(completion.rows_hit));
-            self.count(Stat::RowsInPlace, u64::from(completion.rows_in_place));
-            self.count(Stat::BytesMoved, completion.bytes_moved);
-            self.count(Stat::SelectNs, u64::from(completion.select_ns));
-            self.count(Stat::TransferNs, u64::from(completion.transfer_ns));
-            self.status.times.add(completion.queue_ns, completion.select_ns, completion.transfer_ns);
-            posted = true;
-        }
-        if posted {
-            self.completions.publish(&self.d2c, &self.c2d);
-        }
-        Ok(())
-    }
-
     fn count(&mut self, stat: Stat, by: u64) {
         self.show(stat, self.stats[stat as usize] + by);
     }
@@ -569,7 +520,7 @@ impl LaneSession {
         set(&self.status.sequences, model.open_sequences());
         set(&self.status.pages, model.arena.used_pages());
         set(&self.status.page_bytes, model.arena.geometry().page_bytes());
-        set(&self.status.extents, model.arena.extents());
+        set(&self.status.extents, model.arena.held_extents());
         model.show_kept(&self.status);
         set(&self.status.slab_pages, model.slab.as_ref().map_or(0, |slab| slab.pages.used()));
         let tokens =

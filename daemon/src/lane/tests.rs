@@ -15,6 +15,7 @@ use crate::device::{Importer, SlabRequest};
 use crate::lane::background::Background;
 use crate::lane::model::{HEAP_FILE_BYTES, ModelState, Placement};
 use crate::lane::select::{Answer, Turn};
+use crate::quota::Ledger;
 use crate::tiers::arena::ArenaBudget;
 use crate::tiers::pool::{ExtentPool, PoolSettings};
 
@@ -62,6 +63,7 @@ impl Served {
             d2c: Arc::new(Memfd::create("lane-test", 4096).unwrap().map(true).unwrap()),
             features: 0,
             importer: Arc::new(Importer { process: None, closed: AtomicBool::new(false) }),
+            account: Ledger::default().account(1),
         };
         let model = ModelState::new(
             spec,
@@ -158,7 +160,7 @@ fn room_for_tables_is_asked_for_by_what_a_sequences_own_method_keeps_and_before_
     let pages = (tokens as usize).div_ceil(served.model.shape.page_rows);
     let [plain, wanted] = [0, 1].map(|method| served.model.tables_of([method], pages));
     let (left, apart) = (32 << 20, 2 * HEAP_FILE_BYTES as u64);
-    budget.take_tables(budget.free_table_bytes() - left).unwrap();
+    budget.take_tables(budget.free_table_bytes() - left, 0).unwrap();
     assert!(plain < apart / 4 && wanted > left - apart, "{plain} and {wanted}");
     for _ in 0..3 {
         let refused = served.open(1, tokens);

@@ -12,7 +12,9 @@ use kvoyant_protocol::EXTENT_BYTES;
 pub use kvoyant_protocol::layout::PageGeometry;
 use kvoyant_protocol::memory::{MemoryError, SharedMapping};
 
+use crate::quota::Ledger;
 use crate::tiers::pool::Supply;
+use crate::tiers::purse::Purse;
 use crate::tiers::shared::SharedExtent;
 
 /// Tables and digests of all sessions may take this share of the arena's size beside it: partial keys at a ratio of
@@ -29,6 +31,7 @@ pub struct ArenaBudget {
     used_bytes: AtomicU64,
     tables_bytes: AtomicU64,
     tables_total: u64,
+    ledger: Ledger,
 }
 
 impl ArenaBudget {
@@ -46,7 +49,20 @@ impl ArenaBudget {
             used_bytes: AtomicU64::new(0),
             tables_bytes: AtomicU64::new(0),
             tables_total: total_bytes.saturating_add(disk_bytes) / TABLES_SHARE + TABLES_LEAST,
+            ledger: Ledger::default(),
         }
+    }
+
+    /// The same with these users' accounts.
+    #[must_use]
+    pub fn shared_by(self, ledger: Ledger) -> Self {
+        Self { ledger, ..self }
+    }
+
+    /// Accounts of those who share it.
+    #[must_use]
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
     }
 
     /// Bytes of the whole arena.
@@ -79,9 +95,16 @@ impl ArenaBudget {
         self.tables_total.saturating_sub(self.tables_bytes.load(Ordering::Relaxed))
     }
 
-    /// Takes memory for tables.
-    pub fn take_tables(&self, bytes: u64) -> Result<(), MemoryError> {
-        let take = |used: u64| used.checked_add(bytes).filter(|after| *after <= self.tables_total);
+    /// Bytes of page tables, digests and other descriptions of the arena that there may be.
+    #[must_use]
+    pub fn total_table_bytes(&self) -> u64 {
+        self.tables_total
+    }
+
+    /// Takes memory for tables, if so much stays free.
+    pub(crate) fn take_tables(&self, bytes: u64, leave: u64) -> Result<(), MemoryError> {
+        let fits = |after: &u64| after.saturating_add(leave) <= self.tables_total;
+        let take = |used: u64| used.checked_add(bytes).filter(fits);
         match self.tables_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
             Ok(_) => Ok(()),
             Err(_) => Err(MemoryError::Budget { wanted: bytes, free: self.free_table_bytes() }),
@@ -89,14 +112,15 @@ impl ArenaBudget {
     }
 
     /// Gives memory for tables back.
-    pub fn give_tables_back(&self, bytes: u64) {
+    pub(crate) fn give_tables_back(&self, bytes: u64) {
         self.tables_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Takes so many extents, or none.
-    pub(crate) fn take_extents(&self, extents: usize) -> bool {
+    /// Takes so many extents, if so many bytes stay free, or none.
+    pub(crate) fn take_extents(&self, extents: usize, leave: u64) -> bool {
         let bytes = (extents as u64).checked_mul(EXTENT_BYTES as u64);
-        let take = |used: u64| used.checked_add(bytes?).filter(|after| *after <= self.total_bytes);
+        let fits = |after: &u64| after.saturating_add(leave) <= self.total_bytes;
+        let take = |used: u64| used.checked_add(bytes?).filter(fits);
         self.used_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
     }
 
@@ -120,6 +144,8 @@ enum Place {
     Own(usize),
     /// Somebody else.
     Foreign(Arc<SharedExtent>),
+    /// It was given back; none of its pages is used again.
+    Gone,
 }
 
 /// The extents and pages of one session.
@@ -131,6 +157,8 @@ pub struct SessionArena {
     places: Vec<Place>,
     /// Pages of extents that are not its own.
     foreign: usize,
+    /// Pages of extents that were given back.
+    gone: usize,
     /// References per page; 0: free.
     references: Vec<u32>,
     /// Free pages; the last is taken first, and pages of a new extent are taken in rising order, so that pages
@@ -144,7 +172,7 @@ impl SessionArena {
     pub fn new(supply: Supply, geometry: PageGeometry) -> Self {
         let empty = supply.empty();
         let (places, references, free) = (Vec::new(), Vec::new(), Vec::new());
-        let mut arena = Self { geometry, supply: empty, places, foreign: 0, references, free };
+        let mut arena = Self { geometry, supply: empty, places, foreign: 0, gone: 0, references, free };
         arena.add(supply);
         arena
     }
@@ -158,13 +186,25 @@ impl SessionArena {
     /// The budget that it draws on.
     #[must_use]
     pub fn budget(&self) -> &ArenaBudget {
-        self.supply.budget()
+        self.supply.purse().all()
+    }
+
+    /// What its user may draw on it.
+    #[must_use]
+    pub fn purse(&self) -> &Purse {
+        self.supply.purse()
+    }
+
+    /// How many extents there are, or have been: numbers are not used again.
+    #[must_use]
+    pub fn extents(&self) -> usize {
+        self.places.len()
     }
 
     /// How many extents there are.
     #[must_use]
-    pub fn extents(&self) -> usize {
-        self.places.len()
+    pub fn held_extents(&self) -> usize {
+        self.places.len() - self.gone / self.geometry.pages_per_extent()
     }
 
     /// A descriptor of an extent, for its session's client.
@@ -172,6 +212,7 @@ impl SessionArena {
         match &self.places[extent] {
             Place::Own(index) => self.supply.extents()[*index].fd(),
             Place::Foreign(extent) => extent.fd(),
+            Place::Gone => Err(MemoryError::OutOfBounds { offset: extent, bytes: 1, len: 0 }),
         }
     }
 
@@ -187,26 +228,27 @@ impl SessionArena {
         match &self.places[extent] {
             Place::Own(index) => self.supply.extents()[*index].memory(),
             Place::Foreign(extent) => extent.memory(),
+            Place::Gone => unreachable!("no page of extent {extent} has an owner"),
         }
     }
 
     /// Own pages in use.
     #[must_use]
     pub fn used_pages(&self) -> usize {
-        self.references.len() - self.free.len() - self.foreign
+        self.references.len() - self.free.len() - self.foreign - self.gone
     }
 
     /// Pages that could still be had.
     #[must_use]
     pub fn obtainable_pages(&self) -> usize {
-        let extents = (self.budget().free_bytes() / EXTENT_BYTES as u64) as usize;
+        let extents = (self.purse().free_bytes() / EXTENT_BYTES as u64) as usize;
         self.free.len() + extents * self.geometry.pages_per_extent()
     }
 
     /// Pages that could be had for the asking, and named: row locators have 32 bits.
     fn within_reach(&self) -> usize {
-        let addressable =
-            (u32::MAX as usize / self.geometry.page_rows).saturating_sub(self.used_pages() + self.foreign);
+        let addressable = (u32::MAX as usize / self.geometry.page_rows)
+            .saturating_sub(self.used_pages() + self.foreign + self.gone);
         self.obtainable_pages().min(addressable)
     }
 
@@ -216,6 +258,13 @@ impl SessionArena {
     pub fn missing_extents(&self, pages: usize) -> usize {
         let missing = pages.saturating_sub(self.free.len());
         if pages > self.within_reach() { 0 } else { missing.div_ceil(self.geometry.pages_per_extent()) }
+    }
+
+    /// Bytes of the extents that `pages` free pages would need beside those that are there.
+    #[must_use]
+    pub fn bytes_for(&self, pages: usize) -> u64 {
+        let missing = pages.saturating_sub(self.free.len()).div_ceil(self.geometry.pages_per_extent());
+        (missing as u64).saturating_mul(EXTENT_BYTES as u64)
     }
 
     /// Adds extents of the same user.
@@ -230,6 +279,37 @@ impl SessionArena {
             self.free.splice(0..0, (first..first + count).rev());
         }
         self.supply.append(supply);
+    }
+
+    /// Gives up its own extents in which no page is in use, up to so many. Their pages are never taken again: whoever knows them by number finds nobody else's.
+    #[must_use]
+    pub fn give_up_free(&mut self, most: usize) -> Supply {
+        let per_extent = self.geometry.pages_per_extent();
+        let mut given = self.supply.empty();
+        // Numbers have an end; a session that comes near it keeps what it has.
+        if self.references.len() > u32::MAX as usize / self.geometry.page_rows / 2 {
+            return given;
+        }
+        let mut free = vec![0; self.places.len()];
+        self.free.iter().for_each(|page| free[*page as usize / per_extent] += 1);
+        for (at, free) in free.into_iter().enumerate() {
+            let Place::Own(index) = self.places[at] else { continue };
+            if free < per_extent || given.extents().len() >= most {
+                continue;
+            }
+            given.append(self.supply.part(index));
+            // The last one has taken its place in the supply.
+            let last = self.supply.extents().len();
+            for place in &mut self.places {
+                if matches!(place, Place::Own(own) if *own == last) {
+                    *place = Place::Own(index);
+                }
+            }
+            self.places[at] = Place::Gone;
+            self.gone += per_extent;
+            self.free.retain(|page| *page as usize / per_extent != at);
+        }
+        given
     }
 
     /// Adds an extent of somebody else's, whose pages are only read; its pages have no owner yet. One that is there already is not added
@@ -320,6 +400,7 @@ impl SessionArena {
 mod tests {
     use super::*;
     use crate::tiers::pool::{ExtentPool, PoolSettings};
+    use kvoyant_protocol::quota::Quota;
     use proptest::prelude::*;
     use std::collections::HashMap;
 
@@ -358,6 +439,44 @@ mod tests {
         assert_eq!(budget.free_bytes(), 0);
         drop(arena);
         assert_eq!(budget.used_bytes(), 0);
+    }
+
+    #[test]
+    fn extents_in_which_nothing_is_are_given_back_and_the_others_keep_their_pages() {
+        let (pool, mut arena) = arena(4);
+        let take = |arena: &mut SessionArena, pages| {
+            assert!(reserve(&pool, arena, pages).is_ok());
+            (0..pages).map(|_| arena.take().unwrap()).collect::<Vec<_>>()
+        };
+        let pages = take(&mut arena, 3 * 64);
+        let mark = |page: u32| (page as usize / 64, page as usize % 64 * (1 << 20));
+        for page in &pages {
+            let (extent, offset) = mark(*page);
+            arena.memory(extent).store_u64(offset, u64::from(*page));
+        }
+        // All of the first, and all but one of the second.
+        for page in &pages[..2 * 64 - 1] {
+            arena.release(*page);
+        }
+        assert_eq!(arena.give_up_free(0).extents().len(), 0);
+        let given = arena.give_up_free(usize::MAX);
+        assert_eq!((given.extents().len(), arena.held_extents(), arena.used_pages()), (1, 2, 65));
+        assert_eq!(given.extents()[0].memory().load_u64(5 << 20), 5, "the first one");
+        drop(given);
+        assert_eq!(arena.budget().used_bytes(), 2 * EXTENT_BYTES as u64);
+        for page in &pages[2 * 64 - 1..] {
+            let (extent, offset) = mark(*page);
+            assert_eq!(arena.memory(extent).load_u64(offset), u64::from(*page));
+        }
+        let more = take(&mut arena, 63 + 64);
+        assert!(more.iter().all(|page| *page >= 64), "numbers are not used again");
+        assert!(arena.extent_fd(0).is_err() && arena.extent_fd(3).is_ok());
+        assert_eq!(arena.give_up_free(9).extents().len(), 0);
+        for page in more.iter().chain(&pages[2 * 64 - 1..]) {
+            arena.release(*page);
+        }
+        assert_eq!(arena.give_up_free(9).extents().len(), 3);
+        assert_eq!((arena.budget().used_bytes(), arena.purse().account().held(Quota::Host)), (0, 0));
     }
 
     proptest! {

@@ -109,10 +109,11 @@ impl Blocks {
 mod tests {
     use super::*;
     use crate::tiers::arena::ArenaBudget;
+    use crate::tiers::purse::Purse;
     use std::sync::Arc;
 
     fn heap(file_bytes: usize) -> Heap {
-        Heap::new("test", Arc::new(ArenaBudget::new(1 << 30)), file_bytes)
+        Heap::new("test", Purse::of(&Arc::new(ArenaBudget::new(1 << 30)), 1), file_bytes)
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping, holes};
 
+use nix::fcntl::{FallocateFlags, fallocate};
+
 use crate::tiers::host_memory::{HUGE_PAGE_BYTES, HugePages, free_huge_pages};
 use crate::tiers::pin::PinGuard;
 
@@ -47,6 +49,19 @@ impl Extent {
     /// Keeps it pinned until it is destroyed.
     pub(crate) fn keep_pinned(&mut self, guard: Box<dyn PinGuard>) {
         self.guard = Some(guard);
+    }
+
+    /// Destroys it. What is in it goes at once, whoever still has it mapped: they find zeros.
+    pub(crate) fn destroy(mut self) {
+        // First, for what a device has registered it holds on to.
+        self.guard = None;
+        if self.holes.is_some() {
+            return;
+        }
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        if let Err(errno) = fallocate(&self.file, mode, 0, EXTENT_BYTES as i64) {
+            tracing::debug!("an extent's memory goes once nobody has it mapped: {errno}");
+        }
     }
 
     /// Wipes what a session left. Its pages stay where they are: a hole would cost their pins.

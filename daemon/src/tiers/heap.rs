@@ -4,11 +4,10 @@
 //! kept by whoever holds the files when the process goes: a region is found again by file and offset.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use kvoyant_protocol::memory::{MemoryError, OwnedFile};
 
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::purse::Purse;
 
 /// A region of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +27,7 @@ pub const ALIGN: usize = 64;
 #[derive(Debug)]
 pub struct Heap {
     name: &'static str,
-    budget: Arc<ArenaBudget>,
+    purse: Purse,
     file_bytes: usize,
     files: Vec<OwnedFile>,
     /// Free spans as (file, offset, length), sorted and never adjacent.
@@ -37,11 +36,11 @@ pub struct Heap {
 }
 
 impl Heap {
-    /// An empty heap whose files have `file_bytes` each, or more where one region needs more; they count in the
-    /// budget.
+    /// An empty heap whose files have `file_bytes` each, or more where one region needs more; its user draws on the budget for
+    /// them.
     #[must_use]
-    pub fn new(name: &'static str, budget: Arc<ArenaBudget>, file_bytes: usize) -> Self {
-        Self { name, budget, file_bytes, files: Vec::new(), free: Vec::new(), used_bytes: 0 }
+    pub fn new(name: &'static str, purse: Purse, file_bytes: usize) -> Self {
+        Self { name, purse, file_bytes, files: Vec::new(), free: Vec::new(), used_bytes: 0 }
     }
 
     /// How many files there are.
@@ -80,11 +79,11 @@ impl Heap {
             Some(at) => at,
             None => {
                 let bytes = self.file_bytes.max(span).next_multiple_of(4096);
-                self.budget.take_tables(bytes as u64)?;
+                self.purse.take_tables(bytes as u64)?;
                 match OwnedFile::create(self.name, bytes) {
                     Ok(file) => self.files.push(file),
                     Err(error) => {
-                        self.budget.give_tables_back(bytes as u64);
+                        self.purse.give_tables_back(bytes as u64);
                         return Err(error);
                     }
                 }
@@ -159,7 +158,7 @@ impl Heap {
 impl Drop for Heap {
     fn drop(&mut self) {
         for file in &self.files {
-            self.budget.give_tables_back(file.bytes().len() as u64);
+            self.purse.give_tables_back(file.bytes().len() as u64);
         }
     }
 }
@@ -167,17 +166,19 @@ impl Drop for Heap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tiers::arena::ArenaBudget;
     use proptest::prelude::*;
+    use std::sync::Arc;
 
-    fn budget() -> Arc<ArenaBudget> {
-        Arc::new(ArenaBudget::new(1 << 30))
+    fn budget() -> Purse {
+        Purse::of(&Arc::new(ArenaBudget::new(1 << 30)), 1)
     }
 
     #[test]
     fn a_budget_that_is_used_up_is_said_so_and_comes_back() {
         let budget = budget();
         let free = budget.free_table_bytes();
-        let mut heap = Heap::new("test", Arc::clone(&budget), 4096);
+        let mut heap = Heap::new("test", budget.clone(), 4096);
         heap.allocate(5000).unwrap();
         assert_eq!(budget.free_table_bytes(), free - 8192);
         let error = heap.allocate(free as usize).unwrap_err();

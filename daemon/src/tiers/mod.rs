@@ -24,6 +24,7 @@ pub mod nvme;
 pub mod pin;
 pub mod pool;
 pub mod prefix;
+pub mod purse;
 pub mod residency;
 pub mod shared;
 pub mod store;

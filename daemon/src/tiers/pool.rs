@@ -29,6 +29,7 @@ use crate::tiers::cgroup::Limits;
 use crate::tiers::extent::{Extent, Recipe};
 use crate::tiers::host_memory::{HugePages, node_has_memory, takes_huge_advice};
 use crate::tiers::pin::Pin;
+use crate::tiers::purse::Purse;
 
 /// How long a session waits for extents. Clients give control requests 30 s.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(25);
@@ -81,7 +82,7 @@ impl PoolSettings {
 /// Why there is no supply.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Refusal {
-    /// The budget does not have so much.
+    /// The budget does not have so much, or not for this user.
     #[error("the arena is full")]
     Full,
     /// It could not be made.
@@ -102,6 +103,7 @@ pub enum Refusal {
 #[derive(Debug)]
 struct Waiter {
     uid: u32,
+    purse: Purse,
     wanted: usize,
     granted: Vec<Extent>,
     answer: oneshot::Sender<Result<Supply, Refusal>>,
@@ -238,7 +240,8 @@ impl ExtentPool {
     /// An empty supply for a user's session, which others are added to.
     #[must_use]
     pub fn supply(&self, uid: u32) -> Supply {
-        Supply { shared: Arc::clone(&self.shared), uid, extents: Vec::new() }
+        let purse = Purse::of(&self.shared.budget, uid);
+        Supply { shared: Arc::clone(&self.shared), uid, purse, extents: Vec::new() }
     }
 
     /// Claims so many extents for a user; the answer comes once all of them are there. Dropping the receiver gives
@@ -248,12 +251,13 @@ impl ExtentPool {
         uid: u32,
         extents: usize,
     ) -> Result<oneshot::Receiver<Result<Supply, Refusal>>, Refusal> {
-        if !self.shared.budget.take_extents(extents) {
+        let purse = Purse::of(&self.shared.budget, uid);
+        if !purse.take_extents(extents) {
             return Err(Refusal::Full);
         }
         let (answer, receiver) = oneshot::channel();
         let mut state = self.shared.lock();
-        state.waiting.push_back(Waiter { uid, wanted: extents, granted: Vec::new(), answer });
+        state.waiting.push_back(Waiter { uid, purse, wanted: extents, granted: Vec::new(), answer });
         self.shared.deliver(state);
         Ok(receiver)
     }
@@ -334,7 +338,7 @@ impl Shared {
         let mut waiting = std::mem::take(&mut state.waiting);
         waiting.retain_mut(|waiter| {
             if waiter.answer.is_closed() {
-                self.budget.give_extents(waiter.wanted);
+                waiter.purse.give_extents(waiter.wanted);
                 state.dirty.extend(waiter.granted.drain(..).map(|extent| (waiter.uid, extent)));
                 return false;
             }
@@ -346,8 +350,8 @@ impl Shared {
             true
         });
         while let Some(at) = waiting.iter().position(|waiter| waiter.missing() == 0) {
-            let Some(Waiter { uid, granted, answer, .. }) = waiting.remove(at) else { break };
-            deliveries.push((answer, Ok(Supply { shared: Arc::clone(self), uid, extents: granted })));
+            let Some(Waiter { uid, purse, granted, answer, .. }) = waiting.remove(at) else { break };
+            deliveries.push((answer, Ok(Supply { shared: Arc::clone(self), uid, purse, extents: granted })));
         }
         state.waiting = waiting;
         deliveries
@@ -355,8 +359,8 @@ impl Shared {
 
     /// Refuses the first who waits.
     fn refuse(&self, state: &mut State, reason: &str) -> Option<Delivery> {
-        let Waiter { uid, wanted, granted, answer } = state.waiting.pop_front()?;
-        self.budget.give_extents(wanted);
+        let Waiter { uid, purse, wanted, granted, answer } = state.waiting.pop_front()?;
+        purse.give_extents(wanted);
         state.dirty.extend(granted.into_iter().map(|extent| (uid, extent)));
         Some((answer, Err(Refusal::Failed(reason.to_owned()))))
     }
@@ -367,6 +371,7 @@ impl Shared {
 pub struct Supply {
     shared: Arc<Shared>,
     uid: u32,
+    purse: Purse,
     extents: Vec<Extent>,
 }
 
@@ -377,16 +382,24 @@ impl Supply {
         &self.extents
     }
 
-    /// The budget that it is part of.
+    /// What its user draws on.
     #[must_use]
-    pub fn budget(&self) -> &Arc<ArenaBudget> {
-        &self.shared.budget
+    pub fn purse(&self) -> &Purse {
+        &self.purse
     }
 
     /// A supply for the same user with nothing in it.
     #[must_use]
     pub fn empty(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared), uid: self.uid, extents: Vec::new() }
+        let (shared, purse) = (Arc::clone(&self.shared), self.purse.clone());
+        Self { shared, uid: self.uid, purse, extents: Vec::new() }
+    }
+
+    /// Takes an extent out; the last one takes its place.
+    #[must_use]
+    pub fn part(&mut self, index: usize) -> Self {
+        let extents = vec![self.extents.swap_remove(index)];
+        Self { shared: Arc::clone(&self.shared), uid: self.uid, purse: self.purse.clone(), extents }
     }
 
     /// Adds another supply to the end.
@@ -401,7 +414,7 @@ impl Drop for Supply {
             return;
         }
         let mut state = self.shared.lock();
-        self.shared.budget.give_extents(self.extents.len());
+        self.purse.give_extents(self.extents.len());
         if state.stopping {
             drop(state);
             self.extents.clear();

@@ -21,7 +21,7 @@ pub struct SharedExtent {
 
 impl SharedExtent {
     fn new(budget: &Arc<ArenaBudget>) -> Result<Self, MemoryError> {
-        if !budget.take_extents(1) {
+        if !budget.take_extents(1, 0) {
             return Err(MemoryError::Budget { wanted: EXTENT_BYTES as u64, free: budget.free_bytes() });
         }
         let made = Memfd::create("kvoyant-shared", EXTENT_BYTES).and_then(|file| {

@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 use kvoyant_cuda::{Context, CudaError, DeviceBuffer, ErrorKind, SharedBuffer};
 use kvoyant_protocol::control::{Failure, features};
 use kvoyant_protocol::device::Export;
+use kvoyant_protocol::quota::Quota;
 
 use crate::device::SlabError;
+use crate::quota::{self, Account};
 
 /// How long an allocation is tried again: the memory of a killed process comes back only once its driver state has
 /// been torn down, which takes a moment.
@@ -39,10 +41,23 @@ impl Budget {
         self.quarantined.load(Ordering::Relaxed)
     }
 
-    fn take(self: &Arc<Self>, bytes: u64) -> Option<Charge> {
-        let fits = |used: u64| used.checked_add(bytes).filter(|after| *after <= self.set_aside);
+    /// Takes so much, if so much stays free.
+    fn take(self: &Arc<Self>, bytes: u64, leave: u64, user: &Arc<quota::Charge>) -> Option<Charge> {
+        let room = |after: &u64| after.saturating_add(leave) <= self.set_aside;
+        let fits = |used: u64| used.checked_add(bytes).filter(room);
         self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).ok()?;
-        Some(Charge { budget: Arc::clone(self), bytes, quarantined: false })
+        Some(Charge { budget: Arc::clone(self), bytes, quarantined: false, _user: Arc::clone(user) })
+    }
+
+    /// Why a user cannot have so much, once it is not charged to them any more.
+    fn refuse(&self, needed_bytes: u64, account: &Account, user: Arc<quota::Charge>) -> SlabError {
+        drop(user);
+        if needed_bytes <= self.set_aside.saturating_sub(self.used()) {
+            let over = account.over_share(Quota::Device, needed_bytes, self.set_aside);
+            return SlabError::Refused(Failure::Quota(over));
+        }
+        account.wants(Quota::Device, needed_bytes, self.set_aside);
+        self.full(needed_bytes)
     }
 
     fn full(&self, needed_bytes: u64) -> SlabError {
@@ -61,6 +76,8 @@ pub(super) struct Charge {
     budget: Arc<Budget>,
     bytes: u64,
     quarantined: bool,
+    /// The user has so much more, until it is freed.
+    _user: Arc<quota::Charge>,
 }
 
 impl Charge {
@@ -152,6 +169,7 @@ pub(super) fn allocate(
     budget: &Arc<Budget>,
     way: Way,
     sizes: &[usize],
+    account: &Arc<Account>,
 ) -> Result<(Vec<Allocation>, Charge), SlabError> {
     // The driver gives whole units; so that the budget means what the device loses, it counts them too.
     let rounded = |bytes: usize| bytes.checked_next_multiple_of(kvoyant_cuda::ALLOCATION_UNIT);
@@ -159,17 +177,23 @@ pub(super) fn allocate(
         .iter()
         .try_fold(0u64, |sum, bytes| sum.checked_add(rounded(*bytes)? as u64))
         .ok_or_else(|| budget.full(u64::MAX))?;
+    let user = account.charge(Quota::Device, needed);
+    let user = Arc::new(user.map_err(|over| SlabError::Refused(Failure::Quota(over)))?);
     let since = Instant::now();
     let mut pause = RETRY_FIRST;
     loop {
-        let tried = match budget.take(needed) {
+        let leave = account.leaves(Quota::Device, budget.set_aside, account.held(Quota::Device));
+        let tried = match budget.take(needed, leave, &user) {
             // What is in quarantine may come free any moment.
-            None if budget.quarantined() == 0 => return Err(budget.full(needed)),
+            None if budget.quarantined() == 0 => return Err(budget.refuse(needed, account, user)),
             None => None,
             Some(charge) => {
                 let all = sizes.iter().map(|bytes| Allocation::new(context, way, *bytes));
                 match all.collect::<Result<_, _>>() {
-                    Ok(all) => return Ok((all, charge)),
+                    Ok(all) => {
+                        account.served(Quota::Device);
+                        return Ok((all, charge));
+                    }
                     Err(error) if error.kind() == ErrorKind::OutOfMemory => Some(error),
                     Err(error) => return Err(refused(&error)),
                 }
@@ -182,7 +206,7 @@ pub(super) fn allocate(
                     budget.set_aside
                 );
             }
-            return Err(budget.full(needed));
+            return Err(budget.refuse(needed, account, user));
         }
         std::thread::sleep(pause);
         pause *= 2;
@@ -201,15 +225,21 @@ mod tests {
     #[test]
     fn a_budget_never_gives_more_than_was_set_aside_and_gets_everything_back() {
         let budget = Budget::new(10);
-        let mut first = budget.take(6).unwrap();
-        assert!(budget.take(5).is_none());
-        assert!(budget.take(u64::MAX).is_none());
-        let second = budget.take(4).unwrap();
+        let account = quota::Ledger::default().account(1);
+        let user = Arc::new(account.charge(Quota::Device, 10).unwrap());
+        let mut first = budget.take(6, 0, &user).unwrap();
+        assert!(budget.take(5, 0, &user).is_none());
+        assert!(budget.take(u64::MAX, 0, &user).is_none());
+        assert!(budget.take(3, 2, &user).is_none(), "something is to stay free");
+        let second = budget.take(4, 0, &user).unwrap();
+        drop(user);
         first.quarantine();
         first.quarantine();
         assert_eq!((budget.used(), budget.quarantined()), (10, 6));
         drop(first);
+        assert_eq!(account.held(Quota::Device), 10);
         drop(second);
+        assert_eq!(account.held(Quota::Device), 0);
         assert_eq!((budget.used(), budget.quarantined()), (0, 0));
     }
 

@@ -350,6 +350,10 @@ impl SlabMemory for CudaSlab {
         std::ptr::without_provenance_mut(address as usize)
     }
 
+    fn is_on_device(&self) -> bool {
+        true
+    }
+
     fn export(&self) -> Result<(SlabRef, Vec<OwnedFd>), SlabError> {
         let mut fds = Vec::new();
         let mut pieces = self.memory.iter().flat_map(|(all, _)| all);
@@ -403,7 +407,7 @@ impl Device for CudaDevice {
     }
 
     fn slab(&self, request: SlabRequest) -> Result<Slab, SlabError> {
-        let SlabRequest { session, bytes, records, layout, d2c, features, importer } = request;
+        let SlabRequest { session, bytes, records, layout, d2c, features, importer, account } = request;
         if let Some(reason) = self.shared.lost.borrow().clone() {
             return Err(SlabError::Refused(Failure::DeviceLost(reason)));
         }
@@ -419,7 +423,7 @@ impl Device for CudaDevice {
             let reason = "its process cannot be watched, and what it opens by handle could never be freed";
             return Err(SlabError::Refused(Failure::Device(reason.into())));
         }
-        let (memory, charge) = memory::allocate(context, &self.budget, way, &sizes)?;
+        let (memory, charge) = memory::allocate(context, &self.budget, way, &sizes, &account)?;
         let prepared = (|| {
             // What another session left there is nobody's business, and a word that was never written must be 0.
             let stream = context.stream(Priority::Normal)?;

@@ -116,7 +116,7 @@ impl LaneSession {
                 transfer.bytes = 0;
             }
         }
-        let flight = self.flights.iter_mut().find(|flight| flight.completion.ticket == key);
+        let flight = self.flights.list.iter_mut().find(|flight| flight.completion.ticket == key);
         match transfer {
             Some(mut transfer) => {
                 if let (Some(Publication::Answer(words)), Some(flight)) = (&mut transfer.publish, flight) {
@@ -140,7 +140,7 @@ impl LaneSession {
     /// An answer whose rows are lost fails, and so does every one after it that may count on them in their slots.
     fn fail_lost(&mut self, key: u64, members: &[(SequenceId, usize)]) {
         let background = key & BACKGROUND != 0;
-        for flight in &mut self.flights {
+        for flight in &mut self.flights.list {
             let layer = usize::from(flight.completion.layer);
             let waits = background && flight.after.contains(&(key & !BACKGROUND));
             let later =

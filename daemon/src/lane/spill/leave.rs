@@ -211,7 +211,12 @@ impl ModelState {
             Ok(slot) => slot,
             Err(full) => {
                 if !std::mem::replace(&mut state.said_full, true) {
-                    tracing::warn!(session = state.session, "pages stay in host memory: {full}");
+                    match state.slots.refused() {
+                        Some(over) => {
+                            tracing::info!(session = state.session, "pages stay in host memory: {over}");
+                        }
+                        None => tracing::warn!(session = state.session, "pages stay in host memory: {full}"),
+                    }
                 }
                 return;
             }

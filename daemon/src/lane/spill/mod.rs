@@ -25,11 +25,13 @@ use std::sync::Arc;
 
 use kvoyant_protocol::control::{NO_PAGE, PageWord};
 use kvoyant_protocol::memory::{MemoryError, SharedMapping};
+use kvoyant_protocol::quota::OverQuota;
 use kvoyant_protocol::wire::SequenceId;
 
 pub(crate) use before::Before;
 
 use crate::lane::model::ModelState;
+use crate::quota::Account;
 use crate::tiers::heap::Region;
 use crate::tiers::nvme::{Job, Slots, Spill, SpillReport};
 
@@ -116,7 +118,7 @@ pub(crate) struct SpillState {
     next: u64,
     jobs: Vec<Job>,
     /// Extents that the engine knows.
-    registered: Vec<Arc<SharedMapping>>,
+    registered: Vec<Option<Arc<SharedMapping>>>,
     /// Pages that are on disk alone.
     spilled: usize,
     /// Last ticket whose answer is not read any more.
@@ -139,9 +141,9 @@ pub(crate) struct SpillState {
 }
 
 impl SpillState {
-    pub(crate) fn new(to: SpillTo, page_bytes: usize) -> Self {
+    pub(crate) fn new(to: SpillTo, page_bytes: usize, account: &Arc<Account>) -> Self {
         Self {
-            slots: to.spill.slots(page_bytes),
+            slots: to.spill.slots(page_bytes).of(account),
             spill: to.spill,
             host_share: to.host_share,
             session: 0,
@@ -164,6 +166,11 @@ impl SpillState {
             most: 0,
             said_full: false,
         }
+    }
+
+    /// Why its pages cannot have more of the disk, if that is a quota or a share of its user's.
+    pub(crate) fn refused(&self) -> Option<OverQuota> {
+        self.slots.refused().cloned()
     }
 
     /// Whether operations are under way that read or write the session's extents.
@@ -205,6 +212,17 @@ impl SpillState {
         self.released_through = through;
     }
 
+    /// The engine need not know an extent any more.
+    pub(crate) fn forget(&mut self, memory: &Arc<SharedMapping>) {
+        let same = |known: &&mut Option<Arc<SharedMapping>>| {
+            known.as_ref().is_some_and(|known| Arc::ptr_eq(known, memory))
+        };
+        if let Some(known) = self.registered.iter_mut().find(same) {
+            *known = None;
+            self.spill.forget(memory);
+        }
+    }
+
     fn operation(&mut self) -> u64 {
         self.next += 1;
         self.next
@@ -213,7 +231,7 @@ impl SpillState {
 
 impl Drop for SpillState {
     fn drop(&mut self) {
-        self.registered.iter().for_each(|memory| self.spill.forget(memory));
+        self.registered.iter().flatten().for_each(|memory| self.spill.forget(memory));
     }
 }
 
@@ -232,7 +250,7 @@ impl ModelState {
         for extent in state.registered.len()..self.arena.extents() {
             let memory = self.arena.memory(extent);
             state.spill.register(memory);
-            state.registered.push(Arc::clone(memory));
+            state.registered.push(Some(Arc::clone(memory)));
         }
         let used = self.arena.used_pages();
         state.peak = state.peak.max(used);

@@ -9,11 +9,13 @@
 
 use std::sync::Arc;
 
+use kvoyant_protocol::quota::{OverQuota, Quota};
 use thiserror::Error;
 
 use super::CHUNK_BYTES;
 use super::disk::Disk;
 use super::index::Index;
+use crate::quota::{Account, Charge};
 
 /// Adjacent pages of a head are adjacent on disk, in groups of so many.
 pub const GROUP_PAGES: usize = 16;
@@ -43,6 +45,8 @@ pub(super) struct Chunk {
     pub(super) number: u32,
     pub(super) page_bytes: usize,
     pub(super) index: Index,
+    /// Its user has one chunk more.
+    pub(super) _charge: Option<Charge>,
 }
 
 impl Chunk {
@@ -129,6 +133,9 @@ pub struct Slots {
     /// For each device, chunks with free groups.
     open: Vec<Vec<u32>>,
     used: usize,
+    account: Option<Arc<Account>>,
+    /// Why the user got no chunk when one was last asked for, if that was a quota or a share.
+    refused: Option<OverQuota>,
 }
 
 impl Slots {
@@ -151,7 +158,21 @@ impl Slots {
             vacant: Vec::new(),
             open,
             used: 0,
+            account: None,
+            refused: None,
         }
+    }
+
+    /// The same on a user's account.
+    #[must_use]
+    pub fn of(self, account: &Arc<Account>) -> Self {
+        Self { account: Some(Arc::clone(account)), ..self }
+    }
+
+    /// Why the user got no more when it was last asked for, if that was a quota or a share.
+    #[must_use]
+    pub fn refused(&self) -> Option<&OverQuota> {
+        self.refused.as_ref()
     }
 
     /// A slot, with one owner, for page `page` of a head: beside `sibling`, which is the slot of any other page of the
@@ -252,6 +273,7 @@ impl Slots {
     /// The first slot of a group without any owners, on the device of this stripe if that has one.
     fn open_group(&mut self, stripe: usize) -> Result<u32, SpillFull> {
         let devices = self.disks.len();
+        let mut allowed = None;
         for device in (0..devices).map(|more| (stripe % devices + more) % devices) {
             if !self.disks[device].takes_writes() {
                 continue;
@@ -259,7 +281,9 @@ impl Slots {
             if let Some(slot) = self.idle_group(device) {
                 return Ok(slot);
             }
-            if let Some(number) = self.add_chunk(device) {
+            let may = allowed.unwrap_or_else(|| self.allows_chunk());
+            allowed = Some(may);
+            if may && let Some(number) = self.add_chunk(device) {
                 self.open[device].push(number);
                 return self.idle_group(device).ok_or_else(|| self.full());
             }
@@ -288,11 +312,34 @@ impl Slots {
         None
     }
 
+    /// Whether the user may have another chunk.
+    fn allows_chunk(&mut self) -> bool {
+        let Some(account) = &self.account else { return true };
+        let SpillFull { free_bytes, total_bytes, .. } = self.full();
+        let refused = if account.room(Quota::Spill) < CHUNK_BYTES {
+            Some(account.over_quota(Quota::Spill, CHUNK_BYTES))
+        } else if free_bytes >= CHUNK_BYTES
+            && account.obtainable(Quota::Spill, total_bytes, free_bytes) < CHUNK_BYTES
+        {
+            Some(account.over_share(Quota::Spill, CHUNK_BYTES, total_bytes))
+        } else {
+            None
+        };
+        // A lane tries for page after page: once counts.
+        if refused.is_some() && self.refused.is_none() {
+            account.refused(Quota::Spill);
+        }
+        self.refused = refused;
+        self.refused.is_none()
+    }
+
     fn add_chunk(&mut self, device: usize) -> Option<u32> {
         let number = self.vacant.pop().unwrap_or(self.chunks.len() as u32);
         let named = number.checked_add(1).and_then(|chunks| chunks.checked_mul(self.per_chunk));
-        let taken = named.and_then(|_| self.disks[device].take_chunk());
-        let Some(taken) = taken else {
+        let charge =
+            self.account.as_ref().map(|account| account.charge(Quota::Spill, CHUNK_BYTES)).transpose();
+        let taken = named.and_then(|_| Some((charge.ok()?, self.disks[device].take_chunk()?)));
+        let Some((charge, taken)) = taken else {
             if (number as usize) < self.chunks.len() {
                 self.vacant.push(number);
             }
@@ -305,6 +352,7 @@ impl Slots {
             number: taken,
             page_bytes: self.page_bytes,
             index: Index::new(slots),
+            _charge: charge,
         });
         let held = Held {
             chunk,

@@ -168,7 +168,7 @@ impl Shared {
 
     fn destroy(self: &Arc<Self>, extent: Extent) {
         let (pinned, huge) = (extent.is_pinned(), extent.is_huge());
-        drop(extent);
+        extent.destroy();
         let mut state = self.lock();
         state.leaving -= 1;
         state.made -= 1;
