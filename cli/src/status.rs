@@ -1,6 +1,7 @@
 //! `kvoyant status`: what a running daemon holds.
 
 mod stores;
+mod users;
 
 use std::fmt::Write;
 
@@ -59,6 +60,9 @@ fn words(report: &StatusReport) -> String {
     );
     let _ = writeln!(out, "pool       {}", pool(&arena.pool));
     stores::lines(report, &mut out);
+    if let Some(access) = users::access(&report.access) {
+        let _ = writeln!(out, "serves     {access}");
+    }
     let totals = &report.totals;
     let _ = writeln!(
         out,
@@ -89,6 +93,7 @@ fn words(report: &StatusReport) -> String {
     }
     out.push('\n');
     if report.sessions.is_empty() {
+        users::table(report, &mut out);
         return out;
     }
     let _ = writeln!(
@@ -105,6 +110,7 @@ fn words(report: &StatusReport) -> String {
             let _ = writeln!(out, "{:>7}  pages {pages}", "");
         }
     }
+    users::table(report, &mut out);
     out
 }
 
@@ -207,6 +213,7 @@ fn duration(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kvoyant_daemon::quota::AccessReport;
     use kvoyant_daemon::status::{ArenaReport, Totals};
 
     #[test]
@@ -297,6 +304,8 @@ mod tests {
             spill: Vec::new(),
             store: None,
             sessions: vec![session],
+            access: AccessReport::default(),
+            users: Vec::new(),
         };
         let text = words(&report);
         for part in [
