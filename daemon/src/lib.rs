@@ -10,6 +10,7 @@
 //! | [`tiers`] | arena, page tables, digests, residency |
 //! | [`device`] | where attention runs, and how bytes get there |
 //! | [`quota`] | who may connect, and how much each user may have |
+//! | [`journal`] | the format in which sessions are to be left to the next daemon |
 //! | [`admin`], [`status`] | what operators see |
 //!
 //! `kvoyantd` and `kvoyant serve` are the same [`main`](fn@main).
@@ -19,6 +20,7 @@ mod artifacts;
 pub mod config;
 pub mod control;
 pub mod device;
+pub mod journal;
 pub mod keeper;
 pub mod lane;
 pub mod metrics;
