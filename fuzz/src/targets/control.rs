@@ -27,7 +27,8 @@ pub fn run(bytes: &[u8]) {
         if let Ok(message) = decode::<ToClient>(message) {
             assert_eq!(decode::<ToClient>(&encode(&message)).as_ref(), Ok(&message));
             if let ToClient::Failed(failure) = message {
-                assert!(!failure.to_string().is_empty());
+                // Some are texts of the daemon's alone, which may be empty here.
+                let _ = failure.to_string();
             }
         }
     }
