@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use kvoyant_kernels::RowLayout;
 use kvoyant_kernels::quantise::Format;
-use kvoyant_protocol::EXTENT_BYTES;
-use kvoyant_protocol::control::{Failure, ModelSpec, ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::control::{Failure, ModelSpec, ToClient, ToDaemon, agreed, decode, encode, features};
 use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::graph::GraphLayout;
 use kvoyant_protocol::layout::{Layout, Limits, PageGeometry};
 use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::packet;
+use kvoyant_protocol::{EXTENT_BYTES, MINOR, VERSION};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::cuda::{self, DeviceSession};
@@ -225,6 +225,7 @@ pub struct Client {
     rings: Rings,
     session: u64,
     late: (Fallback, Duration),
+    minor: u16,
 }
 
 impl Client {
@@ -262,9 +263,9 @@ impl Client {
             timeout: options.control_timeout,
             broken: AtomicBool::new(false),
         };
-        let hello = ToDaemon::Hello { features, name: options.name, limits: options.limits };
+        let hello = ToDaemon::Hello { features, name: options.name, limits: options.limits, minor: MINOR };
         let Received { message, fds } = control.call(&hello, &[])?;
-        let ToClient::Welcome { session, boot_id, limits, .. } = message else {
+        let ToClient::Welcome { session, boot_id, limits, minor, .. } = message else {
             return Err(Error::Broken(format!("{message:?} came instead of a welcome")));
         };
         if limits != options.limits {
@@ -290,7 +291,14 @@ impl Client {
             ),
             session,
             late: (options.fallback, options.late_after),
+            minor: agreed(minor),
         })
+    }
+
+    /// Version of the protocol that this session speaks, and its minor: the smaller one of both sides.
+    #[must_use]
+    pub fn protocol(&self) -> (u32, u16) {
+        (VERSION, self.minor)
     }
 
     /// Number of the session, as in `kvoyant status`.

@@ -2,6 +2,7 @@
 //!
 //! Every message starts with [`MAGIC`] and [`VERSION`], so that two sides of
 //! different versions can still say so; the rest is one [`ToDaemon`] or [`ToClient`].
+//! `Hello` and `Welcome` say each side's [`MINOR`], and a later minor may add fields at their ends, which older ones pass over.
 //!
 //! ```text
 //! client                                daemon
@@ -22,7 +23,7 @@ use crate::device::SlabRef;
 use crate::graph::GraphSpec;
 use crate::layout::Limits;
 use crate::wire::SequenceId;
-use crate::{MAGIC, VERSION};
+use crate::{MAGIC, MINOR, VERSION};
 
 pub(crate) mod failure;
 
@@ -178,6 +179,8 @@ pub enum ToDaemon {
         name: String,
         /// Ring and table sizes that it wants.
         limits: Limits,
+        /// Its [`MINOR`].
+        minor: u16,
     },
     /// Both memfds are mapped: seal the one that the client writes.
     Mapped,
@@ -294,6 +297,8 @@ pub enum ToClient {
         boot_id: u64,
         /// The limits as accepted.
         limits: Limits,
+        /// The daemon's [`MINOR`].
+        minor: u16,
     },
     /// Answer to `Mapped`.
     Sealed,
@@ -383,6 +388,31 @@ pub enum ControlError {
     },
 }
 
+/// A message of either direction.
+pub trait Message {
+    /// Whether its sender is of a later minor, which may have added fields at its end.
+    fn may_grow(&self) -> bool;
+}
+
+impl Message for ToDaemon {
+    fn may_grow(&self) -> bool {
+        matches!(self, Self::Hello { minor, .. } if *minor > MINOR)
+    }
+}
+
+impl Message for ToClient {
+    fn may_grow(&self) -> bool {
+        matches!(self, Self::Welcome { minor, .. } if *minor > MINOR)
+    }
+}
+
+/// The minor that this side speaks with a peer of another one: neither side says what only a later one knows.
+#[must_use]
+#[allow(clippy::unnecessary_min_or_max, reason = "the minor is 0 until something is added")]
+pub fn agreed(theirs: u16) -> u16 {
+    theirs.min(MINOR)
+}
+
 /// Puts magic and version before a message.
 #[must_use]
 pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
@@ -393,8 +423,8 @@ pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
         .unwrap_or_else(|error| unreachable!("plain data always serialises: {error}"))
 }
 
-/// Checks magic and version and parses the message.
-pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, ControlError> {
+/// Checks magic and version and parses the message. Nothing may follow it, unless it [may grow](Message::may_grow).
+pub fn decode<'a, T: Deserialize<'a> + Message>(bytes: &'a [u8]) -> Result<T, ControlError> {
     let Some((header, body)) = bytes.split_at_checked(12) else {
         return Err(ControlError::NotKvoyant);
     };
@@ -406,8 +436,8 @@ pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, ControlError
     if theirs != VERSION {
         return Err(ControlError::OtherVersion { theirs });
     }
-    match postcard::take_from_bytes(body) {
-        Ok((message, [])) => Ok(message),
+    match postcard::take_from_bytes::<T>(body) {
+        Ok((message, rest)) if rest.is_empty() || message.may_grow() => Ok(message),
         _ => Err(ControlError::Malformed { bytes: bytes.len() }),
     }
 }
@@ -419,11 +449,28 @@ mod tests {
 
     #[test]
     fn a_message_survives_the_trip_and_nothing_may_follow_it() {
-        let hello = ToDaemon::Hello { features: 3, name: "engine".into(), limits: Limits::default() };
-        let mut bytes = encode(&hello);
-        assert_eq!(decode::<ToDaemon>(&bytes), Ok(hello));
+        let close = ToDaemon::Close { sequences: vec![SequenceId { slot: 3, generation: 1 }] };
+        let mut bytes = encode(&close);
+        assert_eq!(decode::<ToDaemon>(&bytes), Ok(close));
         bytes.push(0);
         assert!(matches!(decode::<ToDaemon>(&bytes), Err(ControlError::Malformed { .. })));
+    }
+
+    #[test]
+    fn the_greetings_of_a_later_minor_are_read_as_far_as_they_are_known() {
+        let limits = Limits::default();
+        let hello = ToDaemon::Hello { features: 3, name: "engine".into(), limits, minor: MINOR + 1 };
+        let welcome = ToClient::Welcome { features: 3, session: 1, boot_id: 2, limits, minor: MINOR + 1 };
+        let [to_daemon, to_client] = [encode(&hello), encode(&welcome)].map(|mut bytes| {
+            bytes.extend([7, 8, 9]);
+            bytes
+        });
+        assert_eq!(decode::<ToDaemon>(&to_daemon), Ok(hello));
+        assert_eq!(decode::<ToClient>(&to_client), Ok(welcome));
+        let mut same = encode(&ToDaemon::Hello { features: 3, name: "engine".into(), limits, minor: MINOR });
+        same.push(0);
+        assert!(matches!(decode::<ToDaemon>(&same), Err(ControlError::Malformed { .. })));
+        assert_eq!((agreed(MINOR + 1), agreed(MINOR)), (MINOR, MINOR));
     }
 
     #[test]

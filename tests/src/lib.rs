@@ -2,6 +2,7 @@
 
 pub mod fake;
 pub mod faults;
+pub mod later;
 pub mod noisy;
 pub mod person;
 pub mod raw;

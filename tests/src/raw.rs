@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Instant;
 
+use kvoyant_protocol::MINOR;
 use kvoyant_protocol::control::{
     ControlError, MemoryKind, ModelSpec, SelectedBy, ToClient, ToDaemon, decode, encode, features,
 };
@@ -72,12 +73,21 @@ impl Raw {
     #[must_use]
     pub fn greet(path: &Path, features: u64) -> Self {
         let limits = Limits { ring_slots: 8, ..Limits::default() };
-        let layout = Layout::new(limits).expect("limits");
         let socket = Self::socket(path);
-        let hello = ToDaemon::Hello { features, name: "raw".into(), limits };
+        let hello = ToDaemon::Hello { features, name: "raw".into(), limits, minor: MINOR };
         packet::send(socket.as_fd(), &encode(&hello), &[]).expect("a hello");
         let welcome = packet::receive(socket.as_fd()).expect("a welcome");
-        let [c2d, d2c] = <[OwnedFd; 2]>::try_from(welcome.fds).expect("two memfds");
+        Self::welcomed(socket, welcome.fds, limits)
+    }
+
+    /// Goes on from a welcome that came with these descriptors.
+    ///
+    /// # Panics
+    /// If the daemon refuses.
+    #[must_use]
+    pub fn welcomed(socket: OwnedFd, fds: Vec<OwnedFd>, limits: Limits) -> Self {
+        let layout = Layout::new(limits).expect("limits");
+        let [c2d, d2c] = <[OwnedFd; 2]>::try_from(fds).expect("two memfds");
         let c2d_file = Memfd::from_peer(c2d, layout.c2d_bytes, Seals::size_only()).expect("c2d");
         let c2d = c2d_file.map(false).expect("a map");
         let d2c = Memfd::from_peer(d2c, layout.d2c_bytes, Seals::frozen_for_readers()).expect("d2c");

@@ -167,8 +167,14 @@ fn a_clients_ring_memory_can_be_neither_truncated_nor_mapped_anew_at_any_time() 
     assert!(raw.c2d_file.map(false).is_err());
     // Nor between the welcome and the seal; and who is half way in has a place already.
     let socket = Raw::socket(&daemon.socket());
-    let hello =
-        || encode(&ToDaemon::Hello { features: u64::MAX, name: "raw".into(), limits: Limits::default() });
+    let hello = || {
+        encode(&ToDaemon::Hello {
+            features: u64::MAX,
+            name: "raw".into(),
+            limits: Limits::default(),
+            minor: 0,
+        })
+    };
     kvoyant_protocol::packet::send(socket.as_fd(), &hello(), &[]).unwrap();
     let welcome = kvoyant_protocol::packet::receive(socket.as_fd()).unwrap();
     for fd in &welcome.fds {

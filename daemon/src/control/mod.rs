@@ -16,11 +16,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use kvoyant_protocol::control::{Failure, Mode, ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::control::{Failure, Mode, ToClient, ToDaemon, agreed, decode, encode, features};
 use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::layout::{Layout, d2c};
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
 use kvoyant_protocol::packet::{self, Packet};
+use kvoyant_protocol::{MINOR, VERSION};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
@@ -302,7 +303,7 @@ async fn step<T>(future: impl Future<Output = Result<T, Ended>>) -> Result<T, En
 
 async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result<Session, Ended> {
     let (message, _) = step(socket.receive()).await?;
-    let ToDaemon::Hello { features: theirs, name, limits } = message else {
+    let ToDaemon::Hello { features: theirs, name, limits, minor } = message else {
         return Err(Ended::Protocol("the first message must be a hello".into()));
     };
     if !plane.access.admits(socket.0.as_fd(), uid) {
@@ -342,7 +343,8 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     .await?;
     d2c_map.store_u64(d2c::BOOT_ID, plane.boot_id);
     let id = plane.next_session.fetch_add(1, Ordering::Relaxed);
-    let welcome = ToClient::Welcome { features: common, session: id, boot_id: plane.boot_id, limits };
+    let welcome =
+        ToClient::Welcome { features: common, session: id, boot_id: plane.boot_id, limits, minor: MINOR };
     socket.send(&welcome, &[c2d_file.try_clone()?, d2c_file.try_clone()?]).await?;
     let (message, _) = step(socket.receive()).await?;
     if message != ToDaemon::Mapped {
@@ -366,7 +368,8 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     let ending = Arc::new(Ending::default());
     plane.lanes[lane].send(Command::Attach(Box::new(session), Arc::clone(&ending)));
     plane.registry.add(Arc::clone(&status));
-    tracing::info!(session = id, pid, uid, client = status.client, "session began");
+    let protocol = format!("{VERSION}.{}", agreed(minor));
+    tracing::info!(session = id, pid, uid, client = status.client, protocol, "session began");
     let process = packet::peer_process(socket.0.as_fd())
         .inspect_err(|error| tracing::warn!(pid, "cannot watch the client's process: {error}"))
         .ok();

@@ -94,7 +94,8 @@ pub(super) fn table() -> Vec<Attack> {
             },
         ),
         Attack::rejected("hello-no-abilities", "can read no answer of any kind", |stage| {
-            let hello = ToDaemon::Hello { features: 0, name: "raw".into(), limits: Limits::default() };
+            let hello =
+                ToDaemon::Hello { features: 0, name: "raw".into(), limits: Limits::default(), minor: 0 };
             stage.first_words(&encode(&hello), "cannot read answers")
         }),
         Attack::passes("hello-all-abilities", "claims every ability that 64 bits can name", |stage| {
@@ -103,7 +104,8 @@ pub(super) fn table() -> Vec<Attack> {
         }),
         Attack::passes("hello-rude-name", "has a name of 60 KiB with escapes, newlines and zeros", |stage| {
             let name = "\x1b[2J\n\0\u{202e}evil".repeat(3500);
-            let hello = ToDaemon::Hello { features: features::COMMON, name, limits: Limits::default() };
+            let hello =
+                ToDaemon::Hello { features: features::COMMON, name, limits: Limits::default(), minor: 0 };
             let socket = Raw::socket(&stage.socket);
             packet::send(socket.as_fd(), &encode(&hello), &[]).expect("a hello");
             let welcome = packet::receive(socket.as_fd()).expect("a welcome");
@@ -197,7 +199,7 @@ pub(super) fn table() -> Vec<Attack> {
 
 /// A hello with such limits.
 fn hello(limits: Limits) -> Vec<u8> {
-    encode(&ToDaemon::Hello { features: features::COMMON, name: "raw".into(), limits })
+    encode(&ToDaemon::Hello { features: features::COMMON, name: "raw".into(), limits, minor: 0 })
 }
 
 /// A connection that has been welcomed, and has yet to say that it has mapped its memory.
