@@ -65,7 +65,12 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let sequence = SequenceId { slot: 0, generation: 1 };
     let by = SelectedBy::Lane;
     let asked = [
-        ToDaemon::Hello { features: features::COMMON, name: "fuzz".into(), limits: Limits::default() },
+        ToDaemon::Hello {
+            features: features::COMMON,
+            name: "fuzz".into(),
+            limits: Limits::default(),
+            minor: 0,
+        },
         ToDaemon::Mapped,
         ToDaemon::Register(spec(&["quest:budget=6%", "window"])),
         ToDaemon::Open { method: 0, tokens: 4096, by },
@@ -79,7 +84,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         ToDaemon::Close { sequences: vec![sequence; 3] },
     ];
     let answers = [
-        ToClient::Welcome { features: 3, session: 1, boot_id: 7, limits: Limits::default() },
+        ToClient::Welcome { features: 3, session: 1, boot_id: 7, limits: Limits::default(), minor: 0 },
         ToClient::Failed(Failure::Protocol("a reason".into())),
         ToClient::Failed(Failure::RowsLost { sequence, token: 64 }),
     ];
