@@ -41,6 +41,8 @@ fn arguments(folder: &Path) -> Vec<String> {
         "512MiB".into(),
         "--pin".into(),
         "false".into(),
+        "--newcomers-percent".into(),
+        "0".into(),
     ]
 }
 
