@@ -183,7 +183,7 @@ const PREFIXES_SHARE: u64 = 8;
 const PREDECESSOR: Duration = Duration::from_secs(3);
 
 /// Descriptors that the daemon needs beside those of extents.
-const OTHER_FDS: u64 = 512;
+const OTHER_FDS: u64 = 2048;
 
 /// Raises the limit of open files as far as it goes, and says if the arena's extents could not all be open.
 fn raise_open_files(arena_bytes: u64) {

@@ -126,8 +126,12 @@ pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
     }
 }
 
-/// The process at the other end, as a descriptor that becomes readable when it ends. Unlike its id, it never comes to
+/// The process that connected, as a descriptor that becomes readable when it ends. Unlike its id, it never comes to
 /// mean another process.
+///
+/// # Errors
+/// `ESRCH` if it has ended and been waited for already. Kernels before 6.5 are asked by id: there it may be another process that got the
+/// id of one that ended between connecting and this call.
 pub fn peer_process(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // Linux 6.5; older kernels and libc headers do not know it.
     const SO_PEERPIDFD: libc::c_int = 77;
@@ -144,6 +148,14 @@ pub fn peer_process(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         )
     };
     if got != 0 {
+        match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {}
+            // Kernels before 6.16 have no descriptor of what is not there.
+            error if error.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            error => return Err(error),
+        }
         let pid = peer(socket)?.0;
         // SAFETY: a system call on plain numbers.
         fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as RawFd;

@@ -1,7 +1,8 @@
 //! A client without the client library, which says whatever a test wants it to say.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use kvoyant_protocol::MINOR;
@@ -22,8 +23,8 @@ pub struct Raw {
     socket: OwnedFd,
     /// Where everything lies.
     pub layout: Layout,
-    /// What we write.
-    pub c2d: SharedMapping,
+    /// What we write; other threads may, too.
+    pub c2d: Arc<SharedMapping>,
     /// The file behind it.
     pub c2d_file: Memfd,
     /// What the daemon writes.
@@ -32,6 +33,13 @@ pub struct Raw {
     pub tail: u32,
     /// Memory that the daemon has sent.
     pub memory: Vec<(MemoryKind, OwnedFd)>,
+}
+
+impl AsFd for Raw {
+    /// Its control socket.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }
 
 impl Raw {
@@ -72,7 +80,15 @@ impl Raw {
     /// If the daemon refuses.
     #[must_use]
     pub fn greet(path: &Path, features: u64) -> Self {
-        let limits = Limits { ring_slots: 8, ..Limits::default() };
+        Self::greet_with(path, features, Limits { ring_slots: 8, ..Limits::default() })
+    }
+
+    /// The same, with these limits.
+    ///
+    /// # Panics
+    /// If the daemon refuses.
+    #[must_use]
+    pub fn greet_with(path: &Path, features: u64, limits: Limits) -> Self {
         let socket = Self::socket(path);
         let hello = ToDaemon::Hello { features, name: "raw".into(), limits, minor: MINOR };
         packet::send(socket.as_fd(), &encode(&hello), &[]).expect("a hello");
@@ -89,7 +105,7 @@ impl Raw {
         let layout = Layout::new(limits).expect("limits");
         let [c2d, d2c] = <[OwnedFd; 2]>::try_from(fds).expect("two memfds");
         let c2d_file = Memfd::from_peer(c2d, layout.c2d_bytes, Seals::size_only()).expect("c2d");
-        let c2d = c2d_file.map(false).expect("a map");
+        let c2d = Arc::new(c2d_file.map(false).expect("a map"));
         let d2c = Memfd::from_peer(d2c, layout.d2c_bytes, Seals::frozen_for_readers()).expect("d2c");
         let d2c = d2c.map_read_only().expect("a map");
         let mut raw = Self { socket, layout, c2d, c2d_file, d2c, tail: 0, memory: Vec::new() };

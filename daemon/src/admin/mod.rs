@@ -25,12 +25,14 @@
 //! | `caller` | who asks, and what of |
 //! | `refusal` | why something is not done, and its HTTP status |
 //! | `server` | connections |
+//! | `patient` | a stream that gives up on who does not read |
 //! | `routes` | what each request does |
 //! | `client` | the other side |
 
 mod caller;
 mod client;
 mod messages;
+mod patient;
 mod refusal;
 mod routes;
 mod server;

@@ -20,7 +20,7 @@ use super::messages::{
 };
 use super::refusal::Refusal;
 use super::{LANES_TIMEOUT, REMOTE_LIST_TIMEOUT, WORK_TIMEOUT};
-use crate::control::{OrderError, Plane, image_id};
+use crate::control::{LABEL_MAX, OrderError, Plane, image_id};
 use crate::keeper::{Keeper, merge};
 use crate::metrics::Format;
 use crate::tiers::store::StoreError;
@@ -30,9 +30,6 @@ const BODY_MAX: usize = 64 << 10;
 
 /// How long a body may take to come.
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Most bytes of a label.
-const LABEL_MAX: usize = 1024;
 
 /// What whoever is on this machine may read, if there is a TCP listener: nothing of it names a process or what a client has named.
 const OPEN: [&str; 3] = ["/metrics", "/health", "/ready"];

@@ -12,8 +12,9 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
 use super::caller::Caller;
+use super::patient::Patient;
 use super::routes::Routes;
-use crate::control::Plane;
+use crate::control::{Door, Plane};
 
 /// How long a client may take to send a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -22,12 +23,37 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 const TCP_MAX: usize = 16;
 const TCP_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long a client may read nothing of an answer.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connections at a time: of everybody, and of one user, who could else keep all others out.
+const CONNECTIONS_MAX: u32 = 128;
+const CONNECTIONS_OF_A_USER: u32 = 32;
+
+/// What a connection too many is told.
+const TOO_MANY: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n\
+    {\"error\":\"this user has as many connections as the admin socket keeps; close some, and try again\"}";
+
 /// Serves the admin socket until the task is dropped.
 pub async fn serve(listener: UnixListener, plane: Arc<Plane>) {
     let routes = Rc::new(Routes::new(plane));
+    let door = Door::new(CONNECTIONS_MAX, CONNECTIONS_OF_A_USER);
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => drop(tokio::task::spawn_local(connection(stream, Rc::clone(&routes)))),
+            Ok((stream, _)) => {
+                let uid = stream.peer_cred().map_or(u32::MAX, |peer| peer.uid());
+                let Some(inside) = door.enter(uid) else {
+                    // What does not go at once need not go.
+                    let _ = stream.try_write(TOO_MANY);
+                    continue;
+                };
+                let routes = Rc::clone(&routes);
+                tokio::task::spawn_local(async move {
+                    connection(stream, routes).await;
+                    drop(inside);
+                });
+            }
             Err(error) => {
                 tracing::warn!("cannot accept an admin connection: {error}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -76,7 +102,7 @@ async fn exchange(stream: impl AsyncRead + AsyncWrite + Unpin, caller: Caller, r
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), service)
+        .serve_connection(TokioIo::new(Patient::new(stream, READ_TIMEOUT)), service)
         .await;
     if let Err(error) = served {
         tracing::debug!("admin connection: {error}");

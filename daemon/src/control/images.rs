@@ -18,6 +18,9 @@ use crate::tiers::store::{ImageId, ImageKind, ImageReader, ImageWriter, Manifest
 /// Bytes of pages that are filled at a time.
 const FILL_BYTES: usize = 8 << 20;
 
+/// Most bytes of a label.
+pub(crate) const LABEL_MAX: usize = 1024;
+
 const OBSERVATION: &str = "observation";
 const MARKS: &str = "marks";
 const DIGESTS: &str = "digests";
@@ -130,6 +133,10 @@ pub(super) async fn suspend(
 /// Writes a sequence to an image. It stays where it is, and has to be released or closed.
 pub(super) async fn write(plane: &Plane, session: &Session, asked: Suspend) -> Result<(), Stop> {
     let Suspend { sequence, image: name, overwrite, label } = asked;
+    if label.len() > LABEL_MAX {
+        let reason = format!("the label has {} bytes and may have {LABEL_MAX}", label.len());
+        return Err(Failure::Image { image: name, reason }.into());
+    }
     let keeper = plane.keeper().ok_or_else(no_store)?;
     let id = image_id(session.status.uid, &name)?;
     let fail = failed(&name);

@@ -2,8 +2,10 @@
 //!
 //! Everything here runs on one thread and waits for nobody but its own client and its own lane.
 
+mod door;
 mod images;
 mod orders;
+mod peer;
 mod place;
 mod prefix;
 mod register;
@@ -27,7 +29,8 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, oneshot};
 
-pub(crate) use self::images::image_id;
+pub(crate) use self::door::Door;
+pub(crate) use self::images::{LABEL_MAX, image_id};
 use self::images::{Registered as RegisteredModel, Resume, Suspend};
 pub(crate) use self::orders::OrderError;
 use self::orders::Orders;
@@ -50,8 +53,9 @@ use crate::tiers::pool::{ExtentPool, Refusal};
 /// How long a client may take for each step of the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often a client's process is looked at, beside its socket, which tells of most ends at once.
-const PROCESS_LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Connections that may be in their handshake at a time: of everybody, and of one user, who could else keep all others out.
+const HANDSHAKES_MAX: u32 = 256;
+const HANDSHAKES_OF_A_USER: u32 = 64;
 
 /// Largest slab that a session may ask for.
 const SLAB_MAX: u64 = 1 << 40;
@@ -76,6 +80,8 @@ pub struct Plane {
     readings: Arc<Semaphore>,
     /// Who may connect.
     access: Arc<Access>,
+    /// Where connections are until they are sessions.
+    door: Door,
 }
 
 impl Plane {
@@ -111,6 +117,7 @@ impl Plane {
             places,
             readings,
             access,
+            door: Door::new(HANDSHAKES_MAX, HANDSHAKES_OF_A_USER),
         }
     }
 
@@ -238,9 +245,16 @@ impl Socket {
 pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
     let socket = Socket(socket);
     let (pid, uid) = packet::peer(socket.0.as_fd()).unwrap_or((0, u32::MAX));
+    let Some(inside) = plane.door.enter(uid) else {
+        let failure = Failure::TooManyConnections { max: plane.door.of_a_user() };
+        tracing::debug!(pid, uid, "{failure}");
+        let _ = packet::send(socket.0.as_fd(), &encode(&ToClient::Failed(failure)), &[]);
+        return;
+    };
     let result = match handshake(&plane, &socket, pid, uid).await {
         Ok(session) => {
-            let result = run(&plane, &socket, &session).await;
+            drop(inside);
+            let result = peer::while_there(&session, run(&plane, &socket, &session)).await;
             let (done, gone) = oneshot::channel();
             plane.lanes[session.status.lane].send(Command::Detach(session.status.id, done));
             let _ = gone.await;
@@ -323,6 +337,7 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
         };
         return Err(Ended::Refused(failure));
     }
+    let process = peer::process(socket)?;
     let layout = Layout::new(limits).map_err(|error| Ended::Protocol(error.to_string()))?;
     let account = plane.pool.budget().ledger().account(uid);
     let place = Place::take(plane, &account, layout.c2d_bytes + layout.d2c_bytes).map_err(|failure| {
@@ -370,9 +385,6 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     plane.registry.add(Arc::clone(&status));
     let protocol = format!("{VERSION}.{}", agreed(minor));
     tracing::info!(session = id, pid, uid, client = status.client, protocol, "session began");
-    let process = packet::peer_process(socket.0.as_fd())
-        .inspect_err(|error| tracing::warn!(pid, "cannot watch the client's process: {error}"))
-        .ok();
     let importer = Arc::new(Importer { process, closed: AtomicBool::new(false) });
     let (features, sequences_max) = (common, limits.sequences_max);
     let session = Session {
@@ -399,16 +411,6 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     }
 }
 
-/// Waits until the client's process has ended.
-async fn ended(importer: &Importer) {
-    loop {
-        tokio::time::sleep(PROCESS_LOOK_EVERY).await;
-        if importer.has_ended() {
-            return;
-        }
-    }
-}
-
 async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), Ended> {
     let (mut registered, mut left) = (false, false);
     let mut inbox = plane.orders.open(session.status.id);
@@ -419,11 +421,11 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
                 orders::serve(plane, session, order).await?;
                 continue;
             }
-            // A fork of the client's may hold the socket open for as long as it likes.
-            () = ended(&session.importer) => return Err(Ended::HungUp),
             reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
             reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
         };
+        // Nobody keeps descriptors open here by sending them where none are wanted.
+        let fds = if takes_descriptors(&message) { fds } else { Vec::new() };
         let lane = &plane.lanes[session.status.lane];
         let (answer, answered) = oneshot::channel();
         match message {
@@ -478,6 +480,10 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
             }
         }
     }
+}
+
+fn takes_descriptors(message: &ToDaemon) -> bool {
+    matches!(message, ToDaemon::Register(_) | ToDaemon::Publish { .. } | ToDaemon::Attach { .. })
 }
 
 /// Asks the lane, and waits for what it says.

@@ -16,6 +16,7 @@ pub mod list;
 pub mod mailbox;
 pub mod model;
 mod place;
+mod reaper;
 mod rest;
 mod room;
 pub mod select;
@@ -42,6 +43,7 @@ use crate::lane::error::SessionError;
 use crate::lane::images::{ImageOutcome, ImageRequest};
 use crate::lane::list::{Looks, OpenSequence};
 use crate::lane::model::{Announcement, ModelState};
+use crate::lane::reaper::Reaper;
 use crate::lane::session::{LaneSession, Tools};
 use crate::lane::spill::Before;
 use crate::lane::turns::{Seat, Turns};
@@ -172,8 +174,11 @@ impl LaneHandle {
         let bell = Arc::new(Bell::default());
         let report = Arc::new(Report::new(Arc::clone(&bell)));
         let pages = Arc::new(SpillReport::new(Arc::clone(&bell)));
+        let reaper = Reaper::start(index)?;
         let (sessions, turns) = (Vec::new(), Turns::default());
-        let lane = Lane { inbox, bell: Arc::clone(&bell), report, pages, device, sessions, turns, spin_for };
+        let bell_of_lane = Arc::clone(&bell);
+        let lane =
+            Lane { inbox, bell: bell_of_lane, report, pages, device, sessions, turns, reaper, spin_for };
         let thread = crate::threads::start(format!("lane-{index}"), move || {
             let _bomb = Bomb;
             if let Some(cpu) = cpu {
@@ -265,6 +270,7 @@ struct Lane {
     device: Arc<dyn Device>,
     sessions: Vec<Attached>,
     turns: Turns,
+    reaper: Reaper,
     spin_for: Duration,
 }
 
@@ -434,15 +440,11 @@ impl Lane {
         list
     }
 
-    /// Drops sessions whose client is gone and whose transfers have ended.
+    /// Has sessions taken apart whose client is gone and whose transfers have ended.
     fn reap(&mut self) {
         let gone = |a: &mut Attached| a.detaching.is_some() && !a.session.in_transfer();
         for attached in self.sessions.extract_if(.., gone) {
-            let Attached { session, detaching, .. } = attached;
-            drop(session);
-            if let Some(done) = detaching {
-                let _ = done.send(());
-            }
+            self.reaper.take(attached.session, attached.detaching);
         }
     }
 }

@@ -121,6 +121,15 @@ pub enum Failure {
         /// The client's user, as the kernel says.
         uid: u32,
     },
+    /// More connections than the daemon keeps before they are sessions.
+    #[error(
+        "{max} connections of this user have yet to finish their handshake, which is the daemon's limit; finish or close them, \
+         and try again"
+    )]
+    TooManyConnections {
+        /// The limit.
+        max: u32,
+    },
     /// A quota of the client's user is reached. What it has it keeps.
     #[error(transparent)]
     Quota(OverQuota),

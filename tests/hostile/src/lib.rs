@@ -11,6 +11,7 @@
 //! | [`neighbour`] | the session that must not notice |
 //! | [`accounts`] | what the daemon holds, from its status and from `/proc` |
 //! | [`runner`] | one attack after the other, and their verdicts |
+//! | [`reap`] | clients that are killed at random moments, and how long until everything of theirs is back |
 //! | [`report`] | the table that people read, and JSON |
 
 #![forbid(unsafe_code)]
@@ -18,6 +19,7 @@
 pub mod accounts;
 pub mod attacks;
 pub mod neighbour;
+pub mod reap;
 pub mod report;
 pub mod runner;
 pub mod stage;
@@ -125,5 +127,9 @@ impl Attack {
 
     const fn rejected(name: &'static str, does: &'static str, run: fn(&Stage) -> Outcome) -> Self {
         Self::new(name, does, Verdict::Reject, run)
+    }
+
+    const fn on(self, setup: Setup) -> Self {
+        Self { setup, ..self }
     }
 }

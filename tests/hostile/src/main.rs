@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use kvoyant_hostile::runner::{Options, run};
 use kvoyant_hostile::stage::Stage;
-use kvoyant_hostile::{Outcome, attacks, report};
+use kvoyant_hostile::{Outcome, attacks, reap, report};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 
@@ -39,6 +39,29 @@ enum Do {
         /// Run the canaries instead, which have to be reported as what they are
         #[arg(long)]
         canaries: bool,
+    },
+    /// Kill clients at random moments, and print how long it takes until everything of theirs is back
+    Reap {
+        /// How many
+        #[arg(default_value_t = 1000)]
+        kills: usize,
+        /// What moments
+        #[arg(long, default_value_t = 8)]
+        seed: u64,
+        /// The daemon's binary; without it, this program itself is the daemon
+        #[arg(long, value_name = "FILE")]
+        daemon: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Be a client that works until it is killed
+    #[command(hide = true)]
+    Victim {
+        socket: PathBuf,
+        seed: u64,
+        #[arg(long)]
+        leave_child: bool,
     },
     /// Be a daemon
     #[command(hide = true)]
@@ -80,13 +103,7 @@ fn main() -> ExitCode {
                 println!("{} attacks", attacks.len());
                 return ExitCode::SUCCESS;
             }
-            let program = match std::env::current_exe() {
-                Ok(program) => program,
-                Err(error) => {
-                    eprintln!("kvoyant-hostile: it cannot find itself: {error}");
-                    return ExitCode::FAILURE;
-                }
-            };
+            let Some(program) = this_program() else { return ExitCode::FAILURE };
             let options = Options { daemon, long: !quick, ..Options::quick(program) };
             if !json {
                 println!("{}", report::head());
@@ -106,6 +123,28 @@ fn main() -> ExitCode {
             }
             let held = !results.is_empty() && results.iter().all(kvoyant_hostile::runner::Result::holds);
             if held { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Do::Reap { kills, seed, daemon, json } => {
+            let Some(program) = this_program() else { return ExitCode::FAILURE };
+            let options = Options { daemon, ..Options::quick(program) };
+            let killed = reap::run(&options, kills, seed, |_| {});
+            match json.then(|| serde_json::to_string_pretty(&killed)) {
+                Some(Ok(text)) => println!("{text}"),
+                Some(Err(error)) => eprintln!("kvoyant-hostile: {error}"),
+                None => println!("{}", reap::report(&killed)),
+            }
+            let back = killed.iter().all(|one| one.back_ms.is_ok());
+            if back { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Do::Victim { socket, seed, leave_child } => {
+            let _ = set_pdeathsig(Signal::SIGKILL);
+            match reap::victim(&socket, seed, leave_child) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("kvoyant-hostile: {error}");
+                    ExitCode::FAILURE
+                }
+            }
         }
         Do::Serve { die_with_parent, daemon } => {
             let _ = set_pdeathsig(Signal::SIGKILL);
@@ -130,4 +169,10 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
     }
+}
+
+fn this_program() -> Option<PathBuf> {
+    std::env::current_exe()
+        .inspect_err(|error| eprintln!("kvoyant-hostile: it cannot find itself: {error}"))
+        .ok()
 }

@@ -63,6 +63,15 @@ impl Latency {
     }
 }
 
+/// What it does between decoding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manners {
+    /// It opens, fills and closes sequences.
+    Lively,
+    /// Nothing, so that what it holds is always the same.
+    Steady,
+}
+
 /// What it checks rows against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Checks {
@@ -78,7 +87,7 @@ impl Neighbour {
     /// # Panics
     /// If the daemon does not let it.
     #[must_use]
-    pub fn start(socket: &Path, checks: Checks) -> Self {
+    pub fn start(socket: &Path, checks: Checks, manners: Manners) -> Self {
         let options = Options { name: "neighbour".into(), ..Options::default() };
         let client = Client::connect(socket, options).expect("a connection for the neighbour");
         let model = client.register(fake::spec(&["random:budget=50%"]), &[]).expect("its registration");
@@ -87,7 +96,7 @@ impl Neighbour {
         let shared = Arc::new(Shared::default());
         let mine = Arc::clone(&shared);
         let expected = if checks == Checks::Truly { SEED } else { SEED + 1 };
-        let thread = std::thread::spawn(move || live(&mine, &model, &sequence, expected));
+        let thread = std::thread::spawn(move || live(&mine, &model, &sequence, expected, manners));
         Self { shared, thread: Some(thread) }
     }
 
@@ -149,7 +158,7 @@ impl Shared {
     }
 }
 
-fn live(shared: &Shared, model: &Model, sequence: &Sequence, seed: usize) {
+fn live(shared: &Shared, model: &Model, sequence: &Sequence, seed: usize, manners: Manners) {
     for number in 0.. {
         if shared.stop.load(Ordering::Acquire) {
             return;
@@ -163,7 +172,11 @@ fn live(shared: &Shared, model: &Model, sequence: &Sequence, seed: usize) {
         let layer = 1 + number % (fake::LAYERS - 1);
         let lived = decode(model, sequence, layer, seed).and_then(|took| {
             shared.latencies.lock().unwrap_or_else(PoisonError::into_inner).push(took);
-            if number % CONTROL_EVERY == 0 { open_and_close(model, seed) } else { Ok(()) }
+            if manners == Manners::Lively && number % CONTROL_EVERY == 0 {
+                open_and_close(model, seed)
+            } else {
+                Ok(())
+            }
         });
         if let Err(how) = lived {
             shared.hurt(how);

@@ -12,7 +12,7 @@ use serde::Serialize;
 use tempfile::TempDir;
 
 use crate::accounts::{Accounts, settle};
-use crate::neighbour::{Checks, Latency, Neighbour};
+use crate::neighbour::{Checks, Latency, Manners, Neighbour};
 use crate::{Attack, Outcome, Setup, Verdict};
 
 /// How long an attacker of each kind may take before it counts as wedged.
@@ -84,16 +84,17 @@ impl Result {
 }
 
 /// A daemon under attack, and who lives beside the attackers.
-struct Scene {
-    neighbour: Neighbour,
+#[derive(Debug)]
+pub(crate) struct Scene {
+    pub(crate) neighbour: Neighbour,
     /// What is held while the neighbour rests.
     baseline: Accounts,
-    daemon: Daemon,
+    pub(crate) daemon: Daemon,
     _folders: Vec<TempDir>,
 }
 
 impl Scene {
-    fn new(setup: Setup, options: &Options) -> Self {
+    pub(crate) fn new(setup: Setup, options: &Options, manners: Manners) -> Self {
         let mut folders = Vec::new();
         let mut folder = || {
             let folder = tempfile::tempdir().expect("a temporary folder");
@@ -119,7 +120,7 @@ impl Scene {
             Some(binary) => Daemon::start(&binary.display().to_string(), &flags),
             None => Daemon::serve(&options.program.display().to_string(), &flags),
         };
-        let neighbour = Neighbour::start(&daemon.socket(), options.checks);
+        let neighbour = Neighbour::start(&daemon.socket(), options.checks, manners);
         // Its own extents, and whatever else is made at the first use.
         neighbour.wait_for(40);
         let baseline = neighbour.resting(|| {
@@ -128,6 +129,12 @@ impl Scene {
             Accounts::take(&daemon.status(), daemon.pid()).expect("the accounts of a daemon that lives")
         });
         Self { neighbour, baseline, daemon, _folders: folders }
+    }
+
+    /// What the daemon holds now; `None` if it gives no answer.
+    pub(crate) fn accounts(&self) -> Option<Accounts> {
+        let status = kvoyant_daemon::admin::fetch_status(&self.daemon.admin()).ok()?;
+        Accounts::take(&status, self.daemon.pid())
     }
 
     fn run(&self, attack: &Attack, options: &Options) -> Result {
@@ -141,11 +148,8 @@ impl Scene {
         self.neighbour.wait_for(options.answers());
         let during = self.neighbour.latency();
         let held = self.neighbour.resting(|| {
-            let look = || {
-                let status = kvoyant_daemon::admin::fetch_status(&self.daemon.admin()).ok()?;
-                Accounts::take(&status, self.daemon.pid())
-            };
-            settle(look, &self.baseline, options.patience.unwrap_or(SETTLE)).map(|_| ended.elapsed())
+            settle(|| self.accounts(), &self.baseline, options.patience.unwrap_or(SETTLE))
+                .map(|_| ended.elapsed())
         });
         if let Err(held) = &held {
             // The attacker's own words matter less than what it left behind.
@@ -176,7 +180,9 @@ pub fn run(attacks: &[Attack], options: &Options, mut tell: impl FnMut(&Result))
         .map(|attack| {
             // One daemon at a time: they would take each other's cores.
             scenes.retain(|setup, _| *setup == attack.setup);
-            let scene = scenes.entry(attack.setup).or_insert_with(|| Scene::new(attack.setup, options));
+            let scene = scenes
+                .entry(attack.setup)
+                .or_insert_with(|| Scene::new(attack.setup, options, Manners::Lively));
             let result = scene.run(attack, options);
             if !result.holds() {
                 scenes.clear();

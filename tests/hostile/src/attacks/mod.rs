@@ -1,7 +1,9 @@
 //! The table. Attacks are kept by what they go through: the first packet, the rings, requests, control messages, processes.
 
 mod canaries;
+mod control;
 mod handshake;
+mod memory;
 mod requests;
 mod rings;
 
@@ -10,7 +12,7 @@ use crate::Attack;
 /// All attacks.
 #[must_use]
 pub fn table() -> Vec<Attack> {
-    [handshake::table(), rings::table(), requests::table()].concat()
+    [handshake::table(), rings::table(), requests::table(), memory::table(), control::table()].concat()
 }
 
 /// What must not be taken for an attack that ended as it has to: with them a broken harness shows.
