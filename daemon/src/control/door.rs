@@ -81,6 +81,7 @@ mod tests {
         drop(first);
         assert!(door.enter(1001).is_some());
         drop(second);
-        assert_eq!((door.lock().all, door.lock().by_user.len()), (0, 0));
+        let inside = door.lock();
+        assert_eq!((inside.all, inside.by_user.len()), (0, 0));
     }
 }

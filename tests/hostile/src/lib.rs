@@ -132,4 +132,8 @@ impl Attack {
     const fn on(self, setup: Setup) -> Self {
         Self { setup, ..self }
     }
+
+    const fn slow(self) -> Self {
+        Self { slow: true, ..self }
+    }
 }

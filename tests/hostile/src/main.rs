@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use kvoyant_hostile::runner::{Options, run};
 use kvoyant_hostile::stage::Stage;
 use kvoyant_hostile::{Outcome, attacks, reap, report};
@@ -78,15 +78,38 @@ enum Do {
     #[command(hide = true)]
     Attack {
         name: String,
-        #[arg(long)]
-        socket: PathBuf,
-        #[arg(long)]
-        admin: PathBuf,
-        #[arg(long)]
-        daemon_pid: i32,
-        #[arg(long)]
-        long: bool,
+        #[command(flatten)]
+        at: At,
     },
+    /// Be a part of an attack
+    #[command(hide = true)]
+    Role {
+        name: String,
+        #[command(flatten)]
+        at: At,
+    },
+    /// Talk on the socket that standard input is
+    #[command(hide = true)]
+    Talk,
+}
+
+/// Where a daemon is.
+#[derive(Debug, Args)]
+struct At {
+    #[arg(long)]
+    socket: PathBuf,
+    #[arg(long)]
+    admin: PathBuf,
+    #[arg(long)]
+    daemon_pid: i32,
+    #[arg(long)]
+    long: bool,
+}
+
+impl At {
+    fn stage(self) -> Stage {
+        Stage { socket: self.socket, admin: self.admin, daemon: self.daemon_pid, long: self.long }
+    }
 }
 
 fn main() -> ExitCode {
@@ -158,14 +181,23 @@ fn main() -> ExitCode {
             while raw.hear().is_ok() {}
             ExitCode::SUCCESS
         }
-        Do::Attack { name, socket, admin, daemon_pid, long } => {
+        Do::Attack { name, at } => {
             let _ = set_pdeathsig(Signal::SIGKILL);
             let every = attacks::table().into_iter().chain(attacks::canaries());
             let outcome = match every.into_iter().find(|attack| attack.name == name) {
-                Some(attack) => (attack.run)(&Stage { socket, admin, daemon: daemon_pid, long }),
+                Some(attack) => (attack.run)(&at.stage()),
                 None => Outcome::fail(format!("there is no attack {name}")),
             };
             println!("{}", serde_json::to_string(&outcome).unwrap_or_default());
+            ExitCode::SUCCESS
+        }
+        Do::Role { name, at } => {
+            let _ = set_pdeathsig(Signal::SIGKILL);
+            attacks::play(&at.stage(), &name);
+            ExitCode::SUCCESS
+        }
+        Do::Talk => {
+            attacks::talk();
             ExitCode::SUCCESS
         }
     }

@@ -280,3 +280,18 @@ fn a_pool_that_ends_lets_go_of_everything_and_of_whoever_waits() {
     drop(supply);
     assert_eq!(pin.count(), 0);
 }
+
+#[test]
+fn what_is_made_for_somebody_who_has_gone_goes_too() {
+    let pool = pool(8, PoolSettings::unpinned());
+    for extents in [1, 3] {
+        // Gone before anything is made: its thread is at it all the same.
+        drop(pool.request(7, extents).unwrap());
+        wait_for(&pool, "an empty pool", |report| {
+            pool.budget().used_bytes() == 0 && report.made_bytes == 0 && report.state == PoolState::Idle
+        });
+    }
+    // What somebody waits for is not taken for a leftover.
+    let supply = take(&pool, 7, 8).unwrap();
+    assert_eq!(supply.extents().len(), 8);
+}

@@ -56,6 +56,14 @@ impl Shared {
             let keeps = self.keeps(state, uid, &extent);
             return Some(if keeps { state.wipe(uid, extent) } else { state.destroy(extent) });
         }
+        // Made for somebody who has gone meanwhile. Whoever waits has been given what is ready.
+        let left = || state.fresh.iter().position(|extent| !extent.is_pinned());
+        if state.made > self.ahead
+            && let Some(at) = left()
+        {
+            let extent = state.fresh.swap_remove(at);
+            return Some(state.destroy(extent));
+        }
         // Those that have been destroyed in the meantime are made again.
         (!state.ahead_failed && state.made < self.ahead).then(|| state.make(true))
     }

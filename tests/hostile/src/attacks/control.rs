@@ -382,7 +382,7 @@ fn kept() -> Vec<Attack> {
 }
 
 /// Sends a message as often as the socket takes it.
-fn fill(raw: &Raw, bytes: &[u8]) -> usize {
+pub(super) fn fill(raw: &Raw, bytes: &[u8]) -> usize {
     use nix::sys::socket::{MsgFlags, send};
     use std::os::fd::{AsFd, AsRawFd};
     let socket = raw.as_fd().as_raw_fd();

@@ -1,10 +1,11 @@
 //! What comes before there is a session.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use kvoyant_protocol::control::{SelectedBy, ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::layout::{Layout, Limits};
 use kvoyant_protocol::packet;
+use kvoyant_protocol::wire::SequenceId;
 use kvoyant_tests::fake;
 use kvoyant_tests::raw::Raw;
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
@@ -171,7 +172,7 @@ pub(super) fn table() -> Vec<Attack> {
         ),
         Attack::passes("leave-at-every-step", "goes away at each step of the protocol, 3 times", |stage| {
             for step in (0..3).flat_map(|_| 0..STEPS) {
-                leave_at(stage, step);
+                leave_at(stage, step, |_| {});
             }
             Outcome::pass(format!("left at {STEPS} steps"))
         }),
@@ -198,7 +199,7 @@ pub(super) fn table() -> Vec<Attack> {
 }
 
 /// A hello with such limits.
-fn hello(limits: Limits) -> Vec<u8> {
+pub(super) fn hello(limits: Limits) -> Vec<u8> {
     encode(&ToDaemon::Hello { features: features::COMMON, name: "raw".into(), limits, minor: 0 })
 }
 
@@ -250,31 +251,33 @@ pub(super) fn all(outcomes: impl Iterator<Item = Outcome>) -> Outcome {
 pub(super) const STEPS: usize = 9;
 
 /// Goes through the protocol and away after so many steps: connected, greeted, welcomed, mapped, sealed, registered, open,
-/// appended, asked.
-pub(super) fn leave_at(stage: &Stage, step: usize) {
-    let socket = Raw::socket(&stage.socket);
-    let messages = [hello(Limits::default()), encode(&ToDaemon::Mapped)];
-    match step {
-        0 => {}
-        1 => packet::send(socket.as_fd(), &messages[0], &[]).expect("a hello"),
-        2 | 3 => {
-            packet::send(socket.as_fd(), &messages[0], &[]).expect("a hello");
+/// appended, asked. What is done last, while the connection is still there, is the caller's.
+pub(super) fn leave_at(stage: &Stage, step: usize, last: impl FnOnce(BorrowedFd<'_>)) {
+    if step < 4 {
+        let socket = Raw::socket(&stage.socket);
+        if step > 0 {
+            packet::send(socket.as_fd(), &hello(Limits::default()), &[]).expect("a hello");
+        }
+        if step > 1 {
             packet::receive(socket.as_fd()).expect("a welcome");
-            if step == 3 {
-                packet::send(socket.as_fd(), &messages[1], &[]).expect("a message");
-            }
         }
-        4 => drop(Raw::greet(&stage.socket, features::COMMON)),
-        5 => drop(Raw::connect(&stage.socket, fake::spec(&["full"]))),
-        _ => {
-            let (mut raw, sequence) = stage.session_of(&["random:budget=50%"]);
-            if step > 6 {
-                raw.push(&crate::stage::append(), &[crate::stage::entry(sequence, 0, 90)]);
-            }
-            if step > 7 {
-                let ask = kvoyant_protocol::wire::Operation::Speculate(crate::stage::speculate(1));
-                raw.push(&crate::stage::request(ask), &[crate::stage::entry(sequence, 90, 0)]);
-            }
+        if step > 2 {
+            packet::send(socket.as_fd(), &encode(&ToDaemon::Mapped), &[]).expect("a message");
         }
+        return last(socket.as_fd());
     }
+    let mut raw = Raw::greet(&stage.socket, features::COMMON);
+    if step > 4 {
+        raw.register(fake::spec(&["random:budget=50%"]), &[]).expect("an answer");
+    }
+    let sequence =
+        if step > 5 { raw.open(crate::stage::ROOM) } else { SequenceId { slot: 0, generation: 0 } };
+    if step > 6 {
+        raw.push(&crate::stage::append(), &[crate::stage::entry(sequence, 0, 90)]);
+    }
+    if step > 7 {
+        let ask = kvoyant_protocol::wire::Operation::Speculate(crate::stage::speculate(1));
+        raw.push(&crate::stage::request(ask), &[crate::stage::entry(sequence, 89, 0)]);
+    }
+    last(raw.as_fd());
 }
