@@ -115,6 +115,13 @@ fn open_sequences_and_images_are_listed_with_where_their_pages_are() {
     );
     let (one, two) = (fake::connect(&daemon, &["full"]), fake::connect(&daemon, &["quest:budget=5%"]));
     let (a, b, c) = (open(&one, 1), open(&one, 2), open(&two, 3));
+    // Lanes count what was appended, and pages leave, a while after the client knows.
+    wait_until("rows are counted and pages have left", || {
+        let open = list(&daemon).sequences;
+        open.iter().all(|open| open.tokens == TOKENS as u64)
+            && open.iter().any(|open| open.spilled_pages > Some(0))
+            && daemon.status().spill[0].writes > 0
+    });
     let report = list(&daemon);
     assert!(report.keeps_images && report.images.is_empty());
     let pages = (TOKENS.div_ceil(32) * fake::LAYERS * fake::KV_HEADS) as u64;

@@ -185,7 +185,7 @@ impl Journal {
     /// # Errors
     /// If the system has no memory for them.
     pub fn create(session: u64) -> Result<Self, JournalError> {
-        let file = || Ok::<_, MemoryError>(Memfd::create("kvoyant-journal", 0)?.try_clone()?);
+        let file = || Memfd::create("kvoyant-journal", 0)?.try_clone();
         Ok(Self::over(session, [file()?, file()?], 0, 0))
     }
 
