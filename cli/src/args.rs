@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Serve(Box<ServeArgs>),
     /// Say what a running daemon holds
     Status(StatusArgs),
+    /// Show what a running daemon does, what limits it, and what to turn
+    Top(TopArgs),
     /// List open sequences and suspended ones; suspend, bring back and erase them
     Sequences(SequencesArgs),
     /// Say what this machine can do, what it cannot, and what mends it
@@ -71,6 +73,23 @@ pub(crate) struct StatusArgs {
     /// The daemon's admin socket
     #[arg(long, value_name = "PATH")]
     pub(crate) admin: Option<PathBuf>,
+}
+
+/// `top`.
+#[derive(Debug, Args)]
+pub(crate) struct TopArgs {
+    /// The daemon's admin socket
+    #[arg(long, value_name = "PATH")]
+    pub(crate) admin: Option<PathBuf>,
+    /// Seconds between two looks
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = interval)]
+    pub(crate) interval: f64,
+    /// Print one look and leave, as where there is no terminal
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Print one look as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `doctor`.
@@ -498,6 +517,13 @@ fn positive(text: &str) -> Result<f64, String> {
         Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
         _ => Err("it must be a number above 0".into()),
     }
+}
+
+fn interval(text: &str) -> Result<f64, String> {
+    positive(text)
+        .ok()
+        .filter(|seconds| (0.1..=3600.0).contains(seconds))
+        .ok_or_else(|| "it must be 0.1 to 3600 seconds".into())
 }
 
 fn percent(text: &str) -> Result<f64, String> {

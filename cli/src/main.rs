@@ -23,6 +23,7 @@ mod sequences;
 mod serve;
 mod session;
 mod status;
+mod top;
 mod trial;
 
 use std::error::Error;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         // It answers by its exit code too.
         Command::Doctor(args) => return doctor::main(args),
         Command::Status(args) => status::text(args).map_err(Into::into).and_then(|text| print(&text)),
+        Command::Top(args) => top::run(args).map_err(Into::into).and_then(|text| print(&text)),
         Command::Sequences(args) => sequences::text(args).map_err(Into::into).and_then(|text| print(&text)),
         Command::FetchModel => fetch_model(),
         Command::Bench(args) => guarded(|| bench(args)).and_then(|text| print(&text)),

@@ -81,6 +81,8 @@ impl PrivateDaemon {
             .arg("serve")
             // What an operator set up for the node's daemon is not meant for this one.
             .args(["--config", "/dev/null"])
+            // Nobody else comes.
+            .args(["--newcomers-percent", "0"])
             .arg("--socket")
             .arg(socket_in(folder.path()))
             .arg("--admin-socket")

@@ -211,13 +211,13 @@ fn duration(seconds: f64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use kvoyant_daemon::quota::AccessReport;
     use kvoyant_daemon::status::{ArenaReport, Totals};
 
-    #[test]
-    fn the_words_name_every_session_and_no_control_character_gets_through() {
+    /// A daemon with one session, whose client has a name that would clear a terminal.
+    pub(crate) fn sample() -> StatusReport {
         let session = SessionReport {
             id: 7,
             client: "engine\x1b[2J".into(),
@@ -266,7 +266,7 @@ mod tests {
             certified_heads: 10,
             missed_heads: [5, 3, 1, 1, 0],
         };
-        let report = StatusReport {
+        StatusReport {
             version: "1.2.3".into(),
             protocol: 1,
             boot_id: "00ff".into(),
@@ -306,8 +306,12 @@ mod tests {
             sessions: vec![session],
             access: AccessReport::default(),
             users: Vec::new(),
-        };
-        let text = words(&report);
+        }
+    }
+
+    #[test]
+    fn the_words_name_every_session_and_no_control_character_gets_through() {
+        let text = words(&sample());
         for part in [
             "1.2.3",
             "1 session,",

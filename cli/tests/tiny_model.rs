@@ -240,6 +240,12 @@ fn prompts_that_begin_alike_share_their_rows_and_conversations_outlast_their_ses
     let (more, _) = ask(&go_on, "and then ");
     let (again, _) = ask(&go_on, "and then ");
     assert!(!more.is_empty() && !again.is_empty());
+    // Many rows chosen behind a short prompt: there is room for their runs, whatever the image holds.
+    let text = "Somebody has lived here before, and left a light on. ".repeat(60);
+    let chosen = ["--method", "kvoyant:budget=40%", "--socket", socket, "--raw", "--suspend", "long"];
+    ask(&chosen, &text);
+    let (more, _) = ask(&[&chosen[..], &["--resume", "long"]].concat(), "and then ");
+    assert!(!more.is_empty());
     let always = ["run", "--model", "tiny", "--max-tokens", "4", "--prompt", "x"];
     let (code, _, err) = run(kvoyant(home.path()).args(always).args(full).args(["--resume", "nothing"]));
     assert_eq!(code, Some(1));

@@ -25,7 +25,7 @@ pub struct Numbers(pub u64);
 
 impl Numbers {
     /// The next one.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -35,7 +35,7 @@ impl Numbers {
 
     /// One below `end`, which is not zero.
     pub fn below(&mut self, end: usize) -> usize {
-        (self.next() % end as u64) as usize
+        (self.draw() % end as u64) as usize
     }
 }
 
@@ -53,14 +53,14 @@ pub fn mutated(seeds: &[Vec<u8>], number: u64) -> Vec<u8> {
 
 fn once(bytes: &mut Vec<u8>, seeds: &[Vec<u8>], numbers: &mut Numbers) {
     if bytes.is_empty() {
-        bytes.extend((0..numbers.below(64)).map(|_| numbers.next() as u8));
+        bytes.extend((0..numbers.below(64)).map(|_| numbers.draw() as u8));
         return;
     }
     let at = numbers.below(bytes.len());
     let to = (at + 1 + numbers.below(16)).min(bytes.len());
     match numbers.below(9) {
         0 => bytes[at] ^= 1 << numbers.below(8),
-        1 => bytes[at] = numbers.next() as u8,
+        1 => bytes[at] = numbers.draw() as u8,
         2 => bytes[at] = bytes[at].wrapping_add(if numbers.below(2) == 0 { 1 } else { 255 }),
         3 => {
             let edge = EDGES[numbers.below(EDGES.len())].to_le_bytes();
@@ -75,7 +75,7 @@ fn once(bytes: &mut Vec<u8>, seeds: &[Vec<u8>], numbers: &mut Numbers) {
             bytes.splice(into..into, piece);
         }
         7 => {
-            let piece: Vec<u8> = (0..=numbers.below(16)).map(|_| numbers.next() as u8).collect();
+            let piece: Vec<u8> = (0..=numbers.below(16)).map(|_| numbers.draw() as u8).collect();
             bytes.splice(at..at, piece);
         }
         _ => {

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use kvoyant_client::{Error, Hint, Member, Model, SelectedBy, Sequence, Status};
 use kvoyant_daemon::admin::{
@@ -390,13 +391,18 @@ fn a_stranger_sees_nothing_of_others_and_changes_nothing() {
     let program = daemon.folder().join("stranger");
     std::fs::copy(CLIENT, &program).unwrap();
     open_up(&program, 0o755);
-    let out = Command::new(&program)
-        .arg(daemon.admin())
-        .args(["meddle", "0", "1", &sequence.id().to_string(), "mine"])
-        .uid(STRANGER)
-        .gid(STRANGER)
-        .output()
-        .unwrap();
+    let mut stranger = Command::new(&program);
+    stranger.arg(daemon.admin()).args(["meddle", "0", "1", &sequence.id().to_string(), "mine"]);
+    stranger.uid(STRANGER).gid(STRANGER);
+    // A child of another test has the copy open for writing until it has begun its own program.
+    let out = loop {
+        match stranger.output() {
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            out => break out.unwrap(),
+        }
+    };
     let said = String::from_utf8(out.stdout).unwrap();
     assert_eq!(
         said.lines().collect::<Vec<_>>(),

@@ -95,7 +95,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
     let text = prompt::text(args)?;
     let model = model::open(&args.model, progress)?.model;
     let tokens = prompt::tokens(text, args.raw, &model)?;
-    let most = (tokens.len() + args.max_tokens as usize).min(model.config().context_tokens);
+    let most = match args.resume {
+        None => (tokens.len() + args.max_tokens as usize).min(model.config().context_tokens),
+        // How much is in the image only the daemon knows, and answers must have room for rows of all of it.
+        Some(_) => model.config().context_tokens,
+    };
 
     let shape = session::shape(&model);
     let shape = KvShape { format: args.kv_format.unwrap_or(shape.format), ..shape };

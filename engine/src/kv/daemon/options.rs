@@ -108,14 +108,15 @@ impl DaemonOptions {
         }
     }
 
-    /// Rings for a few answers under way, each with a block table for the worst case: every second row selected.
+    /// Rings for a few answers under way, each with a block table for the worst case: every row in a run of its own, as it may be in a slab
+    /// whose slots have changed hands.
     pub(super) fn limits(&self, kv: &KvShape) -> Limits {
         let heads = self.batch_max * kv.kv_heads;
         // What the daemon's CPU attended comes behind the runs.
         let partials = self.batch_max * (1 + kv.query_heads * (1 + kv.head_dim)) * 4;
         // And what answers estimate of the rows left out.
         let rests = self.batch_max * kv.query_heads * (7 + kv.head_dim) * 4;
-        let table = heads * (16 + 12 * (self.context_tokens / 2 + 2)) + partials + rests;
+        let table = heads * (16 + 12 * (self.context_tokens + 2)) + partials + rests;
         // Floors come behind the queries.
         let hints = self.batch_max.max(BLOCK_QUERIES) * kv.query_heads * (kv.head_dim + 1) * 4;
         let feedback = kv.kv_heads * self.context_tokens.div_ceil(SMALLEST_BLOCK) * 4;

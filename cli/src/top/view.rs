@@ -1,0 +1,192 @@
+//! The screen: 80 columns and 24 lines are enough.
+
+use kvoyant_daemon::status::StatusReport;
+use kvoyant_daemon::tiers::nvme::DeviceState;
+use ratatui::Frame;
+use ratatui::layout::{Constraint, Layout, Rect};
+use ratatui::style::{Color, Modifier, Style};
+use ratatui::text::{Line, Span};
+use ratatui::widgets::{Paragraph, Row, Sparkline, Table};
+
+use super::limits::{Limit, What};
+use super::rates::{History, Rates};
+use crate::status::{bytes, counted, plain};
+
+/// What is drawn.
+pub(super) struct Shown<'a> {
+    /// How things are.
+    pub(super) status: &'a StatusReport,
+    /// What is done.
+    pub(super) rates: &'a Rates,
+    /// Times of answers.
+    pub(super) history: &'a History,
+    /// What limits.
+    pub(super) limit: Limit,
+    /// Why the daemon did not answer just now.
+    pub(super) error: Option<String>,
+}
+
+/// Draws it.
+pub(super) fn draw(frame: &mut Frame<'_>, shown: &Shown<'_>) {
+    let tiers = tiers(shown.status);
+    let heights = [
+        Constraint::Length(1),
+        Constraint::Length(2),
+        Constraint::Length(tiers.len() as u16),
+        Constraint::Length(3),
+        Constraint::Length(2),
+        Constraint::Min(2),
+        Constraint::Length(1),
+    ];
+    let [head, limit, places, work, line, sessions, foot] = Layout::vertical(heights).areas(frame.area());
+    frame.render_widget(Paragraph::new(title(shown.status)), head);
+    frame.render_widget(Paragraph::new(limits(&shown.limit)), limit);
+    frame.render_widget(Paragraph::new(tiers), places);
+    frame.render_widget(Paragraph::new(rates(shown)), work);
+    sparkline(frame, shown, line);
+    table(frame, shown, sessions);
+    let foot_text = match &shown.error {
+        Some(error) => Span::styled(plain(error, 200), Style::new().fg(Color::Red)),
+        None => Span::styled("q: leave", Style::new().add_modifier(Modifier::DIM)),
+    };
+    frame.render_widget(Paragraph::new(Line::from(foot_text)), foot);
+}
+
+fn bold(text: impl Into<String>) -> Span<'static> {
+    Span::styled(text.into(), Style::new().add_modifier(Modifier::BOLD))
+}
+
+fn title(status: &StatusReport) -> Line<'static> {
+    let totals = &status.totals;
+    let text = format!(
+        "  {} ({}), {}, {}, {}",
+        status.device,
+        status.mode,
+        counted(status.lanes as u64, "lane"),
+        counted(totals.sessions, "session"),
+        counted(totals.sequences, "sequence"),
+    );
+    Line::from(vec![bold(format!("kvoyantd {}", status.version)), text.into()])
+}
+
+fn limits(limit: &Limit) -> Vec<Line<'static>> {
+    let colour = match limit.what {
+        What::Nothing => Color::Green,
+        What::Failure => Color::Red,
+        _ => Color::Yellow,
+    };
+    let name = match limit.what {
+        What::Failure => "failure",
+        What::Memory => "memory",
+        What::Disk => "disk",
+        What::Cpu => "CPU",
+        What::Link => "link",
+        What::Nothing => "none",
+    };
+    vec![
+        Line::from(vec![
+            "limit   ".into(),
+            Span::styled(name, Style::new().fg(colour).add_modifier(Modifier::BOLD)),
+            format!(": {}", limit.why).into(),
+        ]),
+        Line::from(format!("turn    {}", limit.turn)),
+    ]
+}
+
+/// A bar of twenty, and its figures.
+fn bar(name: &str, used: u64, total: u64, more: &str) -> Line<'static> {
+    let share = used as f64 / total.max(1) as f64;
+    let filled = ((share * 20.0).round() as usize).min(20);
+    let colour = if share > 0.95 { Color::Red } else { Color::Blue };
+    Line::from(vec![
+        format!("{name:<8}").into(),
+        Span::styled("█".repeat(filled), Style::new().fg(colour)),
+        "░".repeat(20 - filled).into(),
+        format!(" {:>3.0} % of {}{more}", share * 100.0, bytes(total)).into(),
+    ])
+}
+
+fn tiers(status: &StatusReport) -> Vec<Line<'static>> {
+    let (arena, totals) = (&status.arena, &status.totals);
+    let more = format!(", {} of KV, {} of digests", bytes(totals.kv_bytes), bytes(totals.digest_bytes));
+    let mut lines = Vec::new();
+    if let Some(gpu) = &status.gpu {
+        lines.push(bar(
+            "device",
+            gpu.used_bytes,
+            gpu.set_aside_bytes,
+            &format!(", {}", plain(&gpu.model, 24)),
+        ));
+    }
+    lines.push(bar("arena", arena.used_bytes, arena.total_bytes, &more));
+    for device in &status.spill {
+        let state = if device.state == DeviceState::Serving { "" } else { ", FAILED" };
+        let late =
+            if device.late_reads > 0 { format!(", {} late", device.late_reads) } else { String::new() };
+        lines.push(bar("disk", device.used_bytes, device.total_bytes, &format!("{state}{late}")));
+    }
+    lines
+}
+
+fn rates(shown: &Shown<'_>) -> Vec<Line<'static>> {
+    let work = &shown.rates.all;
+    let percent =
+        |share: Option<f64>| share.map_or("–".to_owned(), |share| format!("{:.0} %", share * 100.0));
+    let lanes = work.select_s / shown.status.lanes.max(1) as f64;
+    vec![
+        Line::from(format!(
+            "answers {:>9.0}/s   hits {:>6}   lanes busy {:>5}   moved {}/s",
+            work.answers,
+            percent(work.hits()),
+            percent(Some(lanes)),
+            bytes(work.moved_bytes as u64)
+        )),
+        Line::from(format!(
+            "pages   {:>9.0}/s read   {:.0}/s written   waited for {}   late rows {:.0}/s",
+            work.pages_read,
+            work.pages_written,
+            percent(Some(work.page_wait_s / shown.status.sessions.len().max(1) as f64)),
+            work.late_rows
+        )),
+        Line::from(format!("time of an answer: {}", work.answer_s().map_or("–".into(), time))),
+    ]
+}
+
+fn time(seconds: f64) -> String {
+    match seconds {
+        s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
+        s if s < 1.0 => format!("{:.1} ms", s * 1e3),
+        s => format!("{s:.1} s"),
+    }
+}
+
+fn sparkline(frame: &mut Frame<'_>, shown: &Shown<'_>, area: Rect) {
+    let data = shown.history.last(usize::from(area.width));
+    frame.render_widget(Sparkline::default().data(data).style(Style::new().fg(Color::Cyan)), area);
+}
+
+fn table(frame: &mut Frame<'_>, shown: &Shown<'_>, area: Rect) {
+    let head = ["id", "client", "uid", "pid", "seqs", "KV", "answers/s", "moved/s", "hits"];
+    let widths = [5, 16, 6, 8, 5, 10, 9, 10, 5].map(Constraint::Length);
+    let mut sessions: Vec<_> = shown.status.sessions.iter().collect();
+    let work = |id: u64| shown.rates.sessions.get(&id).copied().unwrap_or_default();
+    // Whoever does most is on top, and those who do nothing keep their order.
+    sessions.sort_by(|a, b| work(b.id).answers.total_cmp(&work(a.id).answers).then(a.id.cmp(&b.id)));
+    let rows = sessions.into_iter().map(|session| {
+        let work = work(session.id);
+        let hits = work.hits().map_or("–".to_owned(), |share| format!("{:.0} %", share * 100.0));
+        Row::new([
+            session.id.to_string(),
+            plain(&session.client, 16),
+            session.uid.to_string(),
+            session.pid.to_string(),
+            session.sequences.to_string(),
+            bytes(session.kv_bytes),
+            format!("{:.0}", work.answers),
+            bytes(work.moved_bytes as u64),
+            hits,
+        ])
+    });
+    let style = Style::new().add_modifier(Modifier::REVERSED);
+    frame.render_widget(Table::new(rows, widths).header(Row::new(head).style(style)), area);
+}

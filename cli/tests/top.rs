@@ -1,0 +1,47 @@
+//! `kvoyant top` beside a real daemon, where there is no terminal.
+
+use std::process::Command;
+
+use kvoyant_tests::Daemon;
+
+const KVOYANT: &str = env!("CARGO_BIN_EXE_kvoyant");
+
+#[test]
+fn without_a_terminal_one_look_is_printed_as_text_or_as_json() {
+    let daemon = Daemon::serve(KVOYANT, &[]);
+    let top = |more: &[&str]| {
+        let output = Command::new(KVOYANT)
+            .args(["top", "--interval", "0.1", "--admin"])
+            .arg(daemon.admin())
+            .args(more)
+            .output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = top(&[]);
+    assert!(
+        text.contains("limit   none") && text.contains("0 % of 512.00 MiB") && !text.contains('\x1b'),
+        "{text}"
+    );
+    let json: serde_json::Value = serde_json::from_str(&top(&["--json"])).unwrap();
+    assert_eq!(json["limit"]["what"], "nothing");
+    assert_eq!(json["rates"]["all"]["answers"], 0.0);
+    assert_eq!(json["status"]["arena"]["total_bytes"], 512 << 20);
+}
+
+#[test]
+fn a_daemon_that_is_not_there_and_an_interval_that_cannot_be_are_one_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(KVOYANT)
+        .args(["top", "--once", "--admin"])
+        .arg(folder.path().join("none"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("is kvoyantd running?"), "{said}");
+    for bad in ["0", "-1", "nan", "100000"] {
+        let output = Command::new(KVOYANT).args(["top", "--interval", bad]).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{bad}");
+    }
+}
