@@ -306,7 +306,8 @@ fn a_device_without_room_refuses_one_session_and_serves_the_others() {
     assert_eq!(gpu(&daemon).used_bytes, used, "a refusal takes nothing");
     // Now the card itself has no room, whatever was set aside.
     set_faults("oom process=kvoyantd");
-    assert!(matches!(connect(16 << 20), Err(Error::Failed(Failure::DeviceFull { .. }))));
+    let refused = connect(16 << 20);
+    assert!(matches!(refused, Err(Error::Failed(Failure::DeviceFull { .. }))), "{refused:?}");
     fake::check(&fake::ask(&first, &sequence, 1), 0, 1, 1).unwrap();
     set_faults("");
     let second = connect(16 << 20).unwrap();

@@ -28,9 +28,15 @@ impl Accounts {
     #[must_use]
     pub fn take(status: &StatusReport, daemon: Pid) -> Option<Self> {
         let maps = std::fs::read_to_string(format!("/proc/{daemon}/maps")).ok()?;
+        // What was copied since the start only grows.
+        let mut totals = Totals { bytes_moved: 0, ..status.totals.clone() };
+        if !status.spill.is_empty() {
+            // Pages of whoever lives come and go between memory, disk and slab: all of them together are as many as before.
+            totals.pages = status.sessions.iter().map(|session| session.pages + session.spilled_pages).sum();
+            (totals.kv_bytes, totals.slab_bytes) = (0, 0);
+        }
         Some(Self {
-            // What was copied since the start only grows.
-            totals: Totals { bytes_moved: 0, ..status.totals.clone() },
+            totals,
             arena_bytes: status.arena.used_bytes,
             made_bytes: status.arena.pool.made_bytes,
             spilled_bytes: status.spill.iter().map(|place| place.used_bytes).sum(),

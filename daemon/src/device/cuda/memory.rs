@@ -205,6 +205,9 @@ pub(super) fn allocate(
                     "no {needed} bytes of device memory within the set-aside {}: {error}",
                     budget.set_aside
                 );
+                // The card itself has no room, whatever users have of it.
+                drop(user);
+                return Err(budget.full(needed));
             }
             return Err(budget.refuse(needed, account, user));
         }
