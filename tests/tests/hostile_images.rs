@@ -223,7 +223,7 @@ fn a_session_that_ends_while_pages_are_on_their_way_gives_everything_back() {
 
 #[test]
 fn a_fetch_of_more_than_may_be_asked_at_once_ends_the_session() {
-    let daemon = Daemon::start(DAEMON, &["--arena", "128MiB"]);
+    let daemon = Daemon::start(DAEMON, &["--arena", "512MiB"]);
     let mut raw = Raw::connect(&daemon.socket(), fake::spec(&["full"]));
     let sequence = raw.open(60_000);
     let operation = Operation::Append(Append { layer: None, batch: 1 });
@@ -241,7 +241,7 @@ fn a_fetch_of_more_than_may_be_asked_at_once_ends_the_session() {
     }
     // Bounded work or an end: either way the daemon answers somebody else at once.
     let neighbour = fake::connect(&daemon, &["full"]);
-    // The session that ended has taken all of the arena with it, which comes back a moment later.
+    // What the session that ended has taken with it comes back a moment later.
     let since = std::time::Instant::now();
     let kept = loop {
         match neighbour.open(0, 200) {
