@@ -8,6 +8,7 @@ use kvoyant_engine::{
     synthetic,
 };
 use kvoyant_tests::{Daemon, PATIENCE, fake};
+use nix::sys::signal::{Signal, kill};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 /// A link over which nothing comes while a test lasts.
@@ -84,6 +85,35 @@ fn resident_only_attends_to_sinks_and_window_and_to_nothing_else() {
         assert_eq!(stats.rows_left_out as usize, rows * selected * model.config().kv_heads);
         assert_eq!(engine.kv.alone(), None, "it has not given the daemon up");
     }
+}
+
+#[test]
+fn partial_attends_to_what_the_last_answer_named_while_the_daemon_stands_still_and_to_its_answers_again_after()
+ {
+    let model = synthetic::tiny(7);
+    let daemon = Daemon::start(DAEMON, &["--slab", "1MiB"]);
+    let late = (Fallback::Partial, Duration::from_millis(300));
+    let mut engine = Engine::start(&daemon, &model, "quest:budget=20%", late);
+    engine.step(3);
+    engine.kv.take_stats();
+    daemon.stop();
+    // One step's requests: those of a second one might find the ring full, and wait for room until the deadline.
+    engine.step(7);
+    let selected = (model.config().layers - 1) as u64;
+    let stats = engine.kv.take_stats().fallbacks;
+    assert_eq!((stats.partial, stats.resident_only, stats.alone), (selected, 0, 0));
+    let options = DaemonOptions::default();
+    let beyond = |position: usize| position + 1 - options.sinks - options.window;
+    let all = beyond(PROMPT + 1) as u64 * selected * model.config().kv_heads as u64;
+    assert!(stats.rows_left_out < all, "of {all} rows {} were left out", stats.rows_left_out);
+    kill(daemon.pid(), Signal::SIGCONT).unwrap();
+    let answered = (0..10).any(|_| {
+        engine.step(5);
+        let stats = engine.kv.take_stats();
+        stats.fallbacks.is_none() && stats.answers == selected
+    });
+    assert!(answered, "answers never came again");
+    assert_eq!(engine.kv.fallbacks().alone, 0);
 }
 
 #[test]
