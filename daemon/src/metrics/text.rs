@@ -75,36 +75,29 @@ struct Page<'a>(DescriptorEncoder<'a>);
 type Labels = [(&'static str, String)];
 
 impl Page<'_> {
-    fn gauges(
+    /// One family; nothing of it where there are no values.
+    fn family<M: EncodeMetric>(
         &mut self,
         (name, unit): (&str, Option<Unit>),
         help: &str,
         values: &[(&Labels, f64)],
+        metric: fn(f64) -> M,
     ) -> fmt::Result {
-        if values.is_empty() {
-            return Ok(());
-        }
-        let mut family = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
+        let Some((_, first)) = values.first() else { return Ok(()) };
+        let kind = metric(*first).metric_type();
+        let mut family = self.0.encode_descriptor(name, help, unit.as_ref(), kind)?;
         for (labels, value) in values {
-            ConstGauge::new(*value).encode(family.encode_family(labels)?)?;
+            metric(*value).encode(family.encode_family(labels)?)?;
         }
         Ok(())
     }
 
-    fn counters(
-        &mut self,
-        (name, unit): (&str, Option<Unit>),
-        help: &str,
-        values: &[(&Labels, f64)],
-    ) -> fmt::Result {
-        if values.is_empty() {
-            return Ok(());
-        }
-        let mut family = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
-        for (labels, value) in values {
-            ConstCounter::new(*value).encode(family.encode_family(labels)?)?;
-        }
-        Ok(())
+    fn gauges(&mut self, name: (&str, Option<Unit>), help: &str, values: &[(&Labels, f64)]) -> fmt::Result {
+        self.family(name, help, values, ConstGauge::new)
+    }
+
+    fn counters(&mut self, name: (&str, Option<Unit>), help: &str, values: &[(&Labels, f64)]) -> fmt::Result {
+        self.family(name, help, values, ConstCounter::new)
     }
 
     fn gauge(&mut self, name: (&str, Option<Unit>), help: &str, value: f64) -> fmt::Result {
