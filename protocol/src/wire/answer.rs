@@ -72,7 +72,7 @@ impl std::fmt::Display for Status {
             }
             Self::RowsLost => "rows could not be read back from disk: drop them, and compute them again",
             Self::HostFull => {
-                "host memory has no room for the pages that it needs at once: raise the daemon's arena or host_share, or \
+                "host memory has no room for the pages that it needs at once: raise the daemon's arena or host_percent, or \
                  ask for fewer rows"
             }
             Self::OverQuota => {
