@@ -1,0 +1,20 @@
+{{- define "kvoyant.name" -}}
+{{- printf "%s" .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "kvoyant.selector" -}}
+app.kubernetes.io/name: kvoyant
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "kvoyant.labels" -}}
+{{ include "kvoyant.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{/* Classic CUDA IPC is the one thing that needs the node's namespaces. */}}
+{{- define "kvoyant.classic" -}}
+{{- if and .Values.gpu.enabled (eq .Values.gpu.export "handle") }}true{{ end -}}
+{{- end -}}
