@@ -10,6 +10,49 @@ use kvoyant_protocol::ring::RingError;
 use kvoyant_protocol::wire::{CompletionError, Status};
 use thiserror::Error;
 
+/// What sort of error it is: what programs in other languages, which see no enums, tell errors apart by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Limits that cannot be.
+    Argument,
+    /// A batch, hint or row of the wrong size.
+    Shape,
+    /// Nobody listens at the socket, or it may not be used.
+    Connect,
+    /// The daemon speaks another version of the protocol.
+    Version,
+    /// The daemon refused, for a reason that is none of the others.
+    Refused,
+    /// The daemon does not serve this user.
+    NotAllowed,
+    /// Memory, tables, sequences or sessions are used up.
+    Backpressure,
+    /// A quota of this user is reached.
+    Quota,
+    /// The daemon has gone.
+    Gone,
+    /// The answer did not come in time.
+    Deadline,
+    /// The request was answered without rows.
+    NotReady,
+    /// All tickets are in use.
+    Busy,
+    /// Positions that the sequence has no room for.
+    NoRoom,
+    /// Rows that lie on disk.
+    Spilled,
+    /// Rows that are lost.
+    Lost,
+    /// A GPU that is missing or failed.
+    Device,
+    /// An image that cannot be written or read.
+    Image,
+    /// The daemon broke the protocol.
+    Protocol,
+    /// The operating system refused something.
+    System,
+}
+
 /// An error of the client library.
 #[derive(Debug, Error)]
 pub enum Error {
@@ -120,6 +163,45 @@ pub enum Error {
 }
 
 impl Error {
+    /// What sort of error it is.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Connect { .. } => Kind::Connect,
+            Self::Control(_) => Kind::Version,
+            Self::Failed(failure) => match failure {
+                Failure::Backpressure { .. }
+                | Failure::TablesFull { .. }
+                | Failure::TooManySequences { .. }
+                | Failure::TooManySessions { .. }
+                | Failure::DeviceFull { .. } => Kind::Backpressure,
+                Failure::Quota(_) => Kind::Quota,
+                Failure::NotAllowed { .. } => Kind::NotAllowed,
+                Failure::Device(_) | Failure::DeviceLost(_) => Kind::Device,
+                Failure::Image { .. } => Kind::Image,
+                Failure::RowsLost { .. } => Kind::Lost,
+                Failure::Protocol(_) => Kind::Protocol,
+                _ => Kind::Refused,
+            },
+            Self::DaemonGone => Kind::Gone,
+            Self::Deadline { .. } => Kind::Deadline,
+            Self::NotReady { status: Status::RowsLost, .. } => Kind::Lost,
+            Self::NotReady { status: Status::OverQuota, .. } => Kind::Quota,
+            Self::NotReady { .. } => Kind::NotReady,
+            Self::TooManyInFlight { .. } => Kind::Busy,
+            Self::NoDevice(_) | Self::Cuda(_) | Self::Capturing | Self::Kernel(_) | Self::OnDevice { .. } => {
+                Kind::Device
+            }
+            Self::Size { .. } => Kind::Shape,
+            Self::NoRoom { .. } => Kind::NoRoom,
+            Self::Spilled { .. } => Kind::Spilled,
+            Self::Lost { .. } => Kind::Lost,
+            Self::Limits(_) => Kind::Argument,
+            Self::Broken(_) => Kind::Protocol,
+            Self::Memory(_) | Self::Io(_) => Kind::System,
+        }
+    }
+
     /// Whether the daemon is gone, cannot be believed any more, or has not answered in time: asking it for something else will hardly help.
     /// What the session's extents hold can still be read ([`Sequence::read`](crate::Sequence::read)).
     #[must_use]

@@ -38,7 +38,7 @@ mod sequence;
 mod turn;
 
 pub use connection::{Client, Options};
-pub use error::Error;
+pub use error::{Error, Kind};
 pub use fallback::{Fallback, InTime};
 pub use kvoyant_kernels::quantise::Format;
 pub use kvoyant_kernels::{Dtype, RowLayout, Run};

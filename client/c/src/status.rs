@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ffi::{CString, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use kvoyant_client::{Error, Failure, Status};
+use kvoyant_client::{Error, Kind};
 
 use crate::types::kvoyant_status;
 
@@ -35,47 +35,32 @@ impl Wrong {
 
 impl From<Error> for Wrong {
     fn from(error: Error) -> Self {
-        Self { status: code(&error), text: error.to_string() }
+        Self { status: code(error.kind()), text: error.to_string() }
     }
 }
 
-fn code(error: &Error) -> kvoyant_status {
+fn code(kind: Kind) -> kvoyant_status {
     use kvoyant_status as S;
-    match error {
-        Error::Connect { .. } => S::Connect,
-        Error::Control(_) => S::Version,
-        Error::Failed(failure) => match failure {
-            Failure::Backpressure { .. }
-            | Failure::TablesFull { .. }
-            | Failure::TooManySequences { .. }
-            | Failure::TooManySessions { .. }
-            | Failure::DeviceFull { .. } => S::Backpressure,
-            Failure::Quota(_) => S::Quota,
-            Failure::NotAllowed { .. } => S::NotAllowed,
-            Failure::Device(_) | Failure::DeviceLost(_) => S::Device,
-            Failure::Image { .. } => S::Image,
-            Failure::RowsLost { .. } => S::Lost,
-            Failure::Protocol(_) => S::Protocol,
-            _ => S::Refused,
-        },
-        Error::DaemonGone => S::Gone,
-        Error::Deadline { .. } => S::Deadline,
-        Error::NotReady { status: Status::RowsLost, .. } => S::Lost,
-        Error::NotReady { status: Status::OverQuota, .. } => S::Quota,
-        Error::NotReady { .. } => S::NotReady,
-        Error::TooManyInFlight { .. } => S::Busy,
-        Error::NoDevice(_)
-        | Error::Cuda(_)
-        | Error::Capturing
-        | Error::Kernel(_)
-        | Error::OnDevice { .. } => S::Device,
-        Error::Size { .. } => S::Shape,
-        Error::NoRoom { .. } => S::NoRoom,
-        Error::Spilled { .. } => S::Spilled,
-        Error::Lost { .. } => S::Lost,
-        Error::Limits(_) => S::Argument,
-        Error::Broken(_) => S::Protocol,
-        Error::Memory(_) | Error::Io(_) => S::System,
+    match kind {
+        Kind::Argument => S::Argument,
+        Kind::Shape => S::Shape,
+        Kind::Connect => S::Connect,
+        Kind::Version => S::Version,
+        Kind::Refused => S::Refused,
+        Kind::NotAllowed => S::NotAllowed,
+        Kind::Backpressure => S::Backpressure,
+        Kind::Quota => S::Quota,
+        Kind::Gone => S::Gone,
+        Kind::Deadline => S::Deadline,
+        Kind::NotReady => S::NotReady,
+        Kind::Busy => S::Busy,
+        Kind::NoRoom => S::NoRoom,
+        Kind::Spilled => S::Spilled,
+        Kind::Lost => S::Lost,
+        Kind::Device => S::Device,
+        Kind::Image => S::Image,
+        Kind::Protocol => S::Protocol,
+        Kind::System => S::System,
     }
 }
 
