@@ -1,16 +1,11 @@
-//! The one place that hands addresses to the attention kernel.
-//!
-//! Rows are attended over in pieces of a fixed number, counted in the order of the rows, and the pieces merged in that order: so a long
-//! sequence's work spreads over threads, and neither their number nor where runs begin changes the result.
+//! The one place that hands addresses to the attention kernel: in pieces of a fixed number of rows, so that neither threads nor where
+//! runs begin change the result ([decision 24](../../../docs/decisions/0024-attention-in-pieces.md)).
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
 
-use kvoyant_kernels::{AttendScratch, Kernels, RowLayout, Run};
+use kvoyant_kernels::{AttendScratch, Kernels, RowLayout, Run, pieces};
 use rayon::prelude::*;
-
-/// Rows of a piece: some ten microseconds of work, so that heads that are no multiple of the threads still keep all of them busy.
-const PIECE_ROWS: usize = 512;
 
 /// Rows of all heads below which they are attended on the calling thread: waking another one costs more than it saves.
 const PARALLEL_ROWS: usize = 1024;
@@ -87,22 +82,10 @@ pub(super) unsafe fn attend_runs(
     out: &mut [f32],
     lse: &mut [f32],
 ) {
-    if runs.iter().map(|run| run.rows).sum::<usize>() <= PIECE_ROWS {
+    SCRATCH.with_borrow_mut(|scratch| {
         // SAFETY: passed on to the caller.
-        return unsafe { attend_piece(layout, queries, runs, out, lse) };
-    }
-    let (mut other, mut other_lse) = (vec![0.0; out.len()], vec![0.0; lse.len()]);
-    for (i, piece) in pieces(runs, layout.row_bytes().unwrap_or(1)).iter().enumerate() {
-        // SAFETY: passed on to the caller.
-        unsafe {
-            if i == 0 {
-                attend_piece(layout, queries, piece, out, lse);
-            } else {
-                attend_piece(layout, queries, piece, &mut other, &mut other_lse);
-                Kernels::best().merge(out, lse, &other, &other_lse);
-            }
-        }
-    }
+        unsafe { Kernels::best().attend_in_pieces(layout, queries, runs, scratch, (out, lse)) };
+    });
 }
 
 /// # Safety
@@ -114,30 +97,6 @@ unsafe fn attend_piece(layout: RowLayout, queries: &[f32], runs: &[Run], out: &m
         // SAFETY: passed on to the caller.
         unsafe { Kernels::best().attend_layout(layout, queries, group, scale, runs, scratch, out, lse) };
     });
-}
-
-/// The rows of runs in pieces of [`PIECE_ROWS`]; the last has what is left. One piece without runs where there are no rows.
-fn pieces(runs: &[Run], row_bytes: usize) -> Vec<Vec<Run>> {
-    let (mut pieces, mut piece, mut room) = (Vec::new(), Vec::new(), PIECE_ROWS);
-    for run in runs {
-        let (mut at, mut left) = (run.rows_ptr, run.rows);
-        while left > room {
-            piece.push(Run::new(at, room));
-            pieces.push(std::mem::take(&mut piece));
-            // Only the address of a row that the run has is made, and nothing is read.
-            at = at.wrapping_add(room * row_bytes);
-            left -= room;
-            room = PIECE_ROWS;
-        }
-        if left > 0 {
-            piece.push(Run::new(at, left));
-            room -= left;
-        }
-    }
-    if !piece.is_empty() || pieces.is_empty() {
-        pieces.push(piece);
-    }
-    pieces
 }
 
 /// Scores of a group of queries over rows anywhere in memory, scaled by `1/√d`: `[group][rows]`.
@@ -165,7 +124,7 @@ pub(super) unsafe fn scores_of_runs(layout: RowLayout, queries: &[f32], runs: &[
 mod tests {
     use super::*;
     use kvoyant_kernels::quantise::Format;
-    use kvoyant_kernels::{Dtype, SplitMix64};
+    use kvoyant_kernels::{Dtype, PIECE_ROWS, SplitMix64};
 
     const D: usize = 64;
     const GROUP: usize = 3;

@@ -9,6 +9,7 @@ mod elementwise;
 mod hash;
 mod layout;
 mod packed;
+mod pieces;
 mod reduce;
 mod scalar;
 mod score;
@@ -21,6 +22,7 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 
 pub use codes::{CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights};
+pub use pieces::{PIECE_ROWS, pieces};
 
 /// The environment variable that forces a path: `scalar`, `avx2` or `avx512`.
 pub const ENV: &str = "KVOYANT_KERNELS";
