@@ -11,6 +11,7 @@
 //!
 //! Wrong use is an error with a sentence, never a crash: objects that were closed, of a parent process, used by two threads, arrays of another
 //! shape, type or layout. Memory that a view shows stays what it is for as long as the view lives ([`rows`]).
+#![allow(clippy::needless_pass_by_value, reason = "what Python passes is extracted into values")]
 
 mod answer;
 mod array;

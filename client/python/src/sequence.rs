@@ -479,9 +479,10 @@ impl PySequence {
     fn suspend(&self, py: Python<'_>, image: &str, overwrite: bool, label: &str) -> Result<()> {
         let mut open = self.kept.alone_unviewed("suspend")?;
         let sequence = open.0.take().expect(OPEN).into_inner();
-        match py.detach(|| sequence.suspend(image, overwrite, label)) {
+        match py.detach(|| sequence.suspend(image, overwrite, label).map_err(Box::new)) {
             Ok(()) => Ok(()),
-            Err((sequence, error)) => {
+            Err(back) => {
+                let (sequence, error) = *back;
                 *open.0 = Some(Owned::new(sequence));
                 Err(error.into())
             }

@@ -29,14 +29,14 @@ def daemon_program() -> str:
 class Daemon:
     """A running daemon on sockets in a folder."""
 
-    def __init__(self, folder: pathlib.Path, *flags: str):
+    def __init__(self, folder: pathlib.Path, *flags: str, arena: str = "512MiB"):
         self.socket = str(folder / "kvoyantd.sock")
         self.log = folder / "log"
         (folder / "store").mkdir()
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [daemon_program(), "--config", "/dev/null", "--socket", self.socket, "--admin-socket", str(folder / "admin.sock"),
-                 "--arena", "512MiB", "--pin", "false", "--newcomers-percent", "0", "--store", str(folder / "store"), *flags],
+                 "--arena", arena, "--pin", "false", "--newcomers-percent", "0", "--store", str(folder / "store"), *flags],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
             )
         since = time.monotonic()
