@@ -1,8 +1,11 @@
-"""Real Transformers on small random checkpoints that the tests make."""
+"""Real Transformers on real checkpoints: small random ones that the tests make, and SmolLM2 where KVOYANT_SMOLLM2 names its GGUF file."""
 
 import copy
+import os
+import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import Daemon
@@ -212,3 +215,54 @@ def kvoyant_tested():
 
     assert transformers.__version__.startswith(kvoyant.transformers.TESTED + ".")
     return kvoyant.transformers.TESTED
+
+
+PAGE = pathlib.Path(__file__).resolve().parents[3] / "docs/transformers.md"
+TOKENS, TOKENS_SAID = 768, 16
+SMOLLM2 = os.environ.get("KVOYANT_SMOLLM2")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if not SMOLLM2:
+        pytest.skip("KVOYANT_SMOLLM2 names no GGUF file: scripts/check-transformers says which")
+    file = pathlib.Path(SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return model, tokenizer
+
+
+def follow(model, cache, ids, tokens, greedy=False):
+    """Log-probabilities of the next token after a prompt and after each of `tokens`, or of the likeliest ones; and the time of a step in ms."""
+    found = [model(ids, cache=cache).logits[0, -1].log_softmax(-1)]
+    since = time.perf_counter()
+    for at in range(TOKENS_SAID - 1):
+        token = found[-1].argmax() if greedy else tokens[at]
+        found.append(model(token.view(1, 1), cache=cache).logits[0, -1].log_softmax(-1))
+    return torch.stack(found), (time.perf_counter() - since) / (TOKENS_SAID - 1) * 1e3
+
+
+def test_the_real_model_says_the_same_with_full_and_nearly_with_a_tenth(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    text = PAGE.read_text() + (PAGE.parent / "architecture.md").read_text()
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :TOKENS]
+    daemon = Daemon(tmp_path, "--in-place", "true", arena="1GiB")
+    try:
+        with torch.no_grad():
+            model.set_attn_implementation("sdpa")
+            dense, plain_ms = follow(model, transformers.DynamicCache(config=model.config), ids, None, greedy=True)
+            wanted = dense.argmax(-1)
+            with KvoyantCache(model, daemon.socket, method="full") as cache:
+                inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+                said = generate(model, inputs, cache, max_new_tokens=TOKENS_SAID, repetition_penalty=1.0, eos_token_id=None)
+                assert torch.equal(said[0, TOKENS:], wanted)
+            with KvoyantCache(model, daemon.socket, method="kvoyant:budget=12%") as cache:
+                sparse, ms = follow(model, cache, ids, wanted)
+                known = cache.certificate()
+    finally:
+        daemon.stop()
+    same = (sparse.argmax(-1) == wanted).float().mean().item()
+    kl = (dense.exp() * (dense - sparse)).sum(-1).mean().item()
+    print(f"after {TOKENS} tokens, kvoyant:budget=12%: next token as plain {same:.1%}, KL {kl:.5f} nats, {ms:.0f} ms per token (plain {plain_ms:.0f})")
+    print("certified:", known)
+    assert same >= 0.9 and kl < 0.02 and known["missed_mass_mean"] < 0.2
