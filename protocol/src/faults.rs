@@ -20,6 +20,8 @@ pub enum Point {
     Seal,
     /// It is mapped.
     Map,
+    /// It is locked into memory.
+    Lock,
     /// A descriptor is duplicated.
     Duplicate,
     /// A sleep on a word, which ends at once.
@@ -62,11 +64,12 @@ pub enum Point {
 
 impl Point {
     /// All that a system does to programs.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Memfd,
         Self::MemfdSize,
         Self::Seal,
         Self::Map,
+        Self::Lock,
         Self::Duplicate,
         Self::FutexWait,
         Self::FutexWaitMany,
@@ -96,6 +99,7 @@ impl Point {
             Self::MemfdSize => "memfd-size",
             Self::Seal => "seal",
             Self::Map => "map",
+            Self::Lock => "lock",
             Self::Duplicate => "duplicate",
             Self::FutexWait => "futex-wait",
             Self::FutexWaitMany => "futex-wait-many",
@@ -125,7 +129,7 @@ impl Point {
             Self::MemfdSize | Self::ImageWrite => libc::ENOSPC,
             Self::Seal => libc::EBUSY,
             Self::Thread => libc::EAGAIN,
-            Self::Map | Self::FutexWaitMany | Self::Receive => libc::ENOMEM,
+            Self::Map | Self::Lock | Self::FutexWaitMany | Self::Receive => libc::ENOMEM,
             Self::Send => libc::ENOBUFS,
             _ => libc::EIO,
         }

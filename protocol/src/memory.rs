@@ -339,6 +339,7 @@ impl SharedMapping {
 
     /// Locks the pages into memory. Fails with the system's word when the memlock limit is too small.
     pub fn lock(&self) -> io::Result<()> {
+        faults::check(Point::Lock)?;
         self.map.lock()
     }
 

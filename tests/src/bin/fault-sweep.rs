@@ -62,7 +62,9 @@ fn main() -> ExitCode {
     let mut defects = Vec::new();
     println!("| call | failed in turn | clients saw an error | starts refused | s |");
     println!("|---|---|---|---|---|");
-    for (flags, name) in [(&[][..], "slab"), (&["--in-place", "true"][..], "in place")] {
+    for (flags, name) in
+        [(&[][..], "slab"), (&["--in-place", "true", "--pin", "true"][..], "in place, pinned")]
+    {
         let sweep = match Sweep::new(daemon, PATIENCE, flags) {
             Ok(sweep) => sweep,
             Err(found) => {
