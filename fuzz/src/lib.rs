@@ -5,6 +5,7 @@
 
 pub mod input;
 pub mod mutate;
+pub mod service;
 pub mod targets;
 
 use std::path::{Path, PathBuf};
@@ -34,7 +35,20 @@ macro_rules! target {
 }
 
 /// All targets but the [canary](targets::canary).
-pub const TARGETS: &[Target] = &[target!(control, 100_000), target!(descriptors, 100_000)];
+pub const TARGETS: &[Target] = &[
+    target!(admin, 1_000),
+    target!(areas, 300),
+    target!(artifacts, 20_000),
+    target!(config, 3_000),
+    target!(control, 100_000),
+    target!(descriptors, 100_000),
+    target!(images, 3_000),
+    target!(journal, 10_000),
+    target!(models, 3_000),
+    target!(prefixes, 10_000),
+    target!(requests, 300),
+    target!(tables, 20_000),
+];
 
 /// The one that must fail.
 pub const CANARY: Target = target!(canary, 200_000);

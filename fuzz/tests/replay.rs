@@ -47,6 +47,7 @@ fn every_target_takes_its_seeds_and_a_series_of_mutations_and_the_canary_is_foun
             ));
         }
     }
+    kvoyant_fuzz::service::stop();
     let _ = std::panic::take_hook();
     let (input, said) = canary.expect("the canary is found, or nothing that is not found means anything");
     assert!(input.starts_with(b"KVO") && said.contains("the canary was found"), "{said}");

@@ -9,10 +9,11 @@ use super::{
     JournalError, Kind, MAGIC, RECORD_HEADER, RECORDS_AT, SEAL_AT, VERSION, header, record_crc, seal,
 };
 
-/// Most heaps that a session has, files that a heap has, and bytes that such a file has.
+/// Most heaps that a session has, files that a heap has, and bytes that such a file has: a file is as large as its largest region, a page
+/// table.
 const HEAPS_MAX: u32 = 2;
 const FILES_MAX: u32 = 1 << 20;
-const FILE_BYTES_MAX: u64 = 1 << 40;
+const FILE_BYTES_MAX: u64 = 1 << 32;
 
 /// What a journal says.
 #[derive(Debug, Default)]
@@ -107,6 +108,7 @@ fn read_records(file: &File, found: &mut Found) -> Result<(), JournalError> {
     }
     let mut at = 0;
     let mut payload = Vec::new();
+    let mut ends = [Vec::new(), Vec::new()];
     while at < sealed {
         let here = RECORDS_AT + at;
         let mut head = [0; RECORD_HEADER];
@@ -125,16 +127,43 @@ fn read_records(file: &File, found: &mut Found) -> Result<(), JournalError> {
             return Err(damaged(here, "a record's checksum is wrong"));
         }
         let kind = Kind::of(word(&head, 0)).ok_or_else(|| damaged(here, "a record is of no known kind"))?;
-        take(kind, &payload, here, found)?;
+        take(kind, &payload, here, found, &mut ends)?;
         at += (RECORD_HEADER as u64 + length).next_multiple_of(8);
     }
     if found.record.is_empty() {
         return Err(damaged(RECORDS_AT, "the session is missing"));
     }
+    for (content, end) in found.heaps.iter_mut().flatten().zip(ends.iter().flatten()) {
+        content.truncate(*end);
+    }
     Ok(())
 }
 
-fn take(kind: Kind, payload: &[u8], at: u64, found: &mut Found) -> Result<(), JournalError> {
+/// Makes room behind a file's bytes. What was never written takes address space, and memory only where it is moved.
+fn grow(content: &mut Vec<u8>, end: usize) -> Result<(), JournalError> {
+    if content.len() < end {
+        // By half as much again at least, so that many records one behind the other are not moved each time.
+        let len = end.max(content.len() + content.len() / 2);
+        // Asked for first, because what is zeroed at once cannot be refused.
+        let refused = |_| JournalError::Io(std::io::ErrorKind::OutOfMemory.into());
+        let mut room = Vec::<u8>::new();
+        room.try_reserve_exact(len).map_err(refused)?;
+        drop(std::hint::black_box(room));
+        let mut grown = vec![0; len];
+        grown[..content.len()].copy_from_slice(content);
+        *content = grown;
+    }
+    Ok(())
+}
+
+/// Takes a record in. `ends` is how far each file of a heap was written.
+fn take(
+    kind: Kind,
+    payload: &[u8],
+    at: u64,
+    found: &mut Found,
+    ends: &mut [Vec<usize>; 2],
+) -> Result<(), JournalError> {
     match kind {
         Kind::Session => found.record = payload.to_vec(),
         Kind::Sequence => {
@@ -152,15 +181,15 @@ fn take(kind: Kind, payload: &[u8], at: u64, found: &mut Found) -> Result<(), Jo
             let (true, true, Some(end)) = (heap < HEAPS_MAX, file < FILES_MAX, end) else {
                 return Err(damaged(at, "bytes of a heap lie outside any"));
             };
-            let files = &mut found.heaps[heap as usize];
-            if files.len() <= file as usize {
-                files.resize_with(file as usize + 1, Vec::new);
+            let (files, ends) = (&mut found.heaps[heap as usize], &mut ends[heap as usize]);
+            let (file, offset, end) = (file as usize, offset as usize, end as usize);
+            if files.len() <= file {
+                files.resize_with(file + 1, Vec::new);
+                ends.resize(file + 1, 0);
             }
-            let content = &mut files[file as usize];
-            if content.len() < end as usize {
-                content.resize(end as usize, 0);
-            }
-            content[offset as usize..end as usize].copy_from_slice(bytes);
+            grow(&mut files[file], end)?;
+            files[file][offset..end].copy_from_slice(bytes);
+            ends[file] = ends[file].max(end);
         }
     }
     Ok(())
