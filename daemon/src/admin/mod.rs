@@ -6,6 +6,7 @@
 //! | `GET /metrics` | text for Prometheus: see [`metrics`](crate::metrics) |
 //! | `GET /health` | a [`Health`], if the lanes answer |
 //! | `GET /ready` | the same, with status 503 where a new session could not be served |
+//! | `GET /dashboard` | a page for a browser, which draws the metrics |
 //! | `GET /v1/sequences` | a [`SequencesReport`]: open sequences, and images |
 //! | `POST /v1/sequences/suspend` with a [`SuspendOrder`] | [`Done`], once the image is kept and the sequence closed |
 //! | `POST /v1/images/bring` with a [`BringOrder`] | an [`ImageReport`], once the image is here and every byte compared |
@@ -13,8 +14,8 @@
 //!
 //! What cannot be done is answered with its HTTP status and `{"error": "…"}`, a sentence that says what to do.
 //!
-//! With `monitor` set to a loopback address, the first three of these, which name no process and nothing that clients have named, are
-//! answered over TCP as well: what Prometheus scrapes.
+//! With `monitor` set to a loopback address, metrics, health and the page, which name no process and nothing that clients have named, are
+//! answered over TCP as well: what Prometheus scrapes, and a browser shows.
 //!
 //! Whoever may connect sees the status. Sequences and images are shown to, and changed by, the user whose they are, root, and the
 //! daemon's own user; nobody else.
@@ -27,10 +28,12 @@
 //! | `server` | connections |
 //! | `patient` | a stream that gives up on who does not read |
 //! | `routes` | what each request does |
+//! | `dashboard` | the page |
 //! | `client` | the other side |
 
 mod caller;
 mod client;
+mod dashboard;
 mod messages;
 mod patient;
 mod refusal;

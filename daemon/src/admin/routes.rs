@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 
 use super::caller::Caller;
+use super::dashboard;
 use super::messages::{
     BringOrder, Done, ErrorBody, Health, ImageReport, SequenceReport, SequencesReport, SuspendOrder,
 };
@@ -32,7 +33,7 @@ const BODY_MAX: usize = 64 << 10;
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What whoever is on this machine may read, if there is a TCP listener: nothing of it names a process or what a client has named.
-const OPEN: [&str; 3] = ["/metrics", "/health", "/ready"];
+const OPEN: [&str; 4] = ["/metrics", "/health", "/ready", "/dashboard"];
 
 /// Images that may be brought or erased at a time.
 const WORK_MAX: usize = 4;
@@ -87,6 +88,7 @@ impl Routes {
                 Ok(response(StatusCode::OK, &self.plane.registry().report()))
             }
             ("/metrics", _) if method == Method::GET => self.metrics(&request),
+            ("/dashboard", _) if method == Method::GET => Ok(dashboard::page()),
             ("/health", _) if method == Method::GET => Ok(response(StatusCode::OK, &self.health().await?)),
             ("/ready", _) if method == Method::GET => {
                 let health = self.health().await?;
@@ -106,7 +108,9 @@ impl Routes {
                 let uid = uid.parse().map_err(|_| Refusal::User { text: uid.to_owned() })?;
                 Ok(response(StatusCode::OK, &self.remove(uid, name, caller).await?))
             }
-            ("/health" | "/ready" | "/metrics" | "/v1/status" | "/v1/sequences", _) => Err(only("GET")),
+            ("/health" | "/ready" | "/metrics" | "/dashboard" | "/v1/status" | "/v1/sequences", _) => {
+                Err(only("GET"))
+            }
             ("/v1/sequences/suspend" | "/v1/images/bring", _) => Err(only("POST")),
             (_, Some(_)) => Err(only("DELETE")),
             _ => Err(Refusal::NoResource { path }),
