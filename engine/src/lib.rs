@@ -8,6 +8,7 @@
 //! | keep K and V in this process | [`DenseKv`] |
 //! | keep K and V in the daemon | [`DaemonKv`] |
 //! | keep K and V elsewhere | implement [`KvBackend`] |
+//! | keep the KV of a model written with candle | [`candle::KvPass`] |
 //! | see queries, keys and values as they come | [`Observed`], [`Capture`] |
 //! | make what methods learn from a model offline | [`calibrate`] |
 //! | choose tokens | [`Sampler`] |
@@ -31,6 +32,7 @@
 
 mod awake;
 pub mod calibrate;
+pub mod candle;
 mod capture;
 mod chat;
 mod config;

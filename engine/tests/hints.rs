@@ -40,6 +40,10 @@ impl KvBackend for Recorder {
     type Sequence = DenseSequence;
     type Error = Infallible;
 
+    fn shape(&self) -> &KvShape {
+        self.inner.shape()
+    }
+
     fn tokens(&self, sequence: &DenseSequence) -> usize {
         self.inner.tokens(sequence)
     }

@@ -6,43 +6,82 @@ use std::ops::Range;
 use kvoyant_kernels::Kernels;
 use rayon::prelude::*;
 
-use crate::config::ModelConfig;
+use crate::kv::{KvBackend, KvShape};
 use crate::weights::gemm::{Mat, Threads, product};
 
 /// Queries of one task: their scores against all keys stay in a core's cache.
 const QUERY_BLOCK: usize = 64;
 
+/// A chunk of a sequence whose rows have been stored.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stored<'a> {
+    pub(crate) layer: usize,
+    /// Position of the chunk's first token.
+    pub(crate) start: usize,
+    /// `[T][Hq][d]`.
+    pub(crate) queries: &'a [f32],
+}
+
+/// Rows that came back from a backend; kept, so that they are allocated once.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    /// `[Hkv][n][d]`.
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// Attention of a chunk over what its tokens see, as the backend has it, into `out: [T][Hq][d]`.
+pub(crate) fn attend_stored<B: KvBackend>(
+    backend: &mut B,
+    sequence: &B::Sequence,
+    Stored { layer, start, queries }: Stored<'_>,
+    seen: &mut Seen,
+    out: &mut [f32],
+) -> Result<(), B::Error> {
+    let shape = backend.shape();
+    let end = start + queries.len() / (shape.query_heads * shape.head_dim);
+    let first_row = shape.first_visible(layer, start);
+    let values = (end - first_row) * shape.kv_heads * shape.head_dim;
+    seen.keys.resize(values, 0.0);
+    seen.values.resize(values, 0.0);
+    backend.read(layer, sequence, first_row..end, &mut seen.keys, &mut seen.values)?;
+    let (keys, values) = (&seen.keys, &seen.values);
+    let rows = end - first_row;
+    attend(Chunk { shape: backend.shape(), layer, start, first_row, rows, queries, keys, values }, out);
+    Ok(())
+}
+
 /// Where a chunk's queries and the rows that they see lie.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Chunk<'a> {
-    pub(super) config: &'a ModelConfig,
-    pub(super) layer: usize,
+struct Chunk<'a> {
+    shape: &'a KvShape,
+    layer: usize,
     /// Position of the chunk's first query.
-    pub(super) start: usize,
+    start: usize,
     /// Position of the first row in `keys` and `values`.
-    pub(super) first_row: usize,
+    first_row: usize,
     /// Rows in `keys` and `values`; the last is the chunk's last token.
-    pub(super) rows: usize,
+    rows: usize,
     /// `[T][Hq][d]`.
-    pub(super) queries: &'a [f32],
+    queries: &'a [f32],
     /// `[Hkv][rows][d]`.
-    pub(super) keys: &'a [f32],
+    keys: &'a [f32],
     /// `[Hkv][rows][d]`.
-    pub(super) values: &'a [f32],
+    values: &'a [f32],
 }
 
 /// `out[t, h] = softmax(q[t, h] Kᵀ / √d + causal mask) V`, into `out: [T][Hq][d]`.
 ///
 /// A task is a block of queries of one head, so that S = Q Kᵀ and O = S V are matrix products and the heads and blocks spread over all
 /// cores.
-pub(super) fn attend(chunk: Chunk<'_>, out: &mut [f32]) {
-    let width = chunk.config.query_width();
+fn attend(chunk: Chunk<'_>, out: &mut [f32]) {
+    let width = chunk.shape.query_heads * chunk.shape.head_dim;
     out.par_chunks_mut(QUERY_BLOCK * width).enumerate().for_each(|(block, out)| {
         // Heads of a block interleave in `out`, so each head's result comes back as its own vector.
         let first = block * QUERY_BLOCK;
         let queries = out.len() / width;
-        let d = chunk.config.head_dim;
-        let heads: Vec<Vec<f32>> = (0..chunk.config.query_heads)
+        let d = chunk.shape.head_dim;
+        let heads: Vec<Vec<f32>> = (0..chunk.shape.query_heads)
             .into_par_iter()
             .map(|head| attend_block(chunk, head, first, queries))
             .collect();
@@ -56,19 +95,19 @@ pub(super) fn attend(chunk: Chunk<'_>, out: &mut [f32]) {
 
 /// Attention of queries `first..first + queries` of one head: `[queries][d]`.
 fn attend_block(chunk: Chunk<'_>, head: usize, first: usize, queries: usize) -> Vec<f32> {
-    let config = chunk.config;
-    let (d, width) = (config.head_dim, config.query_width());
+    let shape = chunk.shape;
+    let (d, width) = (shape.head_dim, shape.query_heads * shape.head_dim);
     let position = |t: usize| chunk.start + first + t;
     // Rows that any query of the block sees, counted from `first_row`.
-    let from = config.first_visible(chunk.layer, position(0)) - chunk.first_row;
+    let from = shape.first_visible(chunk.layer, position(0)) - chunk.first_row;
     let to = position(queries - 1) + 1 - chunk.first_row;
     let columns = to - from;
-    let at = ((head / config.group()) * chunk.rows + from) * d;
+    let at = ((head / shape.group()) * chunk.rows + from) * d;
     let keys = Mat::new(&chunk.keys[at..], columns, d, d);
     let values = Mat::new(&chunk.values[at..], columns, d, d);
     let q = Mat::new(&chunk.queries[first * width + head * d..], queries, d, width);
     attend_visible(q, keys, values, (queries, columns, d), |t| {
-        let visible_from = config.first_visible(chunk.layer, position(t)) - chunk.first_row - from;
+        let visible_from = shape.first_visible(chunk.layer, position(t)) - chunk.first_row - from;
         visible_from..position(t) + 1 - chunk.first_row - from
     })
 }

@@ -130,9 +130,8 @@ struct Buffers {
     delta: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
-    /// Earlier rows of a layer, `[Hkv][n][d]`.
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    /// Rows of a layer that a chunk attends to.
+    seen: causal::Seen,
 }
 
 impl Buffers {

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use rayon::prelude::*;
 
-use super::causal::{self, Chunk};
+use super::causal::{Stored, attend_stored};
 use super::{Decoder, PARALLEL_ROWS, logits, norm_rows};
 use crate::error::ForwardError;
 use crate::kv::KvBackend;
@@ -190,28 +190,8 @@ impl Decoder {
                 && start > 0
                 && backend.attend_chunk(layer, sequence, start, &buffers.q, &mut buffers.attended)?;
             if !selected {
-                let first_row = config.first_visible(layer, start);
-                let seen = start + rows - first_row;
-                buffers.keys.resize(seen * config.kv_width(), 0.0);
-                buffers.values.resize(seen * config.kv_width(), 0.0);
-                backend.read(
-                    layer,
-                    sequence,
-                    first_row..start + rows,
-                    &mut buffers.keys,
-                    &mut buffers.values,
-                )?;
-                let chunk = Chunk {
-                    config,
-                    layer,
-                    start,
-                    first_row,
-                    rows: seen,
-                    queries: &buffers.q,
-                    keys: &buffers.keys,
-                    values: &buffers.values,
-                };
-                causal::attend(chunk, &mut buffers.attended);
+                let chunk = Stored { layer, start, queries: &buffers.q };
+                attend_stored(backend, sequence, chunk, &mut buffers.seen, &mut buffers.attended)?;
             }
             weights.output.forward(&buffers.attended, rows, &mut buffers.delta, Precision::F32);
             buffers.add_and_feed_forward(model, layer, rows, Precision::F32);

@@ -99,6 +99,10 @@ impl KvBackend for DenseKv {
     type Sequence = DenseSequence;
     type Error = Infallible;
 
+    fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
     fn tokens(&self, sequence: &DenseSequence) -> usize {
         sequence.tokens
     }

@@ -42,6 +42,9 @@ pub trait KvBackend: Send {
     /// What can go wrong.
     type Error: std::error::Error + Send + Sync + 'static;
 
+    /// The shape of the caches that it keeps.
+    fn shape(&self) -> &KvShape;
+
     /// Tokens that are committed.
     fn tokens(&self, sequence: &Self::Sequence) -> usize;
 

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::ops::Range;
 
-use super::{DenseKv, DenseSequence, KvBackend};
+use super::{DenseKv, DenseSequence, KvBackend, KvShape};
 
 /// Looks on. Shapes are those of [`KvBackend`]; queries and keys are after RoPE.
 pub trait Observe: Send {
@@ -54,6 +54,10 @@ impl<O: Observe> Observed<O> {
 impl<O: Observe> KvBackend for Observed<O> {
     type Sequence = DenseSequence;
     type Error = Infallible;
+
+    fn shape(&self) -> &KvShape {
+        self.dense.shape()
+    }
 
     fn tokens(&self, sequence: &DenseSequence) -> usize {
         sequence.tokens()

@@ -2,13 +2,17 @@
 
 use std::ops::Range;
 
-use super::super::KvBackend;
+use super::super::{KvBackend, KvShape};
 use super::lease::SCARCE_CHUNK;
 use super::{DaemonError, DaemonKv, DaemonSequence};
 
 impl KvBackend for DaemonKv {
     type Sequence = DaemonSequence;
     type Error = DaemonError;
+
+    fn shape(&self) -> &KvShape {
+        &self.shape
+    }
 
     fn tokens(&self, sequence: &DaemonSequence) -> usize {
         sequence.tokens()
