@@ -25,7 +25,7 @@
 //! let mut sequence = kv.sequence();
 //! let of = |heads: usize, tokens: usize| Tensor::randn(0f32, 1.0, (1, heads, tokens, 32), &Device::Cpu);
 //!
-//! let mut pass = KvPass::prefill(&mut kv, &mut [&mut sequence], 10)?;
+//! let mut pass = KvPass::prefill(&mut kv, [&mut sequence], 10)?;
 //! for layer in 0..2 {
 //!     let attended = pass.attend(layer, &of(4, 10)?, &of(2, 10)?, &of(2, 10)?)?;
 //!     assert_eq!(attended.dims(), [1, 4, 10, 32]);
@@ -133,9 +133,9 @@ impl<E: std::error::Error + Send + Sync + 'static> From<PassError<E>> for candle
 /// projected and not repeated for their groups of query heads. Scores are scaled by `1/√head_dim`. RoPE may pair values in either
 /// of the two customary ways, so long as it is the same for queries and keys.
 #[derive(Debug)]
-pub struct KvPass<'a, 'b, B: KvBackend> {
+pub struct KvPass<'a, B: KvBackend> {
     backend: &'a mut B,
-    batch: &'a mut [&'b mut B::Sequence],
+    batch: Vec<&'a mut B::Sequence>,
     /// Length of each sequence before.
     positions: Vec<usize>,
     tokens: usize,
@@ -146,16 +146,17 @@ pub struct KvPass<'a, 'b, B: KvBackend> {
     seen: Seen,
 }
 
-impl<'a, 'b, B: KvBackend> KvPass<'a, 'b, B> {
+impl<'a, B: KvBackend> KvPass<'a, B> {
     /// Begins to add `tokens` tokens of a prompt to each sequence; each attends to all that the sequence has before it.
     ///
     /// # Errors
     /// [`PassError::Empty`].
     pub fn prefill(
         backend: &'a mut B,
-        batch: &'a mut [&'b mut B::Sequence],
+        batch: impl IntoIterator<Item = &'a mut B::Sequence>,
         tokens: usize,
     ) -> Result<Self, PassError<B::Error>> {
+        let batch: Vec<_> = batch.into_iter().collect();
         if batch.is_empty() || tokens == 0 {
             return Err(PassError::Empty { sequences: batch.len(), tokens });
         }
@@ -169,11 +170,11 @@ impl<'a, 'b, B: KvBackend> KvPass<'a, 'b, B> {
     /// [`PassError::Empty`], or the backend's own.
     pub fn step(
         backend: &'a mut B,
-        batch: &'a mut [&'b mut B::Sequence],
+        batch: impl IntoIterator<Item = &'a mut B::Sequence>,
     ) -> Result<Self, PassError<B::Error>> {
         let mut pass = Self::prefill(backend, batch, 1)?;
         pass.step = true;
-        pass.backend.begin_step(pass.batch, &pass.positions).map_err(PassError::Backend)?;
+        pass.backend.begin_step(&mut pass.batch, &pass.positions).map_err(PassError::Backend)?;
         Ok(pass)
     }
 
@@ -200,7 +201,7 @@ impl<'a, 'b, B: KvBackend> KvPass<'a, 'b, B> {
             return Err(PassError::Hint { found: layer, next: self.next, layers });
         }
         let queries = self.rows("q", q, self.backend.shape().query_heads)?;
-        self.backend.hint(layer, self.batch, &self.positions, &queries).map_err(PassError::Backend)
+        self.backend.hint(layer, &mut self.batch, &self.positions, &queries).map_err(PassError::Backend)
     }
 
     /// Takes K and V of the new tokens in one layer, and attends: as `q`, `[batch, query heads, tokens, head_dim]`, in its type, and not
@@ -245,12 +246,12 @@ impl<'a, 'b, B: KvBackend> KvPass<'a, 'b, B> {
         if self.next < layers {
             return Err(PassError::Unfinished { attended: self.next, layers });
         }
-        let Self { backend, batch, positions, tokens, step, .. } = self;
+        let Self { backend, mut batch, positions, tokens, step, .. } = self;
         for (sequence, position) in batch.iter_mut().zip(&positions) {
             backend.commit(sequence, position + tokens).map_err(PassError::Backend)?;
         }
         if step {
-            backend.end_step(batch).map_err(PassError::Backend)?;
+            backend.end_step(&mut batch).map_err(PassError::Backend)?;
         }
         Ok(())
     }
@@ -263,8 +264,8 @@ impl<'a, 'b, B: KvBackend> KvPass<'a, 'b, B> {
         values: &[f32],
         out: &mut [f32],
     ) -> Result<(), B::Error> {
-        self.backend.append(layer, self.batch, &self.positions, keys, values)?;
-        self.backend.attend(layer, self.batch, &self.positions, queries, out)
+        self.backend.append(layer, &mut self.batch, &self.positions, keys, values)?;
+        self.backend.attend(layer, &mut self.batch, &self.positions, queries, out)
     }
 
     fn attend_prompt(

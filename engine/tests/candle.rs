@@ -62,12 +62,7 @@ fn worst(a: &Tensor, b: &Tensor) -> f32 {
 type History = Vec<(Tensor, Tensor)>;
 
 /// One pass over sequences, and what candle's operations make of the same.
-fn agree(
-    kv: &mut DenseKv,
-    batch: &mut [&mut DenseSequence],
-    histories: &mut [History],
-    tokens: Option<usize>,
-) {
+fn agree(kv: &mut DenseKv, batch: Vec<&mut DenseSequence>, histories: &mut [History], tokens: Option<usize>) {
     let members = batch.len();
     let count = tokens.unwrap_or(1);
     let mut pass = match tokens {
@@ -107,12 +102,12 @@ fn prompts_in_chunks_and_steps_of_batches_attend_as_candles_own_operations_do() 
     let mut kv = DenseKv::new(shape());
     let (mut a, mut b) = (kv.sequence(), kv.sequence());
     let mut histories = [History::new(), History::new()];
-    agree(&mut kv, &mut [&mut a], &mut histories[..1], Some(11));
-    agree(&mut kv, &mut [&mut b], &mut histories[1..], Some(3));
+    agree(&mut kv, vec![&mut a], &mut histories[..1], Some(11));
+    agree(&mut kv, vec![&mut b], &mut histories[1..], Some(3));
     // From here on in one batch, at different lengths.
-    agree(&mut kv, &mut [&mut a, &mut b], &mut histories, Some(7));
+    agree(&mut kv, vec![&mut a, &mut b], &mut histories, Some(7));
     for _ in 0..3 {
-        agree(&mut kv, &mut [&mut a, &mut b], &mut histories, None);
+        agree(&mut kv, vec![&mut a, &mut b], &mut histories, None);
     }
     assert_eq!([kv.tokens(&a), kv.tokens(&b)], [21, 13]);
 }
@@ -124,8 +119,7 @@ fn half_precision_comes_back_as_half_precision() {
         let mut sequence = kv.sequence();
         let [q, k, v] =
             [QUERY_HEADS, KV_HEADS, KV_HEADS].map(|heads| random(1, heads, 4).to_dtype(dtype).unwrap());
-        let mut batch = [&mut sequence];
-        let mut pass = KvPass::prefill(&mut kv, &mut batch, 4).unwrap();
+        let mut pass = KvPass::prefill(&mut kv, [&mut sequence], 4).unwrap();
         let attended = pass.attend(0, &q, &k, &v).unwrap();
         assert_eq!(attended.dtype(), dtype);
         let [q, k, v, attended] = [q, k, v, attended].map(|x| x.to_dtype(DType::F32).unwrap());
@@ -138,19 +132,18 @@ fn a_pass_that_is_dropped_leaves_nothing_behind() {
     let mut kv = DenseKv::new(shape());
     let mut sequence = kv.sequence();
     let mut history = [History::new()];
-    agree(&mut kv, &mut [&mut sequence], &mut history, Some(9));
+    agree(&mut kv, vec![&mut sequence], &mut history, Some(9));
     for step in [false, true] {
-        let mut batch = [&mut sequence];
         let mut pass = if step {
-            KvPass::step(&mut kv, &mut batch).unwrap()
+            KvPass::step(&mut kv, [&mut sequence]).unwrap()
         } else {
-            KvPass::prefill(&mut kv, &mut batch, 1).unwrap()
+            KvPass::prefill(&mut kv, [&mut sequence], 1).unwrap()
         };
         pass.attend(0, &random(1, QUERY_HEADS, 1), &random(1, KV_HEADS, 1), &random(1, KV_HEADS, 1)).unwrap();
         drop(pass);
         assert_eq!(kv.tokens(&sequence), 9);
     }
-    agree(&mut kv, &mut [&mut sequence], &mut history, None);
+    agree(&mut kv, vec![&mut sequence], &mut history, None);
     assert_eq!(kv.tokens(&sequence), 10);
 }
 
@@ -159,14 +152,10 @@ fn wrong_uses_say_what_is_wrong() {
     let mut kv = DenseKv::new(shape());
     let mut sequence = kv.sequence();
     let (q, k) = (random(1, QUERY_HEADS, 4), random(1, KV_HEADS, 4));
-    assert!(matches!(
-        KvPass::prefill(&mut kv, &mut [], 4),
-        Err(PassError::Empty { sequences: 0, tokens: 4 })
-    ));
-    let mut batch = [&mut sequence];
-    assert!(matches!(KvPass::prefill(&mut kv, &mut batch, 0), Err(PassError::Empty { .. })));
+    assert!(matches!(KvPass::prefill(&mut kv, [], 4), Err(PassError::Empty { sequences: 0, tokens: 4 })));
+    assert!(matches!(KvPass::prefill(&mut kv, [&mut sequence], 0), Err(PassError::Empty { .. })));
 
-    let mut pass = KvPass::prefill(&mut kv, &mut batch, 4).unwrap();
+    let mut pass = KvPass::prefill(&mut kv, [&mut sequence], 4).unwrap();
     let said = |error: PassError<_>| error.to_string();
     let repeated = repeat_kv(k.clone(), QUERY_HEADS / KV_HEADS).unwrap();
     assert_eq!(
@@ -192,7 +181,7 @@ fn wrong_uses_say_what_is_wrong() {
     let error: candle_core::Error = pass.finish().unwrap_err().into();
     assert!(error.to_string().contains("1 of 2 layers have attended"), "{error}");
 
-    let mut pass = KvPass::prefill(&mut kv, &mut batch, 4).unwrap();
+    let mut pass = KvPass::prefill(&mut kv, [&mut sequence], 4).unwrap();
     for layer in 0..LAYERS {
         pass.attend(layer, &q, &k, &k).unwrap();
     }
@@ -223,10 +212,9 @@ fn the_examples_llama_gives_the_tokens_of_candles_quantised_llama() {
         let mut input = Tensor::new(prompt, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
         for step in 0..20 {
             let at = kv.tokens(&sequence);
-            let mut batch = [&mut sequence];
             let pass = match step {
-                0 => KvPass::prefill(&mut kv, &mut batch, 70).unwrap(),
-                _ => KvPass::step(&mut kv, &mut batch).unwrap(),
+                0 => KvPass::prefill(&mut kv, [&mut sequence], 70).unwrap(),
+                _ => KvPass::step(&mut kv, [&mut sequence]).unwrap(),
             };
             let ours = llama.forward(&input, pass).unwrap();
             let expected = theirs.forward(&input, at).unwrap();

@@ -32,14 +32,13 @@ fn connect(daemon: &Daemon, llama: &Llama, method: &str) -> DaemonKv {
 
 /// Bits of the logits of a prompt of two sequences, and of some greedy steps of both.
 fn logits<B: KvBackend>(llama: &Llama, kv: &mut B, mut sequences: [B::Sequence; 2]) -> Vec<Vec<u32>> {
-    let mut batch: Vec<&mut B::Sequence> = sequences.iter_mut().collect();
     let prompt: Vec<u32> = (0..400).map(|i| (i * i + 7 * i) % 256).collect();
     let mut input = Tensor::from_vec(prompt, (2, 200), &Device::Cpu).unwrap();
     let mut all = Vec::new();
     for step in 0..7 {
         let pass = match step {
-            0 => KvPass::prefill(kv, &mut batch, 200).unwrap(),
-            _ => KvPass::step(kv, &mut batch).unwrap(),
+            0 => KvPass::prefill(kv, &mut sequences, 200).unwrap(),
+            _ => KvPass::step(kv, &mut sequences).unwrap(),
         };
         let logits = llama.forward(&input, pass).unwrap();
         let values: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
@@ -71,11 +70,9 @@ fn hints_of_the_model_decide_what_is_selected() {
     let mut kv = connect(&daemon, &llama, "quest:budget=20%");
     let mut sequence = kv.sequence(0).unwrap();
     let prompt = Tensor::new(&[[7u32; 200]], &Device::Cpu).unwrap();
-    let mut batch = [&mut sequence];
-    llama.forward(&prompt, KvPass::prefill(&mut kv, &mut batch, 200).unwrap()).unwrap();
+    llama.forward(&prompt, KvPass::prefill(&mut kv, [&mut sequence], 200).unwrap()).unwrap();
     kv.take_stats();
-    let mut batch = [&mut sequence];
-    let pass = KvPass::step(&mut kv, &mut batch).unwrap();
+    let pass = KvPass::step(&mut kv, [&mut sequence]).unwrap();
     assert!(pass.wants_hint(1) && !pass.wants_hint(4), "layers that speculate, of those that there are");
     llama.forward(&Tensor::new(&[[9u32]], &Device::Cpu).unwrap(), pass).unwrap();
     let stats = kv.take_stats();
@@ -91,12 +88,13 @@ fn a_daemon_that_dies_leaves_a_candle_model_its_rows() {
     let mut kv = connect(&daemon, &llama, "full");
     let mut sequence = kv.sequence(0).unwrap();
     let prompt = Tensor::new(&[[3u32; 50]], &Device::Cpu).unwrap();
-    let mut batch = [&mut sequence];
-    llama.forward(&prompt, KvPass::prefill(&mut kv, &mut batch, 50).unwrap()).unwrap();
+    llama.forward(&prompt, KvPass::prefill(&mut kv, [&mut sequence], 50).unwrap()).unwrap();
     daemon.end(Signal::SIGKILL);
-    let mut batch = [&mut sequence];
     llama
-        .forward(&Tensor::new(&[[9u32]], &Device::Cpu).unwrap(), KvPass::step(&mut kv, &mut batch).unwrap())
+        .forward(
+            &Tensor::new(&[[9u32]], &Device::Cpu).unwrap(),
+            KvPass::step(&mut kv, [&mut sequence]).unwrap(),
+        )
         .unwrap();
     assert_eq!(kv.tokens(&sequence), 51);
     // What cannot go on without a daemon says so, as candle's error too.

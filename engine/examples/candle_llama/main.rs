@@ -84,12 +84,12 @@ fn generate<B: KvBackend>(
     prompt: &[u32],
 ) -> Result<Vec<u32>> {
     let input = Tensor::new(prompt, &Device::Cpu)?.unsqueeze(0)?;
-    let pass = KvPass::prefill(kv, &mut [&mut *sequence], prompt.len())?;
+    let pass = KvPass::prefill(kv, [&mut *sequence], prompt.len())?;
     let mut token = most_probable(&llama.forward(&input, pass)?)?[0];
     let mut tokens = vec![token];
     while tokens.len() < ANSWER {
         let input = Tensor::new(&[[token]], &Device::Cpu)?;
-        let pass = KvPass::step(kv, &mut [&mut *sequence])?;
+        let pass = KvPass::step(kv, [&mut *sequence])?;
         token = most_probable(&llama.forward(&input, pass)?)?[0];
         tokens.push(token);
     }

@@ -115,11 +115,7 @@ impl Llama {
     }
 
     /// Logits of each sequence's last token, `[batch, vocabulary]`, of `tokens` `[batch, T]`. The pass says where each sequence is.
-    pub(crate) fn forward<B: KvBackend>(
-        &self,
-        tokens: &Tensor,
-        mut pass: KvPass<'_, '_, B>,
-    ) -> Result<Tensor> {
+    pub(crate) fn forward<B: KvBackend>(&self, tokens: &Tensor, mut pass: KvPass<'_, B>) -> Result<Tensor> {
         let count = tokens.dim(1)?;
         let mut x = self.embedding.forward(tokens)?;
         for (i, layer) in self.layers.iter().enumerate() {
