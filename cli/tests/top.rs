@@ -31,6 +31,25 @@ fn without_a_terminal_one_look_is_printed_as_text_or_as_json() {
 }
 
 #[test]
+fn the_daemon_is_asked_only_where_there_is_no_page() {
+    let source = |flags: &[&str], interval: &str| {
+        let daemon = Daemon::serve(KVOYANT, flags);
+        let output = Command::new(KVOYANT)
+            .args(["top", "--json", "--interval", interval, "--admin"])
+            .arg(daemon.admin())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(json["status"]["arena"]["total_bytes"], 512 << 20);
+        json["read_from"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(source(&[], "1.5"), "stats-page");
+    assert_eq!(source(&[], "0.1"), "admin-socket", "a page changes twice a second");
+    assert_eq!(source(&["--stats-page", "false"], "1.5"), "admin-socket");
+}
+
+#[test]
 fn a_daemon_that_is_not_there_and_an_interval_that_cannot_be_are_one_sentence() {
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(KVOYANT)

@@ -11,7 +11,7 @@
 //! | [`device`] | where attention runs, and how bytes get there |
 //! | [`quota`] | who may connect, and how much each user may have |
 //! | [`journal`] | the format in which sessions are to be left to the next daemon |
-//! | [`admin`], [`status`] | what operators see |
+//! | [`admin`], [`status`], [`stats_page`] | what operators see |
 //!
 //! `kvoyantd` and `kvoyant serve` are the same [`main`](fn@main).
 
@@ -27,6 +27,7 @@ pub mod metrics;
 pub mod prefixes;
 pub mod quota;
 pub mod server;
+pub mod stats_page;
 pub mod status;
 mod threads;
 pub mod tiers;

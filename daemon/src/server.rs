@@ -27,6 +27,7 @@ use crate::keeper::Keeper;
 use crate::lane::LaneHandle;
 use crate::prefixes::Prefixes;
 use crate::quota::Ledger;
+use crate::stats_page::{self, StatsPage};
 use crate::status::Registry;
 use crate::tiers::arena::ArenaBudget;
 use crate::tiers::cgroup::{Limits, TooLarge};
@@ -344,6 +345,13 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
                 tokio::task::spawn_local(admin::serve(admin, Arc::clone(&plane)));
                 if let Some(listener) = monitor {
                     tokio::task::spawn_local(admin::serve_tcp(listener, Arc::clone(&plane)));
+                }
+                if config.stats_page {
+                    let make = {
+                        let (socket, lists) = (config.admin_socket.clone(), config.access().is_open());
+                        move || StatsPage::create(&socket, boot_id, lists)
+                    };
+                    tokio::task::spawn_local(stats_page::keep(make, Arc::clone(plane.registry())));
                 }
                 loop {
                     tokio::select! {

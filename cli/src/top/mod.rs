@@ -1,7 +1,8 @@
 //! `kvoyant top`: what a running daemon does at this moment, what limits it, and what to turn.
 //!
-//! It asks the admin socket for the status every interval, and shows the differences: the daemon does nothing for it in between. What
-//! has been asked for is drawn once, as text, with `--once` or where standard output is no terminal.
+//! Every interval it takes the status from the daemon's [stats page](kvoyant_daemon::stats_page), in which the daemon has no part, and
+//! shows the differences; where there is no such page, or it may not be read, it asks the admin socket. What has been asked for is
+//! drawn once, as text, with `--once` or where standard output is no terminal.
 //!
 //! | room | what lives there |
 //! |---|---|
@@ -21,14 +22,19 @@ use std::time::{Duration, Instant};
 
 use kvoyant_daemon::admin::{AdminError, fetch_status};
 use kvoyant_daemon::config::Config;
+use kvoyant_daemon::stats_page;
 use kvoyant_daemon::status::StatusReport;
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+use serde::Serialize;
 use thiserror::Error;
 
 use self::rates::{History, Rates};
 use crate::args::TopArgs;
+
+/// A page is written twice a second: differences over less than this are asked for.
+const PAGE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Columns and lines of a screen that is printed instead of drawn.
 const PRINTED: (u16, u16) = (100, 30);
@@ -54,7 +60,7 @@ pub(crate) fn run(args: &TopArgs) -> Result<String, TopError> {
     if args.json || args.once || !io::stdout().is_terminal() {
         return once(&path, interval, args.json);
     }
-    let mut watch = Watch::begin(path)?;
+    let mut watch = Watch::begin(path, interval)?;
     let mut terminal = ratatui::try_init()?;
     let watched = watch.until_told(&mut terminal, interval);
     ratatui::try_restore()?;
@@ -63,7 +69,7 @@ pub(crate) fn run(args: &TopArgs) -> Result<String, TopError> {
 
 /// One interval, as text or JSON.
 fn once(path: &Path, interval: Duration, json: bool) -> Result<String, TopError> {
-    let mut watch = Watch::begin(path.to_path_buf())?;
+    let mut watch = Watch::begin(path.to_path_buf(), interval)?;
     std::thread::sleep(interval);
     watch.look();
     if let Some(error) = watch.error.take() {
@@ -71,6 +77,7 @@ fn once(path: &Path, interval: Duration, json: bool) -> Result<String, TopError>
     }
     if json {
         let value = serde_json::json!({
+            "read_from": watch.source,
             "rates": watch.rates,
             "limit": limits::of(&watch.status, &watch.rates),
             "status": watch.status,
@@ -89,11 +96,30 @@ fn once(path: &Path, interval: Duration, json: bool) -> Result<String, TopError>
     Ok(lines[..used].join("\n") + "\n")
 }
 
+/// Where a status was had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Source {
+    /// Shared memory that the daemon writes to anyway.
+    StatsPage,
+    /// The daemon was asked.
+    AdminSocket,
+}
+
+/// The status: from the page, if there is one that is current and differences are long enough for it.
+fn status(path: &Path, interval: Duration) -> Result<(StatusReport, Source), AdminError> {
+    match stats_page::read(path) {
+        Ok(status) if interval >= PAGE_INTERVAL => Ok((status, Source::StatsPage)),
+        _ => fetch_status(path).map(|status| (status, Source::AdminSocket)),
+    }
+}
+
 /// What is known, and for how long.
 struct Watch {
     path: PathBuf,
+    interval: Duration,
+    source: Source,
     status: StatusReport,
-    at: Instant,
     rates: Rates,
     history: History,
     /// Why the last look failed.
@@ -101,20 +127,21 @@ struct Watch {
 }
 
 impl Watch {
-    fn begin(path: PathBuf) -> Result<Self, AdminError> {
-        let status = fetch_status(&path)?;
-        let (at, history) = (Instant::now(), History::default());
-        Ok(Self { path, status, at, rates: Rates::default(), history, error: None })
+    fn begin(path: PathBuf, interval: Duration) -> Result<Self, AdminError> {
+        let (status, source) = status(&path, interval)?;
+        let (rates, history) = (Rates::default(), History::default());
+        Ok(Self { path, interval, source, status, rates, history, error: None })
     }
 
     /// Asks again. A daemon that does not answer may come back: what was known stays, with the reason.
     fn look(&mut self) {
-        match fetch_status(&self.path) {
-            Ok(status) => {
-                let now = Instant::now();
-                self.rates = Rates::between(&self.status, &status, now - self.at);
+        match status(&self.path, self.interval) {
+            Ok((status, source)) => {
+                // By the daemon's own clock: a page is up to half a second old.
+                let between = (status.uptime_s - self.status.uptime_s).max(0.0);
+                self.rates = Rates::between(&self.status, &status, Duration::from_secs_f64(between));
                 self.history.add(&self.rates);
-                (self.status, self.at, self.error) = (status, now, None);
+                (self.status, self.source, self.error) = (status, source, None);
             }
             Err(error) => self.error = Some(error),
         }

@@ -23,6 +23,10 @@ pub struct Flags {
     #[arg(long, value_name = "ADDRESS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub monitor: Option<String>,
+    /// Write the status to shared memory, too, for `kvoyant top`
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stats_page: Option<bool>,
     /// Host memory for KV, all sessions together, e.g. 64GiB
     #[arg(long, value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none")]

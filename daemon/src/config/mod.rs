@@ -41,6 +41,8 @@ pub struct Config {
     pub admin_socket: PathBuf,
     /// Loopback address, with a port, where metrics and health are served over TCP to whoever is on this machine; empty: nowhere.
     pub monitor: String,
+    /// Whether the status is also written to shared memory, half a second by half a second, where `kvoyant top` reads it unasked.
+    pub stats_page: bool,
     /// Host memory for KV, all sessions together. Rounded down to extents of 64 MiB.
     pub arena: ByteSize,
     /// Whether to lock the arena into memory as far as the memlock limit allows.
@@ -202,6 +204,7 @@ impl Default for Config {
             socket: folder.join("kvoyantd.sock"),
             admin_socket: folder.join("admin.sock"),
             monitor: String::new(),
+            stats_page: true,
             arena: ByteSize::gib(4),
             pin: true,
             pin_ahead: PinAhead::Auto,

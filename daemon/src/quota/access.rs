@@ -40,6 +40,12 @@ impl Access {
         Self { users, groups, refused: AtomicU64::new(0) }
     }
 
+    /// Whether everybody may whom the sockets' permissions let in.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.users.is_empty() && self.groups.is_empty()
+    }
+
     /// Whether a peer may connect, who is this user as the kernel says. A refusal is counted.
     #[must_use]
     pub fn admits(&self, socket: BorrowedFd<'_>, uid: u32) -> bool {
@@ -51,8 +57,8 @@ impl Access {
     }
 
     fn allows(&self, uid: u32, daemon: u32, groups: impl FnOnce() -> Vec<u32>) -> bool {
-        let open = self.users.is_empty() && self.groups.is_empty();
-        open || uid == 0
+        self.is_open()
+            || uid == 0
             || uid == daemon
             || self.users.contains(&uid)
             || !self.groups.is_empty() && groups().iter().any(|group| self.groups.contains(group))

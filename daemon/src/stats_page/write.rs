@@ -1,0 +1,105 @@
+//! The daemon's end of the page.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use shared_memory::{Shmem, ShmemConf};
+
+use super::{HEAD_BYTES, Head, SLOT_BYTES, file_of, name_of};
+use crate::status::Registry;
+
+/// How often it is written.
+const EVERY: Duration = Duration::from_millis(500);
+
+/// The page of a daemon. Dropping it takes its name away.
+pub struct StatsPage {
+    file: File,
+    boot_id: u64,
+    number: u64,
+    /// Keeps the name, and gives it back.
+    _object: Shmem,
+}
+
+impl std::fmt::Debug for StatsPage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StatsPage").field("number", &self.number).finish_non_exhaustive()
+    }
+}
+
+impl StatsPage {
+    /// Makes the page of the daemon that has this admin socket: nobody else has its lock, so a page that is there is a dead daemon's.
+    /// `open_to_group`: whoever is in the group of the socket's folder may read it.
+    ///
+    /// # Errors
+    /// If there is no shared memory, or the name is somebody else's.
+    pub fn create(admin_socket: &Path, boot_id: u64, open_to_group: bool) -> io::Result<Self> {
+        let path = file_of(admin_socket);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let slots = usize::try_from(2 * SLOT_BYTES).map_err(io::Error::other)?;
+        let conf = ShmemConf::new().os_id(name_of(admin_socket)).size(slots);
+        let object = conf.create().map_err(io::Error::other)?;
+        let file = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(&path)?;
+        if open_to_group {
+            let folder = admin_socket.parent().filter(|folder| !folder.as_os_str().is_empty());
+            let group = std::fs::metadata(folder.unwrap_or(Path::new(".")))?.gid();
+            std::os::unix::fs::fchown(&file, None, Some(group))?;
+            file.set_permissions(Permissions::from_mode(0o640))?;
+        }
+        Ok(Self { file, boot_id, number: 0, _object: object })
+    }
+
+    /// Puts a body there, in the place of the one before the last.
+    ///
+    /// # Errors
+    /// If the system has no memory for it, or it is larger than a slot: then all stays as it was, and ages.
+    pub(super) fn put(&mut self, body: &[u8]) -> io::Result<()> {
+        let most = SLOT_BYTES as usize - HEAD_BYTES;
+        if body.len() > most {
+            let what = format!("a status of {} bytes does not fit into the {most} of a stats page", body.len());
+            return Err(io::Error::other(what));
+        }
+        self.number += 1;
+        let written = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let head = Head { bytes: body.len() as u32, number: self.number, written, boot_id: self.boot_id };
+        let slot = self.number % 2 * SLOT_BYTES;
+        self.file.write_all_at(body, slot + HEAD_BYTES as u64)?;
+        self.file.write_all_at(&head.encode(body), slot)
+    }
+
+    /// Whether somebody took its name away: a daemon that was on its way out, or a cleaner of temporary files.
+    pub(super) fn is_gone(&self) -> bool {
+        self.file.metadata().is_ok_and(|found| found.nlink() == 0)
+    }
+}
+
+/// Writes the page until the task is dropped. A daemon without one serves as well: what fails is said once.
+pub async fn keep(make: impl Fn() -> io::Result<StatsPage>, registry: Arc<Registry>) {
+    let mut beat = tokio::time::interval(EVERY);
+    beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let (mut page, mut said) = (None::<StatsPage>, false);
+    loop {
+        beat.tick().await;
+        if page.as_ref().is_some_and(StatsPage::is_gone) {
+            page = None;
+        }
+        let mut write = || -> io::Result<()> {
+            let page = match &mut page {
+                Some(page) => page,
+                none => none.insert(make()?),
+            };
+            page.put(&serde_json::to_vec(&registry.report())?)
+        };
+        if let Err(error) = write()
+            && !std::mem::replace(&mut said, true)
+        {
+            tracing::warn!("no stats page: {error}; `kvoyant top` asks the admin socket instead");
+        }
+    }
+}
