@@ -60,7 +60,13 @@ impl Head {
     /// As it is written, before that body.
     fn encode(self, body: &[u8]) -> [u8; HEAD_BYTES] {
         let mut head = [0; HEAD_BYTES];
-        let words = [MAGIC, u64::from(VERSION) | u64::from(self.bytes) << 32, self.number, self.written, self.boot_id];
+        let words = [
+            MAGIC,
+            u64::from(VERSION) | u64::from(self.bytes) << 32,
+            self.number,
+            self.written,
+            self.boot_id,
+        ];
         for (place, word) in head.chunks_exact_mut(8).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
         }

@@ -62,7 +62,8 @@ impl StatsPage {
     pub(super) fn put(&mut self, body: &[u8]) -> io::Result<()> {
         let most = SLOT_BYTES as usize - HEAD_BYTES;
         if body.len() > most {
-            let what = format!("a status of {} bytes does not fit into the {most} of a stats page", body.len());
+            let what =
+                format!("a status of {} bytes does not fit into the {most} of a stats page", body.len());
             return Err(io::Error::other(what));
         }
         self.number += 1;

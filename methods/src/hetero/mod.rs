@@ -35,6 +35,7 @@ use crate::store::{RowSource, Store};
 
 use memory::Memory;
 use roles::Head;
+pub(crate) use roles::parts;
 pub use roles::{Role, Weights};
 pub use spec::{HeteroSpec, Roles};
 

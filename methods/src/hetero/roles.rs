@@ -81,7 +81,7 @@ impl std::str::FromStr for Weights {
 
 impl Weights {
     /// Whether each role gets something.
-    pub(super) fn is_valid(&self) -> bool {
+    pub(crate) fn is_valid(&self) -> bool {
         match self {
             Self::Roles(weights) => weights.iter().all(|weight| weight.is_finite() && *weight > 0.0),
             _ => true,
@@ -103,6 +103,24 @@ impl Weights {
             };
         }
     }
+}
+
+/// What each head of each layer gets of a budget by an artifact's roles, `[layers][kv_heads]`: 1 in the mean of a layer.
+///
+/// # Errors
+/// The artifact holds roles that do not fit together.
+pub(crate) fn parts(
+    artifact: &TensorArtifact,
+    shape: &Shape,
+    by: Weights,
+) -> Result<Vec<Vec<f32>>, MethodError> {
+    let mut layers = read(artifact, shape)?;
+    let parts = layers.iter_mut().map(|heads| {
+        by.fill(heads);
+        let mean = heads.iter().map(|head| head.weight).sum::<f32>() / heads.len().max(1) as f32;
+        heads.iter().map(|head| head.weight / mean).collect()
+    });
+    Ok(parts.collect())
 }
 
 /// Heads without a profile: each volatile, and for itself.

@@ -30,6 +30,18 @@ pub(super) enum Wanted {
     Missed(f64),
 }
 
+impl Wanted {
+    /// What a head gets whose part of the budget is so many times that of the mean.
+    pub(super) fn of_part(&self, part: f32) -> Self {
+        let rows = |count: usize| part_of(count, f64::from(part));
+        match *self {
+            Self::Best(count) => Self::Best(rows(count)),
+            Self::Above { share, least } => Self::Above { share: share / part, least: rows(least) },
+            Self::Everything | Self::Missed(_) => *self,
+        }
+    }
+}
+
 impl Kvoyant {
     /// Puts the chosen rows into `scratch.ids`, ascending, counted from the first block's first row; the least share among them, where
     /// they are as many as a budget says.
@@ -153,9 +165,11 @@ impl Kvoyant {
                 self.above(seen, share, scratch);
             }
             Amount::Budget(_) => {
-                let most = part_of(self.options.rows_of(context.tokens), self.options.correct);
+                let part = self.part(context.layer, head);
+                let most =
+                    part_of(self.options.rows_of(context.tokens), self.options.correct * f64::from(part));
                 self.best(seen, most, scratch);
-                let share = steering.share(context).unwrap_or(0.0);
+                let share = steering.share(context).unwrap_or(0.0) / part;
                 let shares = &scratch.group;
                 scratch.ids.retain(|id| shares[*id as usize] > share);
             }

@@ -62,6 +62,8 @@ pub struct Kvoyant {
     /// Of a block.
     layout: CodeLayout,
     kernels: Kernels,
+    /// What heads get of the budget by their roles, `[layers][kv_heads]`, 1 in the mean of a layer; none where all are alike.
+    parts: Vec<Vec<f32>>,
 }
 
 /// Rows of a block, unless groups or pages say otherwise.
@@ -83,7 +85,24 @@ impl Kvoyant {
         let group = options.group.unwrap_or(rows);
         let layout = CodeLayout::new(shape.head_dim, shape.value_dim, rows, options.bits, group)
             .map_err(|error| MethodError::Unsuitable { method: NAME, reason: error.to_string() })?;
-        Ok(Self { shape: *shape, options, spec: MethodSpec::new(options), layout, kernels: Kernels::best() })
+        Ok(Self {
+            shape: *shape,
+            options,
+            spec: MethodSpec::new(options),
+            layout,
+            kernels: Kernels::best(),
+            parts: Vec::new(),
+        })
+    }
+
+    /// With other parts of the budget for each head, `[layers][kv_heads]`.
+    fn with_parts(self, parts: Vec<Vec<f32>>) -> Self {
+        Self { parts, ..self }
+    }
+
+    /// What a head gets for each row of the budget.
+    fn part(&self, layer: usize, head: usize) -> f32 {
+        self.parts.get(layer).and_then(|heads| heads.get(head)).copied().unwrap_or(1.0)
     }
 
     /// Whether rows of all heads compete with one another.
@@ -173,6 +192,7 @@ impl Kvoyant {
                 continue;
             }
             self.weigh(context, &*store, head, &seen, scratch);
+            let wanted = wanted.of_part(self.part(context.layer, head));
             let cut = self.choose(context, head, &wanted, &seen, scratch);
             store.note(head).iter_mut().zip(cut.to_le_bytes()).for_each(|(kept, byte)| *kept = byte);
             if let Some(in_time) = context.in_time {
@@ -347,13 +367,18 @@ impl Method for Kvoyant {
             return;
         }
         let budget = self.options.rows_of(context.tokens);
-        let cut = |head| store.note(head).first_chunk().map_or(0.0, |cut| f32::from_le_bytes(*cut));
+        // A head's threshold is the common one by its part.
+        let part = |head| self.part(context.layer, head);
+        let cut =
+            |head| store.note(head).first_chunk().map_or(0.0, |cut| part(head) * f32::from_le_bytes(*cut));
         let cuts: Vec<f32> = context.heads.clone().map(cut).collect();
         // What was left out was wanted all the same: no threshold makes it come.
         let selected = selected.wanted();
+        let parts: f32 = context.heads.clone().map(part).sum();
+        let wanted = (budget as f64 * f64::from(parts)).round() as usize;
         let bytes = store.sequence();
         let mut steering = Steering::read(bytes);
-        steering.note(context, selected, budget * context.heads.len(), &cuts);
+        steering.note(context, selected, wanted, &cuts);
         steering.write(bytes);
     }
 }

@@ -5,9 +5,10 @@ use std::str::FromStr;
 
 use kvoyant_kernels::CodeBits;
 
-use crate::artifact::Artifacts;
+use crate::artifact::{ArtifactKind, Artifacts};
 use crate::budget::{Budget, Share};
 use crate::error::{MethodError, SpecError};
+use crate::hetero::{Weights, parts};
 use crate::method::{HintNorm, Method};
 use crate::needs::HintSource;
 use crate::options::{OptionWriter, Options};
@@ -127,6 +128,7 @@ const KNOWN: &[&str] = &[
     "tail",
     "resident",
     "correct",
+    "roles",
     "certificate",
     "late",
     "reuse",
@@ -147,6 +149,8 @@ pub struct KvoyantSpec {
     pub scope: Scope,
     /// What each KV head gets of the budget at least; 0 with `floor=0`.
     pub floor: f64,
+    /// How heads' parts of the budget follow from their roles, which an artifact has; `None`: all are alike.
+    pub roles: Option<Weights>,
     /// Rows selected for each of the budget: 2 where rows are stored in half the bytes.
     pub multiple: usize,
     /// Whether the rows left out are estimated.
@@ -175,6 +179,7 @@ impl Default for KvoyantSpec {
             group: None,
             scope: Scope::default(),
             floor: FLOOR,
+            roles: None,
             multiple: 1,
             tail: true,
             resident: true,
@@ -238,6 +243,11 @@ impl KvoyantSpec {
             group,
             scope: options.take_word("scope", SCOPES)?.unwrap_or_default(),
             floor: share(&mut options, "floor")?.unwrap_or(default.floor),
+            roles: options.take_value(
+                "roles",
+                "write `stability`, `equal`, or four numbers above 0 for anchor/satellite/volatile/pivot",
+                Weights::is_valid,
+            )?,
             multiple: multiple.unwrap_or(default.multiple),
             tail: options.take_word("tail", SWITCH)?.unwrap_or(default.tail),
             resident: options.take_word("resident", SWITCH)?.unwrap_or(default.resident),
@@ -262,7 +272,19 @@ impl KvoyantSpec {
                 });
             }
         }
-        Ok(spec)
+        let divides = match (spec.amount, spec.scope) {
+            (Amount::MissedMass(_), _) => {
+                Err(("max_missed_mass", "what a head may miss says how many rows it gets"))
+            }
+            (_, Scope::Layer) => Err(("scope", "rows of all heads of a layer compete by their shares alone")),
+            _ => Ok(()),
+        };
+        match divides {
+            Err((first, reason)) if spec.roles.is_some() => {
+                Err(SpecError::Conflict { first, second: "roles", reason })
+            }
+            _ => Ok(spec),
+        }
     }
 }
 
@@ -283,6 +305,9 @@ impl Spec for KvoyantSpec {
         }
         writer.word_unless("scope", SCOPES, self.scope, default.scope);
         writer.option_unless("floor", &self.floor, &default.floor);
+        if let Some(roles) = self.roles {
+            writer.option("roles", roles);
+        }
         writer.option_unless("multiple", &self.multiple, &default.multiple);
         writer.word_unless("tail", SWITCH, self.tail, default.tail);
         writer.word_unless("resident", SWITCH, self.resident, default.resident);
@@ -315,8 +340,19 @@ impl Spec for KvoyantSpec {
         Some(self.hint_norm)
     }
 
-    fn build(&self, shape: &Shape, _artifacts: &Artifacts) -> Result<Box<dyn Method>, MethodError> {
-        Ok(Box::new(super::Kvoyant::new(*self, shape)?))
+    fn artifact(&self) -> Option<ArtifactKind> {
+        self.roles.map(|_| ArtifactKind::Roles)
+    }
+
+    fn build(&self, shape: &Shape, artifacts: &Artifacts) -> Result<Box<dyn Method>, MethodError> {
+        let method = super::Kvoyant::new(*self, shape)?;
+        Ok(Box::new(match self.roles {
+            Some(weights) => {
+                let artifact = artifacts.tensors(super::NAME, ArtifactKind::Roles, shape)?;
+                method.with_parts(parts(artifact, shape, weights)?)
+            }
+            None => method,
+        }))
     }
 
     fn boxed(&self) -> Box<dyn Spec> {
