@@ -342,16 +342,18 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         let sessions = tokio::task::LocalSet::new();
         sessions
             .run_until(async {
-                tokio::task::spawn_local(admin::serve(admin, Arc::clone(&plane)));
-                if let Some(listener) = monitor {
-                    tokio::task::spawn_local(admin::serve_tcp(listener, Arc::clone(&plane)));
-                }
+                // Before anybody can ask how much the daemon holds.
                 if config.stats_page {
                     let make = {
                         let (socket, lists) = (config.admin_socket.clone(), config.access().is_open());
                         move || StatsPage::create(&socket, boot_id, lists)
                     };
-                    tokio::task::spawn_local(stats_page::keep(make, Arc::clone(plane.registry())));
+                    let page = make();
+                    tokio::task::spawn_local(stats_page::keep(page, make, Arc::clone(plane.registry())));
+                }
+                tokio::task::spawn_local(admin::serve(admin, Arc::clone(&plane)));
+                if let Some(listener) = monitor {
+                    tokio::task::spawn_local(admin::serve_tcp(listener, Arc::clone(&plane)));
                 }
                 loop {
                     tokio::select! {

@@ -80,24 +80,28 @@ impl StatsPage {
     }
 }
 
-/// Writes the page until the task is dropped. A daemon without one serves as well: what fails is said once.
-pub async fn keep(make: impl Fn() -> io::Result<StatsPage>, registry: Arc<Registry>) {
+/// Writes the page until the task is dropped, and makes another one where it is gone. A daemon without one serves as well: what fails is
+/// said once.
+pub async fn keep(
+    page: io::Result<StatsPage>,
+    make: impl Fn() -> io::Result<StatsPage>,
+    registry: Arc<Registry>,
+) {
     let mut beat = tokio::time::interval(EVERY);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut page, mut said) = (None::<StatsPage>, false);
+    let (mut page, mut said) = (page, false);
     loop {
         beat.tick().await;
-        if page.as_ref().is_some_and(StatsPage::is_gone) {
-            page = None;
+        if page.as_ref().map_or(true, StatsPage::is_gone) {
+            page = make();
         }
-        let mut write = || -> io::Result<()> {
-            let page = match &mut page {
-                Some(page) => page,
-                none => none.insert(make()?),
-            };
-            page.put(&serde_json::to_vec(&registry.report())?)
+        let written = match &mut page {
+            Ok(page) => {
+                serde_json::to_vec(&registry.report()).map_err(Into::into).and_then(|body| page.put(&body))
+            }
+            Err(error) => Err(io::Error::other(error.to_string())),
         };
-        if let Err(error) = write()
+        if let Err(error) = written
             && !std::mem::replace(&mut said, true)
         {
             tracing::warn!("no stats page: {error}; `kvoyant top` asks the admin socket instead");
