@@ -60,6 +60,10 @@ impl Census {
             // "/memfd:kvoyant-extent (deleted)", "socket:[123]", "anon_inode:[eventpoll]", "/tmp/…".
             let target = target.strip_suffix(" (deleted)").unwrap_or(target);
             let name = target.rsplit('/').next()?;
+            if name.starts_with("kvoyant-stats-") {
+                // Each daemon's is named after its own socket.
+                return Some("stats page".to_owned());
+            }
             Some(name.split(['[', ' ']).next()?.to_owned())
         };
         let packets = packet_sockets();
