@@ -10,8 +10,8 @@
 //! | [`tiers`] | arena, page tables, digests, residency |
 //! | [`device`] | where attention runs, and how bytes get there |
 //! | [`quota`] | who may connect, and how much each user may have |
-//! | [`keep`], [`journal`] | sessions that outlast the daemon: their files, and the format in which they are left to the next one |
-//! | [`admin`], [`status`] | what operators see |
+//! | [`journal`] | the format in which sessions are to be left to the next daemon |
+//! | [`admin`], [`status`], [`stats_page`] | what operators see |
 //!
 //! `kvoyantd` and `kvoyant serve` are the same [`main`](fn@main).
 
@@ -21,7 +21,6 @@ pub mod config;
 pub mod control;
 pub mod device;
 pub mod journal;
-pub mod keep;
 pub mod keeper;
 pub mod lane;
 pub mod metrics;
@@ -48,9 +47,6 @@ pub struct Args {
     /// Check the configuration, print it and exit
     #[arg(long)]
     pub check: bool,
-    /// Take the sessions of the daemon over that serves the same socket, which ends
-    #[arg(long)]
-    pub takeover: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub flags: config::Flags,
@@ -86,6 +82,6 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         .with_ansi(std::io::stderr().is_terminal())
         .try_init()
         .ok();
-    server::run(&config, args.takeover)?;
+    server::run(&config)?;
     Ok(())
 }

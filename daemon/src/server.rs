@@ -23,7 +23,6 @@ use crate::device::Device;
 use crate::device::DeviceName;
 use crate::device::cuda::{CudaDevice, OpenError, leave};
 use crate::device::host::HostDevice;
-use crate::keep::{self, takeover};
 use crate::keeper::Keeper;
 use crate::lane::LaneHandle;
 use crate::prefixes::Prefixes;
@@ -86,12 +85,6 @@ pub enum ServerError {
     /// Images cannot be kept.
     #[error("cannot keep images: {0}")]
     Store(#[from] StoreError),
-    /// Another daemon's sessions cannot be had.
-    #[error(transparent)]
-    Takeover(#[from] takeover::TakeoverError),
-    /// Sessions cannot be kept.
-    #[error(transparent)]
-    Keep(#[from] keep::KeepError),
     /// The arena is larger than what may be had.
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
@@ -194,9 +187,9 @@ const PREDECESSOR: Duration = Duration::from_secs(3);
 const OTHER_FDS: u64 = 2048;
 
 /// Raises the limit of open files as far as it goes, and says if the arena's extents could not all be open.
-fn raise_open_files(arena_bytes: u64, copies: u64) {
+fn raise_open_files(arena_bytes: u64) {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let wanted = copies * (arena_bytes / EXTENT_BYTES as u64) + OTHER_FDS;
+    let wanted = arena_bytes / EXTENT_BYTES as u64 + OTHER_FDS;
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
     if soft < wanted {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, wanted.min(hard), hard);
@@ -255,21 +248,11 @@ pub fn check_room(config: &Config) -> Result<(), TooLarge> {
 }
 
 /// Runs the daemon until SIGTERM or SIGINT, or until its device is lost.
-pub fn run(config: &Config, takes_over: bool) -> Result<(), ServerError> {
+pub fn run(config: &Config) -> Result<(), ServerError> {
     check_room(config)?;
-    let inherited = keep::inherited()?;
-    let keep = keep::choose(config)?.map(Arc::new);
-    // From here on there is no way back for the other daemon.
-    let taken = if takes_over { takeover::take_over(&config.socket)? } else { Vec::new() };
-    let claim = |path, flag| {
-        patiently(
-            || Endpoint::claim(path, flag),
-            |error| takes_over && matches!(error, ServerError::InUse { .. }),
-        )
-    };
     // The admin socket comes first, so that whoever finds the control socket finds a whole daemon.
-    let admin_end = claim(&config.admin_socket, "--admin-socket")?;
-    let _control_end = claim(&config.socket, "--socket")?;
+    let admin_end = Endpoint::claim(&config.admin_socket, "--admin-socket")?;
+    let _control_end = Endpoint::claim(&config.socket, "--socket")?;
     let bind = |what, path: &Path| {
         let path = path.to_path_buf();
         move |source| ServerError::Path { what, path, source, advice: FOLDER_ADVICE }
@@ -287,8 +270,7 @@ pub fn run(config: &Config, takes_over: bool) -> Result<(), ServerError> {
         );
     }
     let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
-    // Extents of sessions that are kept are held once more.
-    raise_open_files(arena, if keep.is_some() { 2 } else { 1 });
+    raise_open_files(arena);
     let spill = config.spill().map(|settings| {
         patiently(|| Spill::start(&settings), |error| matches!(error, SpillError::Busy { .. }))
     });
@@ -326,19 +308,11 @@ pub fn run(config: &Config, takes_over: bool) -> Result<(), ServerError> {
     let registry = Registry::new(Arc::clone(&pool), Arc::clone(&device), mode.into(), lanes.len(), boot_id);
     let registry = registry.with_stores(spill.clone(), keeper.clone()).with_access(config.access());
     let registry = Arc::new(registry);
-    let plane = Plane::new(config.clone(), lanes, device, pool, registry, spill, (keeper, prefixes));
-    let patience = Duration::from_secs(u64::from(config.reattach_seconds));
-    let plane = Arc::new(plane.keeping(keep.clone(), patience));
-    if keep.is_none() {
-        keep::discard(inherited);
-    } else {
-        plane.restore(inherited, true);
-        plane.restore(taken, false);
-    }
-    let mut successor = None;
+    let plane =
+        Arc::new(Plane::new(config.clone(), lanes, device, pool, registry, spill, (keeper, prefixes)));
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::Start)?;
-    let ended = runtime.block_on(async {
+    runtime.block_on(async {
         let admin = tokio::net::UnixListener::bind(&config.admin_socket)
             .map_err(bind("listen on", &config.admin_socket))?;
         admin_end.ready()?;
@@ -378,8 +352,6 @@ pub fn run(config: &Config, takes_over: bool) -> Result<(), ServerError> {
                     tokio::task::spawn_local(stats_page::keep(page, make, Arc::clone(plane.registry())));
                 }
                 tokio::task::spawn_local(admin::serve(admin, Arc::clone(&plane)));
-                let waits = Arc::clone(&plane);
-                tokio::task::spawn_local(async move { waits.expire().await });
                 if let Some(listener) = monitor {
                     tokio::task::spawn_local(admin::serve_tcp(listener, Arc::clone(&plane)));
                 }
@@ -387,11 +359,6 @@ pub fn run(config: &Config, takes_over: bool) -> Result<(), ServerError> {
                     tokio::select! {
                         _ = terminate.recv() => break,
                         _ = interrupt.recv() => break,
-                        socket = plane.successor() => {
-                            tracing::info!("another daemon takes over");
-                            successor = Some(socket);
-                            break;
-                        }
                         reason = plane.lost() => {
                             // The sessions' own tasks tell their clients meanwhile. Going in good order may take for ever.
                             let leaves = crate::threads::start("leave", || {
@@ -420,17 +387,7 @@ pub fn run(config: &Config, takes_over: bool) -> Result<(), ServerError> {
             .await?;
         tracing::info!("stopping");
         Ok(())
-    });
-    // Sessions' tasks end with the runtime, and lanes with the plane, once they have written down what their clients were told.
-    drop(runtime);
-    plane.leave();
-    drop(plane);
-    if let (Some(socket), Some(keep)) = (successor, keep)
-        && let Err(error) = takeover::hand_over(&keep, &socket)
-    {
-        tracing::error!("the other daemon gets only a part of the sessions: {error}");
-    }
-    ended
+    })
     // Leaving drops every session's socket, then (with the last reference to the plane) the lanes, which wait for
     // transfers under way, then the device, and at last the sockets' names.
 }

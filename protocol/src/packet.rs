@@ -1,10 +1,9 @@
 //! `SOCK_SEQPACKET` sockets: whole messages, with file descriptors beside them.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::cmsg_space;
@@ -42,22 +41,16 @@ fn seqpacket() -> io::Result<OwnedFd> {
 /// of kind `WouldBlock`, after which the socket can be used as before. (A peer that stands still fills its queues, and who waits for room
 /// there waits as long as it stands.)
 pub fn connect_within(path: &Path, timeout: Duration) -> io::Result<OwnedFd> {
-    let socket = seqpacket()?;
-    give_up_after(socket.as_fd(), timeout)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(socket)
-}
-
-/// Gives sends and receives of a socket up that take longer.
-pub fn give_up_after(socket: BorrowedFd<'_>, timeout: Duration) -> io::Result<()> {
     use nix::sys::socket::{setsockopt, sockopt};
     use nix::sys::time::{TimeVal, TimeValLike};
+    let socket = seqpacket()?;
     // Zero would mean for ever.
     let micros = timeout.as_micros().clamp(1, i64::MAX as u128) as i64;
     let timeout = TimeVal::microseconds(micros);
     setsockopt(&socket, sockopt::SendTimeout, &timeout)?;
     setsockopt(&socket, sockopt::ReceiveTimeout, &timeout)?;
-    Ok(())
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket)
 }
 
 /// Connects to a listening socket.
@@ -176,35 +169,6 @@ pub fn peer_process(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Descriptors that whoever started this process has opened for it, and what they are called (`LISTEN_FDS`, as systemd has it). Only the first
-/// call gets any.
-///
-/// # Errors
-/// One that is not open.
-pub fn inherited() -> io::Result<Vec<(String, OwnedFd)>> {
-    static TAKEN: AtomicBool = AtomicBool::new(false);
-    /// The first of them.
-    const FIRST: RawFd = 3;
-    let number = |key| std::env::var(key).ok().and_then(|text| text.parse::<u32>().ok());
-    let ours = number("LISTEN_PID") == Some(std::process::id());
-    let count = number("LISTEN_FDS").unwrap_or(0).min(1 << 20);
-    if !ours || count == 0 || TAKEN.swap(true, Ordering::Relaxed) {
-        return Ok(Vec::new());
-    }
-    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
-    let mut names = names.split(':');
-    let mut all = Vec::with_capacity(count as usize);
-    for fd in FIRST..FIRST + count as RawFd {
-        // SAFETY: a system call on plain numbers.
-        if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: it is open, whoever started this process opened it for us, and nobody else in it takes it: this runs once.
-        all.push((names.next().unwrap_or_default().to_owned(), unsafe { OwnedFd::from_raw_fd(fd) }));
-    }
-    Ok(all)
-}
-
 /// Whether the peer has closed its end and everything that it sent has been received; an error of kind `WouldBlock`
 /// says that it has not. Nothing is received.
 pub fn hung_up(socket: BorrowedFd<'_>) -> io::Result<bool> {
@@ -275,6 +239,7 @@ pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     fn pair() -> (OwnedFd, OwnedFd) {
         nix::sys::socket::socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)

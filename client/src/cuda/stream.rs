@@ -199,7 +199,7 @@ impl StreamPending {
     /// # Errors
     /// [`Error::Deadline`] if it does not come in time, [`Error::DaemonGone`] if it never will.
     pub fn completion(&self, deadline: Duration) -> Result<Completion, Error> {
-        Ok(self.inner.rings.peek(&self.inner.control, self.ticket, deadline)?.0)
+        self.inner.rings.peek(&self.inner.control, self.ticket, deadline)
     }
 
     /// Waits on the CPU for the answer, and copies its block table out: which rows it is made of. The answer stays.
@@ -207,8 +207,7 @@ impl StreamPending {
     /// # Errors
     /// As [`StreamPending::completion`], and [`Error::NotReady`] with the daemon's reason.
     pub fn answer(&self, deadline: Duration) -> Result<Answer, Error> {
-        let (completion, of) = self.inner.rings.peek(&self.inner.control, self.ticket, deadline)?;
-        Answer::of(&self.inner, completion, &of)
+        Answer::of(&self.inner, self.completion(deadline)?)
     }
 }
 

@@ -47,19 +47,11 @@ pub enum Kind {
     Sequence = 2,
     /// Bytes of a heap's file: heap, file (4 bytes each), offset (8 bytes), then they.
     Bytes = 3,
-    /// How far the session has come.
-    State = 4,
-    /// The last answer to a control message.
-    Answer = 5,
-    /// Which memory it has.
-    Memory = 6,
 }
 
 impl Kind {
     fn of(word: u32) -> Option<Self> {
-        const ALL: [Kind; 6] =
-            [Kind::Session, Kind::Sequence, Kind::Bytes, Kind::State, Kind::Answer, Kind::Memory];
-        ALL.into_iter().find(|kind| *kind as u32 == word)
+        [Self::Session, Self::Sequence, Self::Bytes].into_iter().find(|kind| *kind as u32 == word)
     }
 }
 
@@ -133,11 +125,6 @@ impl Group {
             head[8..].copy_from_slice(&(offset + (part * MOST) as u64).to_le_bytes());
             self.push(Kind::Bytes, &head, bytes);
         }
-    }
-
-    /// Forgets all records, and keeps their room.
-    pub fn clear(&mut self) {
-        self.0.clear();
     }
 
     /// Bytes of all records.

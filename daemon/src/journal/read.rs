@@ -26,12 +26,6 @@ pub struct Found {
     pub number: u64,
     /// The last record of the session.
     pub record: Vec<u8>,
-    /// The last record of how far it has come.
-    pub state: Vec<u8>,
-    /// The last record of an answer to a control message.
-    pub answer: Vec<u8>,
-    /// The last record of its memory.
-    pub memory: Vec<u8>,
     /// The last record of each sequence, by slot. Those that were closed since are among them.
     pub sequences: BTreeMap<u32, Vec<u8>>,
     /// Bytes of each heap's files, as far as they were ever written: `[heap][file]`.
@@ -172,9 +166,6 @@ fn take(
 ) -> Result<(), JournalError> {
     match kind {
         Kind::Session => found.record = payload.to_vec(),
-        Kind::State => found.state = payload.to_vec(),
-        Kind::Answer => found.answer = payload.to_vec(),
-        Kind::Memory => found.memory = payload.to_vec(),
         Kind::Sequence => {
             let Some((slot, rest)) = payload.split_at_checked(4) else {
                 return Err(damaged(at, "a sequence's record is too short"));

@@ -23,7 +23,7 @@ use rows::{read_keys, read_values};
 /// Blocks of one kind of digest.
 #[derive(Debug)]
 pub struct DigestPool {
-    pub(crate) key: DigestKey,
+    key: DigestKey,
     /// The blocks.
     pub blocks: Blocks,
 }
@@ -44,7 +44,7 @@ pub struct DigestSet {
     /// Which kind.
     pub key: DigestKey,
     /// A method that builds this kind.
-    pub(crate) method: usize,
+    method: usize,
     /// Block ids, `[layer][KV head][capacity]`.
     pub table: Region,
     /// Head states, `[layer][KV head]`.

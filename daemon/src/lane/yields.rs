@@ -7,11 +7,10 @@ use kvoyant_protocol::quota::Quota;
 
 use crate::lane::model::ModelState;
 use crate::lane::session::LaneSession;
-use crate::tiers::pool::Supply;
 
 impl ModelState {
     /// Gives back extents in which no page is in use, up to so many. Nothing is being copied, and no page is on its way from or to disk.
-    fn give_up_free(&mut self, most: usize) -> Supply {
+    fn give_up_free(&mut self, most: usize) -> usize {
         let given = self.arena.give_up_free(most);
         for extent in given.extents() {
             self.memory.forget(extent.memory());
@@ -19,14 +18,14 @@ impl ModelState {
                 state.forget(extent.memory());
             }
         }
-        given
+        given.extents().len()
     }
 }
 
 impl LaneSession {
     /// Gives back extents in which nothing is, if its user has more than their share and it is not `to` who asks. How many.
     pub(super) fn yield_extents(&mut self, to: u32) -> usize {
-        let idle = !self.has_answers_under_way() && !self.in_transfer() && self.may_yield();
+        let idle = !self.has_answers_under_way() && !self.in_transfer();
         let Some(model) = self.model.as_mut().filter(|_| idle) else { return 0 };
         let purse = model.arena.purse();
         let (account, total) = (purse.account(), purse.all().total_bytes());
@@ -37,9 +36,7 @@ impl LaneSession {
             return 0;
         }
         let given = model.give_up_free(beyond as usize);
-        // Nobody else has them before it is known that this session has them no more.
-        self.cover();
         self.refresh_status();
-        given.extents().len()
+        given
     }
 }

@@ -244,33 +244,6 @@ impl ExtentPool {
         Supply { shared: Arc::clone(&self.shared), uid, purse, extents: Vec::new() }
     }
 
-    /// Takes extents over that another process made for this user, with what is in them.
-    ///
-    /// # Errors
-    /// [`Refusal::Full`] if the budget, or the user's part of it, does not have so much.
-    pub fn adopt(&self, uid: u32, mut extents: Vec<Extent>) -> Result<Supply, Refusal> {
-        let purse = Purse::of(&self.shared.budget, uid);
-        if !purse.take_extents(extents.len()) {
-            return Err(Refusal::Full);
-        }
-        if let Some(pin) = self.shared.pin() {
-            for extent in &mut extents {
-                match pin.pin(extent.memory()) {
-                    Ok(guard) => extent.keep_pinned(guard),
-                    Err(error) => {
-                        tracing::warn!("{error}; an extent of a session that is kept stays unpinned")
-                    }
-                }
-            }
-        }
-        let mut state = self.shared.lock();
-        state.made += extents.len();
-        state.pinned += extents.iter().filter(|extent| extent.is_pinned()).count();
-        state.huge += extents.iter().filter(|extent| extent.is_huge()).count();
-        drop(state);
-        Ok(Supply { shared: Arc::clone(&self.shared), uid, purse, extents })
-    }
-
     /// Claims so many extents for a user; the answer comes once all of them are there. Dropping the receiver gives
     /// everything back.
     pub fn request(
@@ -420,19 +393,6 @@ impl Supply {
     pub fn empty(&self) -> Self {
         let (shared, purse) = (Arc::clone(&self.shared), self.purse.clone());
         Self { shared, uid: self.uid, purse, extents: Vec::new() }
-    }
-
-    /// Lets go of all extents as they are: another daemon goes on with them.
-    pub fn leave(&mut self) {
-        let extents = std::mem::take(&mut self.extents);
-        self.purse.give_extents(extents.len());
-        let mut state = self.shared.lock();
-        state.made -= extents.len();
-        state.pinned -= extents.iter().filter(|extent| extent.is_pinned()).count();
-        state.huge -= extents.iter().filter(|extent| extent.is_huge()).count();
-        drop(state);
-        drop(extents);
-        self.shared.changed.notify_all();
     }
 
     /// Takes an extent out; the last one takes its place.

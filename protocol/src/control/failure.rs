@@ -133,14 +133,6 @@ pub enum Failure {
     /// A quota of the client's user is reached. What it has it keeps.
     #[error(transparent)]
     Quota(OverQuota),
-    /// A claim of a session that this daemon does not keep for this client. Since minor 1.
-    #[error(
-        "session {session} is not kept for you here: it has ended, or its token or its user is another one; connect again"
-    )]
-    NotKept {
-        /// Which session.
-        session: u64,
-    },
 }
 
 impl From<MemoryError> for Failure {
