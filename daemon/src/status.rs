@@ -2,15 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use kvoyant_protocol::wire::{STATS, Stat};
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-
-mod state;
 
 use crate::device::Device;
 use crate::keeper::Keeper;
@@ -179,8 +176,6 @@ struct Sessions {
 pub struct Registry {
     sessions: Mutex<Sessions>,
     endings: Endings,
-    /// Whether no new sessions are taken.
-    draining: AtomicBool,
     pool: Arc<ExtentPool>,
     device: Arc<dyn Device>,
     mode: String,
@@ -206,7 +201,6 @@ impl Registry {
         Self {
             sessions,
             endings,
-            draining: AtomicBool::new(false),
             pool,
             device,
             mode,
@@ -304,8 +298,6 @@ impl Registry {
             gpu: self.device.report(),
             mode: self.mode.clone(),
             lanes: self.lanes,
-            draining: self.is_draining(),
-            log_lines_dropped: crate::log::dropped_lines(),
             arena: ArenaReport {
                 total_bytes: self.pool.budget().total_bytes(),
                 used_bytes: self.pool.budget().used_bytes(),
@@ -332,7 +324,7 @@ impl Registry {
 }
 
 /// The daemon's status, as the admin socket gives it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StatusReport {
     /// Version of the daemon.
     pub version: String,
@@ -351,12 +343,6 @@ pub struct StatusReport {
     pub mode: String,
     /// Lanes.
     pub lanes: usize,
-    /// Whether no new sessions are taken.
-    #[serde(default)]
-    pub draining: bool,
-    /// Lines of the log that were dropped because nobody read it.
-    #[serde(default)]
-    pub log_lines_dropped: u64,
     /// Host memory.
     pub arena: ArenaReport,
     /// All sessions together.
@@ -378,8 +364,7 @@ pub struct StatusReport {
 }
 
 /// A GPU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[schemars(rename = "GpuReport")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceReport {
     /// What the driver calls it.
     pub model: String,
@@ -408,7 +393,7 @@ pub struct DeviceReport {
 }
 
 /// Where images are kept.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoreReport {
     /// The folder of this machine.
     pub folder: PathBuf,
@@ -421,7 +406,7 @@ pub struct StoreReport {
 }
 
 /// Host memory for KV.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArenaReport {
     /// What sessions may have together.
     pub total_bytes: u64,
@@ -434,7 +419,7 @@ pub struct ArenaReport {
 }
 
 /// What the pool of extents does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PoolState {
     /// It makes, wipes or destroys extents.
@@ -446,7 +431,7 @@ pub enum PoolState {
 }
 
 /// Extents that are made ahead of time and kept for reuse.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolReport {
     /// Bytes of all extents there are: in use, ready, or being wiped.
     pub made_bytes: u64,
@@ -469,7 +454,7 @@ pub struct PoolReport {
 }
 
 /// Sums over all sessions.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Totals {
     /// Sessions.
     pub sessions: u64,
@@ -490,7 +475,7 @@ pub struct Totals {
 }
 
 /// What a method of a session keeps.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MethodReport {
     /// Its name; those of methods that share digests, with `+` between them.
     pub method: String,
@@ -501,7 +486,7 @@ pub struct MethodReport {
 }
 
 /// One session.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the fields are those of SessionStatus and Stat")]
 pub struct SessionReport {
     pub id: u64,

@@ -3,7 +3,6 @@
 pub mod fake;
 pub mod faults;
 pub mod later;
-pub mod manager;
 pub mod noisy;
 pub mod person;
 pub mod raw;

@@ -1,6 +1,5 @@
 //! Bodies and answers of the admin socket.
 
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::keeper::Kept;
@@ -10,7 +9,7 @@ use crate::tiers::nvme::DeviceState;
 use crate::tiers::store::ImageSummary;
 
 /// Open sequences and images, as far as who asks may see them.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SequencesReport {
     /// By session.
     pub sequences: Vec<SequenceReport>,
@@ -23,7 +22,7 @@ pub struct SequencesReport {
 }
 
 /// An open sequence.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SequenceReport {
     /// Number of its session.
     pub session: u64,
@@ -60,7 +59,7 @@ impl SequenceReport {
 }
 
 /// An image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageReport {
     /// What its user calls it.
     pub name: String,
@@ -110,7 +109,7 @@ impl ImageReport {
 }
 
 /// Suspend an open sequence while its client lives.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SuspendOrder {
     /// Its session.
@@ -128,7 +127,7 @@ pub struct SuspendOrder {
 }
 
 /// Copy an image from the remote store, if it is only there, and compare all of it with its checksums.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BringOrder {
     /// What it is called.
@@ -139,7 +138,7 @@ pub struct BringOrder {
 }
 
 /// Something was done to an image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {
     /// What it is called.
     pub image: String,
@@ -148,7 +147,7 @@ pub struct Done {
 }
 
 /// What is answered instead of what was asked for.
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct ErrorBody {
     /// Why, and what to do.
     pub(super) error: String,
@@ -188,7 +187,7 @@ mod tests {
 }
 
 /// How the daemon is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Health {
     /// Whether a new session would be served.
     pub ready: bool,
@@ -215,14 +214,7 @@ impl Health {
         });
         let remote = status.store.as_ref().and_then(|store| store.remote_error.clone());
         let remote = remote.map(|reason| format!("the remote store does not answer: {reason}"));
-        let draining = status.draining.then(|| {
-            "the daemon is being drained and takes no new sessions; `kvoyant drain --undo` has it take them again".to_owned()
-        });
-        let ready = lost.is_none() && !status.draining;
-        let dropped = status.log_lines_dropped;
-        let log = (dropped > 0)
-            .then(|| format!("{dropped} lines of the log were dropped: nobody reads its standard error"));
-        let troubles = lost.into_iter().chain(draining).chain(log).chain(pool).chain(disks).chain(remote);
-        Self { ready, troubles: troubles.collect() }
+        let ready = lost.is_none();
+        Self { ready, troubles: lost.into_iter().chain(pool).chain(disks).chain(remote).collect() }
     }
 }

@@ -6,7 +6,6 @@ use bytesize::ByteSize;
 use serde::Serialize;
 
 use super::{Newcomers, PinAhead};
-use crate::log::LogFormat;
 use crate::tiers::host_memory::HugePages;
 
 /// The same keys as flags.
@@ -24,10 +23,10 @@ pub struct Flags {
     #[arg(long, value_name = "ADDRESS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub monitor: Option<String>,
-    /// File with a token; whoever sends it to that address may see and do there what the daemon's user may
-    #[arg(long, value_name = "FILE")]
+    /// Write the status to shared memory, too, for `kvoyant top`
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub monitor_token: Option<PathBuf>,
+    pub stats_page: Option<bool>,
     /// Host memory for KV, all sessions together, e.g. 64GiB
     #[arg(long, value_name = "BYTES")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -152,10 +151,6 @@ pub struct Flags {
     #[arg(long, value_name = "FILTER")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log: Option<String>,
-    /// How the log is written: auto, text or json
-    #[arg(long, value_name = "FORMAT")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub log_format: Option<LogFormat>,
     /// Users who may connect, names or numbers, beside root and the daemon's own (none named: the sockets' permissions say)
     #[arg(long, value_name = "USERS", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -4,11 +4,9 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock};
 
 use kvoyant_protocol::packet;
 use nix::unistd::{Gid, Uid};
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Group, User};
@@ -17,26 +15,13 @@ use super::{Group, User};
 /// root and the daemon's own user are let in beside those who are named, for they could do anything anyway.
 #[derive(Debug, Default)]
 pub struct Access {
-    lists: RwLock<Lists>,
+    users: Vec<u32>,
+    groups: Vec<u32>,
     refused: AtomicU64,
 }
 
-#[derive(Debug, Clone, Default)]
-struct Lists {
-    users: Vec<u32>,
-    groups: Vec<u32>,
-}
-
-impl Lists {
-    fn of(users: &[User], groups: &[Group]) -> Self {
-        let users = users.iter().map(|user| user.0).collect();
-        let groups = groups.iter().map(|group| group.0).collect();
-        Self { users, groups }
-    }
-}
-
 /// The allow-lists, for operators.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AccessReport {
     /// Users who may connect; if both lists are empty, everybody whom the sockets' permissions let in.
     pub allow_users: Vec<u32>,
@@ -50,16 +35,9 @@ impl Access {
     /// Lists of users and groups.
     #[must_use]
     pub fn new(users: &[User], groups: &[Group]) -> Self {
-        Self { lists: RwLock::new(Lists::of(users, groups)), refused: AtomicU64::new(0) }
-    }
-
-    /// Other lists, for whoever connects from now on.
-    pub fn set(&self, users: &[User], groups: &[Group]) {
-        *self.lists.write().unwrap_or_else(PoisonError::into_inner) = Lists::of(users, groups);
-    }
-
-    fn lists(&self) -> Lists {
-        self.lists.read().unwrap_or_else(PoisonError::into_inner).clone()
+        let users = users.iter().map(|user| user.0).collect();
+        let groups = groups.iter().map(|group| group.0).collect();
+        Self { users, groups, refused: AtomicU64::new(0) }
     }
 
     /// Whether everybody may whom the sockets' permissions let in.
@@ -79,18 +57,17 @@ impl Access {
     }
 
     fn allows(&self, uid: u32, daemon: u32, groups: impl FnOnce() -> Vec<u32>) -> bool {
-        let lists = self.lists();
-        let open = lists.users.is_empty() && lists.groups.is_empty();
-        open || uid == 0
+        self.is_open()
+            || uid == 0
             || uid == daemon
-            || lists.users.contains(&uid)
-            || !lists.groups.is_empty() && groups().iter().any(|group| lists.groups.contains(group))
+            || self.users.contains(&uid)
+            || !self.groups.is_empty() && groups().iter().any(|group| self.groups.contains(group))
     }
 
     /// What operators see.
     #[must_use]
     pub fn report(&self) -> AccessReport {
-        let Lists { users: allow_users, groups: allow_groups } = self.lists();
+        let (allow_users, allow_groups) = (self.users.clone(), self.groups.clone());
         AccessReport { allow_users, allow_groups, refused: self.refused.load(Ordering::Relaxed) }
     }
 }

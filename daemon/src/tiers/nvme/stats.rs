@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Upper ends of the read latency's buckets, in microseconds; a last bucket has what took longer.
@@ -45,9 +44,8 @@ impl Counters {
 }
 
 /// Whether a device takes pages.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[schemars(rename = "SpillState")]
 pub enum DeviceState {
     /// It does.
     Serving,
@@ -56,8 +54,7 @@ pub enum DeviceState {
 }
 
 /// What to say of one device of the spill tier.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[schemars(rename = "SpillReport")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceReport {
     /// The file or block device.
     pub path: PathBuf,
