@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use kvoyant_protocol::faults::Point;
 use kvoyant_tests::PATIENCE;
-use kvoyant_tests::faults::{CODES, Found, Sweep};
-use kvoyant_tests::softcuda::{Machine, on_softcuda};
+use kvoyant_tests::faults::{Found, Sweep};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 
@@ -27,24 +26,6 @@ fn a_call_that_fails_harms_what_it_was_made_for_and_nothing_else() {
         hits += u64::from(seen.hit);
     }
     assert!(hits >= 12, "only {hits} calls were hit");
-}
-
-#[test]
-fn a_call_of_the_driver_that_fails_ends_no_daemon_but_in_words() {
-    if !on_softcuda("a_call_of_the_driver_that_fails_ends_no_daemon_but_in_words", &Machine::new()) {
-        return;
-    }
-    let sweep = Sweep::on_gpu(DAEMON, PATIENCE).unwrap();
-    let mut hits = 0;
-    for nth in [7, 90, 220] {
-        for code in CODES {
-            let seen = sweep
-                .run_driver(nth, code)
-                .unwrap_or_else(|found| panic!("call {nth} code {code}: {found:?}"));
-            hits += u64::from(seen.hit);
-        }
-    }
-    assert!(hits >= 4, "only {hits} calls were hit");
 }
 
 #[test]

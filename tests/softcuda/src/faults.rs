@@ -2,8 +2,7 @@
 //!
 //! One fault a line: a name and `key=value` pairs. Names: `oom` (allocations fail), `register-fails`, `ecc` and
 //! `device-lost` (every call fails from then on), `launch-failure` (the next kernel does), `slow-copies us=N`,
-//! `hang-copies` (until the line is gone), `fail call=NAME code=N` (a call by name, or without one whatever is called, but for [`LOOKS`]; that
-//! is told in the file `struck`). Keys of all: `after=N` (the
+//! `hang-copies` (until the line is gone), `fail call=NAME code=N` (any call by name). Keys of all: `after=N` (the
 //! first N times pass), `count=N` (strikes N times only), `process=TEXT` (only programs whose file name holds it).
 
 use std::os::unix::fs::MetadataExt;
@@ -11,9 +10,6 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use crate::ffi::Code;
-
-/// Calls of which there are as many as time passes.
-const LOOKS: [&str; 2] = ["cuEventQuery", "cuStreamQuery"];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Rule {
@@ -109,13 +105,10 @@ impl Faults {
     /// What a call of this name fails with, if it was asked to.
     pub(crate) fn call_fails(&self, call: &str) -> Option<Code> {
         self.with(|rules| {
-            let means = |rule: &Rule| rule.call.as_ref().map_or(!LOOKS.contains(&call), |name| name == call);
-            let mut meant = rules.iter_mut().filter(|rule| rule.name == "fail" && means(rule));
-            let rule = meant.find_map(|rule| rule.strikes().then_some(rule))?;
-            if let (None, Some(path)) = (&rule.call, &self.path) {
-                let _ = std::fs::write(path.with_file_name("struck"), call);
-            }
-            Some(Code(rule.code.unwrap_or(Code::INVALID_VALUE.0)))
+            let mut named =
+                rules.iter_mut().filter(|rule| rule.name == "fail" && rule.call.as_deref() == Some(call));
+            let rule = named.find_map(|rule| rule.strikes().then_some(rule.code));
+            rule.map(|code| Code(code.unwrap_or(Code::INVALID_VALUE.0)))
         })
     }
 

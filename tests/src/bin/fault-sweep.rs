@@ -1,7 +1,6 @@
 //! Has calls of a daemon fail in turn, and prints what came of it: `scripts/faults`.
 //!
-//! `fault-sweep DAEMON [POINT [N]]`: every call of every kind, of one, or one call alone. `fault-sweep DAEMON driver [N]`, in a process whose
-//! CUDA driver is softcuda: every call of the driver that a daemon on a GPU makes.
+//! `fault-sweep DAEMON [POINT [N]]`: every call of every kind, of one, or one call alone.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -9,15 +8,12 @@ use std::time::Instant;
 
 use kvoyant_protocol::faults::Point;
 use kvoyant_tests::PATIENCE;
-use kvoyant_tests::faults::{CLIENT_FAILED, CODES, Sweep, act_as_client};
+use kvoyant_tests::faults::{CLIENT_FAILED, Sweep, act_as_client};
 
 /// Of these there are as many calls as time passes, so that a sweep of them has no end of its own.
 const BY_TIME: [Point; 3] = [Point::FutexWait, Point::FutexWaitMany, Point::FutexWake];
 /// How many of them a sweep tries.
 const BY_TIME_MOST: u64 = 60;
-
-/// How many calls of the driver a sweep tries; a run makes fewer, unless it waits for something.
-const DRIVER_MOST: u64 = 2000;
 
 /// Calls that clients make too.
 const OF_CLIENTS: [Point; 8] = [
@@ -46,45 +42,6 @@ fn client(socket: &Path) -> ExitCode {
     }
 }
 
-/// Has every call of the driver fail in turn, with each code.
-fn driver(daemon: &str, one: Option<u64>) -> ExitCode {
-    let sweep = match Sweep::on_gpu(daemon, PATIENCE) {
-        Ok(sweep) => sweep,
-        Err(found) => {
-            eprintln!("without a fault (on a GPU): {found:?}");
-            return ExitCode::FAILURE;
-        }
-    };
-    println!(
-        "| code | calls of the driver that failed in turn | clients saw an error | starts refused | s |"
-    );
-    println!("|---|---|---|---|---|");
-    let mut defects = 0;
-    for code in CODES {
-        let (since, mut failed, mut errors, mut refused) = (Instant::now(), 0, 0, 0);
-        for nth in one.unwrap_or(1)..=one.unwrap_or(DRIVER_MOST) {
-            match sweep.run_driver(nth, code) {
-                Ok(seen) if !seen.hit => break,
-                Ok(seen) => {
-                    refused += u64::from(seen.refused);
-                    errors += u64::from(seen.error.is_some() && !seen.refused);
-                    if let (Some(error), Some(_)) = (seen.error, one) {
-                        println!("{error}");
-                    }
-                }
-                Err(found) => {
-                    println!("driver:{nth} ({code}): {found:?}");
-                    defects += 1;
-                }
-            }
-            failed += 1;
-        }
-        println!("| {code} | {failed} | {errors} | {refused} | {} |", since.elapsed().as_secs());
-    }
-    println!("{defects} defects");
-    if defects == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     let (Some(daemon), only) = (arguments.get(1), arguments.get(2)) else {
@@ -95,9 +52,6 @@ fn main() -> ExitCode {
         return client(Path::new(only.map_or("", String::as_str)));
     }
     let one: Option<u64> = arguments.get(3).and_then(|nth| nth.parse().ok());
-    if only.is_some_and(|only| only == "driver") {
-        return driver(daemon, one);
-    }
     let all =
         Point::ALL.into_iter().chain(if only.is_some() { Point::CANARIES.to_vec() } else { Vec::new() });
     let points: Vec<Point> = all.filter(|point| only.is_none_or(|only| only == point.name())).collect();
