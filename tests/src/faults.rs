@@ -66,13 +66,16 @@ impl Census {
             }
             Some(name.split(['[', ' ']).next()?.to_owned())
         };
-        let packets = packet_sockets();
-        for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
-            let Ok(target) = std::fs::read_link(entry.path()) else { continue };
+        let mut streams = stream_sockets();
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        let open: Vec<_> = open.filter_map(|entry| std::fs::read_link(entry.path()).ok()).collect();
+        // Others come and go meanwhile, and the kernel's list can lack some that stay: it is read twice, and what it never has counts.
+        streams.extend(stream_sockets());
+        for target in open {
             let target = target.to_string_lossy();
             let socket = target.strip_prefix("socket:[").and_then(|end| end.strip_suffix(']'));
             // Those of the admin side come and go with each look at the daemon.
-            if socket.is_some_and(|inode| !packets.contains(inode)) {
+            if socket.is_some_and(|inode| streams.contains(inode)) {
                 continue;
             }
             if let Some(kind) = kind(&target) {
@@ -109,13 +112,13 @@ impl Census {
     }
 }
 
-/// Inodes of sequenced-packet sockets, as sessions have them.
-fn packet_sockets() -> BTreeSet<String> {
-    const SEQPACKET: &str = "0005";
+/// Inodes of stream sockets, as the admin side has them; sessions have others.
+fn stream_sockets() -> BTreeSet<String> {
+    const STREAM: &str = "0001";
     let table = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
     let columns = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
     columns
-        .filter(|line| line.get(4) == Some(&SEQPACKET))
+        .filter(|line| line.get(4) == Some(&STREAM))
         .filter_map(|line| Some((*line.get(6)?).to_owned()))
         .collect()
 }
