@@ -29,6 +29,7 @@ mod connection;
 pub mod cuda;
 mod error;
 mod fallback;
+pub mod handed_out;
 pub mod local;
 mod memory;
 mod model;

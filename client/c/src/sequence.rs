@@ -1,7 +1,8 @@
 //! Sequences: opened, forked, cut, closed. Rows are in `rows`.
 
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::sync::Arc;
 
+use kvoyant_client::handed_out::{Alone, HandedOut, NotThere, Shared};
 use kvoyant_client::{SelectedBy, Sequence};
 
 use crate::handles::{self, Object};
@@ -20,95 +21,46 @@ pub(crate) struct Kept {
     /// Handle of the model.
     pub(crate) model: u64,
     pub(crate) session: Arc<Session>,
-    sequence: RwLock<Option<Sequence>>,
+    sequence: HandedOut<Sequence>,
 }
 
-const CLOSED: &str = "the sequence was closed by another thread";
-
 impl Kept {
-    fn concurrent(how: &str) -> Wrong {
-        Wrong::new(
-            kvoyant_status::Concurrent,
-            format!(
-                "the sequence is being {how} by another thread: appending, truncating, forking, suspending and closing a sequence \
-                 want it for themselves"
-            ),
-        )
-    }
-
     /// For calls that leave its length as it is.
-    pub(crate) fn shared(&self) -> Result<Shared<'_>, Wrong> {
-        let guard = match self.sequence.try_read() {
-            Ok(guard) => guard,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err(Self::concurrent("changed")),
-        };
-        if guard.is_none() {
-            return Err(Wrong::new(kvoyant_status::Handle, CLOSED));
-        }
-        Ok(Shared(guard))
+    pub(crate) fn shared(&self) -> Result<Shared<'_, Sequence>, Wrong> {
+        self.sequence.shared().map_err(wrong)
     }
 
     /// For calls that change it.
-    pub(crate) fn alone(&self) -> Result<Alone<'_>, Wrong> {
-        let guard = match self.sequence.try_write() {
-            Ok(guard) => guard,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err(Self::concurrent("used")),
-        };
-        if guard.is_none() {
-            return Err(Wrong::new(kvoyant_status::Handle, CLOSED));
-        }
-        Ok(Alone(guard))
+    pub(crate) fn alone(&self) -> Result<Alone<'_, Sequence>, Wrong> {
+        self.sequence.alone().map_err(wrong)
     }
 
     /// The sequence itself, if no other thread is inside a call on it.
     pub(crate) fn take_if_idle(&self) -> Option<Sequence> {
-        self.alone().ok().map(Alone::take)
+        self.sequence.alone().ok().map(Alone::take)
     }
 }
 
-/// A sequence that stays open meanwhile.
-pub(crate) struct Shared<'a>(RwLockReadGuard<'a, Option<Sequence>>);
-
-/// A sequence that nobody else uses meanwhile.
-pub(crate) struct Alone<'a>(RwLockWriteGuard<'a, Option<Sequence>>);
-
-const OPEN: &str = "checked when it was locked";
-
-impl Shared<'_> {
-    pub(crate) fn get(&self) -> &Sequence {
-        self.0.as_ref().expect(OPEN)
-    }
-}
-
-impl Alone<'_> {
-    pub(crate) fn get(&self) -> &Sequence {
-        self.0.as_ref().expect(OPEN)
-    }
-
-    /// It is closed for all who come after.
-    pub(crate) fn take(mut self) -> Sequence {
-        self.0.take().expect(OPEN)
-    }
-
-    /// Does what consumes the sequence, and keeps it if that fails.
-    pub(crate) fn consume<E>(
-        mut self,
-        with: impl FnOnce(Sequence) -> Result<(), Box<(Sequence, E)>>,
-    ) -> Result<(), E> {
-        let sequence = self.0.take().expect(OPEN);
-        with(sequence).map_err(|back| {
-            let (sequence, error) = *back;
-            *self.0 = Some(sequence);
-            error
-        })
-    }
+fn wrong(why: NotThere) -> Wrong {
+    let how = match why {
+        NotThere::Closed => {
+            return Wrong::new(kvoyant_status::Handle, "the sequence was closed by another thread");
+        }
+        NotThere::Changed => "changed",
+        NotThere::Used => "used",
+    };
+    Wrong::new(
+        kvoyant_status::Concurrent,
+        format!(
+            "the sequence is being {how} by another thread: appending, truncating, forking, suspending and closing a sequence want it \
+             for themselves"
+        ),
+    )
 }
 
 /// Gives a sequence its handle.
 pub(crate) fn keep(model: u64, session: Arc<Session>, sequence: Sequence) -> Result<kvoyant_sequence, Wrong> {
-    let kept = Kept { model, session, sequence: RwLock::new(Some(sequence)) };
+    let kept = Kept { model, session, sequence: HandedOut::new(sequence) };
     Ok(kvoyant_sequence { id: handles::add(Object::Sequence(Arc::new(kept)))? })
 }
 

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use crate::array;
 use crate::errors::{Result, Wrong};
 use crate::request::positions;
-use crate::sequence::{Kept, Shared};
+use crate::sequence::Kept;
 use crate::session::Session;
 
 /// Rows below which heads are attended one after the other: waking another thread costs more than it saves.
@@ -111,7 +111,7 @@ impl Attending<'_> {
                 return Err(Wrong::from(kvoyant_client::Error::NoRoom { position: *position, room }).into());
             }
         }
-        let sequences: Vec<&Sequence> = open.iter().map(Shared::get).collect();
+        let sequences: Vec<&Sequence> = open.iter().map(|open| &**open.get()).collect();
         let needs: Vec<Needs> = self.members.iter().map(|kept| session.needs[kept.method]).collect();
         let (layer, reach, timeout, queries) = (self.layer, self.reach, self.timeout, self.queries.to_vec());
         let pass = Pass { session, model: &model, layer, sequences, needs, positions, queries, timeout };

@@ -11,7 +11,7 @@ use crate::array::Array;
 use crate::attend::{Attending, Reach};
 use crate::errors::{Result, Wrong};
 use crate::request::{Hints, PyPending, members, positions};
-use crate::sequence::{Alone, Kept, PySequence, Shared, seconds};
+use crate::sequence::{Kept, PySequence, Shared, seconds};
 use crate::session::Session;
 
 const COUNTERS: [(&str, Stat); 18] = [
@@ -249,7 +249,7 @@ impl PyModel {
         let kept = members(&self.session, &sequences)?;
         let tokens = each(Some(tokens), kept.len(), "tokens")?;
         let open = kept.iter().map(|kept| kept.alone_unviewed("reserve")).collect::<Result<Vec<_>>>()?;
-        let list: Vec<_> = open.iter().map(Alone::get).zip(tokens).collect();
+        let list: Vec<_> = open.iter().map(|open| &**open.get()).zip(tokens).collect();
         Ok(py.detach(|| model.reserve(&list))?)
     }
 
@@ -265,7 +265,7 @@ impl PyModel {
         let kept = members(&self.session, &sequences)?;
         let tokens = each(tokens, kept.len(), "tokens")?;
         let open = kept.iter().map(|kept| kept.alone()).collect::<Result<Vec<_>>>()?;
-        let list: Vec<_> = open.iter().map(Alone::get).zip(tokens).collect();
+        let list: Vec<_> = open.iter().map(|open| &**open.get()).zip(tokens).collect();
         Ok(py.detach(|| model.append(&list))?)
     }
 

@@ -1,9 +1,10 @@
 //! Sequences: written, appended, read where they lie, forked, cut, closed.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::time::Duration;
 
+use kvoyant_client::handed_out::{self, HandedOut, NotThere};
 use kvoyant_client::{Format, RowLayout, SelectedBy, Sequence};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -21,7 +22,7 @@ use crate::session::Session;
 pub(crate) struct Kept {
     pub(crate) session: Arc<Session>,
     pub(crate) method: usize,
-    sequence: RwLock<Option<Owned<Sequence>>>,
+    sequence: HandedOut<Owned<Sequence>>,
     /// Views of its rows that are alive.
     views: AtomicUsize,
 }
@@ -44,35 +45,17 @@ impl Drop for View {
 }
 
 /// A sequence that stays open meanwhile.
-pub(crate) struct Shared<'a>(RwLockReadGuard<'a, Option<Owned<Sequence>>>);
+pub(crate) type Shared<'a> = handed_out::Shared<'a, Owned<Sequence>>;
 
 /// A sequence that nobody else uses meanwhile.
-pub(crate) struct Alone<'a>(RwLockWriteGuard<'a, Option<Owned<Sequence>>>);
-
-const OPEN: &str = "checked when it was locked";
-
-impl Shared<'_> {
-    pub(crate) fn get(&self) -> &Sequence {
-        self.0.as_ref().expect(OPEN)
-    }
-}
-
-impl Alone<'_> {
-    pub(crate) fn get(&self) -> &Sequence {
-        self.0.as_ref().expect(OPEN)
-    }
-
-    fn take(mut self) -> Sequence {
-        self.0.take().expect(OPEN).into_inner()
-    }
-}
+pub(crate) type Alone<'a> = handed_out::Alone<'a, Owned<Sequence>>;
 
 impl Kept {
     pub(crate) fn new(session: &Arc<Session>, method: usize, sequence: Sequence) -> Arc<Self> {
         let kept = Arc::new(Self {
             session: Arc::clone(session),
             method,
-            sequence: RwLock::new(Some(Owned::new(sequence))),
+            sequence: HandedOut::new(Owned::new(sequence)),
             views: AtomicUsize::new(0),
         });
         session.keep_sequence(&kept);
@@ -81,30 +64,25 @@ impl Kept {
 
     /// For calls that leave its length as it is.
     pub(crate) fn shared(&self) -> Result<Shared<'_>> {
-        self.session.here("sequence")?;
-        let guard = match self.sequence.try_read() {
-            Ok(guard) => guard,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err(Wrong::concurrent("changed")),
-        };
-        if guard.is_none() || !self.session.is_open() {
-            return Err(Wrong::closed("sequence"));
-        }
-        Ok(Shared(guard))
+        self.there(HandedOut::shared)
     }
 
     /// For calls that change it.
     pub(crate) fn alone(&self) -> Result<Alone<'_>> {
+        self.there(HandedOut::alone)
+    }
+
+    fn there<'a, T>(
+        &'a self,
+        how: impl FnOnce(&'a HandedOut<Owned<Sequence>>) -> std::result::Result<T, NotThere>,
+    ) -> Result<T> {
         self.session.here("sequence")?;
-        let guard = match self.sequence.try_write() {
-            Ok(guard) => guard,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err(Wrong::concurrent("used")),
-        };
-        if guard.is_none() || !self.session.is_open() {
-            return Err(Wrong::closed("sequence"));
+        match how(&self.sequence) {
+            Ok(there) if self.session.is_open() => Ok(there),
+            Ok(_) | Err(NotThere::Closed) => Err(Wrong::closed("sequence")),
+            Err(NotThere::Changed) => Err(Wrong::concurrent("changed")),
+            Err(NotThere::Used) => Err(Wrong::concurrent("used")),
         }
-        Ok(Alone(guard))
     }
 
     /// For calls after which views would show something else.
@@ -118,11 +96,8 @@ impl Kept {
 
     /// The sequence itself, if no other thread is inside a call on it and nobody looks at its rows.
     pub(crate) fn take_if_idle(&self) -> Option<Sequence> {
-        let mut guard = self.sequence.try_write().ok()?;
-        if self.views.load(Ordering::Relaxed) > 0 {
-            return None;
-        }
-        guard.take().map(Owned::into_inner)
+        let alone = self.sequence.alone().ok()?;
+        (self.views.load(Ordering::Relaxed) == 0).then(|| alone.take().into_inner())
     }
 }
 
@@ -477,16 +452,13 @@ impl PySequence {
     /// fails, the sequence is still open.
     #[pyo3(signature = (image, *, overwrite=false, label=""))]
     fn suspend(&self, py: Python<'_>, image: &str, overwrite: bool, label: &str) -> Result<()> {
-        let mut open = self.kept.alone_unviewed("suspend")?;
-        let sequence = open.0.take().expect(OPEN).into_inner();
-        match py.detach(|| sequence.suspend(image, overwrite, label).map_err(Box::new)) {
-            Ok(()) => Ok(()),
-            Err(back) => {
-                let (sequence, error) = *back;
-                *open.0 = Some(Owned::new(sequence));
-                Err(error.into())
-            }
-        }
+        let open = self.kept.alone_unviewed("suspend")?;
+        let suspend = |sequence: Owned<Sequence>| {
+            let sequence = sequence.into_inner();
+            py.detach(|| sequence.suspend(image, overwrite, label))
+                .map_err(|(sequence, error)| Box::new((Owned::new(sequence), error)))
+        };
+        Ok(open.consume(suspend)?)
     }
 
     /// Closes it; to close it twice is no error.
@@ -496,7 +468,7 @@ impl PySequence {
             return Ok(());
         }
         let open = self.kept.alone_unviewed("close")?;
-        let sequence = open.take();
+        let sequence = open.take().into_inner();
         Ok(py.detach(|| sequence.close())?)
     }
 
