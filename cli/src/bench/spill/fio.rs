@@ -84,12 +84,12 @@ impl Fio {
 
     /// Writes the file with checksums.
     pub(super) fn write_checked(&self) -> Result<(), FioError> {
-        self.job("write", &["--verify=crc32c-intel", "--do_verify=0"]).map(drop)
+        self.job("write", &["--verify=crc32c-intel", "--do_verify=0", "--verify_state_save=0"]).map(drop)
     }
 
     /// Reads it by chance and checks them: as many pages as it has, since fio has no time limit for that.
     pub(super) fn read_checked(&self) -> Result<Moved, FioError> {
-        self.job("randread", &["--verify=crc32c-intel"])
+        self.job("randread", &["--verify=crc32c-intel", "--verify_state_save=0"])
     }
 
     fn job(&self, kind: &str, more: &[&str]) -> Result<Moved, FioError> {
