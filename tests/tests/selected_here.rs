@@ -79,13 +79,15 @@ fn steps(
         .collect()
 }
 
-/// Sums over digests are cut where their memory is, so that thresholds may differ in their last bits.
-fn assert_alike(what: &str, lane: &[Vec<f32>], client: &[Vec<f32>], most: f32) {
+/// Means that a lane merges cross as f16, and sums over digests are cut where their memory is: thresholds differ in their last bits, and a row that
+/// lies on one comes in here and not there. Then the step differs, and later ones may. Most must not.
+fn assert_alike(what: &str, lane: &[Vec<f32>], client: &[Vec<f32>], most: f32, mostly: f32) {
     assert_eq!(lane.len(), client.len(), "{what}");
     let worst = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    for (step, (lane, client)) in lane.iter().zip(client).enumerate() {
-        assert!(worst(lane, client) < most, "{what}, step {step}: {}", worst(lane, client));
-    }
+    let apart: Vec<f32> = lane.iter().zip(client).map(|(lane, client)| worst(lane, client)).collect();
+    let mut sorted = apart.clone();
+    sorted.sort_by(f32::total_cmp);
+    assert!(sorted[sorted.len() - 1] < most && sorted[sorted.len() / 2] < mostly, "{what}: {apart:?}");
 }
 
 #[test]
@@ -100,7 +102,8 @@ fn a_client_selects_what_a_lane_selects() {
             let logits = steps(&mut kv, &mut [&mut sequence], &model, 40);
             (logits, kv.take_stats(), kv.selected_by(&sequence), sequence.digest_bytes())
         });
-        assert_alike(name, &lane.0, &client.0, if at < EXACT { 1e-3 } else { 0.1 });
+        let (most, mostly) = if at < EXACT { (1e-3, 1e-3) } else { (0.5, 5e-3) };
+        assert_alike(name, &lane.0, &client.0, most, mostly);
         assert_eq!((lane.2, client.2), (SelectedBy::Lane, SelectedBy::Client), "{name}");
         let rows = [&lane, &client].map(|run| run.1.rows_selected as f64);
         assert!((rows[0] - rows[1]).abs() <= 0.02 * rows[0], "{name}: {rows:?}");
@@ -144,7 +147,7 @@ fn forks_truncations_and_batches_are_as_by_a_lane() {
         all
     });
     assert_eq!(lane.len(), client.len());
-    assert_alike("all", &lane, &client, 1e-3);
+    assert_alike("all", &lane, &client, 1e-3, 1e-3);
 }
 
 #[test]
