@@ -408,7 +408,6 @@ impl Message for ToClient {
 
 /// The minor that this side speaks with a peer of another one: neither side says what only a later one knows.
 #[must_use]
-#[allow(clippy::unnecessary_min_or_max, reason = "the minor is 0 until something is added")]
 pub fn agreed(theirs: u16) -> u16 {
     theirs.min(MINOR)
 }

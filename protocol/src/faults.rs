@@ -60,6 +60,8 @@ pub enum Point {
     Leak,
     /// A canary, no call: a session's answer never comes, which a sweep must find.
     Hang,
+    /// A canary, no call: a lane stands still with its command, which a watchdog must find.
+    Wedge,
 }
 
 impl Point {
@@ -89,7 +91,7 @@ impl Point {
     ];
 
     /// Defects that no system causes: whoever does not find them does not look.
-    pub const CANARIES: [Self; 3] = [Self::WrongByte, Self::Leak, Self::Hang];
+    pub const CANARIES: [Self; 4] = [Self::WrongByte, Self::Leak, Self::Hang, Self::Wedge];
 
     /// Its name in the environment.
     #[must_use]
@@ -119,6 +121,7 @@ impl Point {
             Self::WrongByte => "wrong-byte",
             Self::Leak => "leak",
             Self::Hang => "hang",
+            Self::Wedge => "wedge",
         }
     }
 

@@ -133,6 +133,9 @@ pub enum Failure {
     /// A quota of the client's user is reached. What it has it keeps.
     #[error(transparent)]
     Quota(OverQuota),
+    /// The daemon takes no new sessions. Since minor 1.
+    #[error("the daemon is being drained and takes no new sessions; try again later, or use another one")]
+    Draining,
 }
 
 impl From<MemoryError> for Failure {
