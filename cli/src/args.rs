@@ -1,6 +1,8 @@
 //! The command line.
 
 mod late;
+mod learn;
+mod operate;
 mod sequences;
 
 use std::path::PathBuf;
@@ -12,6 +14,8 @@ use kvoyant_engine::Format;
 use kvoyant_methods::{Budget, MethodSpec, registry};
 
 pub(crate) use self::late::LateArgs;
+pub(crate) use self::learn::{CalibrateModelArgs, CaptureArgs};
+pub(crate) use self::operate::{ConfigArgs, ConfigWhat, DaemonArgs, DrainArgs, EvictArgs, LogArgs};
 pub(crate) use self::sequences::{SequencesArgs, SequencesWhat};
 use crate::bench::decode::Setting;
 
@@ -35,10 +39,22 @@ pub(crate) enum Command {
     Top(TopArgs),
     /// List open sequences and suspended ones; suspend, bring back and erase them
     Sequences(SequencesArgs),
+    /// Have a running daemon take no new sessions, before it is stopped or its node is taken out
+    Drain(DrainArgs),
+    /// Have pages of sessions leave host memory for the disk, and unused memory go back
+    Evict(EvictArgs),
+    /// Say what a running daemon logs, or change it
+    Log(LogArgs),
+    /// Show a running daemon's configuration and where it came from; change what may change, or have it read again
+    Config(ConfigArgs),
     /// Say what this machine can do, what it cannot, and what mends it
     Doctor(DoctorArgs),
     /// Get the demo's model into the cache folder, and print its path
-    FetchModel,
+    FetchModel {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Run a real model over long texts with every method, and compare them
     Demo(DemoArgs),
     /// Compare methods, each by the same measures, or time decoding
@@ -51,6 +67,16 @@ pub(crate) enum Command {
     CalibrateModel(CalibrateModelArgs),
     /// Write what attention sees while a model reads a text: a trace for `bench methods`
     Capture(CaptureArgs),
+    /// Print what a shell needs to complete commands: bash, zsh, fish, elvish or powershell
+    Completions {
+        /// Which
+        shell: clap_complete::Shell,
+    },
+    /// Write manual pages, one for each command, into a folder
+    Man {
+        /// Which
+        folder: PathBuf,
+    },
 }
 
 /// `serve`.
@@ -138,44 +164,6 @@ pub(crate) struct CalibrateArgs {
     /// Print JSON instead of the table
     #[arg(long)]
     pub(crate) json: bool,
-}
-
-/// `capture`.
-#[derive(Debug, Args)]
-pub(crate) struct CaptureArgs {
-    /// Which model
-    #[command(flatten)]
-    pub(crate) model: ModelArgs,
-    /// The text, instead of our own
-    #[arg(long, value_name = "FILE")]
-    pub(crate) text: Option<PathBuf>,
-    /// Where the trace goes
-    #[arg(long, value_name = "FILE")]
-    pub(crate) out: PathBuf,
-    /// Tokens of the text that are read, at most
-    #[arg(long, value_name = "N", default_value_t = 2048)]
-    pub(crate) tokens: usize,
-    /// How many of them, the last ones, are decoded one by one
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    pub(crate) steps: usize,
-}
-
-/// `calibrate-model`.
-#[derive(Debug, Args)]
-pub(crate) struct CalibrateModelArgs {
-    /// Which model
-    #[command(flatten)]
-    pub(crate) model: ModelArgs,
-    /// For which method: infinigen, infinigen:hint_norm=learned, hata, attention-predictor, hetero, …
-    #[arg(long, value_name = "METHOD")]
-    pub(crate) method: MethodSpec,
-    /// Calibrate on this text instead of our own
-    #[arg(long, value_name = "FILE")]
-    pub(crate) text: Option<PathBuf>,
-    /// Write the artifact here, or the artifacts into this folder, instead of into the cache folder, from where `run` and `demo`
-    /// take them
-    #[arg(long, value_name = "FILE|DIR")]
-    pub(crate) out: Option<PathBuf>,
 }
 
 /// Which model.
@@ -440,6 +428,9 @@ pub(crate) struct RunArgs {
     /// Suspend the sequence under this name once it has answered; one that was resumed by it is replaced
     #[arg(long, value_name = "IMAGE", requires = "socket", conflicts_with = "attention")]
     pub(crate) suspend: Option<String>,
+    /// Print the answer as JSON once it is whole, with its times
+    #[arg(long)]
+    pub(crate) json: bool,
     /// Say on stderr where each token's time went
     #[arg(long)]
     pub(crate) stats: bool,

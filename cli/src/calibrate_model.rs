@@ -75,7 +75,7 @@ pub(crate) fn text(args: &CalibrateModelArgs) -> Result<String, CalibrateModelEr
     let text = args.text.as_ref().map(read).transpose()?;
     let model = model::open(&args.model, progress)?.model;
     let shape = session::methods_shape(&model);
-    let mut said = String::new();
+    let mut written = Vec::new();
     for kind in kinds {
         let path = match (&args.out, folder) {
             (_, Some(folder)) => folder.join(format!("{kind}.safetensors")),
@@ -84,7 +84,11 @@ pub(crate) fn text(args: &CalibrateModelArgs) -> Result<String, CalibrateModelEr
         };
         let made = artifact_cache::make(&model, kind, &shape, text.as_deref(), progress)?;
         artifact_cache::write(&path, &made)?;
-        said += &format!("{}\n", path.display());
+        written.push((kind.to_string(), path));
     }
-    Ok(said)
+    if args.json {
+        let all = written.iter().map(|(kind, path)| serde_json::json!({"kind": kind, "path": path}));
+        return Ok(format!("{:#}\n", serde_json::Value::from(all.collect::<Vec<_>>())));
+    }
+    Ok(written.iter().map(|(_, path)| format!("{}\n", path.display())).collect())
 }

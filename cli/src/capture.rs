@@ -114,5 +114,9 @@ pub(crate) fn text(args: &CaptureArgs) -> Result<String, CaptureError> {
         marks: capture.marks,
     };
     trace.write(&args.out)?;
+    if args.json {
+        let said = serde_json::json!({"path": args.out, "tokens": shape.tokens, "steps": shape.steps});
+        return Ok(format!("{said:#}\n"));
+    }
     Ok(format!("{}: {} tokens, {} steps\n", args.out.display(), shape.tokens, shape.steps))
 }

@@ -15,7 +15,9 @@ mod fetch;
 mod fingerprint;
 mod late;
 mod machine;
+mod manual;
 mod model;
+mod operate;
 mod private_daemon;
 mod progress;
 mod run;
@@ -49,7 +51,13 @@ fn main() -> ExitCode {
         Command::Status(args) => status::text(args).map_err(Into::into).and_then(|text| print(&text)),
         Command::Top(args) => top::run(args).map_err(Into::into).and_then(|text| print(&text)),
         Command::Sequences(args) => sequences::text(args).map_err(Into::into).and_then(|text| print(&text)),
-        Command::FetchModel => fetch_model(),
+        Command::Drain(args) => operate::drained(args).map_err(Into::into).and_then(|text| print(&text)),
+        Command::Evict(args) => operate::evicted(args).map_err(Into::into).and_then(|text| print(&text)),
+        Command::Log(args) => operate::logged(args).map_err(Into::into).and_then(|text| print(&text)),
+        Command::Config(args) => operate::configured(args).map_err(Into::into).and_then(|text| print(&text)),
+        Command::Completions { shell } => print(&manual::completions(*shell)),
+        Command::Man { folder } => manual::pages(folder).map_err(Into::into).and_then(|text| print(&text)),
+        Command::FetchModel { json } => fetch_model(*json),
         Command::Bench(args) => guarded(|| bench(args)).and_then(|text| print(&text)),
         Command::Demo(args) => guarded(|| demo::run(args).map_err(Into::into)).and_then(|text| print(&text)),
         Command::Run(args) => guarded(|| run::run(args).map_err(Into::into)),
@@ -84,9 +92,13 @@ fn bench(args: &args::BenchArgs) -> Result<String, Box<dyn Error>> {
     }
 }
 
-fn fetch_model() -> Result<(), Box<dyn Error>> {
+fn fetch_model(json: bool) -> Result<(), Box<dyn Error>> {
     let path = guarded(|| Ok(fetch::model(&fetch::SMOLLM2, Progress::new())?))?;
-    print(&format!("{}\n", path.display()))
+    print(&if json {
+        format!("{:#}\n", serde_json::json!({"path": path}))
+    } else {
+        format!("{}\n", path.display())
+    })
 }
 
 /// Writes to stdout; a reader that has seen enough is no error.

@@ -1,18 +1,16 @@
 //! `kvoyant sequences`: what is open and what is suspended, and what an operator does with it.
 
 use std::fmt::Write;
-use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kvoyant_daemon::admin::{
     AdminError, BringOrder, ImageReport, SequenceReport, SequencesReport, SuspendOrder, bring_image,
     fetch_sequences, remove_image, suspend_sequence,
 };
-use kvoyant_daemon::config::Config;
 use kvoyant_daemon::keeper::Kept;
-use serde::Serialize;
 
 use crate::args::{SequencesArgs, SequencesWhat};
+use crate::operate::{admin_socket, told};
 use crate::status::{bytes, counted, plain};
 
 /// Does what is asked, and says what came of it, with a line's end.
@@ -20,7 +18,7 @@ use crate::status::{bytes, counted, plain};
 /// # Errors
 /// If the daemon cannot be asked, or refuses.
 pub(crate) fn text(args: &SequencesArgs) -> Result<String, AdminError> {
-    let path = args.admin.clone().unwrap_or_else(|| Config::default().admin_socket);
+    let path = admin_socket(args.admin.as_ref());
     let me = nix::unistd::geteuid().as_raw();
     match &args.what {
         None => {
@@ -56,19 +54,6 @@ pub(crate) fn text(args: &SequencesArgs) -> Result<String, AdminError> {
             })
         }
     }
-}
-
-fn told(
-    json: bool,
-    path: PathBuf,
-    what: &impl Serialize,
-    words: impl FnOnce() -> String,
-) -> Result<String, AdminError> {
-    if !json {
-        return Ok(words());
-    }
-    let json = serde_json::to_string_pretty(what);
-    json.map(|json| json + "\n").map_err(|error| AdminError::Answer { path, reason: error.to_string() })
 }
 
 fn now_unix() -> u64 {

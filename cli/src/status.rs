@@ -6,27 +6,21 @@ mod users;
 use std::fmt::Write;
 
 use kvoyant_daemon::admin::{AdminError, fetch_status};
-use kvoyant_daemon::config::Config;
 use kvoyant_daemon::status::{
     DeviceReport, MethodReport, PoolReport, PoolState, SessionReport, StatusReport,
 };
 
 use crate::args::StatusArgs;
+use crate::operate::{admin_socket, told};
 
 /// The daemon's status as text or JSON, with a line's end.
 ///
 /// # Errors
 /// If the daemon cannot be asked.
 pub(crate) fn text(args: &StatusArgs) -> Result<String, AdminError> {
-    let path = args.admin.clone().unwrap_or_else(|| Config::default().admin_socket);
+    let path = admin_socket(args.admin.as_ref());
     let report = fetch_status(&path)?;
-    if args.json {
-        let json = serde_json::to_string_pretty(&report);
-        return json
-            .map(|json| json + "\n")
-            .map_err(|error| AdminError::Answer { path, reason: error.to_string() });
-    }
-    Ok(words(&report))
+    told(args.json, path, &report, || words(&report))
 }
 
 /// The report for people.
@@ -48,6 +42,17 @@ fn words(report: &StatusReport) -> String {
         report.mode,
         counted(report.lanes as u64, "lane")
     );
+    if report.draining {
+        let _ =
+            writeln!(out, "draining   no new sessions are taken (`kvoyant drain --undo` takes them again)");
+    }
+    if report.log_lines_dropped > 0 {
+        let _ = writeln!(
+            out,
+            "log        {} lines dropped: nobody reads its standard error",
+            report.log_lines_dropped
+        );
+    }
     if let Some(gpu) = &report.gpu {
         let _ = writeln!(out, "gpu        {}", gpu_line(gpu));
     }
@@ -275,6 +280,8 @@ pub(crate) mod tests {
             gpu: None,
             mode: "slab".into(),
             lanes: 1,
+            draining: false,
+            log_lines_dropped: 0,
             arena: ArenaReport {
                 total_bytes: 1 << 30,
                 used_bytes: 64 << 20,

@@ -20,23 +20,33 @@ mod artifacts;
 pub mod config;
 pub mod control;
 pub mod device;
+mod endpoint;
 pub mod journal;
 pub mod keeper;
 pub mod lane;
+mod log;
 pub mod metrics;
+mod notify;
 pub mod prefixes;
 pub mod quota;
 pub mod server;
+mod settings;
 pub mod stats_page;
 pub mod status;
 mod threads;
 pub mod tiers;
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use tracing_subscriber::EnvFilter;
+use clap::ValueEnum;
+
+use crate::config::{Loaded, document};
+use crate::settings::Settings;
+
+pub use log::LogFormat;
 
 /// Arguments of the daemon.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -44,44 +54,74 @@ pub struct Args {
     /// Configuration file (TOML); default: /etc/kvoyant/kvoyantd.toml, if it exists
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Check the configuration, print it and exit
-    #[arg(long)]
-    pub check: bool,
+    /// Check the configuration, print what comes out and where each value came from, and exit
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "toml")]
+    pub check: Option<CheckFormat>,
+    /// Print every key with its unit, its default and when to change it, and exit
+    #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "toml")]
+    pub print_config: Option<PrintFormat>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub flags: config::Flags,
 }
 
+/// How a configuration is printed that has been checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CheckFormat {
+    /// A file that would give the same.
+    Toml,
+    /// By key, its value, where that came from, and when a change counts.
+    Json,
+}
+
+/// How all keys are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PrintFormat {
+    /// A commented file.
+    Toml,
+    /// Tables for the manual.
+    Markdown,
+}
+
 /// Runs the daemon until it is told to stop; errors are one sentence on stderr and a non-zero exit.
 #[must_use]
 pub fn main(args: &Args) -> ExitCode {
-    match run(args) {
+    let code = match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kvoyantd: {error}");
+            log::say(&format!("kvoyantd: {error}"));
             error
                 .downcast_ref()
                 .map_or(ExitCode::FAILURE, |error: &server::ServerError| error.exit_code().into())
         }
-    }
+    };
+    log::flush(log::LAST_LINES);
+    code
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
-    kvoyant_kernels::Kernels::from_env()?;
-    let config = config::Config::load(args.config.as_deref(), args.flags.clone())?;
-    let filter = EnvFilter::try_new(&config.log)
-        .map_err(|error| format!("bad configuration: log = {}: {error}", config.log))?;
-    if args.check {
-        server::check_room(&config)?;
-        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&config)?)?;
-        return Ok(());
+    if let Some(format) = args.print_config {
+        let text = match format {
+            PrintFormat::Toml => document::sample(),
+            PrintFormat::Markdown => document::markdown(),
+        };
+        return Ok(std::io::stdout().write_all(text.as_bytes())?);
     }
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .try_init()
-        .ok();
-    server::run(&config)?;
+    kvoyant_kernels::Kernels::from_env()?;
+    let loaded = Loaded::load(args.config.as_deref(), &args.flags)?;
+    let config = &loaded.config;
+    let filter = log::parse(&config.log)
+        .map_err(|error| format!("bad configuration: log = {}: {error}", config.log))?;
+    if let Some(format) = args.check {
+        server::check_room(config)?;
+        let text = match format {
+            CheckFormat::Toml => document::effective(&loaded),
+            CheckFormat::Json => format!("{:#}\n", document::effective_json(&loaded, true)),
+        };
+        return Ok(std::io::stdout().write_all(text.as_bytes())?);
+    }
+    let filter = log::start(filter, config.log_format);
+    let settings = Settings::new(loaded, args.config.clone(), args.flags.clone(), filter);
+    server::serve(&Arc::new(settings))?;
     Ok(())
 }

@@ -1,32 +1,33 @@
 //! Starting and stopping: the runtime folder, the lock, the sockets, the lanes, the control plane.
 
-use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IsTerminal};
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::Mode;
 use kvoyant_protocol::faults::{self, Point};
-use kvoyant_protocol::packet;
-use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::SockType;
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::admin;
+use crate::admin::{self, Token, TokenError};
 use crate::config::Config;
 use crate::control::{Plane, serve_session};
 use crate::device::Device;
 use crate::device::DeviceName;
 use crate::device::cuda::{CudaDevice, OpenError, leave};
 use crate::device::host::HostDevice;
+use crate::endpoint::Endpoint;
 use crate::keeper::Keeper;
 use crate::lane::LaneHandle;
+use crate::notify::{self, InheritError, Inherited, Manager, Pulse, Subject};
 use crate::prefixes::Prefixes;
 use crate::quota::Ledger;
+use crate::settings::{Changes, Settings};
 use crate::stats_page::{self, StatsPage};
 use crate::status::Registry;
 use crate::tiers::arena::ArenaBudget;
@@ -82,99 +83,18 @@ pub enum ServerError {
         /// What the system said.
         source: io::Error,
     },
+    /// A token that cannot be used.
+    #[error(transparent)]
+    Token(#[from] TokenError),
     /// Images cannot be kept.
     #[error("cannot keep images: {0}")]
     Store(#[from] StoreError),
+    /// What the service manager handed over cannot be used.
+    #[error(transparent)]
+    Inherit(#[from] InheritError),
     /// The arena is larger than what may be had.
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
-}
-
-/// A listening socket and the lock that makes it ours. Dropping it removes both from the file system.
-#[derive(Debug)]
-struct Endpoint {
-    path: PathBuf,
-    lock: PathBuf,
-    _held: Flock<File>,
-}
-
-/// Whoever may enter the folder and is in its group may connect.
-const SOCKET_MODE: u32 = 0o660;
-
-const FOLDER_ADVICE: &str =
-    "choose another place with --socket and --admin-socket, or make the folder writable";
-
-impl Endpoint {
-    /// Takes the lock beside `path` and removes a socket that a dead daemon left there.
-    fn claim(path: &Path, flag: &'static str) -> Result<Self, ServerError> {
-        let fail = |what, path: &Path, source| ServerError::Path {
-            what,
-            path: path.to_path_buf(),
-            source,
-            advice: FOLDER_ADVICE,
-        };
-        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            std::fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o750)
-                .create(folder)
-                .map_err(|source| fail("create the folder", folder, source))?;
-        }
-        let mut lock = path.as_os_str().to_owned();
-        lock.push(".lock");
-        let lock = PathBuf::from(lock);
-        let held = loop {
-            let file = OpenOptions::new()
-                .create(true)
-                .truncate(false)
-                .write(true)
-                .mode(0o600)
-                .open(&lock)
-                .map_err(|source| fail("create the lock", &lock, source))?;
-            let held =
-                Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-                    nix::errno::Errno::EWOULDBLOCK => ServerError::InUse { path: path.to_path_buf(), flag },
-                    errno => fail("lock", &lock, errno.into()),
-                })?;
-            // A daemon that stops removes its lock: ours counts only if it is still the one on the path.
-            let same =
-                |a: &std::fs::Metadata, b: &std::fs::Metadata| a.ino() == b.ino() && a.dev() == b.dev();
-            match (held.metadata(), std::fs::metadata(&lock)) {
-                (Ok(ours), Ok(current)) if same(&ours, &current) => break held,
-                _ => {}
-            }
-        };
-        // Only a socket can be a dead daemon's.
-        let is_socket = |found: &std::fs::Metadata| found.file_type().is_socket();
-        if std::fs::symlink_metadata(path).is_ok_and(|found| !is_socket(&found)) {
-            let source = io::Error::new(io::ErrorKind::AlreadyExists, "something that is no socket is there");
-            return Err(fail("listen on", path, source));
-        }
-        match std::fs::remove_file(path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(fail("remove the old socket", path, source))
-            }
-            _ => Ok(Self { path: path.to_path_buf(), lock, _held: held }),
-        }
-    }
-
-    fn ready(&self) -> Result<(), ServerError> {
-        std::fs::set_permissions(&self.path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(|source| {
-            ServerError::Path {
-                what: "set the mode of",
-                path: self.path.clone(),
-                source,
-                advice: FOLDER_ADVICE,
-            }
-        })
-    }
-}
-
-impl Drop for Endpoint {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-        let _ = std::fs::remove_file(&self.lock);
-    }
 }
 
 /// The part of the arena that published prefixes may take unless somebody says how much, as a divisor.
@@ -247,16 +167,29 @@ pub fn check_room(config: &Config) -> Result<(), TooLarge> {
     Limits::default().check(config.arena.as_u64(), set_aside)
 }
 
-/// Runs the daemon until SIGTERM or SIGINT, or until its device is lost.
+/// Runs a daemon for a program that has it in itself, until SIGTERM or SIGINT, or until its device is lost. The log is the program's.
+///
+/// # Errors
+/// If it cannot start or go on.
 pub fn run(config: &Config) -> Result<(), ServerError> {
+    serve(&Arc::new(Settings::of_program(config.clone())))
+}
+
+/// Runs the daemon until SIGTERM or SIGINT, or until its device is lost.
+pub(crate) fn serve(settings: &Arc<Settings>) -> Result<(), ServerError> {
+    let loaded = settings.now();
+    let config = &loaded.config;
     check_room(config)?;
+    let mut inherited = Inherited::take()?;
     // The admin socket comes first, so that whoever finds the control socket finds a whole daemon.
-    let admin_end = Endpoint::claim(&config.admin_socket, "--admin-socket")?;
-    let _control_end = Endpoint::claim(&config.socket, "--socket")?;
-    let bind = |what, path: &Path| {
-        let path = path.to_path_buf();
-        move |source| ServerError::Path { what, path, source, advice: FOLDER_ADVICE }
-    };
+    let given = inherited.listener("admin", SockType::Stream)?;
+    let mut admin_end = Endpoint::claim(&config.admin_socket, "--admin-socket", given)?;
+    let given = inherited.listener("control", SockType::SeqPacket)?;
+    let mut control_end = Endpoint::claim(&config.socket, "--socket", given)?;
+    for name in inherited.names() {
+        tracing::warn!("the service manager handed over `{name}`, which nothing here is for");
+    }
+    drop(inherited);
     let device: Arc<dyn Device> = match config.device_name() {
         DeviceName::Host => Arc::new(
             HostDevice::new(config.mode(), config.copy_threads, config.shape())
@@ -276,7 +209,7 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     });
     let spill = spill.transpose()?;
     let disk = spill.as_ref().map_or(0, |spill| spill.report().iter().map(|device| device.total_bytes).sum());
-    let ledger = Ledger::new(config.quotas.clone(), config.newcomers_percent.percent(&config.socket));
+    let ledger = Ledger::new(config.quotas.clone(), config.newcomers_percent.percent(control_end.path()));
     let budget = Arc::new(ArenaBudget::beside_disk(arena, disk).shared_by(ledger));
     let pool = ExtentPool::start(budget, pool_settings(config, arena, &*device));
     let pool = Arc::new(pool.map_err(ServerError::Start)?);
@@ -299,6 +232,10 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
         bytes => bytes.min(arena),
     };
     let prefixes = Prefixes::start(Arc::clone(pool.budget()), prefix_bytes, keeper.clone())?;
+    let mut watched: Vec<_> =
+        lanes.iter().enumerate().map(|(index, lane)| (format!("lane {index}"), lane.pulse())).collect();
+    let control_pulse = Arc::new(Pulse::default());
+    watched.push(("the control plane".to_owned(), Arc::clone(&control_pulse)));
     let boot_id = boot_id();
     let mode = match device.mode() {
         Mode::InPlace => "in-place",
@@ -308,20 +245,19 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
     let registry = Registry::new(Arc::clone(&pool), Arc::clone(&device), mode.into(), lanes.len(), boot_id);
     let registry = registry.with_stores(spill.clone(), keeper.clone()).with_access(config.access());
     let registry = Arc::new(registry);
+    settings.used_by(registry.access(), Arc::clone(pool.budget()), control_end.path().to_path_buf());
+    let line = {
+        let registry = Arc::clone(&registry);
+        Box::new(move || registry.line())
+    };
     let plane =
-        Arc::new(Plane::new(config.clone(), lanes, device, pool, registry, spill, (keeper, prefixes)));
+        Arc::new(Plane::new(Arc::clone(settings), lanes, device, pool, registry, spill, (keeper, prefixes)));
+    let manager = Rc::new(Manager::start(Subject { line, watched }).map_err(ServerError::Start)?);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::Start)?;
     runtime.block_on(async {
-        let admin = tokio::net::UnixListener::bind(&config.admin_socket)
-            .map_err(bind("listen on", &config.admin_socket))?;
-        admin_end.ready()?;
-        let listener =
-            packet::listen_at(&config.socket, SOCKET_MODE).map_err(bind("listen on", &config.socket))?;
-        // Sequenced packets, but readiness and accepting are the same as on a stream.
-        let listener = std::os::unix::net::UnixListener::from(listener);
-        listener.set_nonblocking(true).map_err(ServerError::Start)?;
-        let listener = tokio::net::UnixListener::from_std(listener).map_err(ServerError::Start)?;
+        let admin = admin_end.stream()?;
+        let listener = control_end.packets()?;
         let monitor = match config.monitor_address().ok().flatten() {
             None => None,
             Some(address) => Some(
@@ -330,10 +266,15 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
                     .map_err(|source| ServerError::Monitor { address, source })?,
             ),
         };
+        let token = &config.monitor_token;
+        let token = if token.as_os_str().is_empty() { None } else { Some(Token::read(token)?) };
         let mut terminate = signal(SignalKind::terminate()).map_err(ServerError::Start)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(ServerError::Start)?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(ServerError::Start)?;
+        // A terminal that is closed ends what was started in it; a service's configuration is read again.
+        let in_terminal = io::stderr().is_terminal();
         tracing::info!(
-            socket = %config.socket.display(),
+            socket = %control_end.path().display(),
             arena = %config.arena,
             device = config.device,
             mode,
@@ -345,24 +286,44 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
                 // Before anybody can ask how much the daemon holds.
                 if config.stats_page {
                     let make = {
-                        let (socket, lists) = (config.admin_socket.clone(), config.access().is_open());
-                        move || StatsPage::create(&socket, boot_id, lists)
+                        let (socket, access) = (admin_end.path().to_path_buf(), plane.registry().access());
+                        move || StatsPage::create(&socket, boot_id, access.is_open())
                     };
                     let page = make();
                     tokio::task::spawn_local(stats_page::keep(page, make, Arc::clone(plane.registry())));
                 }
                 tokio::task::spawn_local(admin::serve(admin, Arc::clone(&plane)));
                 if let Some(listener) = monitor {
-                    tokio::task::spawn_local(admin::serve_tcp(listener, Arc::clone(&plane)));
+                    tokio::task::spawn_local(admin::serve_tcp(listener, Arc::clone(&plane), token));
+                }
+                if let Some(period) = notify::watchdog() {
+                    tokio::task::spawn_local(beat(control_pulse, period / 8));
+                }
+                if manager.is_there() {
+                    let (manager, path) = (Rc::clone(&manager), admin_end.path().to_path_buf());
+                    tokio::task::spawn_local(async move {
+                        while let Err(reason) = admin::answers(&path).await {
+                            tracing::warn!("the admin socket does not answer yet: {reason}");
+                            tokio::time::sleep(Duration::from_secs(1)).await;
+                        }
+                        manager.ready();
+                    });
                 }
                 loop {
                     tokio::select! {
                         _ = terminate.recv() => break,
                         _ = interrupt.recv() => break,
+                        _ = hangup.recv() => {
+                            if in_terminal {
+                                break;
+                            }
+                            tokio::task::spawn_local(reload(Arc::clone(settings), Rc::clone(&manager)));
+                        }
                         reason = plane.lost() => {
                             // The sessions' own tasks tell their clients meanwhile. Going in good order may take for ever.
                             let leaves = crate::threads::start("leave", || {
                                 std::thread::sleep(FAREWELL + LEAVE_AFTER);
+                                crate::log::flush(crate::log::LAST_LINES);
                                 leave(75);
                             });
                             if let Err(error) = leaves {
@@ -386,6 +347,7 @@ pub fn run(config: &Config) -> Result<(), ServerError> {
             })
             .await?;
         tracing::info!("stopping");
+        manager.stopping();
         Ok(())
     })
     // Leaving drops every session's socket, then (with the last reference to the plane) the lanes, which wait for
@@ -402,6 +364,36 @@ fn patiently<T, E>(mut work: impl FnMut() -> Result<T, E>, busy: impl Fn(&E) -> 
             }
             result => return result,
         }
+    }
+}
+
+/// Reads the configuration again, and says what came of it.
+async fn reload(settings: Arc<Settings>, manager: Rc<Manager>) {
+    manager.reloading();
+    // Files and names of users may be on a network.
+    match tokio::task::spawn_blocking(move || settings.reload()).await {
+        Ok(Ok(changes)) => tell(&changes),
+        Ok(Err(error)) => tracing::error!("the configuration stays as it was: {error}"),
+        Err(error) => tracing::error!("the configuration stays as it was, by a defect: {error}"),
+    }
+    manager.ready();
+}
+
+fn tell(changes: &Changes) {
+    tracing::info!(changed = changes.made.len(), "the configuration has been read again");
+    for change in &changes.made {
+        tracing::info!("{change}");
+    }
+    for change in &changes.waiting {
+        tracing::warn!("{change} waits for a restart");
+    }
+}
+
+/// Shows that the control plane moves.
+async fn beat(pulse: Arc<Pulse>, every: Duration) {
+    loop {
+        pulse.beat();
+        tokio::time::sleep(every).await;
     }
 }
 

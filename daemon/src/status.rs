@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use kvoyant_protocol::wire::{STATS, Stat};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+mod state;
 
 use crate::device::Device;
 use crate::keeper::Keeper;
@@ -176,6 +179,8 @@ struct Sessions {
 pub struct Registry {
     sessions: Mutex<Sessions>,
     endings: Endings,
+    /// Whether no new sessions are taken.
+    draining: AtomicBool,
     pool: Arc<ExtentPool>,
     device: Arc<dyn Device>,
     mode: String,
@@ -201,6 +206,7 @@ impl Registry {
         Self {
             sessions,
             endings,
+            draining: AtomicBool::new(false),
             pool,
             device,
             mode,
@@ -298,6 +304,8 @@ impl Registry {
             gpu: self.device.report(),
             mode: self.mode.clone(),
             lanes: self.lanes,
+            draining: self.is_draining(),
+            log_lines_dropped: crate::log::dropped_lines(),
             arena: ArenaReport {
                 total_bytes: self.pool.budget().total_bytes(),
                 used_bytes: self.pool.budget().used_bytes(),
@@ -324,7 +332,7 @@ impl Registry {
 }
 
 /// The daemon's status, as the admin socket gives it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct StatusReport {
     /// Version of the daemon.
     pub version: String,
@@ -343,6 +351,12 @@ pub struct StatusReport {
     pub mode: String,
     /// Lanes.
     pub lanes: usize,
+    /// Whether no new sessions are taken.
+    #[serde(default)]
+    pub draining: bool,
+    /// Lines of the log that were dropped because nobody read it.
+    #[serde(default)]
+    pub log_lines_dropped: u64,
     /// Host memory.
     pub arena: ArenaReport,
     /// All sessions together.
@@ -364,7 +378,8 @@ pub struct StatusReport {
 }
 
 /// A GPU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "GpuReport")]
 pub struct DeviceReport {
     /// What the driver calls it.
     pub model: String,
@@ -393,7 +408,7 @@ pub struct DeviceReport {
 }
 
 /// Where images are kept.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct StoreReport {
     /// The folder of this machine.
     pub folder: PathBuf,
@@ -406,7 +421,7 @@ pub struct StoreReport {
 }
 
 /// Host memory for KV.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ArenaReport {
     /// What sessions may have together.
     pub total_bytes: u64,
@@ -419,7 +434,7 @@ pub struct ArenaReport {
 }
 
 /// What the pool of extents does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PoolState {
     /// It makes, wipes or destroys extents.
@@ -431,7 +446,7 @@ pub enum PoolState {
 }
 
 /// Extents that are made ahead of time and kept for reuse.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PoolReport {
     /// Bytes of all extents there are: in use, ready, or being wiped.
     pub made_bytes: u64,
@@ -454,7 +469,7 @@ pub struct PoolReport {
 }
 
 /// Sums over all sessions.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Totals {
     /// Sessions.
     pub sessions: u64,
@@ -475,7 +490,7 @@ pub struct Totals {
 }
 
 /// What a method of a session keeps.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct MethodReport {
     /// Its name; those of methods that share digests, with `+` between them.
     pub method: String,
@@ -486,7 +501,7 @@ pub struct MethodReport {
 }
 
 /// One session.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[allow(missing_docs, reason = "the fields are those of SessionStatus and Stat")]
 pub struct SessionReport {
     pub id: u64,

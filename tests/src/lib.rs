@@ -3,6 +3,7 @@
 pub mod fake;
 pub mod faults;
 pub mod later;
+pub mod manager;
 pub mod noisy;
 pub mod person;
 pub mod raw;

@@ -406,7 +406,21 @@ fn a_stranger_sees_nothing_of_others_and_changes_nothing() {
     let said = String::from_utf8(out.stdout).unwrap();
     assert_eq!(
         said.lines().collect::<Vec<_>>(),
-        ["1 sessions, 0 sequences, 0 images", "suspend 403", "bring 403", "bring own 404", "rm 403"],
+        [
+            "1 sessions, 0 sequences, 0 images",
+            "suspend 403",
+            "bring 403",
+            "bring own 404",
+            "rm 403",
+            "evict 403",
+            "evict all 403",
+            "drain 403",
+            "undrain 403",
+            "set 403",
+            "reload 403",
+            "log 403",
+            "look done",
+        ],
         "{}",
         String::from_utf8_lossy(&out.stderr)
     );

@@ -61,7 +61,7 @@ pub(crate) struct ImageArgs {
 }
 
 /// Slot and generation, which the daemon reads.
-fn handle(text: &str) -> Result<String, String> {
+pub(super) fn handle(text: &str) -> Result<String, String> {
     let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     match text.split_once('.') {
         Some((slot, generation)) if number(slot) && number(generation) => Ok(text.to_owned()),

@@ -272,10 +272,12 @@ fn answer<B: KvBackend>(
         options,
         &mut |text, timing| {
             times.token(*timing);
-            say(text)
+            if args.json { ControlFlow::Continue(()) } else { say(text) }
         },
     )?;
-    if made.stop != StopReason::Interrupted {
+    if args.json {
+        let _ = say(&format!("{:#}\n", stats::json(&made, &times)));
+    } else if made.stop != StopReason::Interrupted {
         // Whether the line's end can be written is known by `failed`.
         let _ = say("\n");
     }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use kvoyant_engine::{Paged, StepStats, StepTiming};
+use kvoyant_engine::{Generated, Paged, StepStats, StepTiming, StopReason};
 use kvoyant_methods::MethodSpec;
 
 /// The times of one answer.
@@ -33,6 +33,25 @@ impl Times {
             self.steps.push(timing);
         }
     }
+}
+
+/// The answer for programs, with the times in seconds.
+pub(crate) fn json(made: &Generated, times: &Times) -> serde_json::Value {
+    let stop = match made.stop {
+        StopReason::End => "end",
+        StopReason::MaxTokens => "max_tokens",
+        StopReason::ContextFull => "context_full",
+        StopReason::Interrupted => "interrupted",
+    };
+    serde_json::json!({
+        "answer": made.text,
+        "stop": stop,
+        "prompt_tokens": times.prompt_tokens,
+        "tokens": made.tokens.len(),
+        "prompt_s": times.prefill.as_secs_f64(),
+        "decode_s": made.timing.total.as_secs_f64(),
+        "attention_s": made.timing.attend.as_secs_f64(),
+    })
 }
 
 /// Prints the times, and what the daemon did where there was one: its method, counters, and the bytes of a token's KV.

@@ -21,7 +21,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use kvoyant_daemon::admin::{AdminError, fetch_status};
-use kvoyant_daemon::config::Config;
 use kvoyant_daemon::stats_page;
 use kvoyant_daemon::status::StatusReport;
 use ratatui::Terminal;
@@ -32,6 +31,7 @@ use thiserror::Error;
 
 use self::rates::{History, Rates};
 use crate::args::TopArgs;
+use crate::operate::admin_socket;
 
 /// A page is written twice a second: differences over less than this are asked for.
 const PAGE_INTERVAL: Duration = Duration::from_secs(1);
@@ -55,7 +55,7 @@ pub(crate) enum TopError {
 /// # Errors
 /// If the daemon cannot be asked at the start, or the terminal fails.
 pub(crate) fn run(args: &TopArgs) -> Result<String, TopError> {
-    let path = args.admin.clone().unwrap_or_else(|| Config::default().admin_socket);
+    let path = admin_socket(args.admin.as_ref());
     let interval = Duration::from_secs_f64(args.interval);
     if args.json || args.once || !io::stdout().is_terminal() {
         return once(&path, interval, args.json);

@@ -14,12 +14,16 @@ use thiserror::Error;
 use tokio::net::UnixStream;
 
 use super::messages::{BringOrder, Done, ErrorBody, ImageReport, SequencesReport, SuspendOrder};
+use super::reports::{Changed, ConfigPatch, ConfigReport, DrainReport, EvictOrder, EvictReport, LogReport};
 use super::{LANES_TIMEOUT, REMOTE_LIST_TIMEOUT, WORK_TIMEOUT};
 use crate::control::image_id;
 use crate::status::StatusReport;
 
 /// How long an answer may take beyond what the daemon waits for itself.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a change of the configuration may take: names of users may have to be looked up elsewhere.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Largest answer that is read, in bytes.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
@@ -104,6 +108,84 @@ pub fn remove_image(path: &Path, uid: u32, image: &str) -> Result<Done, AdminErr
         .map_err(|failure| AdminError::Refused { status: 400, reason: failure.to_string() })?;
     let resource = format!("/v1/images/{uid}/{image}");
     ask(path, Method::DELETE, &resource, None::<&()>, WORK_TIMEOUT + ANSWER_TIMEOUT)
+}
+
+/// Asks for the configuration, and where its values came from.
+///
+/// # Errors
+/// See [`AdminError`].
+pub fn fetch_config(path: &Path) -> Result<ConfigReport, AdminError> {
+    ask(path, Method::GET, "/v1/config", None::<&()>, ANSWER_TIMEOUT)
+}
+
+/// Sets keys of the configuration until the daemon reloads or restarts.
+///
+/// # Errors
+/// See [`AdminError`].
+pub fn set_config(path: &Path, patch: &ConfigPatch) -> Result<Changed, AdminError> {
+    ask(path, Method::PATCH, "/v1/config", Some(patch), CHANGE_TIMEOUT)
+}
+
+/// Has the configuration read again.
+///
+/// # Errors
+/// See [`AdminError`].
+pub fn reload_config(path: &Path) -> Result<Changed, AdminError> {
+    ask(path, Method::POST, "/v1/config/reload", None::<&()>, CHANGE_TIMEOUT)
+}
+
+/// Asks what is logged.
+///
+/// # Errors
+/// See [`AdminError`].
+pub fn fetch_log(path: &Path) -> Result<LogReport, AdminError> {
+    ask(path, Method::GET, "/v1/log", None::<&()>, ANSWER_TIMEOUT)
+}
+
+/// Has something else logged from now on.
+///
+/// # Errors
+/// See [`AdminError`].
+pub fn set_log(path: &Path, filter: &str) -> Result<LogReport, AdminError> {
+    let wanted = LogReport { filter: filter.to_owned(), dropped_lines: 0 };
+    ask(path, Method::PUT, "/v1/log", Some(&wanted), CHANGE_TIMEOUT)
+}
+
+/// Asks whether no new sessions are taken.
+///
+/// # Errors
+/// See [`AdminError`].
+pub fn fetch_draining(path: &Path) -> Result<DrainReport, AdminError> {
+    ask(path, Method::GET, "/v1/drain", None::<&()>, ANSWER_TIMEOUT)
+}
+
+/// Has no new sessions taken, or takes that back.
+///
+/// # Errors
+/// See [`AdminError`].
+pub fn drain(path: &Path, draining: bool) -> Result<DrainReport, AdminError> {
+    let method = if draining { Method::POST } else { Method::DELETE };
+    ask(path, method, "/v1/drain", None::<&()>, ANSWER_TIMEOUT)
+}
+
+/// Has pages leave for the disk, and unused extents go back. Blocks as long as that takes.
+///
+/// # Errors
+/// See [`AdminError`].
+pub fn evict(path: &Path, order: &EvictOrder) -> Result<EvictReport, AdminError> {
+    ask(path, Method::POST, "/v1/evict", Some(order), WORK_TIMEOUT + ANSWER_TIMEOUT)
+}
+
+/// Whether a daemon at this socket answers, and its lanes do.
+pub(crate) async fn answers(path: &Path) -> Result<(), String> {
+    let request = Request::builder().uri("/health").header(HOST, "localhost").body(Full::default());
+    let request = request.map_err(|error| error.to_string())?;
+    let stream = UnixStream::connect(path).await.map_err(|error| error.to_string())?;
+    let answer = tokio::time::timeout(LANES_TIMEOUT + ANSWER_TIMEOUT, exchange(stream, request)).await;
+    match answer.map_err(|_| "no answer".to_owned())?? {
+        (StatusCode::OK, _) => Ok(()),
+        (status, body) => Err(format!("{status}: {}", String::from_utf8_lossy(&body))),
+    }
 }
 
 fn ask<T: DeserializeOwned>(

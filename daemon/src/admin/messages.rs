@@ -1,5 +1,6 @@
 //! Bodies and answers of the admin socket.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::keeper::Kept;
@@ -9,7 +10,7 @@ use crate::tiers::nvme::DeviceState;
 use crate::tiers::store::ImageSummary;
 
 /// Open sequences and images, as far as who asks may see them.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SequencesReport {
     /// By session.
     pub sequences: Vec<SequenceReport>,
@@ -22,7 +23,7 @@ pub struct SequencesReport {
 }
 
 /// An open sequence.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SequenceReport {
     /// Number of its session.
     pub session: u64,
@@ -59,7 +60,7 @@ impl SequenceReport {
 }
 
 /// An image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ImageReport {
     /// What its user calls it.
     pub name: String,
@@ -109,7 +110,7 @@ impl ImageReport {
 }
 
 /// Suspend an open sequence while its client lives.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SuspendOrder {
     /// Its session.
@@ -127,7 +128,7 @@ pub struct SuspendOrder {
 }
 
 /// Copy an image from the remote store, if it is only there, and compare all of it with its checksums.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BringOrder {
     /// What it is called.
@@ -138,7 +139,7 @@ pub struct BringOrder {
 }
 
 /// Something was done to an image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Done {
     /// What it is called.
     pub image: String,
@@ -147,7 +148,7 @@ pub struct Done {
 }
 
 /// What is answered instead of what was asked for.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub(super) struct ErrorBody {
     /// Why, and what to do.
     pub(super) error: String,
@@ -187,7 +188,7 @@ mod tests {
 }
 
 /// How the daemon is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Health {
     /// Whether a new session would be served.
     pub ready: bool,
@@ -214,7 +215,14 @@ impl Health {
         });
         let remote = status.store.as_ref().and_then(|store| store.remote_error.clone());
         let remote = remote.map(|reason| format!("the remote store does not answer: {reason}"));
-        let ready = lost.is_none();
-        Self { ready, troubles: lost.into_iter().chain(pool).chain(disks).chain(remote).collect() }
+        let draining = status.draining.then(|| {
+            "the daemon is being drained and takes no new sessions; `kvoyant drain --undo` has it take them again".to_owned()
+        });
+        let ready = lost.is_none() && !status.draining;
+        let dropped = status.log_lines_dropped;
+        let log = (dropped > 0)
+            .then(|| format!("{dropped} lines of the log were dropped: nobody reads its standard error"));
+        let troubles = lost.into_iter().chain(draining).chain(log).chain(pool).chain(disks).chain(remote);
+        Self { ready, troubles: troubles.collect() }
     }
 }

@@ -1,50 +1,58 @@
 //! The admin socket: HTTP over a Unix socket, JSON bodies and answers.
 //!
-//! | request | answer |
-//! |---|---|
-//! | `GET /v1/status` | a [`StatusReport`](crate::status::StatusReport) |
-//! | `GET /metrics` | text for Prometheus: see [`metrics`](crate::metrics) |
-//! | `GET /health` | a [`Health`], if the lanes answer |
-//! | `GET /ready` | the same, with status 503 where a new session could not be served |
-//! | `GET /dashboard` | a page for a browser, which draws the metrics |
-//! | `GET /v1/sequences` | a [`SequencesReport`]: open sequences, and images |
-//! | `POST /v1/sequences/suspend` with a [`SuspendOrder`] | [`Done`], once the image is kept and the sequence closed |
-//! | `POST /v1/images/bring` with a [`BringOrder`] | an [`ImageReport`], once the image is here and every byte compared |
-//! | `DELETE /v1/images/<uid>/<name>` | [`Done`], once the image is erased wherever it was |
+//! What can be asked is in one table (`api`), which the router goes by and the OpenAPI file is made of (docs/openapi.json).
 //!
 //! What cannot be done is answered with its HTTP status and `{"error": "…"}`, a sentence that says what to do.
 //!
-//! With `monitor` set to a loopback address, metrics, health and the page, which name no process and nothing that clients have named, are
-//! answered over TCP as well: what Prometheus scrapes, and a browser shows.
+//! With `monitor` set to a loopback address, metrics, health and the dashboard, which name no process and nothing that clients have named,
+//! are answered over TCP as well: what Prometheus scrapes, and a browser shows. Whoever sends the token (`monitor_token`) has everything
+//! there.
 //!
 //! Whoever may connect sees the status. Sequences and images are shown to, and changed by, the user whose they are, root, and the
-//! daemon's own user; nobody else.
+//! daemon's own user; nobody else. The daemon as a whole is changed by the last two alone.
 //!
 //! | room | what lives there |
 //! |---|---|
-//! | `messages` | bodies and answers |
+//! | `api` | what can be asked, and by whom |
+//! | `messages`, `reports` | bodies and answers: about sequences and images, about the daemon |
 //! | `caller` | who asks, and what of |
 //! | `refusal` | why something is not done, and its HTTP status |
 //! | `server` | connections |
 //! | `patient` | a stream that gives up on who does not read |
-//! | `routes` | what each request does |
-//! | `dashboard` | the page |
+//! | `token` | what stands for the daemon's user over TCP |
+//! | `routes`, `operate` | what each request does: about sequences and images, about the daemon |
+//! | `dashboard` | the page for a browser |
 //! | `client` | the other side |
 
+mod api;
 mod caller;
 mod client;
 mod dashboard;
 mod messages;
+mod operate;
 mod patient;
 mod refusal;
+mod reports;
 mod routes;
 mod server;
+mod token;
 
 use std::time::Duration;
 
-pub use client::{AdminError, bring_image, fetch_sequences, fetch_status, remove_image, suspend_sequence};
+pub(crate) use client::answers;
+pub use client::{
+    AdminError, bring_image, drain, evict, fetch_config, fetch_draining, fetch_log, fetch_sequences,
+    fetch_status, reload_config, remove_image, set_config, set_log, suspend_sequence,
+};
 pub use messages::{BringOrder, Done, Health, ImageReport, SequenceReport, SequencesReport, SuspendOrder};
-pub use server::{serve, serve_tcp};
+pub use reports::{
+    ChangeReport, Changed, ConfigPatch, ConfigReport, ConfigValue, DeviceState, DevicesReport, DrainReport,
+    EvictOrder, EvictReport, KnownMethod, LaneReport, LanesReport, LogReport, MethodsReport, TiersReport,
+};
+pub use server::serve;
+pub(crate) use server::serve_tcp;
+pub(crate) use token::Token;
+pub use token::TokenError;
 
 /// How long an image may take to be written, read or erased: as long as its disk. It goes on when nobody waits any more.
 const WORK_TIMEOUT: Duration = Duration::from_secs(600);

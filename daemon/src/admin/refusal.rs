@@ -7,19 +7,22 @@ use kvoyant_protocol::control::Failure;
 use thiserror::Error;
 
 use crate::control::OrderError;
+use crate::settings::SetError;
 use crate::tiers::store::StoreError;
 
 /// See the module.
 #[derive(Debug, Error)]
 pub(super) enum Refusal {
     /// No such resource.
-    #[error("there is no {path}; try /v1/status, /v1/sequences, /metrics, /health or /ready")]
+    #[error("there is no {path}; try /v1/status, or /v1/openapi.json for all that there is")]
     NoResource {
         /// What was asked for.
         path: String,
     },
     /// Something that is not for everybody on this machine.
-    #[error("{path} is not to be had over TCP, where nobody says who they are: ask the admin socket")]
+    #[error(
+        "{path} is not to be had over TCP without the token (`monitor_token`), for nobody says there who they are: ask the admin socket"
+    )]
     Remote {
         /// What was asked for.
         path: String,
@@ -30,7 +33,7 @@ pub(super) enum Refusal {
         /// The resource.
         path: String,
         /// What can.
-        known: &'static str,
+        known: String,
     },
     /// A body that is too long.
     #[error("a body may have {max} bytes at most")]
@@ -81,6 +84,15 @@ pub(super) enum Refusal {
         /// Who asks.
         caller: u32,
     },
+    /// What only operators may do.
+    #[error("you are user {caller}, and only root and the daemon's own user may do that")]
+    Operators {
+        /// Who asks.
+        caller: u32,
+    },
+    /// A setting that is not taken.
+    #[error(transparent)]
+    Setting(SetError),
     /// No folder for images.
     #[error("this daemon keeps no images; start it with `store` set to a folder")]
     NoStore,
@@ -135,7 +147,11 @@ impl Refusal {
             Self::Body(_) | Self::Handle { .. } | Self::Label { .. } | Self::User { .. } | Self::Name(_) => {
                 StatusCode::BAD_REQUEST
             }
-            Self::Foreign { .. } | Self::NotAllowed(_) | Self::Remote { .. } => StatusCode::FORBIDDEN,
+            Self::Foreign { .. } | Self::NotAllowed(_) | Self::Remote { .. } | Self::Operators { .. } => {
+                StatusCode::FORBIDDEN
+            }
+            Self::Setting(SetError::Fixed { .. }) => StatusCode::CONFLICT,
+            Self::Setting(_) => StatusCode::BAD_REQUEST,
             Self::Exists { .. } => StatusCode::CONFLICT,
             Self::Order(OrderError::Failed(failure)) => of_failure(failure),
             Self::Store(error) => of_store(error),

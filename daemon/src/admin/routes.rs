@@ -7,19 +7,21 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Request, Response, StatusCode};
 use kvoyant_protocol::control::Failure;
 use kvoyant_protocol::wire::SequenceId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 
+use super::api::{self, Action, For, Found};
 use super::caller::Caller;
 use super::dashboard;
 use super::messages::{
     BringOrder, Done, ErrorBody, Health, ImageReport, SequenceReport, SequencesReport, SuspendOrder,
 };
 use super::refusal::Refusal;
+use super::token::Token;
 use super::{LANES_TIMEOUT, REMOTE_LIST_TIMEOUT, WORK_TIMEOUT};
 use crate::control::{LABEL_MAX, OrderError, Plane, image_id};
 use crate::keeper::{Keeper, merge};
@@ -32,26 +34,30 @@ const BODY_MAX: usize = 64 << 10;
 /// How long a body may take to come.
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What whoever is on this machine may read, if there is a TCP listener: nothing of it names a process or what a client has named.
-const OPEN: [&str; 4] = ["/metrics", "/health", "/ready", "/dashboard"];
-
 /// Images that may be brought or erased at a time.
 const WORK_MAX: usize = 4;
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Routes {
-    plane: Arc<Plane>,
+    pub(super) plane: Arc<Plane>,
     /// One list at a time: it costs lanes a moment, and the remote store more.
     listing: Arc<Semaphore>,
     /// Images that are worked on beside the control thread.
     works: Arc<Semaphore>,
+    /// What stands for the daemon's user over TCP.
+    token: Option<Token>,
 }
 
 impl Routes {
     pub(super) fn new(plane: Arc<Plane>) -> Self {
         let (listing, works) = (Arc::new(Semaphore::new(1)), Arc::new(Semaphore::new(WORK_MAX)));
-        Self { plane, listing, works }
+        Self { plane, listing, works, token: None }
+    }
+
+    /// The same, over TCP, where whoever sends this token is the daemon's user.
+    pub(super) fn with_token(self, token: Option<Token>) -> Self {
+        Self { token, ..self }
     }
 
     /// Whether the allow-lists let a caller in.
@@ -73,47 +79,63 @@ impl Routes {
         request: Request<Incoming>,
         caller: Caller,
     ) -> Result<Response<Full<Bytes>>, Refusal> {
+        let caller = caller.with_token(self.token.as_ref().is_some_and(|token| token.is_in(&request)));
         if !caller.admitted {
             return Err(Refusal::NotAllowed(Failure::NotAllowed { uid: caller.uid }));
         }
         let path = request.uri().path().to_owned();
-        let only = |known: &'static str| Refusal::Method { path: path.clone(), known };
-        let image = path.strip_prefix("/v1/images/").and_then(|rest| rest.split_once('/'));
-        let method = request.method().clone();
-        if caller.remote && !OPEN.contains(&path.as_str()) {
+        let stranger = caller.remote && !caller.operates();
+        let (route, names) = match api::find(request.method().as_str(), &path) {
+            Found::Route(route, names) => (route, names),
+            Found::Nothing if stranger => return Err(Refusal::Remote { path }),
+            Found::Otherwise(known) => return Err(Refusal::Method { known: known.join(", "), path }),
+            Found::Nothing => return Err(Refusal::NoResource { path }),
+        };
+        if stranger && route.whom != For::Machine {
             return Err(Refusal::Remote { path });
         }
-        match (path.as_str(), image) {
-            ("/v1/status", _) if method == Method::GET => {
-                Ok(response(StatusCode::OK, &self.plane.registry().report()))
-            }
-            ("/metrics", _) if method == Method::GET => self.metrics(&request),
-            ("/dashboard", _) if method == Method::GET => Ok(dashboard::page()),
-            ("/health", _) if method == Method::GET => Ok(response(StatusCode::OK, &self.health().await?)),
-            ("/ready", _) if method == Method::GET => {
+        if route.whom == For::Operator && !caller.operates() {
+            return Err(Refusal::Operators { caller: caller.uid });
+        }
+        match route.action {
+            Action::Metrics => self.metrics(&request),
+            Action::Health => Ok(response(StatusCode::OK, &self.health().await?)),
+            Action::Ready => {
                 let health = self.health().await?;
                 let status = if health.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
                 Ok(response(status, &health))
             }
-            ("/v1/sequences", _) if method == Method::GET => {
-                Ok(response(StatusCode::OK, &self.list(caller).await?))
-            }
-            ("/v1/sequences/suspend", _) if method == Method::POST => {
+            Action::Dashboard => Ok(dashboard::page()),
+            Action::OpenApi => Ok(response(StatusCode::OK, &api::document())),
+            Action::Status => Ok(response(StatusCode::OK, &self.plane.registry().report())),
+            Action::Sessions => Ok(response(StatusCode::OK, &self.plane.registry().report().sessions)),
+            Action::Devices => Ok(response(StatusCode::OK, &self.devices())),
+            Action::Tiers => Ok(response(StatusCode::OK, &self.tiers())),
+            Action::Lanes => Ok(response(StatusCode::OK, &self.lanes())),
+            Action::Methods => Ok(response(StatusCode::OK, &self.methods())),
+            Action::Sequences => Ok(response(StatusCode::OK, &self.list(caller).await?)),
+            Action::Suspend => {
                 Ok(response(StatusCode::OK, &self.suspend(body(request).await?, caller).await?))
             }
-            ("/v1/images/bring", _) if method == Method::POST => {
-                Ok(response(StatusCode::OK, &self.bring(body(request).await?, caller).await?))
-            }
-            (_, Some((uid, name))) if method == Method::DELETE => {
+            Action::Bring => Ok(response(StatusCode::OK, &self.bring(body(request).await?, caller).await?)),
+            Action::Remove => {
+                let [uid, name] = names[..] else { return Err(Refusal::NoResource { path }) };
                 let uid = uid.parse().map_err(|_| Refusal::User { text: uid.to_owned() })?;
                 Ok(response(StatusCode::OK, &self.remove(uid, name, caller).await?))
             }
-            ("/health" | "/ready" | "/metrics" | "/dashboard" | "/v1/status" | "/v1/sequences", _) => {
-                Err(only("GET"))
+            Action::Config => Ok(response(StatusCode::OK, &self.config())),
+            Action::SetConfig => {
+                Ok(response(StatusCode::OK, &self.set_config(body(request).await?, caller).await?))
             }
-            ("/v1/sequences/suspend" | "/v1/images/bring", _) => Err(only("POST")),
-            (_, Some(_)) => Err(only("DELETE")),
-            _ => Err(Refusal::NoResource { path }),
+            Action::Reload => Ok(response(StatusCode::OK, &self.reload(caller).await?)),
+            Action::Log => Ok(response(StatusCode::OK, &self.log())),
+            Action::SetLog => {
+                Ok(response(StatusCode::OK, &self.set_log(body(request).await?, caller).await?))
+            }
+            Action::Draining => Ok(response(StatusCode::OK, &self.draining())),
+            Action::Drain => Ok(response(StatusCode::OK, &self.drain(true, caller))),
+            Action::Undrain => Ok(response(StatusCode::OK, &self.drain(false, caller))),
+            Action::Evict => Ok(response(StatusCode::OK, &self.evict(body(request).await?, caller).await?)),
         }
     }
 
@@ -246,7 +268,7 @@ impl Routes {
     }
 }
 
-fn allow(caller: Caller, owner: u32) -> Result<(), Refusal> {
+pub(super) fn allow(caller: Caller, owner: u32) -> Result<(), Refusal> {
     if caller.may(owner) { Ok(()) } else { Err(Refusal::Foreign { caller: caller.uid }) }
 }
 
@@ -259,7 +281,7 @@ async fn beside<T: Send + 'static>(
 }
 
 /// Slot and generation, with a dot between them.
-fn handle(text: &str) -> Option<SequenceId> {
+pub(super) fn handle(text: &str) -> Option<SequenceId> {
     let (slot, generation) = text.split_once('.')?;
     let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?;
     Some(SequenceId { slot: number(slot)?, generation: number(generation)? })
@@ -275,7 +297,12 @@ async fn body<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, Refu
             Refusal::Body(error.to_string())
         }
     })?;
-    serde_json::from_slice(&body.to_bytes()).map_err(|error| Refusal::Body(error.to_string()))
+    let body = body.to_bytes();
+    // Else the fields' values in their order would be taken for an object.
+    if body.trim_ascii_start().starts_with(b"[") {
+        return Err(Refusal::Body("a list was sent where an object is wanted".into()));
+    }
+    serde_json::from_slice(&body).map_err(|error| Refusal::Body(error.to_string()))
 }
 
 fn response(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {

@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 use super::caller::Caller;
 use super::patient::Patient;
 use super::routes::Routes;
+use super::token::Token;
 use crate::control::{Door, Plane};
 
 /// How long a client may take to send a request's head.
@@ -63,8 +64,8 @@ pub async fn serve(listener: UnixListener, plane: Arc<Plane>) {
 }
 
 /// Serves what whoever is on this machine may read, until the task is dropped: for monitoring that knows no Unix sockets.
-pub async fn serve_tcp(listener: TcpListener, plane: Arc<Plane>) {
-    let routes = Rc::new(Routes::new(plane));
+pub(crate) async fn serve_tcp(listener: TcpListener, plane: Arc<Plane>, token: Option<Token>) {
+    let routes = Rc::new(Routes::new(plane).with_token(token));
     let places = Arc::new(Semaphore::new(TCP_MAX));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
@@ -90,7 +91,8 @@ async fn connection(stream: UnixStream, routes: Rc<Routes>) {
     // Who connected, and not who may have got the socket since.
     let uid = stream.peer_cred().map_or(u32::MAX, |peer| peer.uid());
     let admitted = routes.admits(stream.as_fd(), uid);
-    let caller = Caller { uid, daemon: nix::unistd::geteuid().as_raw(), remote: false, admitted };
+    let daemon = nix::unistd::geteuid().as_raw();
+    let caller = Caller { uid, daemon, remote: false, admitted, token: false };
     exchange(stream, caller, routes).await;
 }
 

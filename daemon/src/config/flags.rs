@@ -6,6 +6,7 @@ use bytesize::ByteSize;
 use serde::Serialize;
 
 use super::{Newcomers, PinAhead};
+use crate::log::LogFormat;
 use crate::tiers::host_memory::HugePages;
 
 /// The same keys as flags.
@@ -23,6 +24,10 @@ pub struct Flags {
     #[arg(long, value_name = "ADDRESS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub monitor: Option<String>,
+    /// File with a token; whoever sends it to that address may see and do there what the daemon's user may
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub monitor_token: Option<PathBuf>,
     /// Write the status to shared memory, too, for `kvoyant top`
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -151,6 +156,10 @@ pub struct Flags {
     #[arg(long, value_name = "FILTER")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log: Option<String>,
+    /// How the log is written: auto, text or json
+    #[arg(long, value_name = "FORMAT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_format: Option<LogFormat>,
     /// Users who may connect, names or numbers, beside root and the daemon's own (none named: the sockets' permissions say)
     #[arg(long, value_name = "USERS", value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -5,8 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use figment::Figment;
-use figment::providers::{Env, Format, Serialized, Toml};
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Mode, features};
 use kvoyant_protocol::packet::PATH_BYTES_MAX;
@@ -17,14 +15,20 @@ use crate::device::DeviceName;
 use crate::device::cuda;
 use crate::device::cuda::store::default_folder;
 use crate::device::host::Shape;
+use crate::log::LogFormat;
 use crate::quota::{Access, Group, Quotas, User};
 use crate::tiers::host_memory::HugePages;
 use crate::tiers::nvme::{EngineChoice, SpillSettings};
 
+pub mod document;
 mod flags;
+pub mod keys;
+mod load;
 mod newcomers;
 
 pub use flags::Flags;
+pub(crate) use load::unknown;
+pub use load::{Loaded, Origin};
 pub use newcomers::Newcomers;
 
 /// Operations in flight on each device, and how many of them may be writes while reads wait.
@@ -39,8 +43,10 @@ pub struct Config {
     pub socket: PathBuf,
     /// Admin socket; unless it is set, `admin.sock` beside `socket`.
     pub admin_socket: PathBuf,
-    /// Loopback address, with a port, where metrics and health are served over TCP to whoever is on this machine; empty: nowhere.
+    /// Loopback address, with a port, where metrics, health and the dashboard are served over TCP to whoever is on this machine; empty: nowhere.
     pub monitor: String,
+    /// File with a token; whoever sends that over TCP is the daemon's user there. Empty: nobody is.
+    pub monitor_token: PathBuf,
     /// Whether the status is also written to shared memory, half a second by half a second, where `kvoyant top` reads it unasked.
     pub stats_page: bool,
     /// Host memory for KV, all sessions together. Rounded down to extents of 64 MiB.
@@ -105,6 +111,8 @@ pub struct Config {
     pub max_sessions: u32,
     /// Log filter, as `tracing` takes it: `info`, `kvoyant_daemon=debug`, …
     pub log: String,
+    /// How the log is written: `auto`, `text` or `json`.
+    pub log_format: LogFormat,
     /// Users who may connect, by name or number, beside root and the daemon's own; with `allow_groups` empty as well: everybody whom the
     /// sockets' permissions let in.
     pub allow_users: Vec<User>,
@@ -204,6 +212,7 @@ impl Default for Config {
             socket: folder.join("kvoyantd.sock"),
             admin_socket: folder.join("admin.sock"),
             monitor: String::new(),
+            monitor_token: PathBuf::new(),
             stats_page: true,
             arena: ByteSize::gib(4),
             pin: true,
@@ -238,6 +247,7 @@ impl Default for Config {
             spin_us: if cores >= 8 { 200 } else { 20 },
             max_sessions: 64,
             log: "info".into(),
+            log_format: LogFormat::Auto,
             allow_users: Vec::new(),
             allow_groups: Vec::new(),
             quotas: Quotas::default(),
@@ -249,9 +259,19 @@ impl Default for Config {
 /// A configuration that cannot be used.
 #[derive(Debug, Error)]
 pub enum ConfigError {
-    /// A file, variable or flag that does not parse, or an unknown key.
+    /// A file, variable or flag that does not parse.
     #[error("bad configuration: {0}")]
     Parse(Box<figment::Error>),
+    /// A key that there is not.
+    #[error("bad configuration: there is no key `{key}` in {place}{}", meant(.nearest.as_ref()))]
+    Unknown {
+        /// What was written.
+        key: String,
+        /// Where.
+        place: String,
+        /// What may have been meant.
+        nearest: Option<&'static str>,
+    },
     /// The file is not there.
     #[error("configuration file {0} does not exist")]
     NoFile(PathBuf),
@@ -267,38 +287,23 @@ pub enum ConfigError {
     },
 }
 
+fn meant(nearest: Option<&&'static str>) -> String {
+    match nearest {
+        Some(name) => format!("; did you mean `{name}`?"),
+        None => "; `kvoyantd --print-config` prints all that there are".into(),
+    }
+}
+
 /// The file that is read when none is named, if it exists.
 pub const DEFAULT_FILE: &str = "/etc/kvoyant/kvoyantd.toml";
 
 impl Config {
     /// Reads the file (or [`DEFAULT_FILE`], if it exists), the environment and the flags, and checks the result.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
     pub fn load<F: Serialize>(file: Option<&Path>, flags: F) -> Result<Self, ConfigError> {
-        let mut given = Figment::new();
-        if let Some(file) = file {
-            if !file.exists() {
-                return Err(ConfigError::NoFile(file.to_path_buf()));
-            }
-            given = given.merge(Toml::file_exact(file));
-        } else if Path::new(DEFAULT_FILE).exists() {
-            given = given.merge(Toml::file_exact(DEFAULT_FILE));
-        }
-        // Variables of the same prefix that are no keys belong to other programs (`KVOYANT_KERNELS`).
-        let keys: Vec<String> = serde_json::to_value(Self::default())
-            .ok()
-            .and_then(|value| value.as_object().map(|map| map.keys().cloned().collect()))
-            .unwrap_or_default();
-        let environment =
-            Env::prefixed("KVOYANT_").filter(move |key| keys.iter().any(|known| key == known.as_str()));
-        let given = given.merge(environment).merge(Serialized::globals(flags));
-        let mut config: Self = Figment::from(Serialized::defaults(Self::default()))
-            .merge(&given)
-            .extract()
-            .map_err(|error| ConfigError::Parse(Box::new(error)))?;
-        if !given.contains("admin_socket") {
-            config.admin_socket = config.socket.with_file_name("admin.sock");
-        }
-        config.check()?;
-        Ok(config)
+        Ok(Loaded::load(file, flags)?.config)
     }
 
     /// Checks what types cannot.
@@ -310,6 +315,13 @@ impl Config {
         }
         if let Err(reason) = self.monitor_address() {
             return bad("monitor", self.monitor.clone(), &reason);
+        }
+        if !self.monitor_token.as_os_str().is_empty() && self.monitor.is_empty() {
+            return bad(
+                "monitor_token",
+                self.monitor_token.display().to_string(),
+                "it goes with `monitor`, an address",
+            );
         }
         if let Err(error) = self.device.parse::<DeviceName>() {
             return bad("device", self.device.clone(), &error.to_string());
@@ -556,7 +568,10 @@ mod tests {
         let file = folder.path().join("kvoyantd.toml");
         std::fs::write(&file, "areena = \"1GiB\"\n").unwrap();
         let error = Config::load(Some(&file), Flags::default()).unwrap_err().to_string();
-        assert!(error.contains("areena"), "{error}");
+        assert!(
+            error.contains("no key `areena` in /") && error.ends_with("did you mean `arena`?"),
+            "{error}"
+        );
         let missing = Config::load(Some(&folder.path().join("no")), Flags::default()).unwrap_err();
         assert!(matches!(missing, ConfigError::NoFile(_)));
         for flags in [

@@ -3,6 +3,7 @@
 //! Everything here runs on one thread and waits for nobody but its own client and its own lane.
 
 mod door;
+mod evict;
 mod images;
 mod orders;
 mod peer;
@@ -37,7 +38,7 @@ use self::orders::Orders;
 use self::place::Place;
 use self::prefix::{Publish, ToAttach};
 use self::register::register;
-use crate::config::Config;
+use crate::config::{Config, Loaded};
 use crate::device::{Device, Importer};
 use crate::keeper::Keeper;
 use crate::lane::session::LaneSession;
@@ -46,6 +47,7 @@ use crate::lane::{Asked, Command, Ending, LaneHandle, Outcome, Reply};
 use crate::metrics::How;
 use crate::prefixes::Prefixes;
 use crate::quota::{Access, Account};
+use crate::settings::Settings;
 use crate::status::{Registry, SessionStatus};
 use crate::tiers::nvme::Spill;
 use crate::tiers::pool::{ExtentPool, Refusal};
@@ -63,19 +65,20 @@ const SLAB_MAX: u64 = 1 << 40;
 /// What all sessions share.
 #[derive(Debug)]
 pub struct Plane {
-    config: Config,
+    settings: Arc<Settings>,
     lanes: Vec<LaneHandle>,
     device: Arc<dyn Device>,
     pool: Arc<ExtentPool>,
     registry: Arc<Registry>,
-    spill: Option<SpillTo>,
+    spill: Option<Arc<Spill>>,
     keeper: Option<Arc<Keeper>>,
     prefixes: Arc<Prefixes>,
     /// What operators want of sessions.
     orders: Orders,
     boot_id: u64,
     next_session: AtomicU64,
-    places: Arc<Semaphore>,
+    /// How many sessions have one.
+    places: Arc<AtomicU64>,
     /// Whose turn it is to have artifacts read.
     readings: Arc<Semaphore>,
     /// Who may connect.
@@ -87,8 +90,8 @@ pub struct Plane {
 impl Plane {
     /// Puts it together.
     #[must_use]
-    pub fn new(
-        config: Config,
+    pub(crate) fn new(
+        settings: Arc<Settings>,
         lanes: Vec<LaneHandle>,
         device: Arc<dyn Device>,
         pool: Arc<ExtentPool>,
@@ -97,13 +100,11 @@ impl Plane {
         (keeper, prefixes): (Option<Arc<Keeper>>, Arc<Prefixes>),
     ) -> Self {
         let boot_id = registry.boot_id();
-        let places = Arc::new(Semaphore::new(config.max_sessions as usize));
+        let places = Arc::default();
         let (next_session, readings) = (AtomicU64::new(1), Arc::new(Semaphore::new(1)));
-        let host_share = config.host_percent / 100.0;
-        let spill = spill.map(|spill| SpillTo { spill, host_share });
         let (orders, access) = (Orders::default(), registry.access());
         Self {
-            config,
+            settings,
             lanes,
             device,
             pool,
@@ -121,6 +122,22 @@ impl Plane {
         }
     }
 
+    /// The configuration, as it is at this moment.
+    pub(crate) fn config(&self) -> Arc<Loaded> {
+        self.settings.now()
+    }
+
+    /// What changes it.
+    pub(crate) fn settings(&self) -> &Arc<Settings> {
+        &self.settings
+    }
+
+    /// Where pages of a session that registers now go, if they can leave host memory.
+    fn spill(&self, config: &Config) -> Option<SpillTo> {
+        let spill = Arc::clone(self.spill.as_ref()?);
+        Some(SpillTo { spill, host_share: config.host_percent / 100.0 })
+    }
+
     /// Who may connect.
     pub(crate) fn access(&self) -> &Access {
         &self.access
@@ -128,7 +145,7 @@ impl Plane {
 
     /// Whether what a user publishes for everybody may be believed.
     fn may_publish_for_all(&self, uid: u32) -> bool {
-        uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.config.publishers.contains(&uid)
+        uid == 0 || uid == nix::unistd::geteuid().as_raw() || self.config().config.publishers.contains(&uid)
     }
 
     /// What has been published.
@@ -322,6 +339,11 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
     };
     if !plane.access.admits(socket.0.as_fd(), uid) {
         return Err(Ended::Refused(Failure::NotAllowed { uid }));
+    }
+    if plane.registry.is_draining() {
+        let failure = Failure::Draining;
+        let known = agreed(minor) >= 1;
+        return Err(Ended::Refused(if known { failure } else { Failure::Internal(failure.to_string()) }));
     }
     let wanted = plane.device.features();
     let common = theirs & (wanted | features::DOORBELLS);

@@ -194,6 +194,11 @@ impl Plane {
         self.keeper.clone()
     }
 
+    /// Rounds that each lane has made.
+    pub(crate) fn rounds(&self) -> Vec<u64> {
+        self.lanes.iter().map(|lane| lane.pulse().count()).collect()
+    }
+
     /// The open sequences of all sessions, as their lanes say.
     pub(crate) async fn open_sequences(&self) -> Vec<OpenSequence> {
         let ask = |lane: &crate::lane::LaneHandle| {

@@ -1,11 +1,12 @@
 //! A session's place: among those that the daemon has, and among those of its user.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvoyant_protocol::control::{Failure, ToClient};
 use kvoyant_protocol::quota::Quota;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::oneshot;
 
 use super::{Plane, Session};
 use crate::lane::Command;
@@ -45,29 +46,43 @@ pub(super) async fn makes_room(plane: &Plane, account: &Account, said: &ToClient
 /// Given back when dropped.
 #[derive(Debug)]
 pub(super) struct Place {
-    _permit: OwnedSemaphorePermit,
+    _taken: Taken,
     _session: Charge,
     _rings: Charge,
+}
+
+/// One of the places, until it is dropped.
+#[derive(Debug)]
+struct Taken(Arc<AtomicU64>);
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Place {
     /// A place for a session whose rings take so many bytes. All places are taken here, on one thread.
     pub(super) fn take(plane: &Plane, account: &Arc<Account>, ring_bytes: usize) -> Result<Self, Failure> {
-        let (quota, max) = (Quota::Sessions, u64::from(plane.config.max_sessions));
+        let max_sessions = plane.config().config.max_sessions;
+        let (quota, max) = (Quota::Sessions, u64::from(max_sessions));
         let rings = account.charge(Quota::Rings, ring_bytes as u64).map_err(Failure::Quota)?;
         let session = account.charge(quota, 1).map_err(Failure::Quota)?;
-        let Ok(permit) = Arc::clone(&plane.places).try_acquire_owned() else {
+        // There may be more sessions than may come in, where that number has been lowered.
+        if plane.places.load(Ordering::Relaxed) >= max {
             // Whoever leaves takes what they wanted along: so this comes last.
             drop(session);
             account.wants(quota, 1, max);
-            return Err(Failure::TooManySessions { max: plane.config.max_sessions });
-        };
-        let (held, free) = (account.held(quota), plane.places.available_permits() as u64);
+            return Err(Failure::TooManySessions { max: max_sessions });
+        }
+        let taken = plane.places.fetch_add(1, Ordering::Relaxed) + 1;
+        let place = Taken(Arc::clone(&plane.places));
+        let (held, free) = (account.held(quota), max - taken);
         if free < account.leaves(quota, max, held) {
             drop(session);
             return Err(Failure::Quota(account.over_share(quota, 1, max)));
         }
         account.served(quota);
-        Ok(Self { _permit: permit, _session: session, _rings: rings })
+        Ok(Self { _taken: place, _session: session, _rings: rings })
     }
 }

@@ -32,12 +32,14 @@ pub(super) async fn register(
     }
     let (extents, device) = (plane.pool.supply(session.status.uid), Arc::clone(&plane.device));
     let sequences_max = session.sequences_max;
+    let config = plane.config();
+    let config = &config.config;
     let placement = Placement {
-        keep: plane.config.keep,
-        device_share: plane.config.device_percent / 100.0,
-        spill: plane.spill.clone(),
+        keep: config.keep,
+        device_share: config.device_percent / 100.0,
+        spill: plane.spill(config),
     };
-    let default = plane.config.slab.as_u64();
+    let default = config.slab.as_u64();
     let asked = match (spec.slab_bytes, plane.device.mode()) {
         (0, _) => default,
         // What is set aside on a device bounds all sessions together; on the host only this does.
@@ -90,7 +92,7 @@ pub(super) async fn register(
         page_rows: model.shape.page_rows as u32,
         slab,
         spills: model.spill.is_some(),
-        scarce: model.spill.is_some() && plane.config.host_percent < 100.0,
+        scarce: model.spill.is_some() && config.host_percent < 100.0,
     };
     Ok((Box::new(model), message, fds))
 }

@@ -5,6 +5,7 @@
 //! transfers; when all are empty it polls a little longer, then sleeps on all of them at once.
 
 pub mod background;
+mod bomb;
 mod close;
 pub mod digests;
 pub mod error;
@@ -35,9 +36,12 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use kvoyant_protocol::control::{Failure, ToClient, ToDaemon};
+use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::futex::{Bell, Word, publish_before_looking, spin, wait_any};
+use kvoyant_protocol::wire::SequenceId;
 use tokio::sync::{Notify, oneshot};
 
+pub(crate) use self::bomb::Bomb;
 use crate::device::{Device, Report};
 use crate::lane::error::SessionError;
 use crate::lane::images::{ImageOutcome, ImageRequest};
@@ -45,8 +49,9 @@ use crate::lane::list::{Looks, OpenSequence};
 use crate::lane::model::{Announcement, ModelState};
 use crate::lane::reaper::Reaper;
 use crate::lane::session::{LaneSession, Tools};
-use crate::lane::spill::Before;
+use crate::lane::spill::{Before, Evicted};
 use crate::lane::turns::{Seat, Turns};
+use crate::notify::Pulse;
 use crate::tiers::nvme::SpillReport;
 use crate::tiers::pool::Supply;
 
@@ -146,6 +151,8 @@ pub enum Command {
     /// Another user needs host memory of which they have less than their share: whoever has more is to give back extents in which nothing is.
     /// Answered with how many there were.
     Yield(u32, oneshot::Sender<usize>),
+    /// An operator wants pages of a session on disk, from a frame on: of a sequence, or of all.
+    Evict(u64, Option<SequenceId>, usize, oneshot::Sender<Result<Evicted, Failure>>),
     /// Which sequences are open, in all of its sessions.
     List(oneshot::Sender<Vec<OpenSequence>>),
     /// The client is gone. Answered once all its memory has been given back.
@@ -159,6 +166,7 @@ pub enum Command {
 pub struct LaneHandle {
     commands: Sender<Command>,
     bell: Arc<Bell>,
+    pulse: Arc<Pulse>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -176,9 +184,20 @@ impl LaneHandle {
         let pages = Arc::new(SpillReport::new(Arc::clone(&bell)));
         let reaper = Reaper::start(index)?;
         let (sessions, turns) = (Vec::new(), Turns::default());
-        let bell_of_lane = Arc::clone(&bell);
-        let lane =
-            Lane { inbox, bell: bell_of_lane, report, pages, device, sessions, turns, reaper, spin_for };
+        let pulse = Arc::new(Pulse::default());
+        let (its_bell, its_pulse) = (Arc::clone(&bell), Arc::clone(&pulse));
+        let lane = Lane {
+            inbox,
+            bell: its_bell,
+            pulse: its_pulse,
+            report,
+            pages,
+            device,
+            sessions,
+            turns,
+            reaper,
+            spin_for,
+        };
         let thread = crate::threads::start(format!("lane-{index}"), move || {
             let _bomb = Bomb;
             if let Some(cpu) = cpu {
@@ -186,7 +205,12 @@ impl LaneHandle {
             }
             lane.run();
         })?;
-        Ok(Self { commands, bell, thread: Some(thread) })
+        Ok(Self { commands, bell, pulse, thread: Some(thread) })
+    }
+
+    /// Beats with each of its rounds.
+    pub(crate) fn pulse(&self) -> Arc<Pulse> {
+        Arc::clone(&self.pulse)
     }
 
     /// Hands over a command.
@@ -203,19 +227,6 @@ impl Drop for LaneHandle {
         if let Some(thread) = self.thread.take() {
             // It cannot have panicked: see `Bomb`.
             let _ = thread.join();
-        }
-    }
-}
-
-/// Ends the process when the thread that holds it panics: a daemon without one of its lanes or copy threads would
-/// leave clients waiting, while a dead daemon is an error that they see at once, and its supervisor restarts it.
-pub(crate) struct Bomb;
-
-impl Drop for Bomb {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            tracing::error!("a thread of the daemon panicked, which is a defect; the daemon ends");
-            std::process::abort();
         }
     }
 }
@@ -265,6 +276,7 @@ impl Seat for Attached {
 struct Lane {
     inbox: Receiver<Command>,
     bell: Arc<Bell>,
+    pulse: Arc<Pulse>,
     report: Arc<Report>,
     pages: Arc<SpillReport>,
     device: Arc<dyn Device>,
@@ -278,6 +290,7 @@ impl Lane {
     fn run(mut self) {
         let mut stopping = false;
         loop {
+            self.pulse.beat();
             let rung = self.bell.seen();
             let mut busy = false;
             for _ in 0..COMMANDS_AT_ONCE {
@@ -383,6 +396,11 @@ impl Lane {
     }
 
     fn command(&mut self, command: Command) {
+        if faults::fires(Point::Wedge) {
+            loop {
+                std::thread::park();
+            }
+        }
         let device = Arc::clone(&self.device);
         let report = Arc::clone(&self.report);
         let tools = Tools { device: &*device, report: &report };
@@ -420,6 +438,12 @@ impl Lane {
             Command::Yield(to, reply) => {
                 let given = self.sessions.iter_mut().map(|attached| attached.session.yield_extents(to)).sum();
                 let _ = reply.send(given);
+            }
+            Command::Evict(id, sequence, from, reply) => {
+                // A session that has ended drops the question.
+                if let Some(attached) = self.find(id).filter(|attached| !attached.broken) {
+                    let _ = reply.send(attached.session.evict(sequence, from));
+                }
             }
             Command::List(reply) => drop(reply.send(self.list())),
             Command::Detach(id, done) => {
@@ -565,7 +589,7 @@ impl LaneSession {
 }
 
 impl ModelState {
-    fn opened(&self, sequence: kvoyant_protocol::wire::SequenceId) -> Result<ToClient, Failure> {
+    fn opened(&self, sequence: SequenceId) -> Result<ToClient, Failure> {
         let (table, room) = self.table_of(sequence)?;
         Ok(ToClient::Opened { sequence, table, room })
     }

@@ -1,12 +1,15 @@
-//! Host memory that a session has and does not use, given back when somebody else has less than their share.
+//! Host memory that a session has and does not use, given back when somebody else has less than their share, or an operator wants it.
 //!
 //! A session's extents stay with it, free pages or not, for as long as nobody else needs them: what has been made and mapped once is there at once.
 
 use kvoyant_protocol::EXTENT_BYTES;
+use kvoyant_protocol::control::Failure;
 use kvoyant_protocol::quota::Quota;
+use kvoyant_protocol::wire::SequenceId;
 
 use crate::lane::model::ModelState;
 use crate::lane::session::LaneSession;
+use crate::lane::spill::Evicted;
 
 impl ModelState {
     /// Gives back extents in which no page is in use, up to so many. Nothing is being copied, and no page is on its way from or to disk.
@@ -23,6 +26,28 @@ impl ModelState {
 }
 
 impl LaneSession {
+    /// Has pages of a sequence, or of all, leave from a frame on; in the end gives back extents in which nothing is.
+    ///
+    /// # Errors
+    /// A sequence that is not open.
+    pub(super) fn evict(&mut self, only: Option<SequenceId>, from: usize) -> Result<Evicted, Failure> {
+        let idle = !self.has_answers_under_way();
+        let Some(model) = self.model.as_mut() else { return Ok(Evicted::default()) };
+        if let Some(id) = only {
+            model.sequence(id)?;
+        }
+        let mut evicted = model.evict(only, from);
+        model.submit_pages();
+        let on_device = model.slab.as_ref().is_some_and(|slab| slab.slab.0.is_on_device());
+        if evicted.next.is_none() && idle && !self.in_transfer() && !on_device {
+            let given = self.model.as_mut().map_or(0, |model| model.give_up_free(usize::MAX));
+            evicted.extents = given as u64;
+        }
+        self.count_pages();
+        self.refresh_status();
+        Ok(evicted)
+    }
+
     /// Gives back extents in which nothing is, if its user has more than their share and it is not `to` who asks. How many.
     pub(super) fn yield_extents(&mut self, to: u32) -> usize {
         let idle = !self.has_answers_under_way() && !self.in_transfer();

@@ -145,6 +145,13 @@ impl Snapshot {
         page.gauges(("build", None), "What runs; always 1", &[(&build, 1.0)])?;
         page.gauge(("uptime", SECONDS), "Time since the daemon's start", status.uptime_s)?;
         page.gauge(("lanes", None), "Threads that serve sessions", status.lanes as f64)?;
+        let draining = f64::from(u8::from(status.draining));
+        page.gauge(("draining", None), "1 while no new sessions are taken", draining)?;
+        page.counter(
+            ("log_lines_dropped", None),
+            "Lines of the log that were dropped because nobody read it",
+            status.log_lines_dropped as f64,
+        )?;
         let totals = &status.totals;
         page.gauge(("sessions", None), "Sessions that are open", totals.sessions as f64)?;
         page.gauge(("sequences", None), "Sequences that are open", totals.sequences as f64)?;

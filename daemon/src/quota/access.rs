@@ -4,9 +4,11 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock};
 
 use kvoyant_protocol::packet;
 use nix::unistd::{Gid, Uid};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Group, User};
@@ -15,13 +17,30 @@ use super::{Group, User};
 /// root and the daemon's own user are let in beside those who are named, for they could do anything anyway.
 #[derive(Debug, Default)]
 pub struct Access {
-    users: Vec<u32>,
-    groups: Vec<u32>,
+    lists: RwLock<Lists>,
     refused: AtomicU64,
 }
 
+#[derive(Debug, Clone, Default)]
+struct Lists {
+    users: Vec<u32>,
+    groups: Vec<u32>,
+}
+
+impl Lists {
+    fn of(users: &[User], groups: &[Group]) -> Self {
+        let users = users.iter().map(|user| user.0).collect();
+        let groups = groups.iter().map(|group| group.0).collect();
+        Self { users, groups }
+    }
+
+    fn is_open(&self) -> bool {
+        self.users.is_empty() && self.groups.is_empty()
+    }
+}
+
 /// The allow-lists, for operators.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AccessReport {
     /// Users who may connect; if both lists are empty, everybody whom the sockets' permissions let in.
     pub allow_users: Vec<u32>,
@@ -35,15 +54,22 @@ impl Access {
     /// Lists of users and groups.
     #[must_use]
     pub fn new(users: &[User], groups: &[Group]) -> Self {
-        let users = users.iter().map(|user| user.0).collect();
-        let groups = groups.iter().map(|group| group.0).collect();
-        Self { users, groups, refused: AtomicU64::new(0) }
+        Self { lists: RwLock::new(Lists::of(users, groups)), refused: AtomicU64::new(0) }
+    }
+
+    /// Other lists, for whoever connects from now on.
+    pub fn set(&self, users: &[User], groups: &[Group]) {
+        *self.lists.write().unwrap_or_else(PoisonError::into_inner) = Lists::of(users, groups);
+    }
+
+    fn lists(&self) -> Lists {
+        self.lists.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether everybody may whom the sockets' permissions let in.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.users.is_empty() && self.groups.is_empty()
+        self.lists().is_open()
     }
 
     /// Whether a peer may connect, who is this user as the kernel says. A refusal is counted.
@@ -57,17 +83,18 @@ impl Access {
     }
 
     fn allows(&self, uid: u32, daemon: u32, groups: impl FnOnce() -> Vec<u32>) -> bool {
-        self.is_open()
+        let lists = self.lists();
+        lists.is_open()
             || uid == 0
             || uid == daemon
-            || self.users.contains(&uid)
-            || !self.groups.is_empty() && groups().iter().any(|group| self.groups.contains(group))
+            || lists.users.contains(&uid)
+            || !lists.groups.is_empty() && groups().iter().any(|group| lists.groups.contains(group))
     }
 
     /// What operators see.
     #[must_use]
     pub fn report(&self) -> AccessReport {
-        let (allow_users, allow_groups) = (self.users.clone(), self.groups.clone());
+        let Lists { users: allow_users, groups: allow_groups } = self.lists();
         AccessReport { allow_users, allow_groups, refused: self.refused.load(Ordering::Relaxed) }
     }
 }

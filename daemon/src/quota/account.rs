@@ -24,14 +24,21 @@ pub(super) struct Item {
 #[derive(Debug)]
 pub struct Account {
     uid: u32,
-    limits: [u64; QUOTAS.len()],
+    limits: [AtomicU64; QUOTAS.len()],
     pub(super) items: [Item; QUOTAS.len()],
     sharing: Arc<Sharing>,
 }
 
 impl Account {
     pub(super) fn new(uid: u32, limits: [u64; QUOTAS.len()], sharing: Arc<Sharing>) -> Self {
-        Self { uid, limits, items: Default::default(), sharing }
+        Self { uid, limits: limits.map(AtomicU64::new), items: Default::default(), sharing }
+    }
+
+    /// Other limits from now on; what is more than they allow is kept.
+    pub(super) fn set_limits(&self, limits: [u64; QUOTAS.len()]) {
+        for (cell, limit) in self.limits.iter().zip(limits) {
+            cell.store(limit, Ordering::Relaxed);
+        }
     }
 
     /// Whose it is.
@@ -53,7 +60,7 @@ impl Account {
     /// What the user may have; [`u64::MAX`] if that is not limited.
     #[must_use]
     pub fn limit(&self, quota: Quota) -> u64 {
-        self.limits[quota as usize]
+        self.limits[quota as usize].load(Ordering::Relaxed)
     }
 
     /// How much more the quota allows.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvoyant_protocol::quota::{QUOTAS, Quota};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Account, Quotas};
@@ -27,8 +28,8 @@ struct Want {
 pub(super) struct Sharing {
     /// Users who have sessions.
     active: AtomicU64,
-    /// The part of everything scarce that is kept for newcomers, within `[0, 1]`.
-    held_back: f64,
+    /// The part of everything scarce that is kept for newcomers, within `[0, 1]`: the bits of an `f64`.
+    held_back: AtomicU64,
     /// Sums of `wants`, so that nobody has to look there while nothing is scarce.
     wanted: [AtomicU64; QUOTAS.len()],
     wants: Mutex<Vec<Want>>,
@@ -49,7 +50,7 @@ impl Sharing {
     }
 
     pub(super) fn held_back(&self, quota: Quota, capacity: u64) -> u64 {
-        let part = (capacity as f64 * self.held_back) as u64;
+        let part = (capacity as f64 * f64::from_bits(self.held_back.load(Ordering::Relaxed))) as u64;
         // Host memory goes by extents, and the disk by chunks.
         part / quota.unit() * quota.unit()
     }
@@ -107,7 +108,7 @@ impl Unit for Quota {
 }
 
 /// What a user has of one thing, for operators.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct UseReport {
     /// What they have.
     pub held: u64,
@@ -120,11 +121,12 @@ pub struct UseReport {
 }
 
 /// What a user has, for operators.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct UserReport {
     /// The user, as the kernel says.
     pub uid: u32,
     /// By quota: counts, or bytes.
+    #[schemars(with = "BTreeMap<String, UseReport>")]
     pub uses: BTreeMap<Quota, UseReport>,
 }
 
@@ -139,30 +141,48 @@ impl UserReport {
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Ledger {
-    quotas: Quotas,
     sharing: Arc<Sharing>,
+    accounts: Mutex<Accounts>,
+}
+
+#[derive(Debug, Default)]
+struct Accounts {
+    quotas: Quotas,
     /// Of everybody who ever came: what they had outlives their sessions, and few users have a machine.
-    accounts: Mutex<BTreeMap<u32, Arc<Account>>>,
+    all: BTreeMap<u32, Arc<Account>>,
 }
 
 impl Ledger {
     /// Accounts with these quotas, where such a part of everything scarce is kept for newcomers, in percent.
     #[must_use]
     pub fn new(quotas: Quotas, held_back_percent: f64) -> Self {
-        let held_back = (held_back_percent / 100.0).clamp(0.0, 1.0);
-        let sharing = Arc::new(Sharing { held_back, ..Sharing::default() });
-        Self { quotas, sharing, accounts: Mutex::default() }
+        let ledger = Self::default();
+        ledger.set(quotas, held_back_percent);
+        ledger
     }
 
-    fn accounts(&self) -> MutexGuard<'_, BTreeMap<u32, Arc<Account>>> {
+    /// Other quotas from now on, and another part for newcomers. Whoever has more keeps it, and gets no more.
+    pub fn set(&self, quotas: Quotas, held_back_percent: f64) {
+        let held_back = (held_back_percent / 100.0).clamp(0.0, 1.0);
+        self.sharing.held_back.store(held_back.to_bits(), Ordering::Relaxed);
+        let mut accounts = self.accounts();
+        for (uid, account) in &accounts.all {
+            account.set_limits(quotas.of(*uid));
+        }
+        accounts.quotas = quotas;
+    }
+
+    fn accounts(&self) -> MutexGuard<'_, Accounts> {
         self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A user's account.
     #[must_use]
     pub fn account(&self, uid: u32) -> Arc<Account> {
-        let new = || Arc::new(Account::new(uid, self.quotas.of(uid), Arc::clone(&self.sharing)));
-        Arc::clone(self.accounts().entry(uid).or_insert_with(new))
+        let mut accounts = self.accounts();
+        let limits = accounts.quotas.of(uid);
+        let new = || Arc::new(Account::new(uid, limits, Arc::clone(&self.sharing)));
+        Arc::clone(accounts.all.entry(uid).or_insert_with(new))
     }
 
     /// Every user's, at this moment.
@@ -178,7 +198,7 @@ impl Ledger {
             };
             UserReport { uid: account.uid(), uses: QUOTAS.into_iter().map(used).collect() }
         };
-        self.accounts().values().map(report).collect()
+        self.accounts().all.values().map(report).collect()
     }
 }
 

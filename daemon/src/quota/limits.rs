@@ -11,6 +11,8 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
+use crate::config::keys::nearest;
+
 /// No limit.
 const NONE: &str = "none";
 
@@ -203,10 +205,12 @@ impl<'de> Visitor<'de> for Reader {
             }
             let Some(quota) = QUOTAS.into_iter().find(|quota| quota.key() == key) else {
                 let known: Vec<_> = QUOTAS.iter().map(|quota| quota.key()).collect();
+                let meant = nearest(&key, known.iter().copied());
                 return Err(M::Error::custom(format!(
-                    "there is no quota `{key}`: there are {}{}",
+                    "there is no quota `{key}`: there are {}{}{}",
                     known.join(", "),
-                    if self.users { ", and tables [quotas.user.NAME]" } else { "" }
+                    if self.users { ", and tables [quotas.user.NAME]" } else { "" },
+                    meant.map(|name| format!("; did you mean `{name}`?")).unwrap_or_default()
                 )));
             };
             quotas.everyone.set(quota, &map.next_value()?).map_err(M::Error::custom)?;

@@ -1,4 +1,4 @@
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -118,4 +118,42 @@ fn names_follow_from_the_socket_however_it_is_written() {
     let here = std::env::current_dir().unwrap();
     assert_eq!(name_of(Path::new("admin.sock")), name_of(&here.join("admin.sock")));
     assert_ne!(name_of(Path::new("/a/admin.sock")), name_of(Path::new("/b/admin.sock")));
+}
+
+#[tokio::test]
+async fn a_page_that_is_gone_or_is_for_other_people_than_before_is_made_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("admin.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let registry = Arc::new(registry());
+    let make = {
+        let (socket, access) = (socket.clone(), registry.access());
+        move || StatsPage::create(&socket, 7, access.is_open())
+    };
+    let mode = || std::fs::metadata(file_of(&socket)).map_or(0, |found| found.mode() & 0o777);
+    let becomes = async |wanted: u32| {
+        let since = std::time::Instant::now();
+        while mode() != wanted || read(&socket).is_err() {
+            assert!(since.elapsed().as_secs() < 30, "mode {:o}", mode());
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    let looks = async {
+        becomes(0o640).await;
+        let before = file(&socket);
+        registry.access().set(&[crate::quota::User(7)], &[]);
+        becomes(0o600).await;
+        assert_eq!(before.metadata().unwrap().nlink(), 0, "whoever has it open hears nothing more");
+        registry.access().set(&[], &[]);
+        becomes(0o640).await;
+        std::fs::remove_file(file_of(&socket)).unwrap();
+        becomes(0o640).await;
+        // The one before took its name with it, and not the new one's.
+        tokio::time::sleep(std::time::Duration::from_millis(600)).await;
+        becomes(0o640).await;
+    };
+    tokio::select! {
+        () = keep(make(), make, Arc::clone(&registry)) => panic!("it ends with its task"),
+        () = looks => {}
+    }
 }

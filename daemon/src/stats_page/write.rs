@@ -20,6 +20,8 @@ pub struct StatsPage {
     file: File,
     boot_id: u64,
     number: u64,
+    /// Whether whoever is in the group of the socket's folder may read it.
+    open_to_group: bool,
     /// Keeps the name, and gives it back.
     _object: Shmem,
 }
@@ -52,7 +54,7 @@ impl StatsPage {
             std::os::unix::fs::fchown(&file, None, Some(group))?;
             file.set_permissions(Permissions::from_mode(0o640))?;
         }
-        Ok(Self { file, boot_id, number: 0, _object: object })
+        Ok(Self { file, boot_id, number: 0, open_to_group, _object: object })
     }
 
     /// Puts a body there, in the place of the one before the last.
@@ -80,19 +82,23 @@ impl StatsPage {
     }
 }
 
-/// Writes the page until the task is dropped, and makes another one where it is gone. A daemon without one serves as well: what fails is
-/// said once.
+/// Writes the page until the task is dropped. Another one is made where it is gone, and where other people may read it than before, for
+/// whoever has opened a page can read that one for ever. A daemon without one serves as well: what fails is said once.
 pub async fn keep(
     page: io::Result<StatsPage>,
     make: impl Fn() -> io::Result<StatsPage>,
     registry: Arc<Registry>,
 ) {
+    let access = registry.access();
     let mut beat = tokio::time::interval(EVERY);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut page, mut said) = (page, false);
     loop {
         beat.tick().await;
-        if page.as_ref().map_or(true, StatsPage::is_gone) {
+        let fits = |page: &StatsPage| page.open_to_group == access.is_open() && !page.is_gone();
+        if !page.as_ref().is_ok_and(fits) {
+            // The old one takes its name away when it goes, which must not be the new one's.
+            drop(std::mem::replace(&mut page, Err(io::ErrorKind::NotFound.into())));
             page = make();
         }
         let written = match &mut page {

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use kvoyant_client::{Client, Error, Hint, Member, Options};
 use kvoyant_daemon::admin::{
-    AdminError, BringOrder, SuspendOrder, bring_image, fetch_sequences, fetch_status, remove_image,
-    suspend_sequence,
+    AdminError, BringOrder, ConfigPatch, EvictOrder, SuspendOrder, bring_image, drain, evict, fetch_config,
+    fetch_sequences, fetch_status, reload_config, remove_image, set_config, set_log, suspend_sequence,
 };
 use kvoyant_tests::fake;
 
@@ -77,5 +77,15 @@ fn meddle(socket: &Path, rest: &[String]) -> Result<(), Box<dyn std::error::Erro
     let order = BringOrder { image: image.clone(), uid: None };
     println!("bring own {}", bring_image(socket, &order).map_or_else(status, |_| "done".into()));
     println!("rm {}", remove_image(socket, uid, image).map_or_else(status, |_| "done".into()));
+    let evicts = |order: &EvictOrder| evict(socket, order).map_or_else(status, |_| "done".into());
+    println!("evict {}", evicts(&EvictOrder { session: Some(session.parse()?), sequence: None }));
+    println!("evict all {}", evicts(&EvictOrder::default()));
+    println!("drain {}", drain(socket, true).map_or_else(status, |_| "done".into()));
+    println!("undrain {}", drain(socket, false).map_or_else(status, |_| "done".into()));
+    let patch = ConfigPatch::from([("max_sessions".to_owned(), 1.into())]);
+    println!("set {}", set_config(socket, &patch).map_or_else(status, |_| "done".into()));
+    println!("reload {}", reload_config(socket).map_or_else(status, |_| "done".into()));
+    println!("log {}", set_log(socket, "trace").map_or_else(status, |_| "done".into()));
+    println!("look {}", fetch_config(socket).map_or_else(status, |_| "done".into()));
     Ok(())
 }

@@ -23,6 +23,22 @@ const LOOKS_MOST: usize = 4096;
 /// Sequences that are compared with shared frames in one go.
 const COMPARED_MOST: usize = 1 << 16;
 
+/// Frames that are passed over for an operator before others have their turn.
+const EVICTED_AT_ONCE: usize = 1 << 15;
+
+/// What has left because an operator wants it.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Evicted {
+    /// Pages that are on disk alone now.
+    pub pages: u64,
+    /// Extents that were given back.
+    pub extents: u64,
+    /// Where to go on, if that was not all.
+    pub next: Option<usize>,
+    /// Whether pages are being written, which may leave then.
+    pub writing: bool,
+}
+
 /// Whether a page of a sequence may be written, or leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -131,46 +147,11 @@ impl ModelState {
             state.hand = (state.hand + 1) % state.frames.len();
             state.vain += 1;
             let at = state.hand as u32;
-            let frame = state.frames[state.hand];
-            if matches!(frame.content, Content::Dirty | Content::Clean) && self.arena.is_shared(at) {
-                compared += self.open.len();
-            }
-            match frame.content {
-                Content::Dirty if self.spill.as_ref().is_some_and(SpillState::takes_writes) => {
-                    let owners = self.owners(at, frame);
-                    if self.all_let(Step::Write, &owners, frame) {
-                        self.write_page(at, frame, &owners);
-                    }
+            if self.pass(at, None, &mut compared) {
+                freed += 1;
+                if let Some(state) = &mut self.spill {
+                    state.vain = 0;
                 }
-                Content::Clean => {
-                    let owners = self.owners(at, frame);
-                    if !self.all_let(Step::Leave, &owners, frame) {
-                        continue;
-                    }
-                    let on_disk = self.have_slots(&owners, frame);
-                    let Some(state) = &mut self.spill else { break };
-                    if !on_disk {
-                        // Somebody cut it while it was shared, and has it alone now: it is not what was written.
-                        state.frames[at as usize].content = Content::Dirty;
-                        continue;
-                    }
-                    if frame.chances > 0 {
-                        state.frames[at as usize].chances -= 1;
-                        continue;
-                    }
-                    state.spilled += 1;
-                    for id in owners {
-                        let Ok(sequence) = self.sequence(id) else { continue };
-                        let index = frame.head as usize * sequence.capacity + frame.page as usize;
-                        self.tables.set_word(sequence.table, index, SPILLED);
-                        self.release_frame(at);
-                    }
-                    freed += 1;
-                    if let Some(state) = &mut self.spill {
-                        state.vain = 0;
-                    }
-                }
-                _ => {}
             }
         }
         if let Some(state) = &mut self.spill {
@@ -178,6 +159,69 @@ impl ModelState {
             state.stuck = state.vain > 4 * state.frames.len();
         }
         freed
+    }
+
+    /// Passes over a frame, of a sequence if one is named: has a full page written, or lets one leave that is on disk. Whether one has left.
+    fn pass(&mut self, at: u32, only: Option<SequenceId>, compared: &mut usize) -> bool {
+        let Some(state) = &self.spill else { return false };
+        let Some(frame) = state.frames.get(at as usize).copied() else { return false };
+        if !matches!(frame.content, Content::Dirty | Content::Clean)
+            || frame.content == Content::Dirty && !state.takes_writes()
+        {
+            return false;
+        }
+        if self.arena.is_shared(at) {
+            *compared += self.open.len();
+        }
+        let owners = self.owners(at, frame);
+        if only.is_some_and(|only| !owners.contains(&only)) {
+            return false;
+        }
+        if frame.content == Content::Dirty {
+            if self.all_let(Step::Write, &owners, frame) {
+                self.write_page(at, frame, &owners);
+            }
+            return false;
+        }
+        if !self.all_let(Step::Leave, &owners, frame) {
+            return false;
+        }
+        let on_disk = self.have_slots(&owners, frame);
+        let Some(state) = &mut self.spill else { return false };
+        if !on_disk {
+            // Somebody cut it while it was shared, and has it alone now: it is not what was written.
+            state.frames[at as usize].content = Content::Dirty;
+            return false;
+        }
+        if frame.chances > 0 {
+            state.frames[at as usize].chances -= 1;
+            return false;
+        }
+        state.spilled += 1;
+        for id in owners {
+            let Ok(sequence) = self.sequence(id) else { continue };
+            let index = frame.head as usize * sequence.capacity + frame.page as usize;
+            self.tables.set_word(sequence.table, index, SPILLED);
+            self.release_frame(at);
+        }
+        true
+    }
+
+    /// Has frames leave from one on, of a sequence if one is named, however often they were used. What is not on disk yet is written first.
+    pub(crate) fn evict(&mut self, only: Option<SequenceId>, from: usize) -> Evicted {
+        let mut evicted = Evicted::default();
+        let Some(state) = &mut self.spill else { return evicted };
+        state.changed();
+        let end = state.frames.len().min(from + EVICTED_AT_ONCE);
+        for at in from..end {
+            if let Some(state) = &mut self.spill {
+                state.frames[at].chances = 0;
+            }
+            evicted.pages += u64::from(self.pass(at as u32, only, &mut 0));
+        }
+        evicted.next = self.spill.as_ref().filter(|state| end < state.frames.len()).map(|_| end);
+        evicted.writing = self.spill.as_ref().is_some_and(SpillState::is_writing);
+        evicted
     }
 
     /// Whether all owners of a page know where it lies on disk.

@@ -29,6 +29,7 @@ use kvoyant_protocol::quota::OverQuota;
 use kvoyant_protocol::wire::SequenceId;
 
 pub(crate) use before::Before;
+pub use leave::Evicted;
 
 use crate::lane::model::ModelState;
 use crate::quota::Account;

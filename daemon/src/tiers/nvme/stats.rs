@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Upper ends of the read latency's buckets, in microseconds; a last bucket has what took longer.
@@ -44,8 +45,9 @@ impl Counters {
 }
 
 /// Whether a device takes pages.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(rename = "SpillState")]
 pub enum DeviceState {
     /// It does.
     Serving,
@@ -54,7 +56,8 @@ pub enum DeviceState {
 }
 
 /// What to say of one device of the spill tier.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "SpillReport")]
 pub struct DeviceReport {
     /// The file or block device.
     pub path: PathBuf,

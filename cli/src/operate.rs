@@ -1,0 +1,240 @@
+//! `kvoyant drain`, `evict`, `log` and `config`: what operators do with a running daemon.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use kvoyant_daemon::admin::{
+    AdminError, Changed, ConfigPatch, ConfigReport, DrainReport, EvictOrder, EvictReport, LogReport, drain,
+    evict, fetch_config, fetch_draining, fetch_log, reload_config, set_config, set_log,
+};
+use kvoyant_daemon::config::Config;
+use serde::Serialize;
+use serde_json::Value;
+use thiserror::Error;
+
+use crate::args::{ConfigArgs, ConfigWhat, DaemonArgs, DrainArgs, EvictArgs, LogArgs};
+use crate::status::{bytes, counted};
+
+/// How often it is looked whether sessions have gone.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// What cannot be done.
+#[derive(Debug, Error)]
+pub(crate) enum OperateError {
+    /// The daemon cannot be asked, or refuses.
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    /// Sessions are left.
+    #[error("{} left after {seconds} s; the daemon takes no new ones", counted(*sessions, "session"))]
+    Left {
+        /// How many.
+        sessions: u64,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// There is no such key.
+    #[error("there is no key `{0}`; `kvoyant config` shows all")]
+    NoKey(String),
+    /// A key with dots whose table cannot be set like this.
+    #[error(
+        "`{0}` is no key of a table: only quotas have keys of their own, such as quotas.host or quotas.user.anna.host"
+    )]
+    NoTable(String),
+}
+
+/// The daemon's admin socket.
+pub(crate) fn admin_socket(named: Option<&PathBuf>) -> PathBuf {
+    named.cloned().unwrap_or_else(|| Config::default().admin_socket)
+}
+
+/// An answer as JSON, or in words.
+///
+/// # Errors
+/// JSON that cannot be made.
+pub(crate) fn told(
+    json: bool,
+    path: PathBuf,
+    what: &impl Serialize,
+    words: impl FnOnce() -> String,
+) -> Result<String, AdminError> {
+    if !json {
+        return Ok(words());
+    }
+    let json = serde_json::to_string_pretty(what);
+    json.map(|json| json + "\n").map_err(|error| AdminError::Answer { path, reason: error.to_string() })
+}
+
+/// `drain`, with a line's end.
+///
+/// # Errors
+/// See [`OperateError`].
+pub(crate) fn drained(args: &DrainArgs) -> Result<String, OperateError> {
+    let path = admin_socket(args.daemon.admin.as_ref());
+    let mut report = if args.show { fetch_draining(&path)? } else { drain(&path, !args.undo)? };
+    if let Some(seconds) = args.wait {
+        let since = Instant::now();
+        while report.sessions > 0 {
+            if since.elapsed() >= Duration::from_secs(seconds) {
+                return Err(OperateError::Left { sessions: report.sessions, seconds });
+            }
+            std::thread::sleep(LOOK_EVERY);
+            report = fetch_draining(&path)?;
+        }
+    }
+    let DrainReport { draining, sessions } = report;
+    Ok(told(args.daemon.json, path, &report, || {
+        let there = counted(sessions, "session");
+        match draining {
+            true => format!(
+                "no new sessions are taken; {there} open (`kvoyant drain --undo` takes new ones again)\n"
+            ),
+            false => format!("new sessions are taken; {there} open\n"),
+        }
+    })?)
+}
+
+/// `evict`, with a line's end.
+///
+/// # Errors
+/// See [`OperateError`].
+pub(crate) fn evicted(args: &EvictArgs) -> Result<String, OperateError> {
+    let path = admin_socket(args.daemon.admin.as_ref());
+    let order = EvictOrder { session: args.session, sequence: args.sequence.clone() };
+    let report = evict(&path, &order)?;
+    let EvictReport { pages, page_bytes, extent_bytes, unfinished } = report;
+    Ok(told(args.daemon.json, path, &report, || {
+        let more = if unfinished { "; more can leave: do it again" } else { "" };
+        format!(
+            "{} ({}) left for the disk, and {} went back to the arena{more}\n",
+            counted(pages, "page"),
+            bytes(page_bytes),
+            bytes(extent_bytes)
+        )
+    })?)
+}
+
+/// `log`, with a line's end.
+///
+/// # Errors
+/// See [`OperateError`].
+pub(crate) fn logged(args: &LogArgs) -> Result<String, OperateError> {
+    let path = admin_socket(args.daemon.admin.as_ref());
+    let report = match &args.filter {
+        Some(filter) => set_log(&path, filter)?,
+        None => fetch_log(&path)?,
+    };
+    let LogReport { filter, dropped_lines } = &report;
+    Ok(told(args.daemon.json, path, &report, || match dropped_lines {
+        0 => format!("{filter}\n"),
+        lost => {
+            format!("{filter} ({lost} lines were dropped because nobody reads the daemon's standard error)\n")
+        }
+    })?)
+}
+
+/// `config`, with a line's end.
+///
+/// # Errors
+/// See [`OperateError`].
+pub(crate) fn configured(args: &ConfigArgs) -> Result<String, OperateError> {
+    let DaemonArgs { json, admin } = &args.daemon;
+    let path = admin_socket(admin.as_ref());
+    let changed = match &args.what {
+        None | Some(ConfigWhat::Get { key: None }) => {
+            let all = fetch_config(&path)?;
+            return Ok(told(*json, path, &all, || table(&all))?);
+        }
+        Some(ConfigWhat::Get { key: Some(key) }) => {
+            let all = fetch_config(&path)?;
+            let one: ConfigReport = all.into_iter().filter(|(name, _)| name == key).collect();
+            if one.is_empty() {
+                return Err(OperateError::NoKey(key.clone()));
+            }
+            return Ok(told(*json, path, &one, || table(&one))?);
+        }
+        Some(ConfigWhat::Set { all }) => {
+            let nested = all.iter().any(|(key, _)| key.contains('.'));
+            let now = if nested { fetch_config(&path)? } else { ConfigReport::new() };
+            set_config(&path, &patch(all, &now)?)?
+        }
+        Some(ConfigWhat::Unset { keys }) => {
+            set_config(&path, &keys.iter().map(|key| (key.clone(), Value::Null)).collect())?
+        }
+        Some(ConfigWhat::Reload) => reload_config(&path)?,
+    };
+    Ok(told(*json, path, &changed, || changes(&changed))?)
+}
+
+/// Values as they are written: JSON where they are that, else text. Keys with dots are set within what holds now.
+fn patch(all: &[(String, String)], now: &ConfigReport) -> Result<ConfigPatch, OperateError> {
+    let mut patch = ConfigPatch::new();
+    for (key, text) in all {
+        let value = serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.clone()));
+        let (name, inner) = key.split_once('.').unwrap_or((key, ""));
+        if inner.is_empty() {
+            patch.insert(key.clone(), value);
+            continue;
+        }
+        let held = || now.get(name).map_or(Value::Null, |entry| entry.value.clone());
+        let mut place = patch.entry(name.to_owned()).or_insert_with(held);
+        for part in inner.split('.') {
+            let table = place.as_object_mut().ok_or_else(|| OperateError::NoTable(key.clone()))?;
+            place = table.entry(part.to_owned()).or_insert_with(|| Value::Object(serde_json::Map::new()));
+        }
+        *place = value;
+    }
+    Ok(patch)
+}
+
+fn table(all: &ConfigReport) -> String {
+    let line = |(key, entry): (&String, &kvoyant_daemon::admin::ConfigValue)| {
+        let value = format!("{key} = {}", entry.value);
+        format!("{value:<48} # {}; changes: {}\n", entry.from, entry.changes)
+    };
+    all.iter().map(line).collect()
+}
+
+fn changes(Changed { changed, waiting }: &Changed) -> String {
+    if changed.is_empty() && waiting.is_empty() {
+        return "nothing has changed\n".into();
+    }
+    let made = changed.iter().map(|change| format!("{}: {} -> {}\n", change.key, change.from, change.to));
+    let waits = waiting
+        .iter()
+        .map(|change| format!("{}: {} -> {} waits for a restart\n", change.key, change.from, change.to));
+    made.chain(waits).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use kvoyant_daemon::admin::ConfigValue;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn values_are_json_or_text_and_dots_go_into_tables_that_there_are() {
+        let of = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+        let entry = ConfigValue {
+            value: json!({"host": 1, "user": {"7": {"host": 2}}}),
+            from: String::new(),
+            changes: String::new(),
+        };
+        let now = ConfigReport::from([("quotas".to_owned(), entry)]);
+        let all = [
+            of("log", "info,kvoyant=debug"),
+            of("max_sessions", "16"),
+            of("allow_users", "[\"anna\", 7]"),
+            of("quotas.sessions", "4"),
+            of("quotas.user.7.device", "8GiB"),
+            of("quotas.user.anna.host", "none"),
+        ];
+        let patch = patch(&all, &now).unwrap();
+        assert_eq!(patch["log"], json!("info,kvoyant=debug"));
+        assert_eq!((&patch["max_sessions"], &patch["allow_users"]), (&json!(16), &json!(["anna", 7])));
+        let quotas = json!({"host": 1, "sessions": 4, "user": {"7": {"host": 2, "device": "8GiB"}, "anna": {"host": "none"}}});
+        assert_eq!(patch["quotas"], quotas);
+        let refused = super::patch(&[of("log.level", "debug")], &now).unwrap_err().to_string();
+        assert!(refused.contains("`log.level`"), "{refused}");
+    }
+}

@@ -1,0 +1,117 @@
+//! Reading a configuration, and where each value of it came from.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use figment::providers::{Env, Format, Serialized, Toml};
+use figment::{Figment, Provider};
+use serde::Serialize;
+
+use super::keys::{self, nearest};
+use super::{Config, ConfigError, DEFAULT_FILE};
+
+/// What variables of the environment begin with.
+const PREFIX: &str = "KVOYANT_";
+
+/// Where a value came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// Nobody said anything.
+    Default,
+    /// A file.
+    File(PathBuf),
+    /// A variable of the environment.
+    Environment(String),
+    /// A flag.
+    Flag(String),
+    /// The program that has the daemon in itself.
+    Program,
+    /// An operator, while the daemon runs.
+    Operator,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File(path) => write!(f, "file {}", path.display()),
+            Self::Environment(name) => write!(f, "environment {name}"),
+            Self::Flag(name) => write!(f, "flag {name}"),
+            Self::Program => f.write_str("program"),
+            Self::Operator => f.write_str("operator"),
+        }
+    }
+}
+
+impl Serialize for Origin {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+/// A configuration, and where its values came from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loaded {
+    /// What comes out.
+    pub config: Config,
+    /// By key.
+    pub origins: BTreeMap<&'static str, Origin>,
+}
+
+impl Loaded {
+    /// Reads the file (or [`DEFAULT_FILE`], if it exists), the environment and the flags, and checks the result.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn load<F: Serialize>(file: Option<&Path>, flags: F) -> Result<Self, ConfigError> {
+        let parse = |error| ConfigError::Parse(Box::new(error));
+        let mut origins: BTreeMap<_, _> = keys::all().map(|key| (key.name, Origin::Default)).collect();
+        let mut note = |key: &str, origin: Origin| {
+            if let Some(key) = keys::find(key) {
+                origins.insert(key.name, origin);
+            }
+        };
+        let mut given = Figment::new();
+        let file = match file {
+            Some(file) if !file.exists() => return Err(ConfigError::NoFile(file.to_path_buf())),
+            Some(file) => Some(file),
+            None => Some(Path::new(DEFAULT_FILE)).filter(|file| file.exists()),
+        };
+        if let Some(file) = file {
+            let toml = Toml::file_exact(file);
+            for key in toml.data().map_err(parse)?.values().flat_map(|values| values.keys()) {
+                if keys::find(key).is_none() {
+                    return Err(unknown(key, file.display().to_string()));
+                }
+                note(key, Origin::File(file.to_path_buf()));
+            }
+            given = given.merge(toml);
+        }
+        // Variables of the same prefix that are no keys belong to other programs (`KVOYANT_KERNELS`).
+        // (Variables are upper case; figment's keys compare without regard to that.)
+        let environment = Env::prefixed(PREFIX).filter(|key| keys::all().any(|known| key == known.name));
+        for (key, _) in environment.iter() {
+            let name = format!("{PREFIX}{}", key.as_str().to_uppercase());
+            note(key.as_str(), Origin::Environment(name));
+        }
+        let flags = Serialized::globals(flags);
+        for key in flags.data().map_err(parse)?.values().flat_map(|values| values.keys()) {
+            note(key, Origin::Flag(format!("--{}", key.replace('_', "-"))));
+        }
+        let given = given.merge(environment).merge(flags);
+        let mut config: Config =
+            Figment::from(Serialized::defaults(Config::default())).merge(&given).extract().map_err(parse)?;
+        if !given.contains("admin_socket") {
+            config.admin_socket = config.socket.with_file_name("admin.sock");
+        }
+        config.check()?;
+        Ok(Self { config, origins })
+    }
+}
+
+/// What is said about a key that there is not.
+pub(crate) fn unknown(key: &str, place: String) -> ConfigError {
+    let nearest = nearest(key, keys::all().map(|key| key.name));
+    ConfigError::Unknown { key: key.to_owned(), place, nearest }
+}

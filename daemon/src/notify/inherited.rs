@@ -1,0 +1,141 @@
+//! Sockets that the service manager made, and that somebody may have connected to already.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::socket::{SockType, UnixAddr, getsockname, getsockopt, sockopt};
+use thiserror::Error;
+
+/// What a socket unit calls its descriptors unless it has `FileDescriptorName=`: then the kind of socket says which it is.
+const UNIT: &str = "kvoyantd.socket";
+
+/// What cannot be taken over.
+#[derive(Debug, Error)]
+pub enum InheritError {
+    /// The environment is not as the manager would make it.
+    #[error(
+        "cannot take over the service manager's sockets: {0}; unset LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES to start without them"
+    )]
+    Environment(io::Error),
+    /// Something else than a listening socket of the right kind.
+    #[error(
+        "the service manager's descriptor `{name}` is not what it is to be: {reason}; see systemd/kvoyantd.socket"
+    )]
+    Kind {
+        /// What it is called.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// A socket that listens already, and where.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    pub(crate) socket: OwnedFd,
+    pub(crate) path: PathBuf,
+}
+
+/// Everything that was handed over, until somebody takes it.
+#[derive(Debug, Default)]
+pub(crate) struct Inherited(Vec<(String, OwnedFd)>);
+
+impl Inherited {
+    /// Takes what was handed over to this process. Only the first call gets something.
+    ///
+    /// # Errors
+    /// An environment that makes no sense.
+    pub(crate) fn take() -> Result<Self, InheritError> {
+        static TAKEN: AtomicBool = AtomicBool::new(false);
+        if TAKEN.swap(true, Ordering::Relaxed) {
+            return Ok(Self::default());
+        }
+        named_descriptors().map(Self)
+    }
+
+    /// Takes the listening socket of this name, or of the socket unit's, that is of this kind.
+    ///
+    /// # Errors
+    /// One of the name that is something else.
+    pub(crate) fn listener(&mut self, name: &str, kind: SockType) -> Result<Option<Listener>, InheritError> {
+        let fits = |(its, fd): &(String, OwnedFd)| {
+            its == name || its == UNIT && getsockopt(fd, sockopt::SockType) == Ok(kind)
+        };
+        let Some(at) = self.0.iter().position(fits) else { return Ok(None) };
+        let (name, socket) = self.0.remove(at);
+        match listens_at(socket.as_fd(), kind) {
+            Ok(path) => Ok(Some(Listener { socket, path })),
+            Err(reason) => Err(InheritError::Kind { name, reason }),
+        }
+    }
+
+    /// What nobody has taken.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|(name, _)| name.as_str())
+    }
+}
+
+/// What `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` name, if they are about this process: each descriptor with its name, from now on
+/// closed when another program is started. They are taken once ([`Inherited::take`]): a second call would hand out the same numbers again.
+fn named_descriptors() -> Result<Vec<(String, OwnedFd)>, InheritError> {
+    let all = sd_notify::listen_fds_with_names().map_err(InheritError::Environment)?;
+    let owned = all.map(|(fd, name)| {
+        // SAFETY: the manager opened it for this process and nobody else in it knows of it (this runs once); that it is open was
+        // found when it was made to close on exec.
+        (name, unsafe { OwnedFd::from_raw_fd(fd) })
+    });
+    Ok(owned.collect())
+}
+
+fn listens_at(socket: BorrowedFd<'_>, kind: SockType) -> Result<PathBuf, String> {
+    let said = |errno: nix::errno::Errno| errno.desc().to_owned();
+    if getsockopt(&socket, sockopt::SockType).map_err(said)? != kind {
+        return Err(match kind {
+            SockType::SeqPacket => "it must be ListenSequentialPacket=".into(),
+            _ => "it must be ListenStream=".into(),
+        });
+    }
+    if !getsockopt(&socket, sockopt::AcceptConn).map_err(said)? {
+        return Err("it does not listen".into());
+    }
+    let address: UnixAddr = getsockname(socket.as_raw_fd()).map_err(said)?;
+    address.path().map(Path::to_path_buf).ok_or_else(|| "it has no path".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    #[test]
+    fn sockets_are_found_by_name_or_by_the_units_name_and_their_kind() {
+        let folder = tempfile::tempdir().unwrap();
+        let listening = |name: &str| UnixListener::bind(folder.path().join(name)).unwrap().into();
+        let control = kvoyant_protocol::packet::listen_at(&folder.path().join("c"), 0o600).unwrap();
+        let all = vec![
+            ("other".to_owned(), listening("o")),
+            (UNIT.to_owned(), listening("a")),
+            (UNIT.to_owned(), control),
+            ("odd".to_owned(), UnixStream::pair().unwrap().0.into()),
+        ];
+        let mut inherited = Inherited(all);
+        let control = inherited.listener("control", SockType::SeqPacket).unwrap().unwrap();
+        assert_eq!(control.path, folder.path().join("c.new"), "where it was bound");
+        let admin = inherited.listener("admin", SockType::Stream).unwrap().unwrap();
+        assert_eq!(admin.path, folder.path().join("a"));
+        assert!(inherited.listener("admin", SockType::Stream).unwrap().is_none());
+        let error = inherited.listener("other", SockType::SeqPacket).unwrap_err().to_string();
+        assert!(error.contains("ListenSequentialPacket"), "{error}");
+        let error = inherited.listener("odd", SockType::Stream).unwrap_err().to_string();
+        assert!(error.contains("does not listen"), "{error}");
+        assert_eq!(inherited.names().count(), 0);
+    }
+
+    #[test]
+    fn what_was_handed_over_is_had_once() {
+        assert_eq!(Inherited::take().unwrap().names().count(), 0, "no manager started this test");
+        assert_eq!(Inherited::take().unwrap().names().count(), 0);
+    }
+}
