@@ -44,6 +44,7 @@ if [ $uninstall = yes ]; then
         exit 1
     fi
     if [ -z "$destdir" ] && [ -d /run/systemd/system ] && grep -q '/kvoyantd\.service$' "$list"; then
+        if grep -q '/kvoyantd\.socket$' "$list"; then do_it systemctl disable --now kvoyantd.socket || true; fi
         do_it systemctl disable --now kvoyantd.service || true
     fi
     while IFS= read -r file; do
@@ -95,7 +96,7 @@ if [ $service = yes ]; then
     sed "s|/usr/bin/kvoyantd|$prefix/bin/kvoyantd|" "$here/systemd/kvoyantd.service" >"$unit"
     put 644 "$unit" /etc/systemd/system/kvoyantd.service
     rm -f "$unit"
-    if [ -f "$here/systemd/kvoyantd.socket" ]; then put 644 "$here/systemd/kvoyantd.socket" /etc/systemd/system/kvoyantd.socket; fi
+    put 644 "$here/systemd/kvoyantd.socket" /etc/systemd/system/kvoyantd.socket
     put 644 "$here/systemd/kvoyant.sysusers" /etc/sysusers.d/kvoyant.conf
     put 644 "$here/systemd/kvoyant.tmpfiles" /etc/tmpfiles.d/kvoyant.conf
     if [ ! -e "$destdir/etc/kvoyant/kvoyantd.toml" ]; then
