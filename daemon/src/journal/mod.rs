@@ -6,10 +6,13 @@
 //! before it. Records replace earlier ones of the same thing; when the file has grown to twice what it began with, the whole state
 //! goes to the other one.
 //!
+//! Every byte up to where the seal ends is under a checksum, or has to be zero. What lies behind is not looked at. In every version the first 64
+//! bytes are as here, so that each can say of any other which it is.
+//!
 //! ```text
 //! 0        8        12       16       24        32            64
-//! magic    version  crc      session  file no.  (zero)        seal: bytes (8) groups (8) crc (4)
-//! 96: kind (4) length (4) crc (4) (zero) bytes, padded to 8; …
+//! magic    version  crc      session  file no.  (zero)        seal: bytes (8) groups (8) crc (4) (zero)
+//! 96: kind (4) length (4) crc (4) (zero) bytes, padded to 8 by zeros; …
 //! ```
 
 mod read;
@@ -32,6 +35,7 @@ const MAGIC: u64 = u64::from_le_bytes(*b"KVJOURNL");
 pub const VERSION: u32 = 1;
 
 const SEAL_AT: u64 = 64;
+const SEAL_BYTES: usize = 32;
 const RECORDS_AT: u64 = 96;
 const RECORD_HEADER: usize = 16;
 
@@ -47,11 +51,19 @@ pub enum Kind {
     Sequence = 2,
     /// Bytes of a heap's file: heap, file (4 bytes each), offset (8 bytes), then they.
     Bytes = 3,
+    /// How far the session has come.
+    State = 4,
+    /// The last answer to a control message.
+    Answer = 5,
+    /// Which memory it has.
+    Memory = 6,
 }
 
 impl Kind {
     fn of(word: u32) -> Option<Self> {
-        [Self::Session, Self::Sequence, Self::Bytes].into_iter().find(|kind| *kind as u32 == word)
+        const ALL: [Kind; 6] =
+            [Kind::Session, Kind::Sequence, Kind::Bytes, Kind::State, Kind::Answer, Kind::Memory];
+        ALL.into_iter().find(|kind| *kind as u32 == word)
     }
 }
 
@@ -127,6 +139,11 @@ impl Group {
         }
     }
 
+    /// Forgets all records, and keeps their room.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
     /// Bytes of all records.
     #[must_use]
     pub fn len(&self) -> u64 {
@@ -155,12 +172,12 @@ fn header(session: u64, number: u64, version: u32) -> [u8; 64] {
     bytes
 }
 
-fn seal(bytes: u64, groups: u64) -> [u8; 20] {
-    let mut words = [0; 20];
+fn seal(bytes: u64, groups: u64) -> [u8; SEAL_BYTES] {
+    let mut words = [0; SEAL_BYTES];
     words[..8].copy_from_slice(&bytes.to_le_bytes());
     words[8..16].copy_from_slice(&groups.to_le_bytes());
     let crc = crc32c::crc32c(&words[..16]);
-    words[16..].copy_from_slice(&crc.to_le_bytes());
+    words[16..20].copy_from_slice(&crc.to_le_bytes());
     words
 }
 

@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use super::{
-    JournalError, Kind, MAGIC, RECORD_HEADER, RECORDS_AT, SEAL_AT, VERSION, header, record_crc, seal,
+    JournalError, Kind, MAGIC, RECORD_HEADER, RECORDS_AT, SEAL_AT, SEAL_BYTES, VERSION, header, record_crc,
+    seal,
 };
 
 /// Most heaps that a session has, files that a heap has, and bytes that such a file has: a file is as large as its largest region, a page
@@ -26,6 +27,12 @@ pub struct Found {
     pub number: u64,
     /// The last record of the session.
     pub record: Vec<u8>,
+    /// The last record of how far it has come.
+    pub state: Vec<u8>,
+    /// The last record of an answer to a control message.
+    pub answer: Vec<u8>,
+    /// The last record of its memory.
+    pub memory: Vec<u8>,
     /// The last record of each sequence, by slot. Those that were closed since are among them.
     pub sequences: BTreeMap<u32, Vec<u8>>,
     /// Bytes of each heap's files, as far as they were ever written: `[heap][file]`.
@@ -80,9 +87,9 @@ pub fn read(files: [BorrowedFd<'_>; 2]) -> Result<Found, JournalError> {
         match look(file) {
             Ok((session, number)) => {
                 // One that was begun and has no seal yet does not count.
-                let mut words = [0; 20];
+                let mut words = [0; SEAL_BYTES];
                 file.read_exact_at(&mut words, SEAL_AT)?;
-                if words != [0; 20] && best.is_none_or(|(_, known, _)| known < number) {
+                if words != [0; SEAL_BYTES] && best.is_none_or(|(_, known, _)| known < number) {
                     best = Some((session, number, index));
                 }
             }
@@ -97,7 +104,7 @@ pub fn read(files: [BorrowedFd<'_>; 2]) -> Result<Found, JournalError> {
 }
 
 fn read_records(file: &File, found: &mut Found) -> Result<(), JournalError> {
-    let mut words = [0; 20];
+    let mut words = [0; SEAL_BYTES];
     file.read_exact_at(&mut words, SEAL_AT)?;
     let (sealed, groups) = (long(&words, 0), long(&words, 8));
     if words != seal(sealed, groups) {
@@ -117,18 +124,23 @@ fn read_records(file: &File, found: &mut Found) -> Result<(), JournalError> {
         }
         file.read_exact_at(&mut head, here)?;
         let length = u64::from(word(&head, 4));
-        if length > sealed - at - RECORD_HEADER as u64 {
+        let whole = (RECORD_HEADER as u64 + length).next_multiple_of(8);
+        if whole > sealed - at {
             return Err(damaged(here, "a record is longer than the journal"));
         }
         payload.clear();
-        payload.resize(length as usize, 0);
+        payload.resize(whole as usize - RECORD_HEADER, 0);
         file.read_exact_at(&mut payload, here + RECORD_HEADER as u64)?;
+        let padding = payload.split_off(length as usize);
         if record_crc(&head[..8], &payload) != word(&head, 8) {
             return Err(damaged(here, "a record's checksum is wrong"));
         }
+        if word(&head, 12) != 0 || padding.iter().any(|byte| *byte != 0) {
+            return Err(damaged(here, "a record has something where nothing is"));
+        }
         let kind = Kind::of(word(&head, 0)).ok_or_else(|| damaged(here, "a record is of no known kind"))?;
         take(kind, &payload, here, found, &mut ends)?;
-        at += (RECORD_HEADER as u64 + length).next_multiple_of(8);
+        at += whole;
     }
     if found.record.is_empty() {
         return Err(damaged(RECORDS_AT, "the session is missing"));
@@ -166,6 +178,9 @@ fn take(
 ) -> Result<(), JournalError> {
     match kind {
         Kind::Session => found.record = payload.to_vec(),
+        Kind::State => found.state = payload.to_vec(),
+        Kind::Answer => found.answer = payload.to_vec(),
+        Kind::Memory => found.memory = payload.to_vec(),
         Kind::Sequence => {
             let Some((slot, rest)) = payload.split_at_checked(4) else {
                 return Err(damaged(at, "a sequence's record is too short"));

@@ -91,26 +91,24 @@ fn what_is_no_journal_or_empty_is_said_so() {
     assert!(matches!(found(&empty), Err(JournalError::NoJournal { .. })));
 }
 
-proptest! {
-    /// A bit that is not as it was written is found, whichever it is, or was never part of what counts.
-    #[test]
-    fn no_bit_that_counts_can_change_unnoticed(at in 0..2000_u64, bit in 0..8) {
-        let journal = sample();
-        let file = &journal.files[journal.current];
-        let end = RECORDS_AT + journal.len;
-        let at = at % end;
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, at).unwrap();
-        byte[0] ^= 1_u8 << bit;
-        file.write_all_at(&byte, at).unwrap();
-        let padding = |at: u64| {
-            // Behind the seal, in records' headers and after their bytes there are zeros that mean nothing.
-            let found = found(&journal);
-            found.is_ok_and(|found| found.record == b"two" && found.sequences[&3] == b"third" && at >= SEAL_AT + 20)
-        };
-        prop_assert!(found(&journal).is_err() || padding(at), "byte {at} bit {bit}");
+#[test]
+fn no_bit_of_what_counts_can_change_unnoticed() {
+    let journal = sample();
+    let file = &journal.files[journal.current];
+    for at in 0..RECORDS_AT + journal.len {
+        let mut was = [0];
+        file.read_exact_at(&mut was, at).unwrap();
+        for bit in 0..8 {
+            file.write_all_at(&[was[0] ^ 1 << bit], at).unwrap();
+            let found = found(&journal).map(|found| found.record);
+            assert!(found.is_err(), "byte {at} bit {bit}: {found:?}");
+        }
+        file.write_all_at(&was, at).unwrap();
     }
+    assert_eq!(found(&journal).unwrap().record, b"two");
+}
 
+proptest! {
     /// Whatever a file holds, reading it ends in a sentence.
     #[test]
     fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..600), sealed in any::<u64>()) {
