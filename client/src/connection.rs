@@ -1,29 +1,28 @@
 //! Connecting, the handshake, and control messages.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
 
 use kvoyant_kernels::RowLayout;
 use kvoyant_kernels::quantise::Format;
-use kvoyant_protocol::control::{Failure, ModelSpec, ToClient, ToDaemon, agreed, decode, encode, features};
+use kvoyant_protocol::control::{Failure, ModelSpec, ToClient, ToDaemon, agreed, features};
 use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::graph::GraphLayout;
 use kvoyant_protocol::layout::{Layout, Limits, PageGeometry};
 use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::packet;
 use kvoyant_protocol::{EXTENT_BYTES, MINOR, VERSION};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::again::{Again, Ticket, rings_of};
+use crate::control::{Control, Line, Received};
 use crate::cuda::{self, DeviceSession};
 use crate::error::Error;
 use crate::fallback::Fallback;
 use crate::memory::{Geometry, Memory, Slab};
 use crate::model::Model;
 use crate::rings::Rings;
-use crate::turn::{Turn, Turns};
 
 /// How a client connects.
 #[derive(Debug, Clone)]
@@ -60,170 +59,14 @@ impl Default for Options {
     }
 }
 
-/// A message and what came with it.
-struct Received {
-    message: ToClient,
-    fds: Vec<OwnedFd>,
-}
-
-/// The control socket: one request at a time.
-#[derive(Debug)]
-pub(crate) struct Control {
-    /// Its sends and receives are given up after `timeout` by the kernel itself.
-    socket: OwnedFd,
-    turns: Turns,
-    /// For looking at the socket without waiting for its turn.
-    watch: OwnedFd,
-    timeout: Duration,
-    /// Set when an answer did not come as it should: the next one on the socket might be its, so there is no next.
-    broken: AtomicBool,
-}
-
-impl Control {
-    /// How long control messages, and requests that find the ring full, may take.
-    pub(crate) fn timeout(&self) -> Duration {
-        self.timeout
-    }
-
-    /// Marks the connection as unusable after anything but an answer.
-    fn settle<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
-        if !matches!(result, Ok(_) | Err(Error::Failed(_))) {
-            self.broken.store(true, Ordering::Relaxed);
-        }
-        result
-    }
-
-    /// Waits for this thread's turn at the socket.
-    fn turn(&self, timeout: Duration) -> Result<Turn<'_>, Error> {
-        self.turns.take(timeout).ok_or(Error::Deadline { ticket: 0, waited: timeout })
-    }
-
-    fn send(&self, socket: BorrowedFd<'_>, message: &ToDaemon, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
-        if self.broken.load(Ordering::Relaxed) {
-            return Err(Error::DaemonGone);
-        }
-        let since = Instant::now();
-        packet::send(socket, &encode(message), fds).map_err(|error| match error.kind() {
-            std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset => Error::DaemonGone,
-            std::io::ErrorKind::WouldBlock => Error::Deadline { ticket: 0, waited: since.elapsed() },
-            _ => Error::Io(error),
-        })
-    }
-
-    fn receive(&self, socket: BorrowedFd<'_>, timeout: Duration) -> Result<Received, Error> {
-        let since = Instant::now();
-        let mut fds = [PollFd::new(socket, PollFlags::POLLIN)];
-        loop {
-            let waited = since.elapsed();
-            let left = timeout.saturating_sub(waited);
-            // In whole milliseconds, the last of which counts.
-            let pause = PollTimeout::try_from(left.as_nanos().div_ceil(1_000_000) as i128);
-            match poll(&mut fds, pause.unwrap_or(PollTimeout::MAX)) {
-                Ok(0) if left.is_zero() => return Err(Error::Deadline { ticket: 0, waited }),
-                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
-                Ok(_) => break,
-                Err(errno) => return Err(Error::Io(errno.into())),
-            }
-        }
-        let packet = packet::receive(socket).map_err(|error| match error.kind() {
-            std::io::ErrorKind::ConnectionReset => Error::DaemonGone,
-            std::io::ErrorKind::WouldBlock => Error::Deadline { ticket: 0, waited: since.elapsed() },
-            _ => Error::Io(error),
-        })?;
-        if packet.bytes.is_empty() {
-            return Err(Error::DaemonGone);
-        }
-        match decode(&packet.bytes)? {
-            ToClient::Failed(failure) => Err(Error::Failed(failure)),
-            message => Ok(Received { message, fds: packet.fds }),
-        }
-    }
-
-    fn call(&self, message: &ToDaemon, fds: &[BorrowedFd<'_>]) -> Result<Received, Error> {
-        let _turn = self.turn(self.timeout)?;
-        let socket = self.socket.as_fd();
-        // If the daemon has said why it ends the session, that is what the caller should hear.
-        if let Err(error) = self.send(socket, message, fds) {
-            return Err(self.last_words(socket).unwrap_or(error));
-        }
-        self.settle(self.receive(socket, self.timeout))
-    }
-
-    /// Sends what is not answered. A daemon that has gone need not hear it.
-    pub(crate) fn say(&self, message: &ToDaemon) {
-        let Ok(_turn) = self.turn(self.timeout) else { return };
-        let _ = self.send(self.socket.as_fd(), message, &[]);
-    }
-
-    fn last_words(&self, socket: BorrowedFd<'_>) -> Option<Error> {
-        match self.receive(socket, Duration::ZERO) {
-            Err(error @ Error::Failed(_)) => Some(error),
-            _ => None,
-        }
-    }
-
-    /// Sends a request, takes in new memory, and returns the answer.
-    pub(crate) fn request(&self, message: &ToDaemon, memory: &Memory) -> Result<ToClient, Error> {
-        self.request_within(message, memory, self.timeout)
-    }
-
-    /// As [`Control::request`], with a deadline of its own.
-    pub(crate) fn request_within(
-        &self,
-        message: &ToDaemon,
-        memory: &Memory,
-        timeout: Duration,
-    ) -> Result<ToClient, Error> {
-        self.request_with(message, memory, None, timeout)
-    }
-
-    /// The same with a file beside the message.
-    pub(crate) fn request_with(
-        &self,
-        message: &ToDaemon,
-        memory: &Memory,
-        file: Option<&Memfd>,
-        timeout: Duration,
-    ) -> Result<ToClient, Error> {
-        let since = Instant::now();
-        let _turn = self.turn(timeout)?;
-        let socket = self.socket.as_fd();
-        let fds: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
-        if let Err(error) = self.send(socket, message, &fds) {
-            return Err(self.last_words(socket).unwrap_or(error));
-        }
-        loop {
-            // Of all that comes together, however much memory is announced before the answer.
-            let left = timeout.saturating_sub(since.elapsed());
-            let Received { message, fds } = self.settle(self.receive(socket, left))?;
-            match message {
-                ToClient::Memory { kind, first, bytes } => {
-                    self.settle(memory.add(kind, first, bytes, fds))?;
-                }
-                answer => return Ok(answer),
-            }
-        }
-    }
-
-    /// Whether the daemon has hung up; if it said why, that.
-    pub(crate) fn gone(&self) -> Option<Error> {
-        let mut fds = [PollFd::new(self.watch.as_fd(), PollFlags::POLLIN)];
-        let polled = poll(&mut fds, PollTimeout::ZERO);
-        let events = fds[0].revents().unwrap_or(PollFlags::empty());
-        if !matches!(polled, Ok(1)) || !events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
-            return None;
-        }
-        let _turn = self.turns.take(Duration::ZERO)?;
-        Some(self.last_words(self.socket.as_fd()).unwrap_or(Error::DaemonGone))
-    }
-}
-
 /// A connection to the daemon, without a model yet.
 #[derive(Debug)]
 pub struct Client {
     control: Control,
     rings: Rings,
     session: u64,
+    /// How it goes on with another daemon, if it can.
+    kept: Option<Ticket>,
     late: (Fallback, Duration),
     minor: u16,
 }
@@ -240,13 +83,13 @@ impl Client {
     /// version (it says both); [`Error::Failed`] if it has no room for another session, or a GPU that this process has
     /// no driver for.
     pub fn connect(path: &Path, options: Options) -> Result<Self, Error> {
-        let refused = match Self::connect_as(path, options.clone(), features::COMMON) {
+        let refused = match Self::connect_as(path, options.clone(), features::COMMON | features::KEPT) {
             Err(Error::Failed(failure @ Failure::Device(_))) => failure,
             other => return other,
         };
         match cuda::features() {
             0 => Err(Error::Failed(refused)),
-            driver => Self::connect_as(path, options, features::COMMON | driver),
+            driver => Self::connect_as(path, options, features::COMMON | features::KEPT | driver),
         }
     }
 
@@ -255,17 +98,10 @@ impl Client {
         let layout = Layout::new(options.limits)?;
         let socket = packet::connect_within(path, options.control_timeout)
             .map_err(|source| Error::Connect { path: path.to_path_buf(), source })?;
-        let watch = socket.try_clone()?;
-        let control = Control {
-            socket,
-            turns: Turns::default(),
-            watch,
-            timeout: options.control_timeout,
-            broken: AtomicBool::new(false),
-        };
+        let control = Control::new(Line::new(socket)?, options.control_timeout);
         let hello = ToDaemon::Hello { features, name: options.name, limits: options.limits, minor: MINOR };
         let Received { message, fds } = control.call(&hello, &[])?;
-        let ToClient::Welcome { session, boot_id, limits, minor, .. } = message else {
+        let ToClient::Welcome { features: common, session, boot_id, limits, minor } = message else {
             return Err(Error::Broken(format!("{message:?} came instead of a welcome")));
         };
         if limits != options.limits {
@@ -273,22 +109,25 @@ impl Client {
         }
         let [c2d, d2c] = <[OwnedFd; 2]>::try_from(fds)
             .map_err(|fds| Error::Broken(format!("a welcome came with {} descriptors", fds.len())))?;
-        // Its size is sealed; the daemon forbids further writable mappings once we have ours.
-        let c2d = Memfd::from_peer(c2d, layout.c2d_bytes, Seals::size_only())?.map(true)?;
-        let d2c = Memfd::from_peer(d2c, layout.d2c_bytes, Seals::frozen_for_readers())?.map_read_only()?;
+        let maps = rings_of(layout, (c2d, d2c), boot_id)?;
         match control.call(&ToDaemon::Mapped, &[])?.message {
             ToClient::Sealed => {}
             other => return Err(Error::Broken(format!("{other:?} came instead of the seal"))),
         }
+        let rings = Rings::new(maps, (options.spin, options.ticket_timeout));
+        let mut kept = None;
+        if common & features::KEPT != 0 {
+            let ToClient::Kept { token, seconds } = control.call(&ToDaemon::Keep, &[])?.message else {
+                return Err(Error::Broken("no token came for a session that is kept".into()));
+            };
+            let patience = Duration::from_secs(u64::from(seconds));
+            kept = Some(Ticket { path: path.to_path_buf(), session, token, patience });
+            rings.copy_requests();
+        }
         Ok(Self {
             control,
-            rings: Rings::new(
-                layout,
-                Arc::new(c2d),
-                Arc::new(d2c),
-                boot_id,
-                (options.spin, options.ticket_timeout),
-            ),
+            rings,
+            kept,
             session,
             late: (options.fallback, options.late_after),
             minor: agreed(minor),
@@ -340,12 +179,15 @@ impl Client {
                 let fd = fds.into_iter().next();
                 let fd = fd.ok_or_else(|| Error::Broken("no slab came with the registration".into()))?;
                 let file = Memfd::from_peer(fd, bytes as usize, Seals::frozen_for_readers())?;
-                Slab::Host(file.map_read_only()?)
+                let slab = Arc::new(file.map_read_only()?);
+                self.rings.set_slab(Some(Arc::clone(&slab)));
+                Slab::Host(RwLock::new(slab))
             }
             SlabRef::Device(export) => {
-                let watch = self.control.watch.try_clone()?;
+                let watch = self.control.watch()?;
+                let (c2d, d2c) = self.rings.mappings();
                 let layouts = (self.rings.layout(), graph);
-                let session = DeviceSession::open(&export, fds, layouts, self.rings.mappings(), watch)?;
+                let session = DeviceSession::open(&export, fds, layouts, (&c2d, &d2c), watch)?;
                 Slab::Device(session)
             }
         };
@@ -361,7 +203,7 @@ impl Client {
             return Err(Error::Broken(format!("the daemon gave pages of {page_rows} rows")));
         }
         let memory = Memory::new(geometry, slab);
-        Ok(Model::new(Arc::new(crate::model::Inner {
+        let inner = Arc::new(crate::model::Inner {
             control: self.control,
             rings: self.rings,
             late: self.late,
@@ -372,7 +214,11 @@ impl Client {
             mode,
             spills,
             scarce,
-        })))
+        });
+        if let Some(ticket) = self.kept {
+            inner.control.set_again(Again::new(ticket, Arc::downgrade(&inner)));
+        }
+        Ok(Model::new(inner))
     }
 }
 

@@ -25,7 +25,9 @@
 //! [`Error::DaemonGone`] within its deadline, never into a hang.
 #![deny(unsafe_code)]
 
+mod again;
 mod connection;
+mod control;
 pub mod cuda;
 mod error;
 mod fallback;

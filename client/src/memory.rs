@@ -48,8 +48,8 @@ impl Geometry {
 pub(crate) enum Slab {
     /// In the session's extents only.
     None,
-    /// In host memory that this process may read.
-    Host(SharedMapping),
+    /// In host memory that this process may read: the newest daemon's.
+    Host(RwLock<Arc<SharedMapping>>),
     /// On a device.
     Device(Arc<DeviceSession>),
 }
@@ -58,6 +58,8 @@ pub(crate) enum Slab {
 struct Maps {
     extents: Vec<Arc<SharedMapping>>,
     tables: Vec<Arc<SharedMapping>>,
+    /// How often another daemon has gone on with the session, and has made the tables anew.
+    daemons: u64,
 }
 
 /// All mappings of a session.
@@ -71,6 +73,36 @@ pub(crate) struct Memory {
 impl Memory {
     pub(crate) fn new(geometry: Geometry, slab: Slab) -> Self {
         Self { geometry, maps: RwLock::default(), slab }
+    }
+
+    /// How many extents there are.
+    pub(crate) fn extents(&self) -> usize {
+        self.maps().extents.len()
+    }
+
+    /// Another daemon goes on with the session: it has made tables and slab anew, and extents stay what they are.
+    pub(crate) fn begin_anew(&self, slab: Option<SharedMapping>) {
+        if let (Slab::Host(ours), Some(slab)) = (&self.slab, slab) {
+            *ours.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Arc::new(slab);
+        }
+        let mut maps = self.maps.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        maps.tables.clear();
+        maps.daemons += 1;
+    }
+
+    /// See [`Maps::daemons`].
+    pub(crate) fn daemons(&self) -> u64 {
+        self.maps().daemons
+    }
+
+    /// The slab in host memory, if there is one, as it is now.
+    pub(crate) fn host_slab(&self) -> Option<Arc<SharedMapping>> {
+        match &self.slab {
+            Slab::Host(slab) => {
+                Some(Arc::clone(&slab.read().unwrap_or_else(std::sync::PoisonError::into_inner)))
+            }
+            _ => None,
+        }
     }
 
     /// The session's device memory, if it has any.
@@ -162,28 +194,46 @@ impl Memory {
         Ok(map.read(offset, bytes)?)
     }
 
-    /// Reads whole rows from this row on, out of the slab or of an extent.
-    pub(crate) fn read_run(&self, row: u32, in_slab: bool, bytes: &mut [u8]) -> Result<(), Error> {
+    /// Reads whole rows from this row on, out of the slab (of an answer, `host`) or of an extent.
+    pub(crate) fn read_run(
+        &self,
+        row: u32,
+        in_slab: bool,
+        host: Option<&SharedMapping>,
+        bytes: &mut [u8],
+    ) -> Result<(), Error> {
+        if let Some(slab) = host.filter(|_| in_slab) {
+            return Ok(slab.read(row as usize * self.geometry.row_bytes(), bytes)?);
+        }
         match &self.slab {
-            Slab::Host(slab) if in_slab => Ok(slab.read(row as usize * self.geometry.row_bytes(), bytes)?),
             Slab::Device(slab) if in_slab => slab.read_slab(row as usize * self.geometry.row_bytes(), bytes),
-            Slab::None if in_slab => Err(Error::Broken("an answer names a slab that was never sent".into())),
+            Slab::None | Slab::Host(_) if in_slab => {
+                Err(Error::Broken("an answer names a slab that was never sent".into()))
+            }
             _ => self.read(row, bytes),
         }
     }
 
-    /// Address of rows, in the slab or in the extents. That of rows on a device is one that kernels there can follow.
-    pub(crate) fn address(&self, row: u32, rows: u32, in_slab: bool) -> Result<*const u8, MemoryError> {
+    /// Address of rows, in the slab (of an answer, `host`) or in the extents. That of rows on a device is one that kernels there can follow.
+    pub(crate) fn address(
+        &self,
+        row: u32,
+        rows: u32,
+        in_slab: bool,
+        host: Option<&SharedMapping>,
+    ) -> Result<*const u8, MemoryError> {
         let row_bytes = self.geometry.row_bytes();
         let bytes = rows as usize * row_bytes;
+        if let Some(slab) = host.filter(|_| in_slab) {
+            return slab.address(row as usize * row_bytes, bytes).map(<*mut u8>::cast_const);
+        }
         if in_slab {
             return match &self.slab {
-                Slab::Host(slab) => slab.address(row as usize * row_bytes, bytes).map(<*mut u8>::cast_const),
                 Slab::Device(slab) => {
                     let address = slab.slab_range(row as usize * row_bytes, bytes)?;
                     Ok(std::ptr::without_provenance(address as usize))
                 }
-                Slab::None => {
+                Slab::None | Slab::Host(_) => {
                     Err(MemoryError::OutOfBounds { offset: row as usize * row_bytes, bytes, len: 0 })
                 }
             };

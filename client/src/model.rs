@@ -9,7 +9,7 @@ use kvoyant_protocol::futex::now_ns;
 use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::wire::{BatchEntry, FeedbackRows, Observe, Operation, QUERIES_MAX, Stat};
 
-use crate::connection::Control;
+use crate::control::Control;
 use crate::error::Error;
 use crate::fallback::Fallback;
 use crate::memory::{Geometry, Memory};

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvoyant_kernels::{Dtype, Kernels, RestSums, Run};
+use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, PartialLayout, RestEntry, RestLayout, Status};
 
 use crate::cuda::StreamPending;
 use crate::error::Error;
 use crate::fallback::{Fallback, InTime};
 use crate::model::Inner;
-use crate::rings::{Behind, Table};
+use crate::rings::{Behind, Maps, Table};
 
 /// A speculation under way. Dropping it gives it up.
 #[derive(Debug)]
@@ -49,12 +50,12 @@ impl Pending {
     /// [`Error::Deadline`] if it does not come in time, [`Error::DaemonGone`] if it never will,
     /// [`Error::NotReady`] with the daemon's reason.
     pub fn wait(mut self, deadline: Duration) -> Result<Ready, Error> {
-        let completion = self.inner.rings.wait(&self.inner.control, self.ticket, deadline)?;
+        let (completion, of) = self.inner.rings.wait(&self.inner.control, self.ticket, deadline)?;
         self.taken = true;
         // From here on, dropping releases.
         let release = Release { inner: Arc::clone(&self.inner), ticket: self.ticket };
-        let answer = Answer::of(&self.inner, completion)?;
-        Ok(Ready { answer, release })
+        let answer = Answer::of(&self.inner, completion, &of)?;
+        Ok(Ready { answer, release, slab: of.slab.clone() })
     }
 
     /// Waits for the answer as long as its fallback allows: with [`Fallback::Wait`] for `deadline`, which is an error then; else until it is
@@ -166,7 +167,7 @@ pub struct Partial<'a> {
 
 impl Answer {
     /// Copies the block table of an answer out, and checks that its runs lie in the session's memory.
-    pub(crate) fn of(inner: &Inner, completion: Completion) -> Result<Self, Error> {
+    pub(crate) fn of(inner: &Inner, completion: Completion, of: &Maps) -> Result<Self, Error> {
         if completion.status != Status::Ready {
             return Err(Error::NotReady { layer: completion.layer, status: completion.status });
         }
@@ -176,11 +177,11 @@ impl Answer {
         let rest_layout =
             RestLayout { query_heads: partial_layout.query_heads, values: partial_layout.values };
         let behind = Behind { partial: partial_layout, rest: rest_layout };
-        let Table { heads, runs, partials, rests } = inner.rings.table(&completion, kv_heads, behind)?;
+        let Table { heads, runs, partials, rests } = of.table(&completion, kv_heads, behind)?;
         for run in &runs {
             inner
                 .memory
-                .address(run.row, run.rows(), run.in_slab())
+                .address(run.row, run.rows(), run.in_slab(), of.slab.as_deref())
                 .map_err(|error| Error::Broken(format!("a run of an answer lies nowhere: {error}")))?;
         }
         Ok(Self { completion, kv_heads, heads, runs, partial_layout, partials, rest_layout, rests })
@@ -265,6 +266,8 @@ impl Drop for Release {
 pub struct Ready {
     answer: Answer,
     release: Release,
+    /// Of the daemon that gave the answer, whichever serves the session now.
+    slab: Option<Arc<SharedMapping>>,
 }
 
 impl Deref for Ready {
@@ -288,7 +291,8 @@ impl Ready {
             return Err(Error::OnDevice { device: self.release.inner.device.clone() });
         }
         runs.extend(self.blocks(member, kv_head).iter().filter_map(|run| {
-            let address = self.release.inner.memory.address(run.row, run.rows(), run.in_slab()).ok()?;
+            let memory = &self.release.inner.memory;
+            let address = memory.address(run.row, run.rows(), run.in_slab(), self.slab.as_deref()).ok()?;
             Some(Run { rows_ptr: address, rows: run.rows() as usize })
         }));
         Ok(())
@@ -326,7 +330,8 @@ impl Ready {
         for run in self.blocks(member, kv_head) {
             let at = rows.len();
             rows.resize(at + run.rows() as usize * row_bytes, 0);
-            self.release.inner.memory.read_run(run.row, run.in_slab(), &mut rows[at..])?;
+            let slab = self.slab.as_deref();
+            self.release.inner.memory.read_run(run.row, run.in_slab(), slab, &mut rows[at..])?;
         }
         Ok(())
     }

@@ -1,22 +1,25 @@
 //! The two rings from the client's side, shared by all its threads.
 
+mod again;
+mod maps;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use kvoyant_protocol::futex::spin;
 use kvoyant_protocol::layout::{Layout, c2d, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
-use kvoyant_protocol::wire::{
-    Append, BatchEntry, BlockRun, Completion, HeadEntry, Operation, PartialLayout, Request, RestLayout,
-    STATS, Speculate, Stat,
-};
+use kvoyant_protocol::wire::{Append, BatchEntry, Completion, Operation, Request, STATS, Speculate, Stat};
 
-use crate::connection::Control;
+pub(crate) use self::again::Known;
+use self::again::Uncovered;
+pub(crate) use self::maps::Table;
+pub(crate) use self::maps::{Behind, Maps};
+use crate::control::Control;
 use crate::error::Error;
 
 /// How long a sleep lasts before the daemon is looked at.
@@ -34,6 +37,8 @@ struct Submit {
     /// Handle of the stream that has promised so: no other stream keeps that order.
     promised_by: usize,
     late: LateReleases,
+    /// Requests that no daemon is known to have done for good, where sessions outlast daemons.
+    uncovered: Option<Uncovered>,
 }
 
 /// Tickets that streams have released out of order, until somebody takes them in. A driver's callback thread adds to
@@ -98,7 +103,11 @@ impl Submit {
 #[derive(Debug)]
 struct Receive {
     consumer: Consumer,
-    done: HashMap<u64, Completion>,
+    done: HashMap<u64, Answered>,
+    /// The last ticket that was answered, by any daemon.
+    last: u64,
+    /// The last one that was answered by this daemon.
+    last_here: u64,
     /// Tickets that nobody waits for any more.
     abandoned: BTreeSet<u64>,
     /// Tickets that a stream takes care of: their completions only tell what happened.
@@ -124,27 +133,8 @@ impl Slot<'_> {
     }
 }
 
-/// A block table, copied out.
-#[derive(Debug)]
-pub(crate) struct Table {
-    /// `[member][KV head]`.
-    pub(crate) heads: Vec<HeadEntry>,
-    /// Runs of all heads.
-    pub(crate) runs: Vec<BlockRun>,
-    /// Words of the partial attentions, if there are any.
-    pub(crate) partials: Vec<u32>,
-    /// Words of the estimates of rows left out, if there are any.
-    pub(crate) rests: Vec<u32>,
-}
-
-/// What lies behind the runs of a block table, where it is there.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Behind {
-    /// Each member's partial attention.
-    pub(crate) partial: PartialLayout,
-    /// Each member's estimate of what was left out.
-    pub(crate) rest: RestLayout,
-}
+/// An answer, and the daemon that gave it.
+pub(crate) type Answered = (Completion, Arc<Maps>);
 
 /// What a speculation is besides its members.
 #[derive(Debug, Clone, Copy)]
@@ -167,13 +157,13 @@ pub(crate) struct Ask {
 #[derive(Debug)]
 pub(crate) struct Rings {
     layout: Layout,
-    c2d: Arc<SharedMapping>,
-    d2c: Arc<SharedMapping>,
-    boot_id: u64,
+    /// Changed with both locks held.
+    maps: RwLock<Arc<Maps>>,
     spin: Duration,
     ticket_timeout: Duration,
     submit: Mutex<Submit>,
     receive: Mutex<Receive>,
+    late: LateReleases,
     sleepers: Mutex<u32>,
 }
 
@@ -182,18 +172,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Rings {
-    pub(crate) fn new(
-        layout: Layout,
-        c2d: Arc<SharedMapping>,
-        d2c: Arc<SharedMapping>,
-        boot_id: u64,
-        (spin, ticket_timeout): (Duration, Duration),
-    ) -> Self {
+    pub(crate) fn new(maps: Maps, (spin, ticket_timeout): (Duration, Duration)) -> Self {
+        let (layout, late) = (maps.layout, LateReleases::default());
         Self {
             layout,
-            c2d,
-            d2c,
-            boot_id,
+            maps: RwLock::new(Arc::new(maps)),
             spin,
             ticket_timeout,
             submit: Mutex::new(Submit {
@@ -203,22 +186,30 @@ impl Rings {
                 released: BTreeSet::new(),
                 stream_will_release: 0,
                 promised_by: 0,
-                late: LateReleases::default(),
+                late: late.clone(),
+                uncovered: None,
             }),
             receive: Mutex::new(Receive {
                 consumer: Consumer::completions(layout),
                 done: HashMap::new(),
+                last: 0,
+                last_here: 0,
                 abandoned: BTreeSet::new(),
                 streamed: BTreeSet::new(),
             }),
+            late,
             sleepers: Mutex::new(0),
         }
+    }
+
+    fn maps(&self) -> Arc<Maps> {
+        Arc::clone(&self.maps.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A counter of the session, as the daemon publishes it.
     pub(crate) fn stat(&self, stat: Stat) -> u64 {
         debug_assert!((stat as usize) < STATS);
-        self.d2c.load_u64(d2c::STATS + stat as usize * 8)
+        self.maps().d2c.load_u64(d2c::STATS + stat as usize * 8)
     }
 
     /// Waits until the ring has room for one request.
@@ -228,7 +219,7 @@ impl Rings {
         control: &Control,
     ) -> Result<MutexGuard<'a, Submit>, Error> {
         let since = Instant::now();
-        while submit.producer.room(&self.d2c)? == 0 {
+        while submit.producer.room(&self.maps().d2c)? == 0 {
             drop(submit);
             let waited = since.elapsed();
             if waited >= control.timeout() {
@@ -252,10 +243,14 @@ impl Rings {
         Err(Error::Size { what: "a batch (members)", found: members, wanted })
     }
 
-    fn push(&self, submit: &mut Submit, operation: Operation) {
+    /// Pushes a request whose batch table, of so many bytes, and payload lie in its slot.
+    fn push(&self, maps: &Maps, submit: &mut Submit, operation: Operation, (batch, payload): (usize, usize)) {
         let request = Request { release_through: submit.released_through, operation };
-        submit.producer.stage(&self.c2d, &request.encode());
-        submit.producer.publish(&self.c2d, &self.d2c);
+        if let Some(uncovered) = &mut submit.uncovered {
+            uncovered.add(maps, submit.producer.next_index(), request, (batch, payload));
+        }
+        submit.producer.stage(&maps.c2d, &request.encode());
+        submit.producer.publish(&maps.c2d, &maps.d2c);
     }
 
     /// Sizes of everything.
@@ -264,8 +259,9 @@ impl Rings {
     }
 
     /// The client → daemon and the daemon → client memory.
-    pub(crate) fn mappings(&self) -> (&Arc<SharedMapping>, &Arc<SharedMapping>) {
-        (&self.c2d, &self.d2c)
+    pub(crate) fn mappings(&self) -> (Arc<SharedMapping>, Arc<SharedMapping>) {
+        let maps = self.maps();
+        (Arc::clone(&maps.c2d), Arc::clone(&maps.d2c))
     }
 
     /// Waits until the ring has room for a request and a ticket is free.
@@ -276,7 +272,7 @@ impl Rings {
         loop {
             self.collect()?;
             let mut submit = self.room(lock(&self.submit), control)?;
-            submit.follow_streams(&self.c2d);
+            submit.follow_streams(&self.maps().c2d);
             if submit.last_ticket - submit.released_through < u64::from(slots) {
                 return Ok(submit);
             }
@@ -305,16 +301,17 @@ impl Rings {
     ) -> Result<u64, Error> {
         self.check_batch(members.len())?;
         let mut submit = self.ticket_room(control)?;
+        let maps = self.maps();
         let index = submit.producer.next_index();
         let batch = members.len() as u32;
         let (at, hints) = (self.layout.batch(index), self.layout.hints(index));
         let mut offset = 0;
         for (member, (mut entry, parts)) in members.enumerate() {
             entry.value = offset as u32;
-            self.c2d.write_pod(at + member * size_of::<BatchEntry>(), &entry)?;
+            maps.c2d.write_pod(at + member * size_of::<BatchEntry>(), &entry)?;
             for bytes in parts {
                 self.check_hints(offset + bytes.len())?;
-                self.c2d.write(hints + offset, bytes)?;
+                maps.c2d.write(hints + offset, bytes)?;
                 offset += bytes.len();
             }
         }
@@ -334,7 +331,8 @@ impl Rings {
             fetch,
         };
         submit.last_ticket = ticket;
-        self.push(&mut submit, Operation::Speculate(speculate));
+        let bytes = (batch as usize * size_of::<BatchEntry>(), offset);
+        self.push(&maps, &mut submit, Operation::Speculate(speculate), bytes);
         Ok(ticket)
     }
 
@@ -351,11 +349,12 @@ impl Rings {
         self.check_batch(members.len())?;
         self.check_hints(hint_bytes)?;
         let mut submit = self.ticket_room(control)?;
+        let maps = self.maps();
         let index = submit.producer.next_index();
         let batch = members.len() as u32;
         let at = self.layout.batch(index);
         for (member, entry) in members.enumerate() {
-            self.c2d.write_pod(at + member * size_of::<BatchEntry>(), &entry)?;
+            maps.c2d.write_pod(at + member * size_of::<BatchEntry>(), &entry)?;
         }
         let ticket = submit.last_ticket + 1;
         let hint_bytes = hint_bytes as u32;
@@ -372,9 +371,10 @@ impl Rings {
             fetch: false,
         };
         submit.last_ticket = ticket;
-        self.push(&mut submit, Operation::Speculate(speculate));
+        let bytes = (batch as usize * size_of::<BatchEntry>(), 0);
+        self.push(&maps, &mut submit, Operation::Speculate(speculate), bytes);
         let (hints, doorbell) = (self.layout.hints(index), self.layout.doorbell(index));
-        bring(&Slot { hints, doorbell, ticket, c2d: &self.c2d });
+        bring(&Slot { hints, doorbell, ticket, c2d: &maps.c2d });
         Ok(ticket)
     }
 
@@ -386,7 +386,7 @@ impl Rings {
         }
         drop(receive);
         let mut submit = lock(&self.submit);
-        submit.follow_streams(&self.c2d);
+        submit.follow_streams(&self.maps().c2d);
         if !submit.is_next(ticket, stream) {
             return StreamRelease::Late(submit.late.clone());
         }
@@ -403,9 +403,10 @@ impl Rings {
     ) -> Result<(), Error> {
         for part in entries.chunks(self.layout.limits.batch_max as usize) {
             let mut submit = self.room(lock(&self.submit), control)?;
-            let index = submit.producer.next_index();
-            self.c2d.write(self.layout.batch(index), bytemuck::cast_slice(part))?;
-            self.push(&mut submit, Operation::Append(Append { layer, batch: part.len() as u32 }));
+            let (maps, index) = (self.maps(), submit.producer.next_index());
+            maps.c2d.write(self.layout.batch(index), bytemuck::cast_slice(part))?;
+            let append = Operation::Append(Append { layer, batch: part.len() as u32 });
+            self.push(&maps, &mut submit, append, (size_of_val(part), 0));
         }
         Ok(())
     }
@@ -423,10 +424,10 @@ impl Rings {
             return Err(Error::Size { what, found: payload.len(), wanted });
         }
         let mut submit = self.room(lock(&self.submit), control)?;
-        let index = submit.producer.next_index();
-        self.c2d.write_pod(self.layout.batch(index), &entry)?;
-        self.c2d.write(self.layout.hints(index), payload)?;
-        self.push(&mut submit, operation);
+        let (maps, index) = (self.maps(), submit.producer.next_index());
+        maps.c2d.write_pod(self.layout.batch(index), &entry)?;
+        maps.c2d.write(self.layout.hints(index), payload)?;
+        self.push(&maps, &mut submit, operation, (size_of::<BatchEntry>(), payload.len()));
         Ok(())
     }
 
@@ -434,7 +435,7 @@ impl Rings {
     pub(crate) fn release(&self, ticket: u64) {
         let mut submit = lock(&self.submit);
         submit.released.insert(ticket);
-        submit.follow_streams(&self.c2d);
+        submit.follow_streams(&self.maps().c2d);
     }
 
     /// Nobody will wait for this ticket: it is released as soon as it is answered.
@@ -454,40 +455,38 @@ impl Rings {
     }
 
     fn take(&self, receive: &mut Receive) -> Result<(), Error> {
-        while receive.consumer.available(&self.d2c)? > 0 {
-            let descriptor = receive.consumer.peek(&self.d2c);
-            let completion = Completion::parse(&descriptor, &self.layout.limits, self.boot_id)?;
-            receive.consumer.advance(&self.c2d);
+        let maps = self.maps();
+        while receive.consumer.available(&maps.d2c)? > 0 {
+            let descriptor = receive.consumer.peek(&maps.d2c);
+            let completion = Completion::parse(&descriptor, &self.layout.limits, maps.boot_id)?;
+            receive.consumer.advance(&maps.c2d);
+            receive.last_here = completion.ticket;
+            // What another daemon had answered already stays as it was.
+            if completion.ticket <= receive.last {
+                continue;
+            }
+            receive.last = completion.ticket;
             if receive.streamed.remove(&completion.ticket) {
                 continue;
             }
             if receive.abandoned.remove(&completion.ticket) {
-                self.release(completion.ticket);
+                // Whoever asks next takes that in.
+                self.late.add(completion.ticket);
             } else {
-                receive.done.insert(completion.ticket, completion);
+                receive.done.insert(completion.ticket, (completion, Arc::clone(&maps)));
             }
         }
         Ok(())
     }
 
     /// Waits for an answer, and takes it.
-    pub(crate) fn wait(
-        &self,
-        control: &Control,
-        ticket: u64,
-        deadline: Duration,
-    ) -> Result<Completion, Error> {
+    pub(crate) fn wait(&self, control: &Control, ticket: u64, deadline: Duration) -> Result<Answered, Error> {
         self.wait_until(control, ticket, deadline, |done| done.remove(&ticket))
     }
 
     /// Waits for an answer, and leaves it.
-    pub(crate) fn peek(
-        &self,
-        control: &Control,
-        ticket: u64,
-        deadline: Duration,
-    ) -> Result<Completion, Error> {
-        self.wait_until(control, ticket, deadline, |done| done.get(&ticket).copied())
+    pub(crate) fn peek(&self, control: &Control, ticket: u64, deadline: Duration) -> Result<Answered, Error> {
+        self.wait_until(control, ticket, deadline, |done| done.get(&ticket).cloned())
     }
 
     fn wait_until(
@@ -495,18 +494,20 @@ impl Rings {
         control: &Control,
         ticket: u64,
         deadline: Duration,
-        look: impl Fn(&mut HashMap<u64, Completion>) -> Option<Completion>,
-    ) -> Result<Completion, Error> {
+        look: impl Fn(&mut HashMap<u64, Answered>) -> Option<Answered>,
+    ) -> Result<Answered, Error> {
         let start = Instant::now();
         let mut polled = false;
         loop {
+            let maps;
             let (word, seen) = {
                 let mut receive = lock(&self.receive);
                 self.take(&mut receive)?;
-                if let Some(completion) = look(&mut receive.done) {
-                    return Ok(completion);
+                if let Some(answered) = look(&mut receive.done) {
+                    return Ok(answered);
                 }
-                receive.consumer.word(&self.d2c)
+                maps = self.maps();
+                receive.consumer.word(&maps.d2c)
             };
             let waited = start.elapsed();
             if waited >= deadline {
@@ -516,11 +517,11 @@ impl Rings {
             {
                 continue;
             }
-            self.say_sleeping(true);
+            self.say_sleeping(&maps, true);
             if word.load() == seen {
                 word.wait(seen, LOOK_EVERY.min(deadline - waited));
             }
-            self.say_sleeping(false);
+            self.say_sleeping(&maps, false);
             if word.load() == seen
                 && let Some(error) = control.gone()
             {
@@ -529,49 +530,10 @@ impl Rings {
         }
     }
 
-    fn say_sleeping(&self, sleeping: bool) {
+    fn say_sleeping(&self, maps: &Maps, sleeping: bool) {
         let mut sleepers = lock(&self.sleepers);
         *sleepers = if sleeping { *sleepers + 1 } else { *sleepers - 1 };
         let consumer = Consumer::completions(self.layout);
-        consumer.say_sleeping(&self.c2d, *sleepers > 0);
-    }
-
-    /// Copies an answer's block table out, and checks that every head's runs lie inside it.
-    pub(crate) fn table(
-        &self,
-        completion: &Completion,
-        kv_heads: usize,
-        Behind { partial, rest }: Behind,
-    ) -> Result<Table, Error> {
-        let count = completion.batch as usize * kv_heads;
-        let bytes = completion.table_bytes as usize;
-        let head_bytes = count * size_of::<HeadEntry>();
-        let partial_words = if completion.partials { completion.batch as usize * partial.words() } else { 0 };
-        let rest_words = if completion.rest { completion.batch as usize * rest.words() } else { 0 };
-        let run_bytes = bytes
-            .checked_sub(head_bytes)
-            .and_then(|left| left.checked_sub(partial_words * 4))
-            .and_then(|left| left.checked_sub(rest_words * 4))
-            .filter(|left| left.is_multiple_of(size_of::<BlockRun>()));
-        let Some(run_bytes) = run_bytes else {
-            return Err(Error::Broken(format!("a block table of {bytes} bytes for {count} heads")));
-        };
-        let at = self.layout.table(completion.ticket);
-        let mut heads = vec![<HeadEntry as bytemuck::Zeroable>::zeroed(); count];
-        let mut runs = vec![<BlockRun as bytemuck::Zeroable>::zeroed(); run_bytes / size_of::<BlockRun>()];
-        self.d2c.read(at, bytemuck::cast_slice_mut(&mut heads))?;
-        let mut partials = vec![0; partial_words];
-        self.d2c.read(at + head_bytes, bytemuck::cast_slice_mut(&mut runs))?;
-        let behind = at + head_bytes + run_bytes;
-        self.d2c.read(behind, bytemuck::cast_slice_mut(&mut partials))?;
-        let mut rests = vec![0; rest_words];
-        self.d2c.read(behind + partial_words * 4, bytemuck::cast_slice_mut(&mut rests))?;
-        let inside = |head: &HeadEntry| {
-            head.first_run.checked_add(head.runs).is_some_and(|end| end as usize <= runs.len())
-        };
-        if !heads.iter().all(inside) {
-            return Err(Error::Broken("a head's runs lie outside their block table".into()));
-        }
-        Ok(Table { heads, runs, partials, rests })
+        consumer.say_sleeping(&maps.c2d, *sleepers > 0);
     }
 }

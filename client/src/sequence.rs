@@ -21,6 +21,8 @@ const DROP_TIMEOUT: Duration = Duration::from_secs(1);
 struct State {
     table: TableRef,
     map: Arc<SharedMapping>,
+    /// Which daemon's that is, by [`Memory::daemons`](crate::memory::Memory::daemons).
+    daemon: u64,
     room: usize,
     tokens: usize,
 }
@@ -45,14 +47,23 @@ impl Sequence {
         room: u32,
         tokens: usize,
     ) -> Result<Self, Error> {
-        let map = inner.memory.table(table.file)?;
+        let (daemon, map) = (inner.memory.daemons(), inner.memory.table(table.file)?);
         check_table(&inner, &table, &map)?;
-        let state = Mutex::new(State { table, map, room: room as usize, tokens });
+        let state = Mutex::new(State { table, map, daemon, room: room as usize, tokens });
         Ok(Self { inner, id, by, state, missed: AtomicBool::new(false), open: true })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let daemon = self.inner.memory.daemons();
+        if state.daemon != daemon
+            && let Ok(map) = self.inner.memory.table(state.table.file)
+            && check_table(&self.inner, &state.table, &map).is_ok()
+        {
+            // Another daemon has made it anew, in the same place.
+            (state.map, state.daemon) = (map, daemon);
+        }
+        state
     }
 
     /// Its handle, as the daemon names it.
@@ -80,10 +91,10 @@ impl Sequence {
     }
 
     pub(crate) fn moved(&self, table: TableRef, room: u32) -> Result<(), Error> {
-        let map = self.inner.memory.table(table.file)?;
-        check_table(&self.inner, &table, &map)?;
         let mut state = self.state();
-        (state.table, state.map, state.room) = (table, map, room as usize);
+        let (daemon, map) = (self.inner.memory.daemons(), self.inner.memory.table(table.file)?);
+        check_table(&self.inner, &table, &map)?;
+        (state.table, state.map, state.daemon, state.room) = (table, map, daemon, room as usize);
         Ok(())
     }
 

@@ -10,7 +10,7 @@
 //! | [`tiers`] | arena, page tables, digests, residency |
 //! | [`device`] | where attention runs, and how bytes get there |
 //! | [`quota`] | who may connect, and how much each user may have |
-//! | [`journal`] | the format in which sessions are to be left to the next daemon |
+//! | [`keep`], [`journal`] | sessions that outlast the daemon: their files, and the format in which they are left to the next one |
 //! | [`admin`], [`status`], [`stats_page`] | what operators see |
 //!
 //! `kvoyantd` and `kvoyant serve` are the same [`main`](fn@main).
@@ -22,6 +22,7 @@ pub mod control;
 pub mod device;
 mod endpoint;
 pub mod journal;
+pub mod keep;
 pub mod keeper;
 pub mod lane;
 mod log;
@@ -60,6 +61,9 @@ pub struct Args {
     /// Print every key with its unit, its default and when to change it, and exit
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "toml")]
     pub print_config: Option<PrintFormat>,
+    /// Take the sessions of the daemon over that serves the same socket, which ends
+    #[arg(long)]
+    pub takeover: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub flags: config::Flags,
@@ -122,6 +126,6 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     }
     let filter = log::start(filter, config.log_format);
     let settings = Settings::new(loaded, args.config.clone(), args.flags.clone(), filter);
-    server::serve(&Arc::new(settings))?;
+    server::serve(&Arc::new(settings), args.takeover)?;
     Ok(())
 }

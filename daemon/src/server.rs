@@ -22,9 +22,10 @@ use crate::device::DeviceName;
 use crate::device::cuda::{CudaDevice, OpenError, leave};
 use crate::device::host::HostDevice;
 use crate::endpoint::Endpoint;
+use crate::keep::{self, takeover};
 use crate::keeper::Keeper;
 use crate::lane::LaneHandle;
-use crate::notify::{self, InheritError, Inherited, Manager, Pulse, Subject};
+use crate::notify::{self, InheritError, Inherited, Listener, Manager, Pulse, Subject};
 use crate::prefixes::Prefixes;
 use crate::quota::Ledger;
 use crate::settings::{Changes, Settings};
@@ -92,6 +93,12 @@ pub enum ServerError {
     /// What the service manager handed over cannot be used.
     #[error(transparent)]
     Inherit(#[from] InheritError),
+    /// Another daemon's sessions cannot be had.
+    #[error(transparent)]
+    Takeover(#[from] takeover::TakeoverError),
+    /// Sessions cannot be kept.
+    #[error(transparent)]
+    Keep(#[from] keep::KeepError),
     /// The arena is larger than what may be had.
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
@@ -107,9 +114,9 @@ const PREDECESSOR: Duration = Duration::from_secs(3);
 const OTHER_FDS: u64 = 2048;
 
 /// Raises the limit of open files as far as it goes, and says if the arena's extents could not all be open.
-fn raise_open_files(arena_bytes: u64) {
+fn raise_open_files(arena_bytes: u64, copies: u64) {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let wanted = arena_bytes / EXTENT_BYTES as u64 + OTHER_FDS;
+    let wanted = copies * (arena_bytes / EXTENT_BYTES as u64) + OTHER_FDS;
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
     if soft < wanted {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, wanted.min(hard), hard);
@@ -172,20 +179,32 @@ pub fn check_room(config: &Config) -> Result<(), TooLarge> {
 /// # Errors
 /// If it cannot start or go on.
 pub fn run(config: &Config) -> Result<(), ServerError> {
-    serve(&Arc::new(Settings::of_program(config.clone())))
+    serve(&Arc::new(Settings::of_program(config.clone())), false)
 }
 
-/// Runs the daemon until SIGTERM or SIGINT, or until its device is lost.
-pub(crate) fn serve(settings: &Arc<Settings>) -> Result<(), ServerError> {
+/// Runs the daemon until SIGTERM or SIGINT, or until its device is lost; if it takes over, with the sessions of the daemon that serves the
+/// control socket now, which ends.
+pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), ServerError> {
     let loaded = settings.now();
     let config = &loaded.config;
     check_room(config)?;
     let mut inherited = Inherited::take()?;
+    let left = inherited.sessions();
+    let keep = keep::choose(config)?.map(Arc::new);
+    // From here on there is no way back for the other daemon.
+    let taken = if takes_over { takeover::take_over(&config.socket)? } else { Vec::new() };
+    let claim = |path: &Path, flag, mut given: Option<Listener>| {
+        let patient = takes_over && given.is_none();
+        patiently(
+            || Endpoint::claim(path, flag, given.take()),
+            |error| patient && matches!(error, ServerError::InUse { .. }),
+        )
+    };
     // The admin socket comes first, so that whoever finds the control socket finds a whole daemon.
-    let given = inherited.listener("admin", SockType::Stream)?;
-    let mut admin_end = Endpoint::claim(&config.admin_socket, "--admin-socket", given)?;
-    let given = inherited.listener("control", SockType::SeqPacket)?;
-    let mut control_end = Endpoint::claim(&config.socket, "--socket", given)?;
+    let mut admin_end =
+        claim(&config.admin_socket, "--admin-socket", inherited.listener("admin", SockType::Stream)?)?;
+    let mut control_end =
+        claim(&config.socket, "--socket", inherited.listener("control", SockType::SeqPacket)?)?;
     for name in inherited.names() {
         tracing::warn!("the service manager handed over `{name}`, which nothing here is for");
     }
@@ -203,7 +222,8 @@ pub(crate) fn serve(settings: &Arc<Settings>) -> Result<(), ServerError> {
         );
     }
     let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
-    raise_open_files(arena);
+    // Extents of sessions that are kept are held once more.
+    raise_open_files(arena, if keep.is_some() { 2 } else { 1 });
     let spill = config.spill().map(|settings| {
         patiently(|| Spill::start(&settings), |error| matches!(error, SpillError::Busy { .. }))
     });
@@ -250,12 +270,20 @@ pub(crate) fn serve(settings: &Arc<Settings>) -> Result<(), ServerError> {
         let registry = Arc::clone(&registry);
         Box::new(move || registry.line())
     };
-    let plane =
-        Arc::new(Plane::new(Arc::clone(settings), lanes, device, pool, registry, spill, (keeper, prefixes)));
+    let plane = Plane::new(Arc::clone(settings), lanes, device, pool, registry, spill, (keeper, prefixes));
+    let patience = Duration::from_secs(u64::from(config.reattach_seconds));
+    let plane = Arc::new(plane.keeping(keep.clone(), patience));
+    if keep.is_none() {
+        keep::discard(&left);
+    } else {
+        plane.restore(left, true);
+        plane.restore(taken, false);
+    }
+    let mut successor = None;
     let manager = Rc::new(Manager::start(Subject { line, watched }).map_err(ServerError::Start)?);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ServerError::Start)?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let admin = admin_end.stream()?;
         let listener = control_end.packets()?;
         let monitor = match config.monitor_address().ok().flatten() {
@@ -293,6 +321,8 @@ pub(crate) fn serve(settings: &Arc<Settings>) -> Result<(), ServerError> {
                     tokio::task::spawn_local(stats_page::keep(page, make, Arc::clone(plane.registry())));
                 }
                 tokio::task::spawn_local(admin::serve(admin, Arc::clone(&plane)));
+                let waits = Arc::clone(&plane);
+                tokio::task::spawn_local(async move { waits.expire().await });
                 if let Some(listener) = monitor {
                     tokio::task::spawn_local(admin::serve_tcp(listener, Arc::clone(&plane), token));
                 }
@@ -318,6 +348,11 @@ pub(crate) fn serve(settings: &Arc<Settings>) -> Result<(), ServerError> {
                                 break;
                             }
                             tokio::task::spawn_local(reload(Arc::clone(settings), Rc::clone(&manager)));
+                        }
+                        socket = plane.successor() => {
+                            tracing::info!("another daemon takes over");
+                            successor = Some(socket);
+                            break;
                         }
                         reason = plane.lost() => {
                             // The sessions' own tasks tell their clients meanwhile. Going in good order may take for ever.
@@ -349,7 +384,17 @@ pub(crate) fn serve(settings: &Arc<Settings>) -> Result<(), ServerError> {
         tracing::info!("stopping");
         manager.stopping();
         Ok(())
-    })
+    });
+    // Sessions' tasks end with the runtime, and lanes with the plane, once they have written down what their clients were told.
+    plane.leave();
+    drop(runtime);
+    drop(plane);
+    if let (Some(socket), Some(keep)) = (successor, keep)
+        && let Err(error) = takeover::hand_over(&keep, &socket)
+    {
+        tracing::error!("the other daemon gets only a part of the sessions: {error}");
+    }
+    ended
     // Leaving drops every session's socket, then (with the last reference to the plane) the lanes, which wait for
     // transfers under way, then the device, and at last the sockets' names.
 }

@@ -41,6 +41,8 @@ pub mod features {
     pub const CUDA_HANDLES: u64 = 1 << 3;
     /// Device memory can be imported into a CUDA driver by file descriptor.
     pub const CUDA_DESCRIPTORS: u64 = 1 << 4;
+    /// Sessions outlive the daemon that serves them ([`ToDaemon::Keep`](super::ToDaemon::Keep)). Since minor 1.
+    pub const KEPT: u64 = 1 << 5;
     /// What every client of this version can do; those of a driver come on top.
     pub const COMMON: u64 = SLAB | IN_PLACE | DOORBELLS;
     /// Both ways to a device's memory.
@@ -271,6 +273,19 @@ pub enum ToDaemon {
         /// Which ones.
         sequences: Vec<SequenceId>,
     },
+    /// Asks for what a [`Claim`](Self::Claim) of this session needs, where [`features::KEPT`] is agreed. Since minor 1.
+    Keep,
+    /// Instead of a hello: goes on with a session whose daemon has ended and has left it to this one. Since minor 1.
+    Claim {
+        /// Number of the session.
+        session: u64,
+        /// What [`ToClient::Kept`] gave.
+        token: [u64; 2],
+        /// Extents that the client has; it keeps them mapped.
+        extents: u32,
+    },
+    /// Instead of a hello: leaves all sessions to the daemon that asks, which must be root's or of the same user, and ends. Since minor 1.
+    Takeover,
 }
 
 /// What a block of file descriptors is.
@@ -366,6 +381,35 @@ pub enum ToClient {
     Done,
     /// Anything that could not be done. Unless it is [`Failure::Protocol`], the session goes on.
     Failed(Failure),
+    /// Answer to `Keep`.
+    Kept {
+        /// Proves that a claim is its client's.
+        token: [u64; 2],
+        /// How long the next daemon waits for the claim, in seconds.
+        seconds: u32,
+    },
+    /// Answer to `Claim`, with two file descriptors as in `Welcome`, and that of the slab where it has one. `Mapped` and `Sealed` follow as
+    /// there, then all table files and those extents that the client lacks, then `Done`, and then, if it is `answered`, the answer to the
+    /// last control message that was done.
+    Claimed {
+        /// That of the new daemon.
+        boot_id: u64,
+        /// Requests of the ring that have been done, since the session began: what the client has asked for since it asks for again.
+        requests: u64,
+        /// Ticket of the last speculation among them.
+        tickets: u64,
+        /// Control messages that have been done, since the registration.
+        controls: u64,
+        /// Whether an answer to the last of them follows.
+        answered: bool,
+        /// The session's slab, made anew.
+        slab: SlabRef,
+    },
+    /// Answer to `Takeover`, as often as needed: file descriptors, and what they are called. The daemon has ended once its socket is closed.
+    Handed {
+        /// One for each descriptor.
+        names: Vec<String>,
+    },
 }
 
 /// A control message that cannot be read.

@@ -46,6 +46,9 @@ pub mod d2c {
     pub const TIMELINE: usize = 384;
     /// Boot id of the daemon, 64 bits.
     pub const BOOT_ID: usize = 512;
+    /// How many requests, since the session began, no end of the daemon loses any more, 64 bits: the client need not keep them. It is
+    /// written where [`KEPT`](crate::control::features::KEPT) is agreed.
+    pub const KEPT: usize = 544;
     /// Last ticket whose copies the device has been given, 64 bits: from here on its event means this ticket.
     pub const PLANNED: usize = 576;
     /// Statistics of the session: 64-bit counters in the order of [`crate::wire::Stat`].

@@ -22,6 +22,7 @@ pub mod device;
 pub mod faults;
 pub mod futex;
 pub mod graph;
+pub mod inherited;
 pub mod layout;
 pub mod memory;
 pub mod packet;

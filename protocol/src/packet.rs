@@ -1,7 +1,7 @@
 //! `SOCK_SEQPACKET` sockets: whole messages, with file descriptors beside them.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -41,16 +41,22 @@ fn seqpacket() -> io::Result<OwnedFd> {
 /// of kind `WouldBlock`, after which the socket can be used as before. (A peer that stands still fills its queues, and who waits for room
 /// there waits as long as it stands.)
 pub fn connect_within(path: &Path, timeout: Duration) -> io::Result<OwnedFd> {
+    let socket = seqpacket()?;
+    give_up_after(socket.as_fd(), timeout)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket)
+}
+
+/// Gives sends and receives of a socket up that take longer.
+pub fn give_up_after(socket: BorrowedFd<'_>, timeout: Duration) -> io::Result<()> {
     use nix::sys::socket::{setsockopt, sockopt};
     use nix::sys::time::{TimeVal, TimeValLike};
-    let socket = seqpacket()?;
     // Zero would mean for ever.
     let micros = timeout.as_micros().clamp(1, i64::MAX as u128) as i64;
     let timeout = TimeVal::microseconds(micros);
     setsockopt(&socket, sockopt::SendTimeout, &timeout)?;
     setsockopt(&socket, sockopt::ReceiveTimeout, &timeout)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(socket)
+    Ok(())
 }
 
 /// Connects to a listening socket.
@@ -239,7 +245,6 @@ pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     fn pair() -> (OwnedFd, OwnedFd) {
         nix::sys::socket::socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)

@@ -100,7 +100,16 @@ pub fn check(ready: &Ready, member: usize, seed: usize, layer: usize) -> Result<
 /// If the daemon refuses.
 #[must_use]
 pub fn connect(daemon: &Daemon, methods: &[&str]) -> Model {
-    let client = Client::connect(&daemon.socket(), Options::default()).expect("a connection");
+    connect_at(&daemon.socket(), methods)
+}
+
+/// The same with whoever listens at a socket.
+///
+/// # Panics
+/// If the daemon refuses.
+#[must_use]
+pub fn connect_at(socket: &std::path::Path, methods: &[&str]) -> Model {
+    let client = Client::connect(socket, Options::default()).expect("a connection");
     client.register(spec(methods), &[]).expect("a registration")
 }
 

@@ -199,7 +199,7 @@ impl StreamPending {
     /// # Errors
     /// [`Error::Deadline`] if it does not come in time, [`Error::DaemonGone`] if it never will.
     pub fn completion(&self, deadline: Duration) -> Result<Completion, Error> {
-        self.inner.rings.peek(&self.inner.control, self.ticket, deadline)
+        Ok(self.inner.rings.peek(&self.inner.control, self.ticket, deadline)?.0)
     }
 
     /// Waits on the CPU for the answer, and copies its block table out: which rows it is made of. The answer stays.
@@ -207,7 +207,8 @@ impl StreamPending {
     /// # Errors
     /// As [`StreamPending::completion`], and [`Error::NotReady`] with the daemon's reason.
     pub fn answer(&self, deadline: Duration) -> Result<Answer, Error> {
-        Answer::of(&self.inner, self.completion(deadline)?)
+        let (completion, of) = self.inner.rings.peek(&self.inner.control, self.ticket, deadline)?;
+        Answer::of(&self.inner, completion, &of)
     }
 }
 

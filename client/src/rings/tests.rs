@@ -1,15 +1,15 @@
 use kvoyant_protocol::layout::Limits;
 use kvoyant_protocol::memory::Memfd;
-use kvoyant_protocol::wire::Status;
+use kvoyant_protocol::wire::{BlockRun, HeadEntry, PartialLayout, RestLayout, Status};
 
 use super::*;
 
 #[test]
 fn partial_attentions_are_read_only_where_the_table_has_room_for_them() {
     let layout = Layout::new(Limits::default()).unwrap();
-    let memory = |bytes| Arc::new(Memfd::create("rings-test", bytes).unwrap().map(true).unwrap());
-    let (c2d, d2c) = (memory(layout.c2d_bytes), memory(layout.d2c_bytes));
-    let rings = Rings::new(layout, c2d, Arc::clone(&d2c), 0, (Duration::ZERO, Duration::ZERO));
+    let memory = |bytes| Memfd::create("rings-test", bytes).unwrap().map(true).unwrap();
+    let maps = Maps::new(layout, memory(layout.c2d_bytes), memory(layout.d2c_bytes), 0);
+    let d2c = Arc::clone(&maps.d2c);
     let partial = PartialLayout { query_heads: 2, values: 3 };
     let behind = Behind { partial, rest: RestLayout { query_heads: 2, values: 3 } };
     // Two members of one KV head each, a run, and the words 1, 2, … behind it.
@@ -20,7 +20,7 @@ fn partial_attentions_are_read_only_where_the_table_has_room_for_them() {
     let ready = Completion::parse(ready[..].try_into().unwrap(), &layout.limits, 0).unwrap();
     let table = |bytes: usize, partials| {
         let completion = Completion { batch: 2, ticket: 1, table_bytes: bytes as u32, partials, ..ready };
-        rings.table(&completion, 1, behind)
+        maps.table(&completion, 1, behind)
     };
     let whole = heads + run + 2 * partial.bytes();
     assert_eq!(table(whole, true).unwrap().partials, words);
@@ -33,9 +33,10 @@ fn partial_attentions_are_read_only_where_the_table_has_room_for_them() {
 #[test]
 fn only_the_stream_that_has_promised_releases_by_the_word() {
     let layout = Layout::new(Limits::default()).unwrap();
-    let memory = |bytes| Arc::new(Memfd::create("rings-test", bytes).unwrap().map(true).unwrap());
-    let (c2d, d2c) = (memory(layout.c2d_bytes), memory(layout.d2c_bytes));
-    let rings = Rings::new(layout, Arc::clone(&c2d), d2c, 0, (Duration::ZERO, Duration::ZERO));
+    let memory = |bytes| Memfd::create("rings-test", bytes).unwrap().map(true).unwrap();
+    let maps = Maps::new(layout, memory(layout.c2d_bytes), memory(layout.d2c_bytes), 0);
+    let c2d = Arc::clone(&maps.c2d);
+    let rings = Rings::new(maps, (Duration::ZERO, Duration::ZERO));
     let word = |ticket, stream| matches!(rings.released_by_stream(ticket, stream), StreamRelease::Word);
 
     assert!(word(1, 7));

@@ -152,6 +152,14 @@ pub struct Flags {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_sessions: Option<u32>,
+    /// Whether open sessions outlast the daemon: auto (where the service manager stores descriptors), on or off
+    #[arg(long, value_name = "WHEN")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_sessions: Option<String>,
+    /// How long the next daemon waits for a session's client, in seconds
+    #[arg(long, value_name = "SECONDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reattach_seconds: Option<u32>,
     /// Log filter: error, warn, info, debug, or per module
     #[arg(long, value_name = "FILTER")]
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -428,6 +428,30 @@ pub const SECTIONS: &[Section] = &[
         ],
     },
     Section {
+        title: "Restarts",
+        keys: &[
+            by_default(
+                "auto",
+                r#""auto""#,
+                key(
+                    "keep_sessions",
+                    "\"auto\", \"on\" or \"off\"",
+                    "Whether open sessions outlast the daemon; auto: where the service manager says that it stores descriptors, as systemd does \
+                     since 254. Not on a GPU, and not with `spill`.",
+                    "an older systemd stores them, or for `kvoyantd --takeover`: on",
+                    Restart,
+                ),
+            ),
+            key(
+                "reattach_seconds",
+                "s",
+                "How long the next daemon waits for a session's client.",
+                "engines take longer to find that the daemon is another one",
+                Restart,
+            ),
+        ],
+    },
+    Section {
         title: "Users",
         keys: &[
             key("max_sessions", "sessions", "Sessions open at once.", "engines are refused for it", Now),

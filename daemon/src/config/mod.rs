@@ -109,6 +109,10 @@ pub struct Config {
     pub spin_us: u64,
     /// Sessions open at once.
     pub max_sessions: u32,
+    /// Whether open sessions outlast the daemon: `on`, `off`, or `auto`: where the service manager stores descriptors.
+    pub keep_sessions: String,
+    /// How long the next daemon waits for a session's client, in seconds.
+    pub reattach_seconds: u32,
     /// Log filter, as `tracing` takes it: `info`, `kvoyant_daemon=debug`, …
     pub log: String,
     /// How the log is written: `auto`, `text` or `json`.
@@ -246,6 +250,8 @@ impl Default for Config {
             // polling one costs a core, which small machines need for the model.
             spin_us: if cores >= 8 { 200 } else { 20 },
             max_sessions: 64,
+            keep_sessions: "auto".into(),
+            reattach_seconds: 30,
             log: "info".into(),
             log_format: LogFormat::Auto,
             allow_users: Vec::new(),
@@ -347,6 +353,10 @@ impl Config {
             return bad("spill", format!("{:?}", self.spill), reason);
         }
         one_of("spill_engine", &self.spill_engine, &["auto", "uring", "psync"])?;
+        one_of("keep_sessions", &self.keep_sessions, &["auto", "on", "off"])?;
+        if !(1..=3600).contains(&self.reattach_seconds) {
+            return bad("reattach_seconds", self.reattach_seconds.to_string(), "it must be 1 to 3600");
+        }
         if !(0.0..=100.0).contains(&self.device_percent) {
             return bad("device_percent", self.device_percent.to_string(), "it must be 0 to 100");
         }

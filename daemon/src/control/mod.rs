@@ -2,6 +2,7 @@
 //!
 //! Everything here runs on one thread and waits for nobody but its own client and its own lane.
 
+mod claim;
 mod door;
 mod evict;
 mod images;
@@ -10,26 +11,28 @@ mod peer;
 mod place;
 mod prefix;
 mod register;
+mod rings;
+mod socket;
 
 pub(crate) use images::now_unix;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use kvoyant_protocol::control::{Failure, Mode, ToClient, ToDaemon, agreed, decode, encode, features};
+use kvoyant_protocol::control::{Failure, Mode, ToClient, ToDaemon, agreed, encode, features};
 use kvoyant_protocol::faults::{self, Point};
-use kvoyant_protocol::layout::{Layout, d2c};
-use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
-use kvoyant_protocol::packet::{self, Packet};
+use kvoyant_protocol::layout::{Layout, Limits};
+use kvoyant_protocol::memory::{MemoryError, SharedMapping};
+use kvoyant_protocol::packet;
 use kvoyant_protocol::{MINOR, VERSION};
 use thiserror::Error;
-use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Notify, Semaphore, oneshot};
 
+use self::claim::{Claim, Kept, claim};
 pub(crate) use self::door::Door;
 pub(crate) use self::images::{LABEL_MAX, image_id};
 use self::images::{Registered as RegisteredModel, Resume, Suspend};
@@ -38,8 +41,11 @@ use self::orders::Orders;
 use self::place::Place;
 use self::prefix::{Publish, ToAttach};
 use self::register::register;
+use self::rings::RingFiles;
+use self::socket::Socket;
 use crate::config::{Config, Loaded};
 use crate::device::{Device, Importer};
+use crate::keep::Keep;
 use crate::keeper::Keeper;
 use crate::lane::session::LaneSession;
 use crate::lane::spill::SpillTo;
@@ -85,6 +91,11 @@ pub struct Plane {
     access: Arc<Access>,
     /// Where connections are until they are sessions.
     door: Door,
+    /// Sessions that outlast their daemons, if any do.
+    kept: Option<Kept>,
+    /// The connection of a daemon that takes over.
+    successor: Mutex<Option<OwnedFd>>,
+    takes_over: Notify,
 }
 
 impl Plane {
@@ -119,6 +130,37 @@ impl Plane {
             readings,
             access,
             door: Door::new(HANDSHAKES_MAX, HANDSHAKES_OF_A_USER),
+            kept: None,
+            successor: Mutex::default(),
+            takes_over: Notify::new(),
+        }
+    }
+
+    /// Has sessions outlast this daemon, and the next one wait so long for their clients.
+    #[must_use]
+    pub(crate) fn keeping(self, keep: Option<Arc<Keep>>, patience: Duration) -> Self {
+        Self { kept: keep.map(|keep| Kept::new(keep, patience)), ..self }
+    }
+
+    /// Waits for a daemon that takes over, and gives its connection.
+    pub(crate) async fn successor(&self) -> OwnedFd {
+        loop {
+            let asked = self.successor.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(socket) = asked {
+                return socket;
+            }
+            self.takes_over.notified().await;
+        }
+    }
+
+    /// Takes a session apart, and lets go of what it would have left.
+    async fn end(&self, session: u64, lane: usize) {
+        let (done, gone) = oneshot::channel();
+        self.lanes[lane].send(Command::Detach(session, done));
+        let _ = gone.await;
+        self.registry.remove(session);
+        if let Some(kept) = &self.kept {
+            kept.keep.forget(session);
         }
     }
 
@@ -198,66 +240,6 @@ impl Ended {
     }
 }
 
-/// A control socket.
-struct Socket(UnixStream);
-
-impl Socket {
-    async fn receive(&self) -> Result<(ToDaemon, Vec<OwnedFd>), Ended> {
-        let packet = loop {
-            self.0.readable().await?;
-            match self.0.try_io(Interest::READABLE, || packet::receive(self.0.as_fd())) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                packet => break packet,
-            }
-        };
-        let Packet { bytes, fds } = match packet {
-            Ok(packet) => packet,
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(Ended::HungUp),
-            Err(error) => return Err(error.into()),
-        };
-        if bytes.is_empty() {
-            return Err(Ended::HungUp);
-        }
-        let message = decode(&bytes).map_err(|error| Ended::Protocol(error.to_string()))?;
-        Ok((message, fds))
-    }
-
-    async fn send(&self, message: &ToClient, fds: &[OwnedFd]) -> Result<(), Ended> {
-        let bytes = encode(message);
-        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
-        loop {
-            self.0.writable().await?;
-            match self.0.try_io(Interest::WRITABLE, || packet::send(self.0.as_fd(), &bytes, &fds)) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(Ended::HungUp),
-                result => return Ok(result?),
-            }
-        }
-    }
-
-    /// Waits until the client has gone. One that sends while it waits for an answer is looked at again afterwards.
-    async fn hung_up(&self) {
-        let peek = || packet::hung_up(self.0.as_fd());
-        loop {
-            if self.0.readable().await.is_err() {
-                return;
-            }
-            match self.0.try_io(Interest::READABLE, peek) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Ok(false) => return std::future::pending().await,
-                Ok(true) | Err(_) => return,
-            }
-        }
-    }
-
-    async fn reply(&self, reply: Reply) -> Result<(), Ended> {
-        for announcement in &reply.announcements {
-            self.send(&announcement.message, &announcement.fds).await?;
-        }
-        self.send(&reply.message, &reply.fds).await
-    }
-}
-
 /// Serves one client until it leaves, breaks the protocol, or the daemon stops.
 pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
     let socket = Socket(socket);
@@ -268,14 +250,18 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
         let _ = packet::send(socket.0.as_fd(), &encode(&ToClient::Failed(failure)), &[]);
         return;
     };
-    let result = match handshake(&plane, &socket, pid, uid).await {
-        Ok(session) => {
+    let result = match greet(&plane, &socket, pid, uid).await {
+        Ok(None) => {
+            // Another daemon's: this one ends now.
+            let socket = socket.0.as_fd().try_clone_to_owned();
+            *plane.successor.lock().unwrap_or_else(PoisonError::into_inner) = socket.ok();
+            plane.takes_over.notify_one();
+            return;
+        }
+        Ok(Some(session)) => {
             drop(inside);
             let result = peer::while_there(&session, run(&plane, &socket, &session)).await;
-            let (done, gone) = oneshot::channel();
-            plane.lanes[session.status.lane].send(Command::Detach(session.status.id, done));
-            let _ = gone.await;
-            plane.registry.remove(session.status.id);
+            plane.end(session.status.id, session.status.lane).await;
             if faults::fires(Point::Leak) {
                 std::mem::forget(socket.0.as_fd().try_clone_to_owned());
             }
@@ -316,6 +302,8 @@ struct Session {
     account: Arc<Account>,
     /// What it has registered.
     registered: OnceLock<RegisteredModel>,
+    /// What its client proves itself by to the next daemon, if it is to outlast this one.
+    token: Option<[u64; 2]>,
     /// Its place among `max_sessions`, and those of its user.
     _place: Place,
 }
@@ -332,11 +320,34 @@ async fn step<T>(future: impl Future<Output = Result<T, Ended>>) -> Result<T, En
     tokio::time::timeout(HANDSHAKE_TIMEOUT, future).await.unwrap_or(Err(Ended::TooSlow))
 }
 
-async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result<Session, Ended> {
+/// What a client says first. `None`: it is a daemon that takes over.
+async fn greet(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result<Option<Session>, Ended> {
     let (message, _) = step(socket.receive()).await?;
-    let ToDaemon::Hello { features: theirs, name, limits, minor } = message else {
-        return Err(Ended::Protocol("the first message must be a hello".into()));
-    };
+    match message {
+        ToDaemon::Hello { features, name, limits, minor } => {
+            handshake(plane, socket, (pid, uid), (features, name, limits, minor)).await.map(Some)
+        }
+        ToDaemon::Claim { session, token, extents } => {
+            claim(plane, socket, (pid, uid), Claim { session, token, extents }).await.map(Some)
+        }
+        ToDaemon::Takeover if uid != 0 && uid != nix::unistd::geteuid().as_raw() => {
+            Err(Ended::Refused(Failure::NotAllowed { uid }))
+        }
+        ToDaemon::Takeover if plane.kept.is_none() => {
+            let reason = "it keeps no sessions: start it with keep_sessions = \"on\"";
+            Err(Ended::Refused(Failure::NotReady(reason.into())))
+        }
+        ToDaemon::Takeover => Ok(None),
+        _ => Err(Ended::Protocol("the first message must be a hello".into())),
+    }
+}
+
+async fn handshake(
+    plane: &Plane,
+    socket: &Socket,
+    (pid, uid): (i32, u32),
+    (theirs, name, limits, minor): (u64, String, Limits, u16),
+) -> Result<Session, Ended> {
     if !plane.access.admits(socket.0.as_fd(), uid) {
         return Err(Ended::Refused(Failure::NotAllowed { uid }));
     }
@@ -346,7 +357,8 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
         return Err(Ended::Refused(if known { failure } else { Failure::Internal(failure.to_string()) }));
     }
     let wanted = plane.device.features();
-    let common = theirs & (wanted | features::DOORBELLS);
+    let kept = if plane.kept.is_some() && agreed(minor) >= 1 { features::KEPT } else { 0 };
+    let common = theirs & (wanted | features::DOORBELLS | kept);
     if common & wanted == 0 {
         let failure = match plane.device.mode() {
             Mode::Device => Failure::Device(format!(
@@ -366,30 +378,19 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
         account.note(&failure);
         Ended::Refused(failure)
     })?;
-    // The daemon never writes what the client writes, and the client gets what the daemon writes already sealed.
-    // Neither can be resized from before the client has it: a file cut short under a mapping ends the process.
-    let (c2d_file, c2d_map, d2c_file, d2c_map) = beside(move || {
-        let c2d_file = Memfd::create("kvoyant-c2d", layout.c2d_bytes)?;
-        let d2c_file = Memfd::create("kvoyant-d2c", layout.d2c_bytes)?;
-        let c2d_map = c2d_file.map_read_only()?;
-        let d2c_map = Arc::new(d2c_file.map(true)?);
-        c2d_file.seal(Seals::size_only())?;
-        d2c_file.seal(Seals::frozen_for_readers())?;
-        Ok((c2d_file, c2d_map, d2c_file, d2c_map))
-    })
-    .await?;
-    d2c_map.store_u64(d2c::BOOT_ID, plane.boot_id);
+    let rings = RingFiles::make(plane, layout).await?;
     let id = plane.next_session.fetch_add(1, Ordering::Relaxed);
     let welcome =
         ToClient::Welcome { features: common, session: id, boot_id: plane.boot_id, limits, minor: MINOR };
-    socket.send(&welcome, &[c2d_file.try_clone()?, d2c_file.try_clone()?]).await?;
+    socket.send(&welcome, &rings.fds()?).await?;
     let (message, _) = step(socket.receive()).await?;
     if message != ToDaemon::Mapped {
         return Err(Ended::Protocol(
             "after the welcome, the client must say that it has mapped its memory".into(),
         ));
     }
-    c2d_file.seal(Seals::frozen_for_readers())?;
+    rings.freeze()?;
+    let token = if common & features::KEPT == 0 { None } else { Some(claim::token()?) };
     let lane = (id % plane.lanes.len() as u64) as usize;
     let name = printable(&name);
     let status = Arc::new(SessionStatus::new(id, name, pid, uid, lane));
@@ -397,8 +398,8 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
         id,
         Arc::clone(&status),
         layout,
-        c2d_map,
-        Arc::clone(&d2c_map),
+        rings.c2d,
+        Arc::clone(&rings.d2c),
         plane.boot_id,
         Arc::clone(&account),
     );
@@ -414,33 +415,32 @@ async fn handshake(plane: &Plane, socket: &Socket, pid: i32, uid: u32) -> Result
         ending,
         sequences_max,
         layout,
-        d2c: d2c_map,
+        d2c: rings.d2c,
         features,
         importer,
         account,
         registered: OnceLock::new(),
+        token,
         _place: place,
     };
     match socket.send(&ToClient::Sealed, &[]).await {
         Ok(()) => Ok(session),
         Err(error) => {
-            let (done, gone) = oneshot::channel();
-            plane.lanes[lane].send(Command::Detach(id, done));
-            let _ = gone.await;
-            plane.registry.remove(id);
+            plane.end(id, lane).await;
             Err(error)
         }
     }
 }
 
 async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), Ended> {
-    let (mut registered, mut left) = (false, false);
+    let (mut registered, mut left) = (session.registered.get().is_some(), false);
     let mut inbox = plane.orders.open(session.status.id);
     loop {
         let (message, fds) = tokio::select! {
             received = socket.receive() => received?,
             order = inbox.next() => {
                 orders::serve(plane, session, order).await?;
+                settle(plane, session, None).await?;
                 continue;
             }
             reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
@@ -452,12 +452,19 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
         let (answer, answered) = oneshot::channel();
         match message {
             _ if left => return Err(Ended::Protocol("a message came after the goodbye".into())),
-            ToDaemon::Hello { .. } | ToDaemon::Mapped => {
+            ToDaemon::Hello { .. } | ToDaemon::Mapped | ToDaemon::Claim { .. } | ToDaemon::Takeover => {
                 return Err(Ended::Protocol("the handshake is over".into()));
             }
             ToDaemon::Goodbye => {
                 left = true;
                 session.importer.closed.store(true, Ordering::Release);
+            }
+            ToDaemon::Keep => {
+                let (Some(token), Some(kept)) = (session.token, &plane.kept) else {
+                    return Err(Ended::Protocol("it was not agreed that the session is kept".into()));
+                };
+                let seconds = kept.patience.as_secs() as u32;
+                socket.send(&ToClient::Kept { token, seconds }, &[]).await?;
             }
             ToDaemon::Register(_) if registered => {
                 return Err(Ended::Protocol("a session registers one model, once".into()));
@@ -468,9 +475,9 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
                     socket.send(&ToClient::Failed(failure), &[]).await?;
                 }
                 Err(ended) => return Err(ended),
-                Ok((model, message, slab)) => {
+                Ok((model, keeping, message, slab)) => {
                     registered = true;
-                    lane.send(Command::Register(session.status.id, model, answer));
+                    lane.send(Command::Register(session.status.id, model, keeping, answer));
                     answered.await.map_err(|_| Ended::Protocol("the session has ended".into()))?;
                     socket.send(&message, &slab).await?;
                 }
@@ -478,26 +485,31 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
             ToDaemon::Suspend { sequence, image, overwrite, label } => {
                 let asked = Suspend { sequence, image, overwrite, label };
                 let message = images::answer(session, images::suspend(plane, socket, session, asked).await)?;
+                settle(plane, session, Some(&message)).await?;
                 socket.send(&message, &[]).await?;
             }
             ToDaemon::Publish { sequence, tokens, shared } => {
                 let asked = Publish { sequence, tokens, shared, fds };
                 let message = images::answer(session, prefix::publish(plane, session, asked).await)?;
+                settle(plane, session, Some(&message)).await?;
                 socket.send(&message, &[]).await?;
             }
             ToDaemon::Attach { method, by, tokens } => {
                 let asked = ToAttach { method, by, tokens, fds };
                 let message = images::answer(session, prefix::attach(plane, socket, session, asked).await)?;
+                settle(plane, session, Some(&message)).await?;
                 socket.send(&message, &[]).await?;
             }
             ToDaemon::Resume { image, method, by } => {
                 let asked = Resume { image, method, by };
                 let message = images::answer(session, images::resume(plane, socket, session, asked).await)?;
+                settle(plane, session, Some(&message)).await?;
                 socket.send(&message, &[]).await?;
             }
             message => {
                 let reply = ask(plane, socket, session, message).await?;
                 session.note(&reply.message);
+                settle(plane, session, Some(&reply.message)).await?;
                 socket.reply(reply).await?;
             }
         }
@@ -506,6 +518,24 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
 
 fn takes_descriptors(message: &ToDaemon) -> bool {
     matches!(message, ToDaemon::Register(_) | ToDaemon::Publish { .. } | ToDaemon::Attach { .. })
+}
+
+/// What was asked of a session that is to outlast this daemon has been done. Before its client hears of it, it is kept, with the answer.
+async fn settle(plane: &Plane, session: &Session, answer: Option<&ToClient>) -> Result<(), Ended> {
+    if session.token.is_none() {
+        return Ok(());
+    }
+    let (done, settled) = oneshot::channel();
+    let command = Command::Settle(session.status.id, answer.map(encode), done);
+    plane.lanes[session.status.lane].send(command);
+    let settled = tokio::select! {
+        settled = settled => settled,
+        reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+    };
+    match settled {
+        Ok(()) => Ok(()),
+        Err(_) => Err(Ended::Protocol(session.ending.ended().await)),
+    }
 }
 
 /// Asks the lane, and waits for what it says.

@@ -4,17 +4,79 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvoyant_methods::Artifacts;
-use kvoyant_protocol::control::{Mode, ModelSpec, ToClient};
+use kvoyant_protocol::control::{Failure, Mode, ModelSpec, ToClient};
 use kvoyant_protocol::device::SlabRef;
+use kvoyant_protocol::memory::Memfd;
 
 use super::images::Registered as RegisteredModel;
 use super::{Ended, Plane, SLAB_MAX, Session, beside, printable};
 use crate::artifacts;
 use crate::device::SlabRequest;
+use crate::keep::Piece;
+use crate::lane::keeping::{About, Keeping};
 use crate::lane::model::{ModelState, Placement, shape_of};
 
-/// A model, what its client hears, and what goes along.
-type Registered = (Box<ModelState>, ToClient, Vec<OwnedFd>);
+/// A model, what it leaves to the next daemon, what its client hears, and what goes along.
+type Registered = (Box<ModelState>, Option<Box<Keeping>>, ToClient, Vec<OwnedFd>);
+
+/// How much of a session lies where.
+pub(super) fn placement(plane: &Plane) -> Placement {
+    let config = plane.config();
+    let config = &config.config;
+    Placement { keep: config.keep, device_share: config.device_percent / 100.0, spill: plane.spill(config) }
+}
+
+/// Bytes of the slab of such a model.
+fn slab_bytes(plane: &Plane, spec: &ModelSpec) -> u64 {
+    let default = plane.config().config.slab.as_u64();
+    match (spec.slab_bytes, plane.device.mode()) {
+        (0, _) => default,
+        // What is set aside on a device bounds all sessions together; on the host only this does.
+        (bytes, Mode::Device) => bytes,
+        (bytes, _) => bytes.min(default),
+    }
+}
+
+/// Begins the journal of a session that is to outlast this daemon.
+async fn begin(
+    plane: &Plane,
+    session: &Session,
+    spec: &ModelSpec,
+    artifacts: Vec<OwnedFd>,
+) -> Result<Option<Box<Keeping>>, Ended> {
+    let (Some(kept), Some(token)) = (&plane.kept, session.token) else { return Ok(None) };
+    let mut about = About {
+        session: session.status.id,
+        uid: session.status.uid,
+        client: session.status.client.clone(),
+        token,
+        limits: session.layout.limits,
+        features: session.features,
+        spec: spec.clone(),
+        artifacts: Vec::new(),
+    };
+    let keep = Arc::clone(&kept.keep);
+    let begun = beside(move || {
+        for file in artifacts {
+            let number = nix::sys::stat::fstat(&file).map_err(std::io::Error::from)?.st_ino;
+            keep.add(about.session, Piece::Artifact(number), file)?;
+            about.artifacts.push(number);
+        }
+        Ok(Keeping::begin(keep, &about))
+    });
+    match begun.await {
+        Ok(Ok(keeping)) => Ok(Some(Box::new(keeping))),
+        Ok(Err(error)) => Err(cannot_keep(plane, session, &error)),
+        Err(error) => Err(cannot_keep(plane, session, &error)),
+    }
+}
+
+fn cannot_keep(plane: &Plane, session: &Session, error: &dyn std::fmt::Display) -> Ended {
+    if let Some(kept) = &plane.kept {
+        kept.keep.forget(session.status.id);
+    }
+    Ended::Refused(Failure::NotReady(format!("the session cannot be kept for the next daemon: {error}")))
+}
 
 /// Builds what a client registers.
 pub(super) async fn register(
@@ -32,19 +94,10 @@ pub(super) async fn register(
     }
     let (extents, device) = (plane.pool.supply(session.status.uid), Arc::clone(&plane.device));
     let sequences_max = session.sequences_max;
-    let config = plane.config();
-    let config = &config.config;
-    let placement = Placement {
-        keep: config.keep,
-        device_share: config.device_percent / 100.0,
-        spill: plane.spill(config),
-    };
-    let default = config.slab.as_u64();
-    let asked = match (spec.slab_bytes, plane.device.mode()) {
-        (0, _) => default,
-        // What is set aside on a device bounds all sessions together; on the host only this does.
-        (bytes, Mode::Device) => bytes,
-        (bytes, _) => bytes.min(default),
+    let (placement, asked) = (placement(plane), slab_bytes(plane, &spec));
+    let files: Vec<OwnedFd> = match session.token {
+        Some(_) => artifacts.iter().map(Memfd::try_clone).collect::<Result<_, _>>()?,
+        None => Vec::new(),
     };
     let slab = SlabRequest {
         session: session.status.id,
@@ -80,6 +133,7 @@ pub(super) async fn register(
     if let Some(graph) = &model.graph {
         fds.push(graph.mailbox.fd()?);
     }
+    let keeping = begin(plane, session, &model.spec, files).await?;
     let methods = model.spec.methods.clone();
     let _ = session.registered.set(RegisteredModel {
         key: model.model_key(),
@@ -92,7 +146,7 @@ pub(super) async fn register(
         page_rows: model.shape.page_rows as u32,
         slab,
         spills: model.spill.is_some(),
-        scarce: model.spill.is_some() && config.host_percent < 100.0,
+        scarce: model.spill.is_some() && plane.config().config.host_percent < 100.0,
     };
-    Ok((Box::new(model), message, fds))
+    Ok((Box::new(model), keeping, message, fds))
 }

@@ -15,7 +15,7 @@ use kvoyant_kernels::Kernels;
 use kvoyant_protocol::control::{Failure, Mode, features};
 use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::faults::{self, Point};
-use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
+use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
 use kvoyant_protocol::quota::Quota;
 
 use super::fair::Fair;
@@ -145,6 +145,10 @@ impl SlabMemory for HostSlab {
 
     fn base(&self) -> *mut u8 {
         self.memory.address(0, 0).unwrap_or(std::ptr::null_mut())
+    }
+
+    fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.memory.write(offset, bytes)
     }
 
     fn export(&self) -> Result<(SlabRef, Vec<OwnedFd>), SlabError> {

@@ -201,6 +201,14 @@ pub trait SlabMemory: Memory {
     /// Its address, as destinations of copies have it. The host may not follow it unless the device is the host.
     fn base(&self) -> *mut u8;
 
+    /// Writes there, where the host can and nobody else does.
+    ///
+    /// # Errors
+    /// Bytes outside of it.
+    fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), MemoryError> {
+        Err(MemoryError::OutOfBounds { offset, bytes: bytes.len(), len: 0 })
+    }
+
     /// Whether it is a GPU's.
     fn is_on_device(&self) -> bool {
         false

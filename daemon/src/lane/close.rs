@@ -80,6 +80,7 @@ impl ModelState {
     /// Takes a sequence out of its slot: from here on its handle means nothing.
     fn take_out(&mut self, id: SequenceId) -> Result<Sequence, Failure> {
         self.sequence(id)?;
+        self.touched.mark(id.slot as usize);
         let slot = &mut self.sequences[id.slot as usize];
         slot.generation = slot.generation.wrapping_add(1);
         let Some(sequence) = slot.sequence.take() else { return Err(Failure::NoSuchSequence(id)) };

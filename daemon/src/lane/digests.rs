@@ -23,7 +23,7 @@ use rows::{read_keys, read_values};
 /// Blocks of one kind of digest.
 #[derive(Debug)]
 pub struct DigestPool {
-    key: DigestKey,
+    pub(crate) key: DigestKey,
     /// The blocks.
     pub blocks: Blocks,
 }
@@ -44,7 +44,7 @@ pub struct DigestSet {
     /// Which kind.
     pub key: DigestKey,
     /// A method that builds this kind.
-    method: usize,
+    pub(crate) method: usize,
     /// Block ids, `[layer][KV head][capacity]`.
     pub table: Region,
     /// Head states, `[layer][KV head]`.

@@ -4,6 +4,7 @@
 //! the request rings of its sessions, its queue of commands from the control plane and its queue of ended
 //! transfers; when all are empty it polls a little longer, then sleeps on all of them at once.
 
+mod asked;
 pub mod background;
 mod bomb;
 mod close;
@@ -11,6 +12,7 @@ pub mod digests;
 pub mod error;
 pub mod graph;
 pub mod images;
+pub mod keeping;
 pub mod kept;
 mod link;
 pub mod list;
@@ -38,6 +40,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use kvoyant_protocol::control::{Failure, ToClient, ToDaemon};
 use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::futex::{Bell, Word, publish_before_looking, spin, wait_any};
+use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
 use tokio::sync::{Notify, oneshot};
 
@@ -45,11 +48,12 @@ pub(crate) use self::bomb::Bomb;
 use crate::device::{Device, Report};
 use crate::lane::error::SessionError;
 use crate::lane::images::{ImageOutcome, ImageRequest};
+use crate::lane::keeping::Keeping;
 use crate::lane::list::{Looks, OpenSequence};
 use crate::lane::model::{Announcement, ModelState};
 use crate::lane::reaper::Reaper;
 use crate::lane::session::{LaneSession, Tools};
-use crate::lane::spill::{Before, Evicted};
+use crate::lane::spill::Evicted;
 use crate::lane::turns::{Seat, Turns};
 use crate::notify::Pulse;
 use crate::tiers::nvme::SpillReport;
@@ -142,8 +146,14 @@ impl Ending {
 pub enum Command {
     /// Serve this session.
     Attach(Box<LaneSession>, Arc<Ending>),
-    /// Its model is built.
-    Register(u64, Box<ModelState>, oneshot::Sender<Reply>),
+    /// Its model is built; and what it leaves to the next daemon, if it is to.
+    Register(u64, Box<ModelState>, Option<Box<Keeping>>, oneshot::Sender<Reply>),
+    /// A session that another daemon has left has its client back.
+    Resume(u64, Box<Keeping>, oneshot::Sender<Result<Vec<Announcement>, MemoryError>>),
+    /// That client knows all that it has to: nobody else can have the session's memory mapped from here on.
+    Claimed(u64),
+    /// What was asked of a session has been done, with this answer for its client if it came from there. Answered once that is kept.
+    Settle(u64, Option<Vec<u8>>, oneshot::Sender<()>),
     /// Something about sequences.
     Control(u64, Asked, oneshot::Sender<Outcome>),
     /// Extents that it needs.
@@ -336,9 +346,16 @@ impl Lane {
                 let result = attached.session.poll(tools, FAIR_SHARE);
                 attached.check(result).unwrap_or(false)
             });
+            for attached in self.sessions.iter_mut().filter(|attached| attached.is_served()) {
+                attached.session.cover_if_due(!busy);
+            }
             let armed = !stopping && self.sessions.iter().any(Attached::is_armed);
             self.reap();
             if stopping && self.sessions.iter().all(|attached| !attached.session.in_transfer()) {
+                for attached in self.sessions.iter_mut().filter(|attached| attached.is_served()) {
+                    // What its client was told is what the next daemon goes on with.
+                    attached.session.cover();
+                }
                 return;
             }
             if !busy && armed {
@@ -417,16 +434,38 @@ impl Lane {
                     last_turn: 0,
                 });
             }
-            Command::Register(id, mut model, reply) => {
+            Command::Register(id, mut model, keeping, reply) => {
                 model.attach_spill(id, &self.pages);
                 if let Some(attached) = self.find(id) {
                     attached.session.model = Some(model);
+                    if let Some(keeping) = keeping {
+                        attached.session.keep(keeping);
+                    }
                     let _ = reply.send(Reply::plain(ToClient::Done));
                 }
             }
             Command::Control(id, message, reply) => {
                 if let Some(attached) = self.find(id) {
                     attached.control(message, reply, tools);
+                }
+            }
+            Command::Resume(id, keeping, reply) => {
+                if let Some(attached) = self.find(id) {
+                    attached.session.keep(keeping);
+                    if let Some(model) = &mut attached.session.model {
+                        let _ = reply.send(model.announce());
+                    }
+                    attached.session.refresh_status();
+                }
+            }
+            Command::Claimed(id) => {
+                if let Some(model) = self.find(id).and_then(|attached| attached.session.model.as_mut()) {
+                    model.arena.claimed();
+                }
+            }
+            Command::Settle(id, answer, reply) => {
+                if let Some(attached) = self.find(id) {
+                    attached.session.settles(answer, reply);
                 }
             }
             Command::Supply(id, supply) => {
@@ -448,6 +487,7 @@ impl Lane {
             Command::List(reply) => drop(reply.send(self.list())),
             Command::Detach(id, done) => {
                 if let Some(attached) = self.find(id) {
+                    attached.session.let_go();
                     attached.detaching = Some(done);
                 }
             }
@@ -474,6 +514,10 @@ impl Lane {
 }
 
 impl Attached {
+    fn is_served(&self) -> bool {
+        !self.broken && self.detaching.is_none()
+    }
+
     fn is_armed(&self) -> bool {
         self.session.armed && !self.broken && self.detaching.is_none()
     }
@@ -492,6 +536,10 @@ impl Attached {
                 return;
             }
             Some(true) => {}
+        }
+        if !self.session.begins_control() {
+            (self.parked, self.retries) = (Some((asked, reply)), true);
+            return;
         }
         let answer = self.session.asked(asked);
         self.session.count_pages();
@@ -513,84 +561,5 @@ impl Attached {
                 None
             }
         }
-    }
-}
-
-impl LaneSession {
-    fn asked(&mut self, asked: Asked) -> Result<Outcome, SessionError> {
-        match asked {
-            Asked::Message(message) => self.control(message),
-            Asked::Image(request) => {
-                let Some(model) = &mut self.model else {
-                    let failure = Failure::BadModel("a model must be registered first".into());
-                    return Ok(Outcome::Image(ImageOutcome::Failed(failure)));
-                };
-                let before = model.before_image(&request);
-                if before == Before::Later || self.waits_for_pages {
-                    model.submit_pages();
-                    return Ok(Outcome::Later(Asked::Image(request)));
-                }
-                let outcome = model.image(request);
-                model.submit_pages();
-                Ok(Outcome::Image(outcome))
-            }
-        }
-    }
-
-    /// Does what a control message asks. An error ends the session: something failed half way, or memory of its own
-    /// could not be handed over.
-    fn control(&mut self, message: ToDaemon) -> Result<Outcome, SessionError> {
-        let released = self.released_through();
-        let Some(model) = &mut self.model else {
-            let failure = Failure::BadModel("a model must be registered first".into());
-            return Ok(Outcome::Answered(Reply::plain(ToClient::Failed(failure))));
-        };
-        let before = model.before_control(&message);
-        model.submit_pages();
-        if before == Before::Later || self.waits_for_pages {
-            return Ok(Outcome::Later(Asked::Message(message)));
-        }
-        let Some(model) = &mut self.model else { return Ok(Outcome::Later(Asked::Message(message))) };
-        let extents = model.missing_extents(&message);
-        if extents > 0 {
-            return Ok(Outcome::Needs { extents, message });
-        }
-        let result = match &message {
-            ToDaemon::Open { method, tokens, by } => {
-                model.open(*method, *tokens, *by).and_then(|id| model.opened(id))
-            }
-            ToDaemon::Fork { parent, method, by } => {
-                model.fork(*parent, *method, *by).and_then(|id| model.opened(id))
-            }
-            ToDaemon::Reserve { sequences } => model.reserve(sequences).and_then(|()| {
-                let tables = sequences.iter().map(|(id, _)| model.table_of(*id)).collect::<Result<_, _>>()?;
-                Ok(ToClient::Reserved { tables })
-            }),
-            ToDaemon::Truncate { sequence, tokens } => {
-                model.truncate(*sequence, *tokens, released).map(|()| ToClient::Done)
-            }
-            ToDaemon::Graph { sequence, slot } => {
-                model.serve_graph(*sequence, *slot).map(|()| ToClient::Done)
-            }
-            ToDaemon::Close { sequences } => {
-                // One bad handle must not keep the others open.
-                let closed = sequences.iter().map(|id| model.close(*id));
-                closed.fold(Ok(()), Result::and).map(|()| ToClient::Done)
-            }
-            other => Err(Failure::BadModel(format!("{other:?} is not a request about sequences"))),
-        };
-        model.settle(released);
-        let message = match result {
-            Err(Failure::Internal(reason)) => return Err(SessionError::HalfWay(reason)),
-            result => result.unwrap_or_else(ToClient::Failed),
-        };
-        Ok(Outcome::Answered(Reply { announcements: model.announce()?, message, fds: Vec::new() }))
-    }
-}
-
-impl ModelState {
-    fn opened(&self, sequence: SequenceId) -> Result<ToClient, Failure> {
-        let (table, room) = self.table_of(sequence)?;
-        Ok(ToClient::Opened { sequence, table, room })
     }
 }

@@ -21,6 +21,7 @@ use crate::lane::background::Flying;
 use crate::lane::digests::DigestPool;
 use crate::lane::graph::GraphState;
 use crate::lane::images::Taken;
+use crate::lane::keeping::Touched;
 use crate::lane::kept::Keepers;
 use crate::lane::sequences::SequenceSlot;
 use crate::lane::spill::{SpillState, SpillTo};
@@ -147,6 +148,8 @@ pub struct ModelState {
     pub sequences: Vec<SequenceSlot>,
     /// Which of them are taken.
     pub open: Vec<u32>,
+    /// Which of them have changed since they were last kept.
+    pub(crate) touched: Touched,
     /// The device's slab; `None` in place.
     pub slab: Option<SlabState>,
     /// Graph mode, if the session wants it.
@@ -276,6 +279,7 @@ impl ModelState {
             pools: Vec::new(),
             sequences,
             open: Vec::new(),
+            touched: Touched::default(),
             slab,
             graph,
             spill: spill.map(|to| SpillState::new(to, geometry.page_bytes(), &account)),
@@ -307,6 +311,12 @@ impl ModelState {
     pub fn rows_per_extent(&self) -> u32 {
         let geometry = self.arena.geometry();
         (geometry.pages_per_extent() * geometry.page_rows) as u32
+    }
+
+    /// The client has so many extents, and no tables. False if it cannot have so many.
+    pub fn has_announced(&mut self, extents: usize) -> bool {
+        (self.announced_extents, self.announced_tables) = (extents, 0);
+        extents <= self.arena.extents()
     }
 
     /// Memory that the client has not got yet, in messages of as many descriptors as fit.

@@ -207,6 +207,7 @@ impl ModelState {
                 .min_by_key(|(_, _, layer)| layer.last_ticket)
                 .map(|(slot, layer, _)| (slot, layer));
             let Some((slot, layer)) = oldest else { return };
+            self.touched.mark(slot as usize);
             let sequence = self.sequences[slot as usize].sequence.as_mut();
             let Some(layer) = sequence.map(|sequence| &mut sequence.residency[layer]) else { return };
             slab.pages.give_back(layer.heads.iter_mut().flat_map(SlotSet::clear));

@@ -128,6 +128,7 @@ impl ModelState {
     }
 
     pub(crate) fn sequence_mut(&mut self, id: SequenceId) -> Result<&mut Sequence, Failure> {
+        self.touched.mark(id.slot as usize);
         self.sequences
             .get_mut(id.slot as usize)
             .filter(|slot| slot.generation == id.generation)
@@ -153,7 +154,7 @@ impl ModelState {
     }
 
     /// One sequence more, of its user's.
-    fn charge_sequence(&self) -> Result<Charge, Failure> {
+    pub(super) fn charge_sequence(&self) -> Result<Charge, Failure> {
         self.arena.purse().account().charge(Quota::Sequences, 1).map_err(Failure::Quota)
     }
 
@@ -167,6 +168,7 @@ impl ModelState {
 
     fn install(&mut self, slot: usize, sequence: Sequence) -> SequenceId {
         self.sequences[slot].sequence = Some(sequence);
+        self.touched.mark(slot);
         self.open.push(slot as u32);
         let id = SequenceId { slot: slot as u32, generation: self.sequences[slot].generation };
         self.record(id);

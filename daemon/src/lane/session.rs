@@ -22,6 +22,7 @@ use kvoyant_protocol::wire::{BatchEntry, Completion, Operation, Request, STATS, 
 use crate::device::{AnswerWords, BACKGROUND, Device, Publication, Report};
 use crate::lane::background::Background;
 use crate::lane::error::SessionError;
+use crate::lane::keeping::{Keeping, Progress};
 use crate::lane::link::Link;
 use crate::lane::mailbox::Report as GraphReport;
 use crate::lane::model::ModelState;
@@ -47,15 +48,15 @@ pub struct LaneSession {
     pub status: Arc<SessionStatus>,
     layout: Layout,
     c2d: SharedMapping,
-    d2c: Arc<SharedMapping>,
+    pub(super) d2c: Arc<SharedMapping>,
     requests: Consumer,
     completions: Producer,
     boot_id: u64,
     /// The registered model.
     pub model: Option<Box<ModelState>>,
-    last_ticket: u64,
+    pub(super) last_ticket: u64,
     posted: u64,
-    released_through: u64,
+    pub(super) released_through: u64,
     /// As far as the client's stream says that it has let go.
     stream_released: u64,
     /// As far as the client has let go in either way; it may be ahead of what has been posted.
@@ -71,7 +72,11 @@ pub struct LaneSession {
     page_news: bool,
     in_transfer: usize,
     link: Link,
-    stats: [u64; STATS],
+    pub(super) stats: [u64; STATS],
+    /// Requests of the ring that have been done since the session began.
+    pub(super) requests_done: u64,
+    /// What it leaves to the next daemon, if it is to.
+    pub(super) keeping: Option<Box<Keeping>>,
     batch: Vec<BatchEntry>,
     answer: Answer,
     background: Background,
@@ -131,6 +136,8 @@ impl LaneSession {
             in_transfer: 0,
             link: Link::default(),
             stats: [0; STATS],
+            requests_done: 0,
+            keeping: None,
             batch: Vec::new(),
             answer: Answer::default(),
             background: Background::default(),
@@ -142,6 +149,23 @@ impl LaneSession {
             seen: None,
             draining: None,
         }
+    }
+
+    /// Goes on as far as it had come with another daemon.
+    #[must_use]
+    pub(crate) fn going_on(mut self, progress: &Progress, model: Box<ModelState>) -> Self {
+        self.requests_done = progress.requests;
+        (self.last_ticket, self.posted) = (progress.tickets, progress.tickets);
+        self.released_through = progress.released_through;
+        self.asked_release = progress.released_through;
+        for (stat, value) in progress.stats.iter().take(STATS).enumerate() {
+            self.stats[stat] = *value;
+            self.d2c.store_u64(d2c::STATS + stat * 8, *value);
+            self.status.stats[stat].store(*value, Ordering::Relaxed);
+        }
+        self.d2c.store_u64(d2c::TIMELINE, progress.tickets << 8);
+        self.model = Some(model);
+        self
     }
 
     /// The word to sleep on, and the value that means "nothing new".
@@ -194,6 +218,9 @@ impl LaneSession {
         if self.streams {
             self.release_by_stream()?;
         }
+        if self.must_rest() {
+            return Ok(false);
+        }
         let available = self.requests.available(&self.c2d)?;
         let mut handled = 0;
         let since = Instant::now();
@@ -232,6 +259,7 @@ impl LaneSession {
             }
             self.handle(&request, index, arrived, tools)?;
             self.requests.advance(&self.d2c);
+            self.requests_done += 1;
             handled += 1;
         }
         let prepared = self.prepare(tools, since);
@@ -270,10 +298,16 @@ impl LaneSession {
         match request.operation {
             Operation::Release => Ok(()),
             Operation::Speculate(speculate) => self.speculate(&speculate, index, arrived, tools),
-            Operation::Append(append) => self.append(&append, index),
-            Operation::Observe(observe) => self.observe(&observe, index),
-            Operation::Feedback(feedback) => self.feedback(&feedback, index),
-            Operation::Mark { payload_bytes } => self.mark(payload_bytes, index),
+            operation => {
+                self.was_told();
+                match operation {
+                    Operation::Append(append) => self.append(&append, index),
+                    Operation::Observe(observe) => self.observe(&observe, index),
+                    Operation::Feedback(feedback) => self.feedback(&feedback, index),
+                    Operation::Mark { payload_bytes } => self.mark(payload_bytes, index),
+                    Operation::Release | Operation::Speculate(_) => Ok(()),
+                }
+            }
         }
     }
 

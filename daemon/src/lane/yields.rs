@@ -10,10 +10,11 @@ use kvoyant_protocol::wire::SequenceId;
 use crate::lane::model::ModelState;
 use crate::lane::session::LaneSession;
 use crate::lane::spill::Evicted;
+use crate::tiers::pool::Supply;
 
 impl ModelState {
     /// Gives back extents in which no page is in use, up to so many. Nothing is being copied, and no page is on its way from or to disk.
-    fn give_up_free(&mut self, most: usize) -> usize {
+    fn give_up_free(&mut self, most: usize) -> Supply {
         let given = self.arena.give_up_free(most);
         for extent in given.extents() {
             self.memory.forget(extent.memory());
@@ -21,7 +22,7 @@ impl ModelState {
                 state.forget(extent.memory());
             }
         }
-        given.extents().len()
+        given
     }
 }
 
@@ -50,7 +51,7 @@ impl LaneSession {
 
     /// Gives back extents in which nothing is, if its user has more than their share and it is not `to` who asks. How many.
     pub(super) fn yield_extents(&mut self, to: u32) -> usize {
-        let idle = !self.has_answers_under_way() && !self.in_transfer();
+        let idle = !self.has_answers_under_way() && !self.in_transfer() && self.may_yield();
         let Some(model) = self.model.as_mut().filter(|_| idle) else { return 0 };
         let purse = model.arena.purse();
         let (account, total) = (purse.account(), purse.all().total_bytes());
@@ -61,7 +62,9 @@ impl LaneSession {
             return 0;
         }
         let given = model.give_up_free(beyond as usize);
+        // Nobody else has them before it is known that this session has them no more.
+        self.cover();
         self.refresh_status();
-        given
+        given.extents().len()
     }
 }

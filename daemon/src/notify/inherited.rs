@@ -1,12 +1,15 @@
-//! Sockets that the service manager made, and that somebody may have connected to already.
+//! What the service manager hands over: sockets that it made, and that somebody may have connected to already, and files of sessions that it
+//! stored for an earlier daemon.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use kvoyant_protocol::inherited;
 use nix::sys::socket::{SockType, UnixAddr, getsockname, getsockopt, sockopt};
 use thiserror::Error;
+
+use crate::keep::{self, Named};
 
 /// What a socket unit calls its descriptors unless it has `FileDescriptorName=`: then the kind of socket says which it is.
 const UNIT: &str = "kvoyantd.socket";
@@ -16,7 +19,7 @@ const UNIT: &str = "kvoyantd.socket";
 pub enum InheritError {
     /// The environment is not as the manager would make it.
     #[error(
-        "cannot take over the service manager's sockets: {0}; unset LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES to start without them"
+        "cannot take what the service manager handed over: {0}; unset LISTEN_PID, LISTEN_FDS and LISTEN_FDNAMES to start without them"
     )]
     Environment(io::Error),
     /// Something else than a listening socket of the right kind.
@@ -48,11 +51,12 @@ impl Inherited {
     /// # Errors
     /// An environment that makes no sense.
     pub(crate) fn take() -> Result<Self, InheritError> {
-        static TAKEN: AtomicBool = AtomicBool::new(false);
-        if TAKEN.swap(true, Ordering::Relaxed) {
-            return Ok(Self::default());
-        }
-        named_descriptors().map(Self)
+        inherited::take().map(Self).map_err(InheritError::Environment)
+    }
+
+    /// Takes files of sessions.
+    pub(crate) fn sessions(&mut self) -> Vec<Named> {
+        keep::ours(&mut self.0)
     }
 
     /// Takes the listening socket of this name, or of the socket unit's, that is of this kind.
@@ -75,18 +79,6 @@ impl Inherited {
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(name, _)| name.as_str())
     }
-}
-
-/// What `LISTEN_PID`, `LISTEN_FDS` and `LISTEN_FDNAMES` name, if they are about this process: each descriptor with its name, from now on
-/// closed when another program is started. They are taken once ([`Inherited::take`]): a second call would hand out the same numbers again.
-fn named_descriptors() -> Result<Vec<(String, OwnedFd)>, InheritError> {
-    let all = sd_notify::listen_fds_with_names().map_err(InheritError::Environment)?;
-    let owned = all.map(|(fd, name)| {
-        // SAFETY: the manager opened it for this process and nobody else in it knows of it (this runs once); that it is open was
-        // found when it was made to close on exec.
-        (name, unsafe { OwnedFd::from_raw_fd(fd) })
-    });
-    Ok(owned.collect())
 }
 
 fn listens_at(socket: BorrowedFd<'_>, kind: SockType) -> Result<PathBuf, String> {

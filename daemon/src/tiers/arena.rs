@@ -13,6 +13,7 @@ pub use kvoyant_protocol::layout::PageGeometry;
 use kvoyant_protocol::memory::{MemoryError, SharedMapping};
 
 use crate::quota::Ledger;
+use crate::tiers::extent::Extent;
 use crate::tiers::pool::Supply;
 use crate::tiers::purse::Purse;
 use crate::tiers::shared::SharedExtent;
@@ -175,6 +176,73 @@ impl SessionArena {
         let mut arena = Self { geometry, supply: empty, places, foreign: 0, gone: 0, references, free };
         arena.add(supply);
         arena
+    }
+
+    /// The arena that another process had: for each extent in the order in which they came its index in the supply, or that it is gone, and
+    /// pages in use as often as they are owned. `None` if these do not fit together.
+    #[must_use]
+    pub fn restore(
+        supply: Supply,
+        geometry: PageGeometry,
+        extents: &[Option<usize>],
+        owners: impl IntoIterator<Item = u32>,
+    ) -> Option<Self> {
+        let per_extent = geometry.pages_per_extent();
+        let mut seen = vec![false; supply.extents().len()];
+        let mut references = vec![0_u32; extents.len().checked_mul(per_extent)?];
+        let mut places = Vec::with_capacity(extents.len());
+        for extent in extents {
+            places.push(match extent {
+                None => Place::Gone,
+                Some(index) => {
+                    let seen = seen.get_mut(*index)?;
+                    if std::mem::replace(seen, true) {
+                        return None;
+                    }
+                    Place::Own(*index)
+                }
+            });
+        }
+        for page in owners {
+            let extent = places.get(page as usize / per_extent)?;
+            if !matches!(extent, Place::Own(_)) {
+                return None;
+            }
+            references[page as usize] += 1;
+        }
+        let is_free = |page: &u32| {
+            references[*page as usize] == 0 && matches!(places[*page as usize / per_extent], Place::Own(_))
+        };
+        let free = (0..references.len() as u32).rev().filter(is_free).collect();
+        let gone = extents.iter().filter(|extent| extent.is_none()).count() * per_extent;
+        seen.iter().all(|seen| *seen).then_some(Self {
+            geometry,
+            supply,
+            places,
+            foreign: 0,
+            gone,
+            references,
+            free,
+        })
+    }
+
+    /// Files of its own extents, in the order in which they came; `None` for one that is gone, or somebody else's.
+    pub fn own_files(&self) -> impl ExactSizeIterator<Item = Option<&Extent>> {
+        self.places.iter().map(|place| match place {
+            Place::Own(index) => self.supply.extents().get(*index),
+            Place::Foreign(_) | Place::Gone => None,
+        })
+    }
+
+    /// The client whose they are is here: from now on they are given back as all others.
+    pub fn claimed(&mut self) {
+        self.supply.claimed();
+    }
+
+    /// Whether pages of somebody else's are among its pages.
+    #[must_use]
+    pub fn has_foreign(&self) -> bool {
+        self.foreign > 0
     }
 
     /// Sizes of its pages.

@@ -23,6 +23,32 @@ impl Blocks {
         Self { block_bytes, regions: Vec::new(), references: Vec::new(), free: Vec::new() }
     }
 
+    /// The pool that another process had, in these regions; `owners` are blocks in use, as often as they are owned. `None` if one of them lies
+    /// in no region, or a region is no batch of blocks.
+    #[must_use]
+    pub fn restore(
+        block_bytes: usize,
+        regions: Vec<Region>,
+        owners: impl IntoIterator<Item = u32>,
+    ) -> Option<Self> {
+        if regions.iter().any(|region| region.len != BATCH * block_bytes) {
+            return None;
+        }
+        let mut references = vec![0_u32; regions.len() * BATCH];
+        for block in owners {
+            *references.get_mut(block as usize)? += 1;
+        }
+        let free = (0..references.len() as u32).rev().filter(|block| references[*block as usize] == 0);
+        let free = free.collect();
+        Some(Self { block_bytes, regions, references, free })
+    }
+
+    /// Where they lie.
+    #[must_use]
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
     /// Bytes of a block.
     #[must_use]
     pub fn block_bytes(&self) -> usize {

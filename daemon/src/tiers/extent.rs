@@ -23,6 +23,31 @@ pub struct Extent {
 }
 
 impl Extent {
+    /// One that another process made: its size and seals are checked, and what is in it stays.
+    ///
+    /// # Errors
+    /// A file that is no extent.
+    pub fn adopt(file: OwnedFd) -> Result<Self, MemoryError> {
+        let block = nix::sys::stat::fstat(&file).map_or(0, |stat| stat.st_blksize as u64);
+        let file = Memfd::from_peer(file, EXTENT_BYTES, Seals::fixed_size())?;
+        let memory = Arc::new(file.map(false)?);
+        let holes = if block >= HUGE_PAGE_BYTES {
+            let guard = holes::Guard::new(&memory);
+            Some(guard.map_err(|source| MemoryError::Os { what: "guard an extent of huge pages", source })?)
+        } else {
+            None
+        };
+        Ok(Self { guard: None, holes, memory, file })
+    }
+
+    /// What tells its file from all others while it is there.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn number(&self) -> std::io::Result<u64> {
+        Ok(nix::sys::stat::fstat(&self.file)?.st_ino)
+    }
+
     /// Its memory.
     #[must_use]
     pub fn memory(&self) -> &Arc<SharedMapping> {

@@ -7,10 +7,17 @@ use std::os::fd::OwnedFd;
 
 use kvoyant_protocol::memory::{MemoryError, OwnedFile};
 
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
 use crate::tiers::purse::Purse;
 
+mod marks;
+
+use marks::Marks;
+
 /// A region of a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Region {
     /// Which file of the heap.
     pub file: u32,
@@ -33,6 +40,22 @@ pub struct Heap {
     /// Free spans as (file, offset, length), sorted and never adjacent.
     free: Vec<(u32, usize, usize)>,
     used_bytes: usize,
+    /// What was written since it was last asked for, where somebody asks.
+    marks: Option<Marks>,
+}
+
+/// What a heap was left as that does not fit together.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// No memory for it.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A region that lies in no file.
+    #[error("{0:?} lies outside the files that were left")]
+    Outside(Region),
+    /// Two regions in one place.
+    #[error("{0:?} and {1:?} lie in one place")]
+    Overlap(Region, Region),
 }
 
 impl Heap {
@@ -40,7 +63,100 @@ impl Heap {
     /// them.
     #[must_use]
     pub fn new(name: &'static str, purse: Purse, file_bytes: usize) -> Self {
-        Self { name, purse, file_bytes, files: Vec::new(), free: Vec::new(), used_bytes: 0 }
+        Self { name, purse, file_bytes, files: Vec::new(), free: Vec::new(), used_bytes: 0, marks: None }
+    }
+
+    /// The heap that another process had: its files' lengths and contents, as far as they were written, and all regions in them.
+    ///
+    /// # Errors
+    /// Regions that do not fit; [`MemoryError::Budget`] if there is no room for the files.
+    pub fn restore(
+        name: &'static str,
+        purse: Purse,
+        file_bytes: usize,
+        files: &[(usize, &[u8])],
+        mut regions: Vec<Region>,
+    ) -> Result<Self, RestoreError> {
+        let mut heap = Self::new(name, purse, file_bytes);
+        let span = |region: &Region| region.len.max(1).checked_next_multiple_of(ALIGN);
+        regions.sort_unstable();
+        let mut last: Option<Region> = None;
+        for region in &regions {
+            let end = span(region).and_then(|span| region.offset.checked_add(span));
+            let len = files.get(region.file as usize).map_or(0, |(len, _)| *len);
+            if !region.offset.is_multiple_of(ALIGN) || end.is_none_or(|end| end > len) {
+                return Err(RestoreError::Outside(*region));
+            }
+            if let Some(last) = last.filter(|last| last.file == region.file)
+                && last.offset + span(&last).unwrap_or(0) > region.offset
+            {
+                return Err(RestoreError::Overlap(last, *region));
+            }
+            last = Some(*region);
+        }
+        let mut regions = regions.into_iter().peekable();
+        for (file, (len, bytes)) in files.iter().enumerate() {
+            heap.purse.take_tables(*len as u64)?;
+            match OwnedFile::create(name, *len) {
+                Ok(made) => heap.files.push(made),
+                Err(error) => {
+                    heap.purse.give_tables_back(*len as u64);
+                    return Err(error.into());
+                }
+            }
+            let kept = bytes.len().min(*len);
+            heap.files[file].bytes_mut()[..kept].copy_from_slice(&bytes[..kept]);
+            let mut at = 0;
+            while let Some(region) = regions.next_if(|region| region.file as usize == file) {
+                if region.offset > at {
+                    heap.free.push((file as u32, at, region.offset - at));
+                }
+                let span = span(&region).unwrap_or(0);
+                at = region.offset + span;
+                heap.used_bytes += span;
+            }
+            if at < *len {
+                heap.free.push((file as u32, at, len - at));
+            }
+        }
+        Ok(heap)
+    }
+
+    /// Remembers from now on what is written.
+    pub fn watch(&mut self) {
+        self.marks = Some(Marks::default());
+    }
+
+    /// Calls `take` with every range that was written since the last call, or since it is watched: file, offset and bytes.
+    pub fn take_written(&mut self, mut take: impl FnMut(u32, usize, &[u8])) {
+        let Some(marks) = &mut self.marks else { return };
+        let files = &self.files;
+        marks.take(|file, range| {
+            let bytes = files[file].bytes();
+            let end = range.end.min(bytes.len());
+            take(file as u32, range.start, &bytes[range.start..end]);
+        });
+    }
+
+    /// Calls `take` with all that is in regions: file, offset and bytes. Nothing counts as written then.
+    pub fn take_all(&mut self, mut take: impl FnMut(u32, usize, &[u8])) {
+        if let Some(marks) = &mut self.marks {
+            marks.take(|_, _| {});
+        }
+        let mut free = self.free.iter().peekable();
+        for (file, owned) in self.files.iter().enumerate() {
+            let bytes = owned.bytes();
+            let mut at = 0;
+            while let Some((_, offset, len)) = free.next_if(|(of, _, _)| *of as usize == file) {
+                if *offset > at {
+                    take(file as u32, at, &bytes[at..*offset]);
+                }
+                at = offset + len;
+            }
+            if at < bytes.len() {
+                take(file as u32, at, &bytes[at..]);
+            }
+        }
     }
 
     /// How many files there are.
@@ -137,6 +253,9 @@ impl Heap {
 
     /// Bytes of a region, to write.
     pub fn get_mut(&mut self, region: Region) -> &mut [u8] {
+        if let Some(marks) = &mut self.marks {
+            marks.mark(region.file as usize, region.offset..region.offset + region.len);
+        }
         let file = &mut self.files[region.file as usize];
         &mut file.bytes_mut()[region.offset..region.offset + region.len]
     }
@@ -151,6 +270,10 @@ impl Heap {
     /// Publishes a 32-bit word of a region to readers in other processes.
     pub fn set_word(&mut self, region: Region, index: usize, value: u32) {
         debug_assert!(index * 4 + 4 <= region.len);
+        if let Some(marks) = &mut self.marks {
+            let at = region.offset + index * 4;
+            marks.mark(region.file as usize, at..at + 4);
+        }
         self.files[region.file as usize].publish_u32(region.offset + index * 4, value.to_le());
     }
 }

@@ -241,7 +241,40 @@ impl ExtentPool {
     #[must_use]
     pub fn supply(&self, uid: u32) -> Supply {
         let purse = Purse::of(&self.shared.budget, uid);
-        Supply { shared: Arc::clone(&self.shared), uid, purse, extents: Vec::new() }
+        Supply { shared: Arc::clone(&self.shared), uid, purse, extents: Vec::new(), unclaimed: false }
+    }
+
+    /// Takes extents over that another process made for this user, with what is in them.
+    ///
+    /// # Errors
+    /// [`Refusal::Full`] if the budget, or the user's part of it, does not have so much.
+    pub fn adopt(&self, uid: u32, mut extents: Vec<Extent>) -> Result<Supply, Refusal> {
+        let purse = Purse::of(&self.shared.budget, uid);
+        if !purse.take_extents(extents.len()) {
+            return Err(Refusal::Full);
+        }
+        if let Some(pin) = self.shared.pin() {
+            for extent in &mut extents {
+                match pin.pin(extent.memory()) {
+                    Ok(guard) => extent.keep_pinned(guard),
+                    Err(error) => {
+                        tracing::warn!("{error}; an extent of a session that is kept stays unpinned");
+                    }
+                }
+            }
+        }
+        let mut state = self.shared.lock();
+        state.made += extents.len();
+        state.pinned += extents.iter().filter(|extent| extent.is_pinned()).count();
+        state.huge += extents.iter().filter(|extent| extent.is_huge()).count();
+        drop(state);
+        Ok(Supply { shared: Arc::clone(&self.shared), uid, purse, extents, unclaimed: true })
+    }
+
+    /// The daemon ends: from here on what is given back stays as it is. Clients have it mapped, and go on with the next daemon, or alone.
+    pub fn leave(&self) {
+        self.shared.lock().stopping = true;
+        self.shared.changed.notify_all();
     }
 
     /// Claims so many extents for a user; the answer comes once all of them are there. Dropping the receiver gives
@@ -351,7 +384,10 @@ impl Shared {
         });
         while let Some(at) = waiting.iter().position(|waiter| waiter.missing() == 0) {
             let Some(Waiter { uid, purse, granted, answer, .. }) = waiting.remove(at) else { break };
-            deliveries.push((answer, Ok(Supply { shared: Arc::clone(self), uid, purse, extents: granted })));
+            deliveries.push((
+                answer,
+                Ok(Supply { shared: Arc::clone(self), uid, purse, extents: granted, unclaimed: false }),
+            ));
         }
         state.waiting = waiting;
         deliveries
@@ -373,6 +409,8 @@ pub struct Supply {
     uid: u32,
     purse: Purse,
     extents: Vec<Extent>,
+    /// Whether a client that this daemon does not serve may have them mapped: then they are let go of as they are.
+    unclaimed: bool,
 }
 
 impl Supply {
@@ -392,14 +430,38 @@ impl Supply {
     #[must_use]
     pub fn empty(&self) -> Self {
         let (shared, purse) = (Arc::clone(&self.shared), self.purse.clone());
-        Self { shared, uid: self.uid, purse, extents: Vec::new() }
+        Self { shared, uid: self.uid, purse, extents: Vec::new(), unclaimed: false }
+    }
+
+    /// Their client is here.
+    pub fn claimed(&mut self) {
+        self.unclaimed = false;
+    }
+
+    /// Lets go of all extents as they are.
+    fn leave(&mut self) {
+        let extents = std::mem::take(&mut self.extents);
+        self.purse.give_extents(extents.len());
+        let mut state = self.shared.lock();
+        state.made -= extents.len();
+        state.pinned -= extents.iter().filter(|extent| extent.is_pinned()).count();
+        state.huge -= extents.iter().filter(|extent| extent.is_huge()).count();
+        drop(state);
+        drop(extents);
+        self.shared.changed.notify_all();
     }
 
     /// Takes an extent out; the last one takes its place.
     #[must_use]
     pub fn part(&mut self, index: usize) -> Self {
         let extents = vec![self.extents.swap_remove(index)];
-        Self { shared: Arc::clone(&self.shared), uid: self.uid, purse: self.purse.clone(), extents }
+        Self {
+            shared: Arc::clone(&self.shared),
+            uid: self.uid,
+            purse: self.purse.clone(),
+            extents,
+            unclaimed: false,
+        }
     }
 
     /// Adds another supply to the end.
@@ -412,6 +474,9 @@ impl Drop for Supply {
     fn drop(&mut self) {
         if self.extents.is_empty() {
             return;
+        }
+        if self.unclaimed {
+            return self.leave();
         }
         let mut state = self.shared.lock();
         self.purse.give_extents(self.extents.len());

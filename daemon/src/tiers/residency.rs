@@ -8,6 +8,7 @@
 //! so the answer never depends on a clock.
 
 use kvoyant_methods::TokenRange;
+use serde::{Deserialize, Serialize};
 
 /// Free pages of one slab.
 #[derive(Debug)]
@@ -30,10 +31,21 @@ impl SlabPages {
         self.free.len()
     }
 
+    /// Pages in all.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
     /// Pages that somebody owns.
     #[must_use]
     pub fn used(&self) -> usize {
         self.total - self.free.len()
+    }
+
+    /// Takes a free page, the lowest of those that were given back last.
+    pub fn take(&mut self) -> Option<u32> {
+        self.free.pop()
     }
 
     /// Takes pages back.
@@ -83,6 +95,18 @@ pub struct SlotSet {
     held: u64,
 }
 
+/// Which rows a set has, and since when they were not wanted, for a daemon that goes on with it. Where they lie is not a part of it: what
+/// comes of them depends on the order of tokens, and not on that of slots.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Residents {
+    /// Pages that it owns.
+    pub pages: u32,
+    /// Placements so far.
+    pub step: u64,
+    /// Rows by token: how many tokens lie between it and the one before, and before how many placements it was wanted last.
+    pub rows: Vec<(u32, u64)>,
+}
+
 /// Buffers that a lane keeps for all its placements.
 #[derive(Debug, Default)]
 pub struct PlaceScratch {
@@ -104,6 +128,50 @@ impl SlotSet {
             slot: row.slot,
             selected: row.used == self.step,
         })
+    }
+
+    fn own(&mut self, page: u32, page_rows: usize) {
+        self.pages.push(page);
+        let first = page * page_rows as u32;
+        self.free.extend(first..first + page_rows as u32);
+    }
+
+    /// What another daemon needs to have the same rows. Rows on their way count as there.
+    #[must_use]
+    pub fn residents(&self) -> Residents {
+        let mut next = 0;
+        let row = |row: &Resident| {
+            let between = row.token - std::mem::replace(&mut next, row.token + 1);
+            (between, self.step - row.used)
+        };
+        Residents {
+            pages: self.pages.len() as u32,
+            step: self.step,
+            rows: self.rows.iter().map(row).collect(),
+        }
+    }
+
+    /// The set that another daemon had, of a sequence of `tokens` tokens. Its rows are yet to be copied to their slots. `None` if it cannot
+    /// have been so, or the slab has too few pages.
+    #[must_use]
+    pub fn restore(residents: &Residents, tokens: u32, slab: &mut SlabPages) -> Option<Self> {
+        let mut set = Self { step: residents.step, ..Self::default() };
+        if residents.pages as usize > slab.free() {
+            return None;
+        }
+        for _ in 0..residents.pages {
+            let page = slab.take()?;
+            set.own(page, slab.page_rows);
+        }
+        set.free.sort_unstable_by(|a, b| b.cmp(a));
+        let mut next = 0_u32;
+        for (between, age) in &residents.rows {
+            let token = next.checked_add(*between).filter(|token| *token < tokens)?;
+            let used = residents.step.checked_sub(*age)?;
+            set.rows.push(Resident { token, slot: set.free.pop()?, used });
+            next = token + 1;
+        }
+        Some(set)
     }
 
     /// Pages that it owns.
@@ -185,10 +253,8 @@ impl SlotSet {
         let page_rows = slab.page_rows;
         let limit = keep_rows.max(total);
         while self.free.len() < missing && self.pages.len() * page_rows < limit {
-            let Some(page) = slab.free.pop() else { break };
-            self.pages.push(page);
-            let first = page * page_rows as u32;
-            self.free.extend(first..first + page_rows as u32);
+            let Some(page) = slab.take() else { break };
+            self.own(page, page_rows);
         }
         if self.free.len() < missing && evict {
             self.evict(missing - self.free.len(), step, scratch);
@@ -282,7 +348,48 @@ mod tests {
         assert_eq!(slab.free(), 1);
     }
 
+    #[test]
+    fn residents_that_cannot_be_are_none() {
+        let restore = |pages, step, rows: &[(u32, u64)]| {
+            let residents = Residents { pages, step, rows: rows.to_vec() };
+            SlotSet::restore(&residents, 100, &mut SlabPages::new(2, 4))
+        };
+        assert!(restore(1, 3, &[(0, 3), (98, 0)]).is_some());
+        assert!(restore(3, 3, &[]).is_none(), "more pages than there are");
+        assert!(restore(1, 3, &[(0, 0), (0, 0), (0, 0), (0, 0), (0, 0)]).is_none(), "more rows than slots");
+        assert!(restore(1, 3, &[(0, 4)]).is_none(), "wanted before anything was");
+        assert!(restore(1, 3, &[(0, 0), (99, 0)]).is_none(), "a token that is not there");
+        assert!(restore(1, 3, &[(5, 0), (u32::MAX, 0)]).is_none());
+    }
+
     proptest! {
+        /// Of a set that goes on in another daemon come the same rows, new and old, as of one that nothing disturbs.
+        #[test]
+        fn a_set_that_is_restored_places_and_gives_up_the_same_rows(
+            steps in proptest::collection::vec(proptest::collection::btree_set(0u32..120, 0..30), 1..40),
+            pages in 1usize..12, keep in 0usize..64, restored in 0usize..40,
+        ) {
+            let (mut slab, mut other) = (SlabPages::new(pages, 8), SlabPages::new(pages, 8));
+            let (mut set, mut again) = (SlotSet::default(), SlotSet::default());
+            let mut scratch = PlaceScratch::default();
+            for (at, wanted) in steps.into_iter().enumerate() {
+                if at == restored {
+                    other = SlabPages::new(pages, 8);
+                    again = SlotSet::restore(&again.residents(), 120, &mut other).unwrap();
+                    prop_assert_eq!(again.residents(), set.residents());
+                    prop_assert!(SlotSet::restore(&set.residents(), 120, &mut SlabPages::new(0, 8)).is_none_or(|set| set.pages() == 0));
+                }
+                let rows = |set: &mut SlotSet, slab: &mut SlabPages, scratch: &mut PlaceScratch| {
+                    let mut out = Vec::new();
+                    set.place(&ranges(&wanted), keep, true, slab, scratch, &mut out);
+                    let placed: Vec<_> = out.iter().map(|row| (row.token, row.slot.is_some(), row.fresh)).collect();
+                    (placed, set.entries().map(|entry| (entry.token, entry.selected)).collect::<Vec<_>>(), slab.free())
+                };
+                let expected = rows(&mut set, &mut slab, &mut scratch);
+                prop_assert_eq!(rows(&mut again, &mut other, &mut scratch), expected);
+            }
+        }
+
         /// A model of the slab: what a slot holds is what was copied there last. Every answer must name slots
         /// that hold the right tokens, no slot twice, and fresh rows only where the model has something else.
         #[test]

@@ -82,11 +82,16 @@ pub fn seeds() -> Vec<Vec<u8>> {
         ToDaemon::Publish { sequence, tokens: 128, shared: true },
         ToDaemon::Attach { method: 1, by, tokens: 128 },
         ToDaemon::Close { sequences: vec![sequence; 3] },
+        ToDaemon::Keep,
+        ToDaemon::Claim { session: 1, token: [7, u64::MAX], extents: 3 },
+        ToDaemon::Takeover,
     ];
     let answers = [
         ToClient::Welcome { features: 3, session: 1, boot_id: 7, limits: Limits::default(), minor: 0 },
         ToClient::Failed(Failure::Protocol("a reason".into())),
         ToClient::Failed(Failure::RowsLost { sequence, token: 64 }),
+        ToClient::Kept { token: [1, 2], seconds: 30 },
+        ToClient::Handed { names: vec!["kvoyant.1.extent.77".into()] },
     ];
     let body = |bytes: Vec<u8>| bytes[HEADER_BYTES..].to_vec();
     let asked = asked.iter().map(|message| body(encode(message)));

@@ -136,6 +136,14 @@ pub enum Failure {
     /// The daemon takes no new sessions. Since minor 1.
     #[error("the daemon is being drained and takes no new sessions; try again later, or use another one")]
     Draining,
+    /// A claim of a session that this daemon does not keep for this client. Since minor 1.
+    #[error(
+        "session {session} is not kept for you here: it has ended, or its token or its user is another one; connect again"
+    )]
+    NotKept {
+        /// Which session.
+        session: u64,
+    },
 }
 
 impl From<MemoryError> for Failure {

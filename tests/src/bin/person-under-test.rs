@@ -4,18 +4,19 @@
 //! `connect` another session with the fake model; `hang-up` ends the last one;
 //! `open TOKENS` a full sequence in the last session, `room TOKENS` an empty one, `reserve TOKENS` for the last one, `fork` it, `close` it;
 //! `ask` for its next token, and check the answer; `back`, the last sequence becomes the first;
-//! `status ADMIN-SOCKET` counts sessions;
+//! `status ADMIN-SOCKET` counts sessions; `claim SESSION TOKEN TOKEN` asks for one that a daemon has left;
 //! `draw TEXT` over all extents of a session without the client library, whose session then ends while its mappings stay;
 //! `scribble TEXT` over them; `look TEXT` counts the bytes there that are neither zero nor `TEXT`'s.
 
 use std::io::{BufRead, Write};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use kvoyant_client::{Client, Hint, Member, Model, Options, Sequence};
 use kvoyant_daemon::admin::fetch_status;
-use kvoyant_protocol::EXTENT_BYTES;
-use kvoyant_protocol::control::MemoryKind;
+use kvoyant_protocol::control::{MemoryKind, ToClient, ToDaemon, decode, encode};
 use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
+use kvoyant_protocol::{EXTENT_BYTES, packet};
 use kvoyant_tests::raw::Raw;
 use kvoyant_tests::{PATIENCE, fake};
 use nix::unistd::{Gid, Uid};
@@ -55,6 +56,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
+/// Claims a session of a daemon that has ended.
+fn claim(socket: &Path, rest: &str) -> Said {
+    let words = rest.split(' ').map(str::parse).collect::<Result<Vec<u64>, _>>()?;
+    let [session, first, second] = words[..] else { return Err("SESSION TOKEN TOKEN".into()) };
+    let socket = packet::connect_to(socket)?;
+    let claim = ToDaemon::Claim { session, token: [first, second], extents: 0 };
+    packet::send(socket.as_fd(), &encode(&claim), &[])?;
+    match decode(&packet::receive(socket.as_fd())?.bytes)? {
+        ToClient::Failed(failure) => Err(failure.into()),
+        answer => Ok(format!("{answer:?}")),
+    }
+}
+
 fn say(said: &Said) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     match said {
@@ -75,6 +89,7 @@ impl Person {
                 return Ok(id.to_string());
             }
             "status" => return Ok(fetch_status(Path::new(rest))?.sessions.len().to_string()),
+            "claim" => return claim(socket, rest),
             "draw" => return self.draw(socket, rest),
             "scribble" => return self.scribble(rest),
             "look" => return self.look(rest),

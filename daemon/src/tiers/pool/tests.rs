@@ -295,3 +295,32 @@ fn what_is_made_for_somebody_who_has_gone_goes_too() {
     let supply = take(&pool, 7, 8).unwrap();
     assert_eq!(supply.extents().len(), 8);
 }
+
+#[test]
+fn extents_that_a_client_may_have_mapped_are_let_go_of_as_they_are() {
+    let pool = pool(2, PoolSettings::unpinned());
+    let kept = |supply: &Supply| Arc::clone(supply.extents()[0].memory());
+    let words = |memory: &SharedMapping| [0, 4096, EXTENT_BYTES - 8].map(|offset| memory.load_u64(offset));
+    // Of a session whose client never came.
+    let made = take(&pool, 7, 1).unwrap();
+    mark(&made);
+    let file = made.extents()[0].fd().unwrap();
+    let mut adopted = pool.adopt(7, vec![Extent::adopt(file.try_clone().unwrap()).unwrap()]).unwrap();
+    let memory = kept(&adopted);
+    assert!(matches!(pool.adopt(7, vec![Extent::adopt(file).unwrap()]), Err(Refusal::Full)));
+    drop(adopted);
+    assert_eq!(pool.budget().used_bytes(), EXTENT);
+    assert_eq!(words(&memory), [0x5ec2e7; 3]);
+    // Once the client has come and gone, nothing of it stays.
+    adopted = pool.adopt(7, vec![Extent::adopt(made.extents()[0].fd().unwrap()).unwrap()]).unwrap();
+    adopted.claimed();
+    drop(adopted);
+    wait_for(&pool, "nothing dirty", |_| words(&memory) == [0; 3]);
+    // A daemon that ends wipes nothing.
+    mark(&made);
+    pool.leave();
+    let memory = kept(&made);
+    drop(made);
+    drop(pool);
+    assert_eq!(words(&memory), [0x5ec2e7; 3]);
+}

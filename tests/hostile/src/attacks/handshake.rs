@@ -69,6 +69,7 @@ pub(super) fn table() -> Vec<Attack> {
                 ToDaemon::Open { method: 0, tokens: 1, by: SelectedBy::Lane },
                 ToDaemon::Close { sequences: Vec::new() },
                 ToDaemon::Goodbye,
+                ToDaemon::Keep,
             ];
             all(others.iter().map(|message| stage.first_words(&encode(message), "must be a hello")))
         }),

@@ -1,0 +1,392 @@
+//! Sessions that another daemon has left: restored when this one starts, kept for their clients for a while, and claimed by them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvoyant_methods::Artifacts;
+use kvoyant_protocol::control::{Failure, ToClient, ToDaemon};
+use kvoyant_protocol::device::SlabRef;
+use kvoyant_protocol::layout::{Layout, LimitError};
+use kvoyant_protocol::memory::{Memfd, MemoryError};
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+use super::images::Registered;
+use super::place::Place;
+use super::register::placement;
+use super::{Ended, Plane, RingFiles, SLAB_MAX, Session, Socket, peer, step};
+use crate::artifacts;
+use crate::device::{Importer, SlabRequest};
+use crate::journal::{self, Journal, JournalError, VERSION};
+use crate::keep::{Keep, Named, Piece};
+use crate::lane::keeping::{About, Keeping, Left, Progress, Unfit};
+use crate::lane::model::{ModelState, shape_of};
+use crate::lane::session::LaneSession;
+use crate::lane::{Command, Ending};
+use crate::quota::Account;
+use crate::status::SessionStatus;
+use crate::tiers::extent::Extent;
+use crate::tiers::pool::Refusal;
+
+/// Why a session that was left cannot go on.
+#[derive(Debug, Error)]
+enum Lost {
+    #[error("of its journal there is only a part")]
+    NoJournal,
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
+    #[error("{0} is missing")]
+    Missing(&'static str),
+    #[error("{0}")]
+    Memory(#[from] MemoryError),
+    #[error("its rings cannot be made: {0}")]
+    Limits(#[from] LimitError),
+    #[error("host memory for it cannot be had: {0}")]
+    Refused(#[from] Refusal),
+    #[error("{0}")]
+    Ended(#[from] Ended),
+    #[error("{0}")]
+    Failure(#[from] Failure),
+    #[error("a file of it cannot be used: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// A session that waits for its client.
+#[derive(Debug)]
+struct Waiting {
+    about: About,
+    progress: Progress,
+    answer: Vec<u8>,
+    layout: Layout,
+    model: Box<ModelState>,
+    keeping: Box<Keeping>,
+    account: Arc<Account>,
+    place: Place,
+}
+
+/// What outlasts a daemon, and who waits.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) keep: Arc<Keep>,
+    waiting: Mutex<HashMap<u64, Waiting>>,
+    /// Sessions that a newer daemon has left, which may come back as long.
+    newer: Mutex<Vec<u64>>,
+    /// How long sessions wait.
+    pub(super) patience: Duration,
+    until: Instant,
+}
+
+impl Kept {
+    pub(super) fn new(keep: Arc<Keep>, patience: Duration) -> Self {
+        let (waiting, newer) = (Mutex::default(), Mutex::default());
+        Self { keep, waiting, newer, patience, until: Instant::now() + patience }
+    }
+
+    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A token that nobody guesses.
+pub(super) fn token() -> std::io::Result<[u64; 2]> {
+    use std::io::Read;
+    let mut bytes = [0; 16];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytemuck::cast(bytes))
+}
+
+impl Plane {
+    /// Makes sessions again that another daemon has left, if this one keeps any; `stored`: the supervisor has these files already. To be
+    /// called before anybody is let in.
+    pub(crate) fn restore(&self, left: Vec<Named>, stored: bool) {
+        let Some(kept) = &self.kept else { return };
+        let mut sessions: BTreeMap<u64, Vec<(Piece, OwnedFd)>> = BTreeMap::new();
+        for (name, file) in left {
+            let known = file.try_clone().and_then(|copy| kept.keep.has(name, copy, stored));
+            if let Err(error) = known {
+                tracing::warn!("{name} will not outlast this daemon: {error}");
+            }
+            sessions.entry(name.session).or_default().push((name.piece, file));
+        }
+        let last = sessions.keys().next_back().copied().unwrap_or(0);
+        self.next_session.fetch_max(last + 1, Ordering::Relaxed);
+        for (session, pieces) in sessions {
+            match self.restore_one(kept, session, pieces) {
+                Ok(waiting) => {
+                    let (uid, client) = (waiting.about.uid, &waiting.about.client);
+                    let sequences = waiting.model.open_sequences();
+                    let seconds = kept.patience.as_secs();
+                    tracing::info!(session, uid, client, sequences, "waits {seconds} s for its client");
+                    kept.waiting().insert(session, waiting);
+                }
+                Err(Lost::Journal(error @ JournalError::OtherVersion { theirs })) if theirs > VERSION => {
+                    tracing::warn!("session {session} cannot go on here: {error}");
+                    kept.newer.lock().unwrap_or_else(PoisonError::into_inner).push(session);
+                }
+                Err(error) => {
+                    tracing::warn!("session {session} cannot go on, and its client begins anew: {error}");
+                    kept.keep.forget(session);
+                }
+            }
+        }
+    }
+
+    fn restore_one(&self, kept: &Kept, session: u64, pieces: Vec<(Piece, OwnedFd)>) -> Result<Waiting, Lost> {
+        let mut files: BTreeMap<Piece, OwnedFd> = pieces.into_iter().collect();
+        let journals = [0, 1].map(|index| files.remove(&Piece::Journal(index)));
+        let [Some(first), Some(second)] = journals else { return Err(Lost::NoJournal) };
+        let found = journal::read([&first, &second].map(AsFd::as_fd))?;
+        if found.session != session {
+            return Err(Lost::Missing("its own journal"));
+        }
+        let (current, number) = (found.current, found.number);
+        let left = Left::of(found)?;
+        let about = &left.about;
+        let layout = Layout::new(about.limits)?;
+        let (shape, rows) = shape_of(&about.spec)?;
+        let account = self.pool.budget().ledger().account(about.uid);
+        let place = Place::take(self, &account, layout.c2d_bytes + layout.d2c_bytes)?;
+        let mut extents = Vec::new();
+        for number in left.held.extents.iter().flatten() {
+            let file = files.remove(&Piece::Extent(*number)).ok_or(Lost::Missing("an extent"))?;
+            extents.push(Extent::adopt(file)?);
+        }
+        let artifact =
+            |number: &u64| files.remove(&Piece::Artifact(*number)).ok_or(Lost::Missing("an artifact"));
+        let artifacts = about.artifacts.iter().map(artifact).collect::<Result<Vec<_>, _>>()?;
+        let artifacts = match artifacts.is_empty() {
+            true => Artifacts::none(),
+            false => artifacts::read(artifacts::files(&about.spec, artifacts)?, &about.spec)?,
+        };
+        let supply = self.pool.adopt(about.uid, extents)?;
+        // As large as it was, for what is in it depends on that. The host's slab needs neither rings nor a process.
+        let page_bytes = (shape.page_rows * rows.row_bytes().unwrap_or(0)) as u64;
+        let slab_bytes = left.held.slab.map_or(0, |slab| u64::from(slab.pages).saturating_mul(page_bytes));
+        let slab = SlabRequest {
+            session,
+            bytes: usize::try_from(slab_bytes.min(SLAB_MAX)).unwrap_or(usize::MAX),
+            records: 0,
+            layout,
+            d2c: Arc::new(Memfd::create("kvoyant-none", 4096)?.map(false)?),
+            features: about.features,
+            importer: Arc::new(Importer { process: None, closed: AtomicBool::new(false) }),
+            account: Arc::clone(&account),
+        };
+        let mut model = ModelState::new(
+            about.spec.clone(),
+            &artifacts,
+            about.limits.sequences_max,
+            supply.empty(),
+            &*self.device,
+            slab,
+            placement(self),
+        )?;
+        left.fill(&mut model, supply)?;
+        let journal = Journal::over(session, [first, second], current, number);
+        let controls = (left.progress.controls, left.answer.clone());
+        let keeping =
+            Keeping::over(Arc::clone(&kept.keep), journal, &left.about, controls, left.held.extents.clone());
+        Ok(Waiting {
+            layout,
+            model: Box::new(model),
+            keeping: Box::new(keeping),
+            account,
+            place,
+            about: left.about,
+            progress: left.progress,
+            answer: left.answer,
+        })
+    }
+
+    /// This daemon ends. What clients have mapped stays as it is: they go on with the next one, or read it alone.
+    pub(crate) fn leave(&self) {
+        self.pool.leave();
+    }
+
+    /// Lets go of sessions whose clients have not come.
+    pub(crate) async fn expire(&self) {
+        let Some(kept) = &self.kept else { return };
+        tokio::time::sleep_until(kept.until.into()).await;
+        let late: Vec<_> = kept.waiting().drain().collect();
+        let newer = std::mem::take(&mut *kept.newer.lock().unwrap_or_else(PoisonError::into_inner));
+        newer.into_iter().for_each(|session| kept.keep.forget(session));
+        for (session, waiting) in late {
+            tracing::warn!(
+                session,
+                uid = waiting.about.uid,
+                "nobody came back for it within {:?}",
+                kept.patience
+            );
+            kept.keep.forget(session);
+            let _ = tokio::task::spawn_blocking(move || drop(waiting)).await;
+        }
+    }
+}
+
+/// What a client claims.
+pub(super) struct Claim {
+    pub(super) session: u64,
+    pub(super) token: [u64; 2],
+    pub(super) extents: u32,
+}
+
+/// Gives a session back to its client.
+pub(super) async fn claim(
+    plane: &Plane,
+    socket: &Socket,
+    (pid, uid): (i32, u32),
+    claim: Claim,
+) -> Result<Session, Ended> {
+    let Claim { session, token, extents } = claim;
+    let refused = || Ended::Refused(Failure::NotKept { session });
+    if !plane.access.admits(socket.0.as_fd(), uid) {
+        return Err(Ended::Refused(Failure::NotAllowed { uid }));
+    }
+    let kept = plane.kept.as_ref().ok_or_else(refused)?;
+    let process = peer::process(socket)?;
+    let mut waiting = {
+        let mut all = kept.waiting();
+        let its = all.get(&session).is_some_and(|waiting| {
+            // As long as whatever was guessed.
+            let differ = (waiting.about.token[0] ^ token[0]) | (waiting.about.token[1] ^ token[1]);
+            waiting.about.uid == uid && differ == 0
+        });
+        if its { all.remove(&session).ok_or_else(refused)? } else { return Err(refused()) }
+    };
+    let greeted = greet(plane, socket, &mut waiting, extents as usize).await;
+    let rings = match greeted {
+        Ok(rings) => rings,
+        Err(error) => {
+            // It may come again.
+            if Instant::now() < kept.until {
+                kept.waiting().insert(session, waiting);
+            } else {
+                kept.keep.forget(session);
+            }
+            return Err(error);
+        }
+    };
+    attach(plane, socket, (pid, process), waiting, rings).await
+}
+
+/// As far as a client can still go away, and come again.
+async fn greet(
+    plane: &Plane,
+    socket: &Socket,
+    waiting: &mut Waiting,
+    extents: usize,
+) -> Result<RingFiles, Ended> {
+    if !waiting.model.has_announced(extents) {
+        let have = waiting.model.arena.extents();
+        return Err(Ended::Protocol(format!("a claim with {extents} extents of a session that has {have}")));
+    }
+    let rings = RingFiles::make(plane, waiting.layout).await?;
+    let (slab, slab_fds) = match &waiting.model.slab {
+        None => (SlabRef::None, Vec::new()),
+        Some(slab) => slab.slab.0.export().map_err(|error| Ended::Refused(error.into()))?,
+    };
+    let message = ToClient::Claimed {
+        boot_id: plane.boot_id,
+        requests: waiting.progress.requests,
+        tickets: waiting.progress.tickets,
+        controls: waiting.progress.controls,
+        answered: !waiting.answer.is_empty(),
+        slab,
+    };
+    let mut fds = Vec::from(rings.fds()?);
+    fds.extend(slab_fds);
+    socket.send(&message, &fds).await?;
+    let (message, _) = step(socket.receive()).await?;
+    if message != ToDaemon::Mapped {
+        return Err(Ended::Protocol(
+            "after a claim, the client must say that it has mapped its memory".into(),
+        ));
+    }
+    rings.freeze()?;
+    Ok(rings)
+}
+
+async fn attach(
+    plane: &Plane,
+    socket: &Socket,
+    (pid, process): (i32, Option<OwnedFd>),
+    waiting: Waiting,
+    rings: RingFiles,
+) -> Result<Session, Ended> {
+    let Waiting { about, progress, answer, layout, model, keeping, account, place } = waiting;
+    let id = about.session;
+    let lane = (id % plane.lanes.len() as u64) as usize;
+    let status = Arc::new(SessionStatus::new(id, about.client, pid, about.uid, lane));
+    if let Ok(mut name) = status.model.lock() {
+        name.clone_from(&about.spec.name);
+    }
+    let registered = Registered {
+        key: model.model_key(),
+        rope: model.spec.rope.clone(),
+        methods: model.spec.methods.clone(),
+    };
+    let d2c = Arc::clone(&rings.d2c);
+    let session = LaneSession::new(
+        id,
+        Arc::clone(&status),
+        layout,
+        rings.c2d,
+        Arc::clone(&d2c),
+        plane.boot_id,
+        Arc::clone(&account),
+    );
+    let session = session.going_on(&progress, model);
+    let ending = Arc::new(Ending::default());
+    plane.lanes[lane].send(Command::Attach(Box::new(session), Arc::clone(&ending)));
+    plane.registry.add(Arc::clone(&status));
+    let importer = Arc::new(Importer { process, closed: AtomicBool::new(false) });
+    let session = Session {
+        status,
+        ending,
+        sequences_max: about.limits.sequences_max,
+        layout,
+        d2c,
+        features: about.features,
+        importer,
+        account,
+        registered: registered.into(),
+        token: Some(about.token),
+        _place: place,
+    };
+    let welcomed = async {
+        socket.send(&ToClient::Sealed, &[]).await?;
+        let (reply, announced) = oneshot::channel();
+        plane.lanes[lane].send(Command::Resume(id, keeping, reply));
+        let announced = announced.await.map_err(|_| Ended::Protocol("the session has ended".into()))?;
+        for announcement in announced? {
+            socket.send(&announcement.message, &announcement.fds).await?;
+        }
+        socket.send(&ToClient::Done, &[]).await?;
+        if !answer.is_empty() {
+            socket.send_bytes(&answer, &[]).await?;
+        }
+        Ok(())
+    };
+    match welcomed.await {
+        Ok(()) => {
+            plane.lanes[lane].send(Command::Claimed(id));
+            tracing::info!(
+                session = id,
+                pid,
+                uid = session.status.uid,
+                client = session.status.client,
+                "session goes on"
+            );
+            Ok(session)
+        }
+        Err(error) => {
+            plane.end(id, lane).await;
+            Err(error)
+        }
+    }
+}

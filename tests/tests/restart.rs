@@ -1,0 +1,647 @@
+//! Sessions outlast their daemon: engines go on in the middle of an answer, and no token of it is another one.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use kvoyant_engine::{
+    DaemonError, DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, Dtype, KvBackend, KvShape,
+    Model, PrefillOptions, Selects, argmax, synthetic,
+};
+use kvoyant_protocol::control::{ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::layout::Limits;
+use kvoyant_protocol::quota::Quota;
+use kvoyant_protocol::{MINOR, packet};
+use kvoyant_tests::person::{self, Person};
+use kvoyant_tests::raw::Raw;
+use kvoyant_tests::supervisor::Supervisor;
+use kvoyant_tests::{Daemon, fake};
+use nix::sys::signal::{Signal, kill};
+
+const PERSON: &str = env!("CARGO_BIN_EXE_person-under-test");
+const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
+const PROMPT: usize = 300;
+/// More than a page has rows, so that room runs out that only the daemon can give.
+const STEPS: usize = 80;
+
+/// Digests, digests of an observed prompt, bounds, rows ahead of a step, and memories of several kinds.
+const METHODS: [&str; 6] = ["kvoyant", "quest", "infinigen:skew=off", "freekv", "resv", "dynsplit"];
+
+fn prompt(model: &Model) -> Vec<u32> {
+    (0..PROMPT as u32).map(|i| (i * i * 31 + i * 7 + 3) % model.config().vocabulary as u32).collect()
+}
+
+/// The daemon's backend, and what is done before each of its calls.
+struct Struck {
+    kv: DaemonKv,
+    before: Box<dyn FnMut(&'static str) + Send>,
+}
+
+type Called<T> = Result<T, DaemonError>;
+
+impl KvBackend for Struck {
+    type Sequence = DaemonSequence;
+    type Error = DaemonError;
+
+    fn shape(&self) -> &KvShape {
+        self.kv.shape()
+    }
+
+    fn tokens(&self, sequence: &DaemonSequence) -> usize {
+        self.kv.tokens(sequence)
+    }
+
+    fn store(
+        &mut self,
+        layer: usize,
+        sequence: &mut DaemonSequence,
+        start: usize,
+        k: &[f32],
+        v: &[f32],
+    ) -> Called<()> {
+        (self.before)("store");
+        self.kv.store(layer, sequence, start, k, v)
+    }
+
+    fn read(
+        &mut self,
+        layer: usize,
+        sequence: &DaemonSequence,
+        tokens: Range<usize>,
+        k: &mut [f32],
+        v: &mut [f32],
+    ) -> Called<()> {
+        (self.before)("read");
+        self.kv.read(layer, sequence, tokens, k, v)
+    }
+
+    fn observe_queries(
+        &mut self,
+        layer: usize,
+        sequence: &mut DaemonSequence,
+        start: usize,
+        queries: &[f32],
+    ) -> Called<()> {
+        (self.before)("observe");
+        self.kv.observe_queries(layer, sequence, start, queries)
+    }
+
+    fn wants_marks(&self) -> bool {
+        self.kv.wants_marks()
+    }
+
+    fn mark_tokens(&mut self, sequence: &mut DaemonSequence, start: usize, marks: &[u8]) -> Called<()> {
+        (self.before)("mark");
+        self.kv.mark_tokens(sequence, start, marks)
+    }
+
+    fn attend_chunk(
+        &mut self,
+        layer: usize,
+        sequence: &mut DaemonSequence,
+        start: usize,
+        queries: &[f32],
+        out: &mut [f32],
+    ) -> Called<bool> {
+        self.kv.attend_chunk(layer, sequence, start, queries, out)
+    }
+
+    fn commit(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Called<()> {
+        (self.before)("commit");
+        self.kv.commit(sequence, tokens)
+    }
+
+    fn begin_step(&mut self, batch: &mut [&mut DaemonSequence], positions: &[usize]) -> Called<()> {
+        (self.before)("begin");
+        self.kv.begin_step(batch, positions)
+    }
+
+    fn wants_hint(&self, layer: usize) -> bool {
+        self.kv.wants_hint(layer)
+    }
+
+    fn hint(
+        &mut self,
+        layer: usize,
+        batch: &mut [&mut DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+    ) -> Called<()> {
+        (self.before)("hint");
+        self.kv.hint(layer, batch, positions, queries)
+    }
+
+    fn append(
+        &mut self,
+        layer: usize,
+        batch: &mut [&mut DaemonSequence],
+        positions: &[usize],
+        k: &[f32],
+        v: &[f32],
+    ) -> Called<()> {
+        (self.before)("append");
+        self.kv.append(layer, batch, positions, k, v)
+    }
+
+    fn attend(
+        &mut self,
+        layer: usize,
+        batch: &mut [&mut DaemonSequence],
+        positions: &[usize],
+        queries: &[f32],
+        out: &mut [f32],
+    ) -> Called<()> {
+        (self.before)("attend");
+        self.kv.attend(layer, batch, positions, queries, out)
+    }
+
+    fn end_step(&mut self, batch: &mut [&mut DaemonSequence]) -> Called<()> {
+        (self.before)("end");
+        self.kv.end_step(batch)
+    }
+}
+
+struct Engine {
+    kv: Struck,
+    decoder: Decoder,
+    sequence: DaemonSequence,
+    logits: Vec<f32>,
+}
+
+impl Engine {
+    fn start(socket: &std::path::Path, model: &Arc<Model>, method: &str) -> Self {
+        Self::struck(socket, model, method, |_| {})
+    }
+
+    fn struck(
+        socket: &std::path::Path,
+        model: &Arc<Model>,
+        method: &str,
+        before: impl FnMut(&'static str) + Send + 'static,
+    ) -> Self {
+        let shape = KvShape::new(model.config(), Dtype::F16);
+        let options = DaemonOptions {
+            methods: vec![method.parse().unwrap()],
+            dense_layers: 1,
+            selects: Selects::Lane,
+            deadline: kvoyant_tests::PATIENCE,
+            ..DaemonOptions::default()
+        };
+        let mut kv = DaemonKv::connect(socket, shape, options).unwrap();
+        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+        let mut sequence = kv.sequence(0).unwrap();
+        let mut kv = Struck { kv, before: Box::new(before) };
+        let prompt = prompt(model);
+        let logits = decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
+        Self { kv, decoder, sequence, logits }
+    }
+
+    /// One greedy step: its token.
+    fn step(&mut self) -> u32 {
+        let token = argmax(&self.logits);
+        let step = self.decoder.step(&mut self.kv, &mut [&mut self.sequence], &[token]).unwrap();
+        self.logits = step.logits;
+        token
+    }
+
+    fn steps(&mut self, count: usize) -> Vec<u32> {
+        (0..count).map(|_| self.step()).collect()
+    }
+}
+
+/// What an engine says that nothing disturbs.
+fn undisturbed(model: &Arc<Model>, method: &str, flags: &[&str], steps: usize) -> Vec<u32> {
+    let daemon = Daemon::start(DAEMON, flags);
+    Engine::start(&daemon.socket(), model, method).steps(steps)
+}
+
+const IN_PLACE: [&str; 2] = ["--in-place", "true"];
+const SLAB: [&str; 2] = ["--slab", "1MiB"];
+
+/// Tokens that differ, and who went on alone, if anything did.
+fn compare(
+    wrong: &mut Vec<String>,
+    (method, flags): (&str, [&str; 2]),
+    engine: &Engine,
+    (found, expected): (&[u32], &[u32]),
+) {
+    assert_eq!(found.len(), expected.len());
+    let first = found.iter().zip(expected).position(|(a, b)| a != b);
+    let alone = engine.kv.kv.alone();
+    if first.is_some() || alone.is_some() {
+        wrong.push(format!("{method} {flags:?}: token {first:?} differs, alone: {alone:?}"));
+    }
+    assert_eq!(engine.kv.kv.fallbacks(), kvoyant_engine::Fallbacks::default());
+}
+
+#[test]
+fn an_answer_goes_on_over_restarts_between_steps_token_for_token() {
+    let model = synthetic::tiny(7);
+    let mut wrong = Vec::new();
+    for method in METHODS {
+        for flags in [IN_PLACE, SLAB] {
+            let expected = undisturbed(&model, method, &flags, STEPS);
+            let mut daemon = Supervisor::start(DAEMON, &flags);
+            let mut engine = Engine::start(&daemon.socket(), &model, method);
+            let mut found = Vec::new();
+            for step in 0..STEPS {
+                match step {
+                    5 => daemon.restart(Signal::SIGTERM),
+                    // The second one before anything has happened since.
+                    20 => {
+                        daemon.restart(Signal::SIGKILL);
+                        daemon.restart(Signal::SIGKILL);
+                    }
+                    50 => daemon.takeover(),
+                    60 => daemon.restart(Signal::SIGKILL),
+                    _ => {}
+                }
+                found.push(engine.step());
+            }
+            compare(&mut wrong, (method, flags), &engine, (&found, &expected));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// Calls from kill to kill: prime, so that in time each call of a step is the one that follows.
+const CALLS_BETWEEN: usize = 71;
+
+#[test]
+fn an_answer_goes_on_over_kills_before_every_call_of_a_step() {
+    let model = synthetic::tiny(7);
+    let mut wrong = Vec::new();
+    for method in METHODS {
+        for flags in [IN_PLACE, SLAB] {
+            let expected = undisturbed(&model, method, &flags, STEPS);
+            let mut daemon = Supervisor::start(DAEMON, &flags);
+            let socket = daemon.socket();
+            let (mut calls, mut stopped, mut kills) = (0, false, 0);
+            let mut engine = Engine::struck(&socket, &model, method, move |call| {
+                calls += 1;
+                if std::mem::take(&mut stopped) {
+                    daemon.restart(Signal::SIGKILL);
+                } else if calls % CALLS_BETWEEN == 0 {
+                    kills += 1;
+                    // What these ask for, nobody waits for yet: then nothing of it has been done when the daemon dies.
+                    if matches!(call, "hint" | "append" | "end" | "mark") && kills % 2 == 0 {
+                        kill(daemon.pid(), Signal::SIGSTOP).unwrap();
+                        stopped = true;
+                    } else {
+                        daemon.restart(Signal::SIGKILL);
+                    }
+                }
+            });
+            let found = engine.steps(STEPS);
+            compare(&mut wrong, (method, flags), &engine, (&found, &expected));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+struct SetWhenDropped<'a>(&'a AtomicBool);
+
+impl Drop for SetWhenDropped<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn an_answer_goes_on_over_kills_at_any_moment_of_its_steps() {
+    let model = synthetic::tiny(7);
+    let mut wrong = Vec::new();
+    for method in METHODS {
+        for flags in [IN_PLACE, SLAB] {
+            let mut daemon = Supervisor::start(DAEMON, &flags);
+            let mut engine = Engine::start(&daemon.socket(), &model, method);
+            let (steps, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+            let enough = AtomicBool::new(false);
+            let mut found = Vec::new();
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let killed = SetWhenDropped(&over);
+                    let before = |step: usize| {
+                        while steps.load(Ordering::Relaxed) < step && !enough.load(Ordering::Relaxed) {
+                            std::thread::sleep(Duration::from_micros(100));
+                        }
+                    };
+                    for (at, signals) in [
+                        &[Signal::SIGKILL][..],
+                        // While the engine still looks for the daemon, or is being let in.
+                        &[Signal::SIGKILL, Signal::SIGKILL, Signal::SIGTERM, Signal::SIGKILL],
+                        &[Signal::SIGTERM],
+                        &[Signal::SIGTERM, Signal::SIGTERM],
+                    ]
+                    .iter()
+                    .enumerate()
+                    {
+                        before(4 + at * 8);
+                        for (turn, signal) in signals.iter().enumerate() {
+                            // No two at the same moment of a step, or of a claim.
+                            std::thread::sleep(Duration::from_micros((311 + 977 * turn + 173 * at) as u64));
+                            daemon.restart(*signal);
+                        }
+                    }
+                    drop(killed);
+                    // The daemon ends with the thread that started it.
+                    while !enough.load(Ordering::Relaxed) {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                });
+                // Also when a step panics: nobody waits for another one then.
+                let _enough = SetWhenDropped(&enough);
+                while !over.load(Ordering::Relaxed) || found.len() < STEPS / 2 {
+                    found.push(engine.step());
+                    steps.store(found.len(), Ordering::Relaxed);
+                }
+            });
+            let expected = undisturbed(&model, method, &flags, found.len());
+            compare(&mut wrong, (method, flags), &engine, (&found, &expected));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn an_engine_whose_session_is_lost_finds_its_rows_as_they_were_and_goes_on_alone() {
+    let model = synthetic::tiny(7);
+    let expected = undisturbed(&model, "full", &IN_PLACE, 24);
+    let off = [&IN_PLACE[..], &["--keep-sessions", "off"]].concat();
+    let briefly = [&IN_PLACE[..], &["--reattach-seconds", "1"]].concat();
+    for (what, flags) in [("not kept", &off), ("damaged", &briefly), ("late", &briefly)] {
+        let mut daemon = Supervisor::start(DAEMON, flags);
+        let mut engine = Engine::start(&daemon.socket(), &model, "full");
+        let mut found = engine.steps(8);
+        match what {
+            "not kept" => daemon.restart(Signal::SIGTERM),
+            "damaged" => {
+                let _ = daemon.end(Signal::SIGKILL);
+                daemon.with_stored(|stored| {
+                    for (_, fd) in stored.iter().filter(|(name, _)| name.contains(".journal.")) {
+                        let journal = std::fs::File::from(fd.try_clone().unwrap());
+                        let len = journal.metadata().unwrap().len();
+                        if len > 0 {
+                            journal.set_len(len / 2).unwrap();
+                        }
+                    }
+                });
+                daemon.again();
+            }
+            _ => {
+                daemon.restart(Signal::SIGKILL);
+                // It was there while the session waited, and has given up its memory since.
+                daemon.wait_for("nothing", |status| status.arena.used_bytes == 0);
+            }
+        }
+        found.extend(engine.steps(16));
+        assert_eq!(found, expected, "{what}");
+        assert!(engine.kv.kv.alone().is_some(), "{what}");
+    }
+}
+
+#[test]
+fn forks_and_several_sessions_are_there_again_and_go_on_apart() {
+    use kvoyant_client::Hint;
+    use kvoyant_tests::PATIENCE;
+    let mut daemon = Supervisor::start(DAEMON, &SLAB);
+    let connect = |daemon: &Supervisor| {
+        let options = kvoyant_client::Options::default();
+        let client = kvoyant_client::Client::connect(&daemon.socket(), options).unwrap();
+        client.register(fake::spec(&["random:budget=50%", "quest"]), &[]).unwrap()
+    };
+    let models = [connect(&daemon), connect(&daemon)];
+    let mut all = Vec::new();
+    for (at, model) in models.iter().enumerate() {
+        let sequence = model.open(0, 300).unwrap();
+        fake::fill(model, &sequence, at, 300).unwrap();
+        let fork = sequence.fork(None).unwrap();
+        let closed = sequence.fork(None).unwrap();
+        closed.close().unwrap();
+        all.push((model, at, sequence, fork));
+    }
+    let named = |all: &[(&kvoyant_client::Model, usize, _, _)]| -> Vec<Vec<_>> {
+        let both = |(model, _, sequence, fork): &(&kvoyant_client::Model, _, _, _)| {
+            [sequence, fork].map(|sequence| {
+                let ready = fake::ask(model, sequence, 1);
+                (0..fake::KV_HEADS).map(|head| ready.tokens(0, head).collect::<Vec<_>>()).collect::<Vec<_>>()
+            })
+        };
+        all.iter().flat_map(both).collect()
+    };
+    let tokens_of = |answers: Vec<Vec<Vec<kvoyant_client::RowRun>>>| -> Vec<Vec<usize>> {
+        let flat = |runs: &Vec<kvoyant_client::RowRun>| {
+            runs.iter().flat_map(|run| run.token..run.token + run.rows).collect::<Vec<_>>()
+        };
+        answers.iter().flatten().map(flat).collect()
+    };
+    let before = tokens_of(named(&all));
+    for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+        daemon.restart(signal);
+        assert_eq!(tokens_of(named(&all)), before, "the same seeds draw the same rows");
+        let status = daemon.wait_for("both sessions", |status| status.totals.sessions == 2);
+        assert_eq!(status.sessions.iter().map(|session| session.sequences).sum::<u64>(), 4);
+    }
+    // Writing to a fork leaves the other one alone, and what is closed comes back.
+    for (model, seed, sequence, fork) in &all {
+        fork.truncate(200).unwrap();
+        model.reserve(&[(fork, 300)]).unwrap();
+        fake::fill(model, fork, seed + 10, 250).unwrap();
+        daemon.restart(Signal::SIGKILL);
+        let query = vec![0.5; fake::QUERY_HEADS * fake::HEAD_DIM];
+        let quest = fork.fork(Some(1)).unwrap();
+        let member = kvoyant_client::Member { sequence: &quest, position: 250, hint: Hint::Query(&query) };
+        assert!(model.speculate(1, &[member]).unwrap().wait(PATIENCE).unwrap().rows(0, 0) > 0);
+        fake::check(&fake::ask(model, sequence, 1), 0, *seed, 1).unwrap();
+        let mut keys = vec![0.0; 50 * fake::HEAD_DIM];
+        let mut values = keys.clone();
+        fork.read(1, 0, 200..250, &mut keys, &mut values).unwrap();
+        assert_eq!(keys[..fake::HEAD_DIM], fake::row(seed + 10, 1, 0, 200)[..fake::HEAD_DIM]);
+        fork.read(1, 0, 150..200, &mut keys, &mut values).unwrap();
+        assert_eq!(keys[..fake::HEAD_DIM], fake::row(*seed, 1, 0, 150)[..fake::HEAD_DIM]);
+    }
+    drop(all);
+    drop(models);
+    let gone = |status: &kvoyant_daemon::status::StatusReport| {
+        status.totals.sessions == 0 && status.arena.used_bytes == 0
+    };
+    daemon.wait_for("no session", gone);
+    assert!(daemon.kinds().is_empty(), "{:?}", daemon.kinds());
+}
+
+/// A session without the client library, of a client that can go on with another daemon.
+fn claimable(daemon: &Supervisor) -> (Raw, u64, [u64; 2]) {
+    let socket = Raw::socket(&daemon.socket());
+    let limits = Limits { ring_slots: 8, ..Limits::default() };
+    let features = features::COMMON | features::KEPT;
+    let hello = ToDaemon::Hello { features, name: "raw".into(), limits, minor: MINOR };
+    packet::send(socket.as_fd(), &encode(&hello), &[]).unwrap();
+    let welcome = packet::receive(socket.as_fd()).unwrap();
+    let Ok(ToClient::Welcome { session, features: common, .. }) = decode(&welcome.bytes) else {
+        panic!("no welcome")
+    };
+    assert_ne!(common & features::KEPT, 0, "the daemon keeps sessions");
+    let mut raw = Raw::welcomed(socket, welcome.fds, limits);
+    let Ok(ToClient::Kept { token, seconds }) = raw.call(&ToDaemon::Keep) else { panic!("no token") };
+    assert!(seconds > 0);
+    raw.register(fake::spec(&["full"]), &[]).unwrap();
+    (raw, session, token)
+}
+
+fn claim(daemon: &Supervisor, session: u64, token: [u64; 2], extents: u32) -> Result<ToClient, String> {
+    let socket = Raw::socket(&daemon.socket());
+    packet::send(socket.as_fd(), &encode(&ToDaemon::Claim { session, token, extents }), &[]).unwrap();
+    let answer = packet::receive(socket.as_fd()).unwrap();
+    match decode(&answer.bytes).unwrap() {
+        ToClient::Failed(failure) => Err(failure.to_string()),
+        message => Ok(message),
+    }
+}
+
+#[test]
+fn a_claim_needs_the_sessions_token_and_its_user_and_a_session_that_waits() {
+    let mut daemon = Supervisor::start(DAEMON, &[]);
+    let (mut raw, session, token) = claimable(&daemon);
+    raw.open(100);
+    assert!(claim(&daemon, session, token, 1).unwrap_err().contains("not kept for you"), "it is open");
+    daemon.restart(Signal::SIGKILL);
+    for (session, token) in [
+        (session, [token[0], token[1] ^ 1]),
+        (session, [token[0] ^ 1 << 63, token[1]]),
+        (session, [0, 0]),
+        (session + 1, token),
+        (u64::MAX, token),
+    ] {
+        assert!(claim(&daemon, session, token, 1).unwrap_err().contains("not kept for you"));
+    }
+    if person::can_be_others() {
+        let folder = daemon.socket().parent().unwrap().to_path_buf();
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::set_permissions(daemon.socket(), std::fs::Permissions::from_mode(0o666)).unwrap();
+        let mut other = Person::new(PERSON, &daemon.socket(), 54_321, 54_321, &[]);
+        let said = other.does(&format!("claim {session} {} {}", token[0], token[1])).unwrap_err();
+        assert!(said.contains("not kept for you"), "{said}");
+    }
+    let said = claim(&daemon, session, token, 1000).unwrap_err();
+    assert!(said.contains("1000 extents"), "{said}");
+    // Whoever goes away in the middle may come again.
+    for _ in 0..2 {
+        let Ok(ToClient::Claimed { requests, controls, answered, .. }) = claim(&daemon, session, token, 1)
+        else {
+            panic!("it is theirs")
+        };
+        assert_eq!((requests, controls, answered), (0, 1, true));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn what_was_left_and_is_not_right_ends_its_session_alone_with_a_sentence() {
+    let mut daemon = Supervisor::start(DAEMON, &IN_PLACE);
+    let model = synthetic::tiny(7);
+    let mut engine = Engine::start(&daemon.socket(), &model, "quest");
+    let expected = undisturbed(&model, "quest", &IN_PLACE, 8);
+    let spoilt: Vec<_> = (0..5)
+        .map(|_| {
+            let (mut raw, session, token) = claimable(&daemon);
+            raw.open(100);
+            (raw, session, token)
+        })
+        .collect();
+    let mut found = engine.steps(4);
+    let _ = daemon.end(Signal::SIGKILL);
+    let sessions: Vec<u64> = spoilt.iter().map(|(_, session, _)| *session).collect();
+    let of = |session: u64, kind: &str| format!("kvoyant.{session}.{kind}.");
+    daemon.with_stored(|stored| {
+        let journals = |stored: &[(String, OwnedFd)], session| -> Vec<std::fs::File> {
+            let its = stored.iter().filter(|(name, _)| name.starts_with(&of(session, "journal")));
+            its.map(|(_, fd)| fd.try_clone().unwrap().into())
+                .filter(|file: &std::fs::File| file.metadata().unwrap().len() > 0)
+                .collect()
+        };
+        // A version that is to come, with the right checksum; a byte; an extent that is gone, or is another file; half of a journal.
+        for journal in journals(stored, sessions[0]) {
+            let mut header = [0; 64];
+            journal.read_exact_at(&mut header, 0).unwrap();
+            header[8] += 1;
+            header[12..16].fill(0);
+            let crc = crc32c::crc32c(&header);
+            header[12..16].copy_from_slice(&crc.to_le_bytes());
+            journal.write_all_at(&header, 0).unwrap();
+        }
+        for journal in journals(stored, sessions[1]) {
+            let mut byte = [0];
+            journal.read_exact_at(&mut byte, 300).unwrap();
+            journal.write_all_at(&[byte[0] ^ 4], 300).unwrap();
+        }
+        stored.retain(|(name, _)| !name.starts_with(&of(sessions[2], "extent")));
+        let other = kvoyant_protocol::memory::Memfd::create("other", 64 << 20).unwrap();
+        for (name, fd) in stored.iter_mut().filter(|(name, _)| name.starts_with(&of(sessions[3], "extent"))) {
+            assert!(!name.is_empty());
+            *fd = other.try_clone().unwrap();
+        }
+        stored.retain(|(name, _)| *name != format!("kvoyant.{}.journal.0", sessions[4]));
+    });
+    daemon.again();
+    for (at, (_, session, token)) in spoilt.iter().enumerate() {
+        let claimed = claim(&daemon, *session, *token, 1);
+        assert!(claimed.as_ref().is_err_and(|said| said.contains("not kept for you")), "{at}: {claimed:?}");
+    }
+    found.extend(engine.steps(4));
+    assert_eq!(found, expected, "its neighbours' files are nothing to it");
+    assert_eq!(engine.kv.kv.alone(), None);
+    let (_, said) = daemon.end(Signal::SIGTERM);
+    for sentence in [
+        "its journal has version 2 and this daemon reads version 1; a newer daemon wrote it",
+        "its journal is damaged at byte",
+        "an extent is missing",
+        "the peer's memfd has seals",
+        "of its journal there is only a part",
+    ] {
+        assert!(said.contains(sentence), "{sentence}: {said}");
+    }
+}
+
+#[test]
+fn a_session_whose_engine_died_meanwhile_is_dropped_after_a_while_and_leaves_nothing() {
+    let mut daemon = Supervisor::start(DAEMON, &["--reattach-seconds", "1"]);
+    let (mut raw, ..) = claimable(&daemon);
+    raw.open(100);
+    assert_eq!(daemon.kinds()["extent"], 1);
+    let _ = daemon.end(Signal::SIGKILL);
+    drop(raw);
+    daemon.again();
+    let status = daemon.status();
+    let held = |status: &kvoyant_daemon::status::StatusReport| {
+        let quotas = [Quota::Host, Quota::Tables, Quota::Sequences, Quota::Sessions, Quota::Rings];
+        let of = |quota| status.users.iter().map(|user| user.held(quota)).sum::<u64>();
+        quotas.map(of)
+    };
+    // While it waits it counts, as it did.
+    assert!(held(&status).iter().all(|held| *held > 0), "{:?}", status.users);
+    daemon.wait_for("nothing", |status| held(status) == [0; 5] && status.arena.used_bytes == 0);
+    assert!(daemon.kinds().is_empty(), "{:?}", daemon.kinds());
+    // And one that leaves in good order leaves nothing either.
+    let (raw, ..) = claimable(&daemon);
+    drop(raw);
+    daemon.wait_for("no session", |status| status.totals.sessions == 0);
+    assert!(daemon.kinds().is_empty(), "{:?}", daemon.kinds());
+}
+
+#[test]
+fn where_nothing_is_kept_nothing_is_written_and_nobody_takes_over() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    let socket = Raw::socket(&daemon.socket());
+    packet::send(socket.as_fd(), &encode(&ToDaemon::Takeover), &[]).unwrap();
+    let answer = packet::receive(socket.as_fd()).unwrap();
+    let Ok(ToClient::Failed(failure)) = decode(&answer.bytes) else { panic!("{:?}", answer.bytes) };
+    assert!(failure.to_string().contains("it keeps no sessions"), "{failure}");
+    let raw = Raw::greet(&daemon.socket(), features::COMMON | features::KEPT);
+    drop(raw);
+    let off = Supervisor::start(DAEMON, &["--keep-sessions", "off"]);
+    let _model = fake::connect_at(&off.socket(), &["full"]);
+    assert!(off.kinds().is_empty());
+}
