@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 
 use kvoyant_client::{Client, Options};
-use kvoyant_protocol::control::{ToClient, ToDaemon, decode, encode, features};
+use kvoyant_protocol::control::{Failure, ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::layout::Limits;
 use kvoyant_protocol::{MINOR, VERSION, packet};
 use kvoyant_tests::later::Later;
@@ -32,9 +32,9 @@ fn a_client_works_with_a_daemon_of_its_own_minor_and_of_the_next() {
 }
 
 #[test]
-fn a_daemon_works_with_a_client_of_its_own_minor_and_of_the_next() {
+fn a_daemon_works_with_a_client_of_its_own_minor_of_the_first_and_of_the_next() {
     let daemon = Daemon::start(DAEMON, &[]);
-    for (minor, more) in [(MINOR, &[][..]), (MINOR + 1, &[9, 9, 9][..])] {
+    for (minor, more) in [(0, &[][..]), (MINOR, &[][..]), (MINOR + 1, &[9, 9, 9][..])] {
         let limits = Limits { ring_slots: 8, ..Limits::default() };
         // A bit that only the later client knows.
         let features = features::COMMON | if more.is_empty() { 0 } else { 1 << 63 };
@@ -53,5 +53,19 @@ fn a_daemon_works_with_a_client_of_its_own_minor_and_of_the_next() {
         let registered = raw.register(fake::spec(&["full"]), &[]).unwrap();
         assert!(matches!(decode(&registered.bytes), Ok(ToClient::Registered { .. })));
         assert_eq!(raw.open(100).slot, 0);
+    }
+}
+
+#[test]
+fn a_client_that_does_not_know_of_draining_hears_of_it_in_words_that_it_knows() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    kvoyant_daemon::admin::drain(&daemon.admin(), true).unwrap();
+    for (minor, expected) in [(1, Failure::Draining), (0, Failure::Internal(Failure::Draining.to_string()))] {
+        let (name, limits) = ("older".into(), Limits::default());
+        let hello = encode(&ToDaemon::Hello { features: features::COMMON, name, limits, minor });
+        let socket = Raw::socket(&daemon.socket());
+        packet::send(socket.as_fd(), &hello, &[]).unwrap();
+        let answer = packet::receive(socket.as_fd()).unwrap();
+        assert_eq!(decode::<ToClient>(&answer.bytes).unwrap(), ToClient::Failed(expected));
     }
 }

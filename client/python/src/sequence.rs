@@ -181,7 +181,7 @@ impl PySequence {
     #[getter]
     fn closed(&self) -> bool {
         self.kept.session.here("sequence").is_err()
-            || self.kept.sequence.try_read().is_ok_and(|open| open.is_none())
+            || matches!(self.kept.sequence.shared(), Err(NotThere::Closed))
             || !self.kept.session.is_open()
     }
 

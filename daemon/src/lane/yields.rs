@@ -40,13 +40,21 @@ impl LaneSession {
         let mut evicted = model.evict(only, from);
         model.submit_pages();
         let on_device = model.slab.as_ref().is_some_and(|slab| slab.slab.0.is_on_device());
-        if evicted.next.is_none() && idle && !self.in_transfer() && !on_device {
-            let given = self.model.as_mut().map_or(0, |model| model.give_up_free(usize::MAX));
-            evicted.extents = given as u64;
+        if evicted.next.is_none() && idle && !self.in_transfer() && self.may_yield() && !on_device {
+            evicted.extents = self.give_back(usize::MAX) as u64;
         }
         self.count_pages();
         self.refresh_status();
         Ok(evicted)
+    }
+
+    /// Gives back extents in which nothing is, up to so many. How many.
+    fn give_back(&mut self, most: usize) -> usize {
+        let Some(model) = &mut self.model else { return 0 };
+        let given = model.give_up_free(most);
+        // Nobody else has them before it is known that this session has them no more.
+        self.cover();
+        given.extents().len()
     }
 
     /// Gives back extents in which nothing is, if its user has more than their share and it is not `to` who asks. How many.
@@ -61,10 +69,8 @@ impl LaneSession {
         if account.uid() == to || on_device || beyond == 0 {
             return 0;
         }
-        let given = model.give_up_free(beyond as usize);
-        // Nobody else has them before it is known that this session has them no more.
-        self.cover();
+        let given = self.give_back(beyond as usize);
         self.refresh_status();
-        given.extents().len()
+        given
     }
 }
