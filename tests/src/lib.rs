@@ -8,6 +8,7 @@ pub mod noisy;
 pub mod person;
 pub mod raw;
 pub mod softcuda;
+pub mod struck;
 pub mod supervisor;
 
 use std::io::Read;

@@ -1,6 +1,5 @@
 //! Sessions outlast their daemon: engines go on in the middle of an answer, and no token of it is another one.
 
-use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::Arc;
@@ -8,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use kvoyant_engine::{
-    DaemonError, DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, Dtype, KvBackend, KvShape,
-    Model, PrefillOptions, Selects, argmax, synthetic,
+    DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, Dtype, KvShape, Model, PrefillOptions,
+    Selects, argmax, synthetic,
 };
 use kvoyant_protocol::control::{ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::layout::Limits;
@@ -17,6 +16,7 @@ use kvoyant_protocol::quota::Quota;
 use kvoyant_protocol::{MINOR, packet};
 use kvoyant_tests::person::{self, Person};
 use kvoyant_tests::raw::Raw;
+use kvoyant_tests::struck::Struck;
 use kvoyant_tests::supervisor::Supervisor;
 use kvoyant_tests::{Daemon, fake};
 use nix::sys::signal::{Signal, kill};
@@ -32,136 +32,6 @@ const METHODS: [&str; 6] = ["kvoyant", "quest", "infinigen:skew=off", "freekv", 
 
 fn prompt(model: &Model) -> Vec<u32> {
     (0..PROMPT as u32).map(|i| (i * i * 31 + i * 7 + 3) % model.config().vocabulary as u32).collect()
-}
-
-/// The daemon's backend, and what is done before each of its calls.
-struct Struck {
-    kv: DaemonKv,
-    before: Box<dyn FnMut(&'static str) + Send>,
-}
-
-type Called<T> = Result<T, DaemonError>;
-
-impl KvBackend for Struck {
-    type Sequence = DaemonSequence;
-    type Error = DaemonError;
-
-    fn shape(&self) -> &KvShape {
-        self.kv.shape()
-    }
-
-    fn tokens(&self, sequence: &DaemonSequence) -> usize {
-        self.kv.tokens(sequence)
-    }
-
-    fn store(
-        &mut self,
-        layer: usize,
-        sequence: &mut DaemonSequence,
-        start: usize,
-        k: &[f32],
-        v: &[f32],
-    ) -> Called<()> {
-        (self.before)("store");
-        self.kv.store(layer, sequence, start, k, v)
-    }
-
-    fn read(
-        &mut self,
-        layer: usize,
-        sequence: &DaemonSequence,
-        tokens: Range<usize>,
-        k: &mut [f32],
-        v: &mut [f32],
-    ) -> Called<()> {
-        (self.before)("read");
-        self.kv.read(layer, sequence, tokens, k, v)
-    }
-
-    fn observe_queries(
-        &mut self,
-        layer: usize,
-        sequence: &mut DaemonSequence,
-        start: usize,
-        queries: &[f32],
-    ) -> Called<()> {
-        (self.before)("observe");
-        self.kv.observe_queries(layer, sequence, start, queries)
-    }
-
-    fn wants_marks(&self) -> bool {
-        self.kv.wants_marks()
-    }
-
-    fn mark_tokens(&mut self, sequence: &mut DaemonSequence, start: usize, marks: &[u8]) -> Called<()> {
-        (self.before)("mark");
-        self.kv.mark_tokens(sequence, start, marks)
-    }
-
-    fn attend_chunk(
-        &mut self,
-        layer: usize,
-        sequence: &mut DaemonSequence,
-        start: usize,
-        queries: &[f32],
-        out: &mut [f32],
-    ) -> Called<bool> {
-        self.kv.attend_chunk(layer, sequence, start, queries, out)
-    }
-
-    fn commit(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Called<()> {
-        (self.before)("commit");
-        self.kv.commit(sequence, tokens)
-    }
-
-    fn begin_step(&mut self, batch: &mut [&mut DaemonSequence], positions: &[usize]) -> Called<()> {
-        (self.before)("begin");
-        self.kv.begin_step(batch, positions)
-    }
-
-    fn wants_hint(&self, layer: usize) -> bool {
-        self.kv.wants_hint(layer)
-    }
-
-    fn hint(
-        &mut self,
-        layer: usize,
-        batch: &mut [&mut DaemonSequence],
-        positions: &[usize],
-        queries: &[f32],
-    ) -> Called<()> {
-        (self.before)("hint");
-        self.kv.hint(layer, batch, positions, queries)
-    }
-
-    fn append(
-        &mut self,
-        layer: usize,
-        batch: &mut [&mut DaemonSequence],
-        positions: &[usize],
-        k: &[f32],
-        v: &[f32],
-    ) -> Called<()> {
-        (self.before)("append");
-        self.kv.append(layer, batch, positions, k, v)
-    }
-
-    fn attend(
-        &mut self,
-        layer: usize,
-        batch: &mut [&mut DaemonSequence],
-        positions: &[usize],
-        queries: &[f32],
-        out: &mut [f32],
-    ) -> Called<()> {
-        (self.before)("attend");
-        self.kv.attend(layer, batch, positions, queries, out)
-    }
-
-    fn end_step(&mut self, batch: &mut [&mut DaemonSequence]) -> Called<()> {
-        (self.before)("end");
-        self.kv.end_step(batch)
-    }
 }
 
 struct Engine {

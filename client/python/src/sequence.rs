@@ -455,8 +455,10 @@ impl PySequence {
         let open = self.kept.alone_unviewed("suspend")?;
         let suspend = |sequence: Owned<Sequence>| {
             let sequence = sequence.into_inner();
-            py.detach(|| sequence.suspend(image, overwrite, label))
-                .map_err(|(sequence, error)| Box::new((Owned::new(sequence), error)))
+            py.detach(|| sequence.suspend(image, overwrite, label).map_err(Box::new)).map_err(|back| {
+                let (sequence, error) = *back;
+                Box::new((Owned::new(sequence), error))
+            })
         };
         Ok(open.consume(suspend)?)
     }

@@ -4,6 +4,7 @@
 
 mod claim;
 mod door;
+mod ended;
 mod evict;
 mod images;
 mod orders;
@@ -16,7 +17,6 @@ mod socket;
 
 pub(crate) use images::now_unix;
 
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -25,15 +25,15 @@ use std::time::Duration;
 use kvoyant_protocol::control::{Failure, Mode, ToClient, ToDaemon, agreed, encode, features};
 use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::layout::{Layout, Limits};
-use kvoyant_protocol::memory::{MemoryError, SharedMapping};
+use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::packet;
 use kvoyant_protocol::{MINOR, VERSION};
-use thiserror::Error;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, Semaphore, oneshot};
 
 use self::claim::{Claim, Kept, claim};
 pub(crate) use self::door::Door;
+pub(crate) use self::ended::Ended;
 pub(crate) use self::images::{LABEL_MAX, image_id};
 use self::images::{Registered as RegisteredModel, Resume, Suspend};
 pub(crate) use self::orders::OrderError;
@@ -205,37 +205,6 @@ impl Plane {
             if lost.changed().await.is_err() {
                 return std::future::pending().await;
             }
-        }
-    }
-}
-
-/// Why a session ended.
-#[derive(Debug, Error)]
-pub(crate) enum Ended {
-    #[error("the client has gone")]
-    HungUp,
-    #[error("{0}")]
-    Protocol(String),
-    #[error("{0}")]
-    Refused(Failure),
-    #[error("socket error: {0}")]
-    Io(#[from] io::Error),
-    #[error("{0}")]
-    Memory(#[from] MemoryError),
-    #[error("the client took more than {} s for the handshake", HANDSHAKE_TIMEOUT.as_secs())]
-    TooSlow,
-}
-
-impl Ended {
-    /// What metrics call it.
-    fn how(&self) -> How {
-        match self {
-            Self::HungUp => How::Left,
-            Self::Protocol(_) => How::Rejected,
-            Self::Refused(Failure::Protocol(_)) => How::Rejected,
-            Self::Refused(_) => How::Refused,
-            Self::Io(_) | Self::Memory(_) => How::Failed,
-            Self::TooSlow => How::TooSlow,
         }
     }
 }

@@ -98,6 +98,7 @@ pub(crate) fn start(filter: EnvFilter, format: LogFormat) -> Filter {
     };
     let started = tracing_subscriber::registry().with(filter).with(layer).try_init();
     if started.is_ok() {
+        writer::open();
         // The standard hook writes to standard error, and waits for its reader.
         std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
     }

@@ -29,6 +29,11 @@ pub(crate) fn dropped_lines() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
 
+/// Starts the thread. Whatever it needs is there from the daemon's start on, and no part of what a client costs.
+pub(super) fn open() {
+    QUEUE.get_or_init(queue);
+}
+
 /// A line that is being written. It goes to the queue when it is whole.
 #[derive(Debug, Default)]
 pub(super) struct Line(Vec<u8>);
