@@ -63,7 +63,8 @@ impl Llama {
             kv_heads: number("llama.attention.head_count_kv")?,
             head_dim,
             sliding_window: vec![None; layers],
-            format: Dtype::F16.into(),
+            // As candle's own cache has it. F16 takes half the memory, and rounds.
+            format: Dtype::F32.into(),
         };
 
         let frequencies: Vec<f32> =
