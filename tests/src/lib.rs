@@ -49,6 +49,23 @@ fn arguments(folder: &Path) -> Vec<String> {
     ]
 }
 
+/// Looks at a daemon's status until it is as wanted, and returns it.
+fn status_as(
+    look: impl Fn() -> StatusReport,
+    what: &str,
+    wanted: impl Fn(&StatusReport) -> bool,
+) -> StatusReport {
+    let since = Instant::now();
+    loop {
+        let status = look();
+        if wanted(&status) {
+            return status;
+        }
+        assert!(since.elapsed() < PATIENCE, "the daemon never had {what}: {status:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 impl Daemon {
     /// Starts one with these further flags (later ones win), and waits until its sockets are there.
     ///
@@ -141,15 +158,7 @@ impl Daemon {
     /// # Panics
     /// If that does not come to pass.
     pub fn wait_for(&self, what: &str, wanted: impl Fn(&StatusReport) -> bool) -> StatusReport {
-        let since = Instant::now();
-        loop {
-            let status = self.status();
-            if wanted(&status) {
-                return status;
-            }
-            assert!(since.elapsed() < PATIENCE, "the daemon never had {what}: {status:?}");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        status_as(|| self.status(), what, wanted)
     }
 
     /// Stops it, as SIGSTOP does, and waits until every thread of it stands still.

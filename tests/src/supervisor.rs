@@ -104,15 +104,7 @@ impl Supervisor {
     /// # Panics
     /// If that does not come to pass.
     pub fn wait_for(&self, what: &str, wanted: impl Fn(&StatusReport) -> bool) -> StatusReport {
-        let since = Instant::now();
-        loop {
-            let status = self.status();
-            if wanted(&status) {
-                return status;
-            }
-            assert!(since.elapsed() < PATIENCE, "the daemon never had {what}: {status:?}");
-            std::thread::sleep(std::time::Duration::from_millis(2));
-        }
+        crate::status_as(|| self.status(), what, wanted)
     }
 
     /// Waits until everything that the daemon has said was taken in, and says what is stored: how many of each name's last part but one.
