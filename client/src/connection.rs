@@ -83,13 +83,14 @@ impl Client {
     /// version (it says both); [`Error::Failed`] if it has no room for another session, or a GPU that this process has
     /// no driver for.
     pub fn connect(path: &Path, options: Options) -> Result<Self, Error> {
-        let refused = match Self::connect_as(path, options.clone(), features::COMMON | features::KEPT) {
+        let always = features::COMMON | features::KEPT | features::GENERATION;
+        let refused = match Self::connect_as(path, options.clone(), always) {
             Err(Error::Failed(failure @ Failure::Device(_))) => failure,
             other => return other,
         };
         match cuda::features() {
             0 => Err(Error::Failed(refused)),
-            driver => Self::connect_as(path, options, features::COMMON | features::KEPT | driver),
+            driver => Self::connect_as(path, options, always | driver),
         }
     }
 

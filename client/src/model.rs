@@ -155,6 +155,13 @@ impl Model {
         self.inner.geometry.layout
     }
 
+    /// How many daemons have served this session before the one that serves it now. Answers say it of the one that gave them
+    /// ([`Completion::generation`](crate::Completion)).
+    #[must_use]
+    pub fn generation(&self) -> u32 {
+        self.inner.rings.generation()
+    }
+
     /// A counter of this session, as the daemon publishes it.
     #[must_use]
     pub fn stat(&self, stat: Stat) -> u64 {

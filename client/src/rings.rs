@@ -206,6 +206,11 @@ impl Rings {
         Arc::clone(&self.maps.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// How many daemons have served the session before the one that serves it now.
+    pub(crate) fn generation(&self) -> u32 {
+        self.maps().served.generation
+    }
+
     /// A counter of the session, as the daemon publishes it.
     pub(crate) fn stat(&self, stat: Stat) -> u64 {
         debug_assert!((stat as usize) < STATS);
@@ -458,7 +463,7 @@ impl Rings {
         let maps = self.maps();
         while receive.consumer.available(&maps.d2c)? > 0 {
             let descriptor = receive.consumer.peek(&maps.d2c);
-            let completion = Completion::parse(&descriptor, &self.layout.limits, maps.boot_id)?;
+            let completion = Completion::parse(&descriptor, &self.layout.limits, maps.served)?;
             receive.consumer.advance(&maps.c2d);
             receive.last_here = completion.ticket;
             // What another daemon had answered already stays as it was.

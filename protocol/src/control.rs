@@ -43,6 +43,8 @@ pub mod features {
     pub const CUDA_DESCRIPTORS: u64 = 1 << 4;
     /// Sessions outlive the daemon that serves them ([`ToDaemon::Keep`](super::ToDaemon::Keep)). Since minor 1.
     pub const KEPT: u64 = 1 << 5;
+    /// Completions carry the session's generation ([`Served`](crate::wire::Served)). Since minor 2.
+    pub const GENERATION: u64 = 1 << 6;
     /// What every client of this version can do; those of a driver come on top.
     pub const COMMON: u64 = SLAB | IN_PLACE | DOORBELLS;
     /// Both ways to a device's memory.

@@ -49,6 +49,9 @@ pub mod d2c {
     /// How many requests, since the session began, no end of the daemon loses any more, 64 bits: the client need not keep them. It is
     /// written where [`KEPT`](crate::control::features::KEPT) is agreed.
     pub const KEPT: usize = 544;
+    /// How many daemons have served the session before this one, 64 bits, from before the client gets this memory. It is 0 where
+    /// [`GENERATION`](crate::control::features::GENERATION) is not agreed.
+    pub const GENERATION: usize = 552;
     /// Last ticket whose copies the device has been given, 64 bits: from here on its event means this ticket.
     pub const PLANNED: usize = 576;
     /// Statistics of the session: 64-bit counters in the order of [`crate::wire::Stat`].

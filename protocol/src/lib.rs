@@ -39,7 +39,7 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"KVOYANT\0");
 pub const VERSION: u32 = 6;
 
 /// How often something was added within this [`VERSION`]: the two sides speak the smaller of their minors ([`control::agreed`]).
-pub const MINOR: u16 = 1;
+pub const MINOR: u16 = 2;
 
 /// Bytes of one extent of the arena: a memfd of its own.
 pub const EXTENT_BYTES: usize = 64 << 20;

@@ -12,8 +12,8 @@ use crate::ring::Descriptor;
 pub mod answer;
 
 pub use answer::{
-    BlockRun, Completion, CompletionError, HeadEntry, PartialLayout, RestEntry, RestLayout, STATS, Stat,
-    Status,
+    BlockRun, Completion, CompletionError, HeadEntry, PartialLayout, RestEntry, RestLayout, STATS, Served,
+    Stat, Status,
 };
 
 /// All layers of the model at once, in [`Append`].

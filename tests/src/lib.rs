@@ -166,15 +166,7 @@ impl Daemon {
     /// # Panics
     /// If it does not stop.
     pub fn stop(&self) {
-        kill(self.pid(), Signal::SIGSTOP).expect("a signal");
-        let stands_still = |task: std::io::Result<std::fs::DirEntry>| {
-            let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
-            stat.is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|state| state.starts_with('T')))
-        };
-        wait_until("the daemon standing still", || {
-            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()));
-            tasks.is_ok_and(|mut tasks| tasks.all(stands_still))
-        });
+        stop(self.pid());
     }
 
     /// Waits until it ends by itself; returns how it ended and what it said.
@@ -217,6 +209,22 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Stops a process, as SIGSTOP does, and waits until every thread of it stands still.
+///
+/// # Panics
+/// If it does not stop.
+pub fn stop(pid: Pid) {
+    kill(pid, Signal::SIGSTOP).expect("a signal");
+    let stands_still = |task: std::io::Result<std::fs::DirEntry>| {
+        let stat = task.and_then(|task| std::fs::read_to_string(task.path().join("stat")));
+        stat.is_ok_and(|stat| stat.rsplit(") ").next().is_some_and(|state| state.starts_with('T')))
+    };
+    wait_until("the daemon standing still", || {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+        tasks.is_ok_and(|mut tasks| tasks.all(stands_still))
+    });
 }
 
 /// Waits until something is so.

@@ -57,6 +57,23 @@ fn a_daemon_works_with_a_client_of_its_own_minor_of_the_first_and_of_the_next() 
 }
 
 #[test]
+fn only_a_client_that_knows_of_generations_gets_completions_that_carry_them() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    for (minor, expected) in [(0, 0), (1, 0), (2, features::GENERATION)] {
+        let (name, limits) = ("older".into(), Limits::default());
+        let features = features::COMMON | features::GENERATION;
+        let hello = encode(&ToDaemon::Hello { features, name, limits, minor });
+        let socket = Raw::socket(&daemon.socket());
+        packet::send(socket.as_fd(), &hello, &[]).unwrap();
+        let answer = packet::receive(socket.as_fd()).unwrap();
+        let ToClient::Welcome { features: common, .. } = decode(&answer.bytes).unwrap() else {
+            panic!("{:?} came instead of a welcome", answer.bytes)
+        };
+        assert_eq!(common & features::GENERATION, expected, "minor {minor}");
+    }
+}
+
+#[test]
 fn a_client_that_does_not_know_of_draining_hears_of_it_in_words_that_it_knows() {
     let daemon = Daemon::start(DAEMON, &[]);
     kvoyant_daemon::admin::drain(&daemon.admin(), true).unwrap();

@@ -132,6 +132,11 @@ fn an_answer_goes_on_over_restarts_between_steps_token_for_token() {
                 found.push(engine.step());
             }
             compare(&mut wrong, (method, flags), &engine, (&found, &expected));
+            // Of those that were killed one after the other the first has served nobody.
+            let restarts = engine.kv.kv.take_stats().restarts;
+            if restarts != 4 {
+                wrong.push(format!("{method} {flags:?}: answers told of {restarts} restarts"));
+            }
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
@@ -271,6 +276,46 @@ fn an_engine_whose_session_is_lost_finds_its_rows_as_they_were_and_goes_on_alone
         assert_eq!(found, expected, "{what}");
         assert!(engine.kv.kv.alone().is_some(), "{what}");
     }
+}
+
+#[test]
+fn completions_tell_of_every_restart_between_two_requests() {
+    let mut daemon = Supervisor::start(DAEMON, &SLAB);
+    let model = fake::connect_at(&daemon.socket(), &["random:budget=50%"]);
+    let sequence = model.open(0, 300).unwrap();
+    fake::fill(&model, &sequence, 4, 300).unwrap();
+    let ask = || {
+        let ready = fake::ask(&model, &sequence, 1);
+        fake::check(&ready, 0, 4, 1).unwrap();
+        (ready.completion().generation, ready.completion().boot_id)
+    };
+    let (first, boot) = ask();
+    assert_eq!((first, model.generation()), (0, 0), "no daemon has served the session before");
+    assert_eq!(ask(), (0, boot), "nothing has happened in between");
+    let mut boots = vec![boot];
+    for generation in 1..=3 {
+        match generation {
+            1 => daemon.restart(Signal::SIGKILL),
+            2 => {
+                // Asked before, and answered after.
+                kvoyant_tests::stop(daemon.pid());
+                let (position, hint) = (300, kvoyant_client::Hint::None);
+                let member = kvoyant_client::Member { sequence: &sequence, position, hint };
+                let asked = model.speculate(1, &[member]).unwrap();
+                daemon.restart(Signal::SIGKILL);
+                let ready = asked.wait(kvoyant_tests::PATIENCE).unwrap();
+                assert_eq!(ready.completion().generation, generation, "whoever answers says so");
+            }
+            _ => daemon.takeover(),
+        }
+        let (found, boot) = ask();
+        assert_eq!((found, model.generation()), (generation, generation));
+        assert!(!boots.contains(&boot), "{boots:?}");
+        boots.push(boot);
+    }
+    // A session that begins anew begins to count anew.
+    let another = fake::connect_at(&daemon.socket(), &["full"]);
+    assert_eq!(another.generation(), 0);
 }
 
 #[test]
@@ -465,7 +510,7 @@ fn what_was_left_and_is_not_right_ends_its_session_alone_with_a_sentence() {
     assert_eq!(engine.kv.kv.alone(), None);
     let (_, said) = daemon.end(Signal::SIGTERM);
     for sentence in [
-        "its journal has version 2 and this daemon reads version 1; a newer daemon wrote it",
+        "its journal has version 3 and this daemon reads version 2; a newer daemon wrote it",
         "its journal is damaged at byte",
         "an extent is missing",
         "the peer's memfd has seals",

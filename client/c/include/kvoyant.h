@@ -455,6 +455,11 @@ typedef struct kvoyant_answer {
     uint64_t select_ns;
     // From the plan until the last byte had arrived, in ns.
     uint64_t transfer_ns;
+    // Which start of the daemon answered.
+    uint64_t boot_id;
+    // How many daemons had served the session before that one: where it differs from an earlier answer's, the daemon was restarted or
+    // replaced in between, and the session went on.
+    uint64_t generation;
 } kvoyant_answer;
 
 // What the daemon's CPU has attended for a member: the softmax over those rows alone, which are in no run. Merge it by `lse`.

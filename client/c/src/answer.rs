@@ -151,6 +151,8 @@ pub unsafe extern "C" fn kvoyant_ready_describe(
             queue_ns: completion.queue_ns.into(),
             select_ns: completion.select_ns.into(),
             transfer_ns: completion.transfer_ns.into(),
+            boot_id: completion.boot_id,
+            generation: completion.generation.into(),
         };
         // SAFETY: the contract of the header.
         unsafe { raw::fill(answer, described) }

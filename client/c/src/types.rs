@@ -366,6 +366,11 @@ pub struct kvoyant_answer {
     pub select_ns: u64,
     /// From the plan until the last byte had arrived, in ns.
     pub transfer_ns: u64,
+    /// Which start of the daemon answered.
+    pub boot_id: u64,
+    /// How many daemons had served the session before that one: where it differs from an earlier answer's, the daemon was restarted or
+    /// replaced in between, and the session went on.
+    pub generation: u64,
 }
 
 /// What the daemon's CPU has attended for a member: the softmax over those rows alone, which are in no run. Merge it by `lse`.

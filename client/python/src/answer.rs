@@ -99,7 +99,9 @@ impl PyReady {
         Ok(self.answered.held()?.ready.members())
     }
 
-    /// What the daemon says of it: ticket, rows_selected, rows_hit, rows_in_place, rows_resident, bytes_moved, queue_ns, select_ns, transfer_ns.
+    /// What the daemon says of it: ticket, rows_selected, rows_hit, rows_in_place, rows_resident, bytes_moved, queue_ns, select_ns, transfer_ns, boot_id, and
+    /// generation: how many daemons had served the session before the one that answered. Where that differs from an earlier answer's, the
+    /// daemon was restarted or replaced in between.
     fn describe<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let held = self.answered.held()?;
         let completion = held.ready.completion();
@@ -113,6 +115,8 @@ impl PyReady {
         said.set_item("queue_ns", completion.queue_ns)?;
         said.set_item("select_ns", completion.select_ns)?;
         said.set_item("transfer_ns", completion.transfer_ns)?;
+        said.set_item("boot_id", completion.boot_id)?;
+        said.set_item("generation", completion.generation)?;
         Ok(said)
     }
 

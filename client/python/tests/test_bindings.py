@@ -106,6 +106,7 @@ def test_an_answer_names_rows_and_they_are_those_that_were_written(model):
             said = ready.describe()
             named = ready.tokens(0, 0)
             assert 0 < sum(count for _, count in named) < 400
+            assert said["generation"] == 0 and said["boot_id"] > 0
             assert said["rows_selected"] == sum(count for head in range(KV_HEADS) for _, count in ready.tokens(0, head))
             for head in range(KV_HEADS):
                 runs = ready.rows(0, head)

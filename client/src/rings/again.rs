@@ -81,9 +81,9 @@ impl Rings {
     /// Answers name this slab.
     pub(crate) fn set_slab(&self, slab: Option<Arc<kvoyant_protocol::memory::SharedMapping>>) {
         let mut maps = self.maps.write().unwrap_or_else(PoisonError::into_inner);
-        let Maps { layout, c2d, d2c, boot_id, .. } = &**maps;
-        let (layout, c2d, d2c, boot_id) = (*layout, Arc::clone(c2d), Arc::clone(d2c), *boot_id);
-        *maps = Arc::new(Maps { layout, c2d, d2c, boot_id, slab });
+        let Maps { layout, c2d, d2c, served, .. } = &**maps;
+        let (layout, c2d, d2c, served) = (*layout, Arc::clone(c2d), Arc::clone(d2c), *served);
+        *maps = Arc::new(Maps { layout, c2d, d2c, served, slab });
     }
 
     /// Goes on in the rings of another daemon, which knows of so much. `alive` says for how long it is worth waiting.

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use kvoyant_protocol::layout::Layout;
+use kvoyant_protocol::layout::{Layout, d2c};
 use kvoyant_protocol::memory::SharedMapping;
-use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, PartialLayout, RestLayout};
+use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, PartialLayout, RestLayout, Served};
 
 use crate::error::Error;
 
@@ -37,7 +37,8 @@ pub(crate) struct Maps {
     pub(super) layout: Layout,
     pub(super) c2d: Arc<SharedMapping>,
     pub(super) d2c: Arc<SharedMapping>,
-    pub(super) boot_id: u64,
+    /// Who answers in them.
+    pub(super) served: Served,
     /// In host memory, if there is one.
     pub(crate) slab: Option<Arc<SharedMapping>>,
 }
@@ -45,7 +46,9 @@ pub(crate) struct Maps {
 impl Maps {
     /// What a daemon has sent.
     pub(crate) fn new(layout: Layout, c2d: SharedMapping, d2c: SharedMapping, boot_id: u64) -> Self {
-        Self { layout, c2d: Arc::new(c2d), d2c: Arc::new(d2c), boot_id, slab: None }
+        // Written before it came, and 0 by a daemon that does not count.
+        let served = Served { boot_id, generation: d2c.load_u64(d2c::GENERATION) as u32 };
+        Self { layout, c2d: Arc::new(c2d), d2c: Arc::new(d2c), served, slab: None }
     }
 
     /// The same, with the slab that its answers name.

@@ -1,6 +1,6 @@
 use kvoyant_protocol::layout::Limits;
 use kvoyant_protocol::memory::Memfd;
-use kvoyant_protocol::wire::{BlockRun, HeadEntry, PartialLayout, RestLayout, Status};
+use kvoyant_protocol::wire::{BlockRun, HeadEntry, PartialLayout, RestLayout, Served, Status};
 
 use super::*;
 
@@ -17,7 +17,7 @@ fn partial_attentions_are_read_only_where_the_table_has_room_for_them() {
     let words: Vec<u32> = (1..=2 * partial.words() as u32).collect();
     d2c.write(layout.table(1) + heads + run, bytemuck::cast_slice(&words)).unwrap();
     let ready = [&[Status::Ready as u8][..], &[0; 63]].concat();
-    let ready = Completion::parse(ready[..].try_into().unwrap(), &layout.limits, 0).unwrap();
+    let ready = Completion::parse(ready[..].try_into().unwrap(), &layout.limits, Served::default()).unwrap();
     let table = |bytes: usize, partials| {
         let completion = Completion { batch: 2, ticket: 1, table_bytes: bytes as u32, partials, ..ready };
         maps.table(&completion, 1, behind)

@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvoyant_methods::Artifacts;
-use kvoyant_protocol::control::{Failure, ToClient, ToDaemon};
+use kvoyant_protocol::control::{Failure, ToClient, ToDaemon, features};
 use kvoyant_protocol::device::SlabRef;
 use kvoyant_protocol::layout::{Layout, LimitError};
 use kvoyant_protocol::memory::{Memfd, MemoryError};
+use kvoyant_protocol::wire::Served;
 use thiserror::Error;
 use tokio::sync::oneshot;
 
@@ -67,6 +68,15 @@ struct Waiting {
     keeping: Box<Keeping>,
     account: Arc<Account>,
     place: Place,
+}
+
+impl Waiting {
+    /// How its client knows this daemon from those before.
+    fn served(&self, plane: &Plane) -> Served {
+        let counted = self.about.features & features::GENERATION != 0;
+        let generation = if counted { self.progress.generation.wrapping_add(1) } else { 0 };
+        Served { boot_id: plane.boot_id, generation }
+    }
 }
 
 /// What outlasts a daemon, and who waits.
@@ -285,7 +295,7 @@ async fn greet(
         let have = waiting.model.arena.extents();
         return Err(Ended::Protocol(format!("a claim with {extents} extents of a session that has {have}")));
     }
-    let rings = RingFiles::make(plane, waiting.layout).await?;
+    let rings = RingFiles::make(waiting.layout, waiting.served(plane)).await?;
     let (slab, slab_fds) = match &waiting.model.slab {
         None => (SlabRef::None, Vec::new()),
         Some(slab) => slab.slab.0.export().map_err(|error| Ended::Refused(error.into()))?,
@@ -318,6 +328,7 @@ async fn attach(
     waiting: Waiting,
     rings: RingFiles,
 ) -> Result<Session, Ended> {
+    let served = waiting.served(plane);
     let Waiting { about, progress, answer, layout, model, keeping, account, place } = waiting;
     let id = about.session;
     let lane = (id % plane.lanes.len() as u64) as usize;
@@ -337,7 +348,7 @@ async fn attach(
         layout,
         rings.c2d,
         Arc::clone(&d2c),
-        plane.boot_id,
+        served,
         Arc::clone(&account),
     );
     let session = session.going_on(&progress, model);

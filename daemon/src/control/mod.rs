@@ -27,6 +27,7 @@ use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::layout::{Layout, Limits};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::packet;
+use kvoyant_protocol::wire::Served;
 use kvoyant_protocol::{MINOR, VERSION};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, Semaphore, oneshot};
@@ -327,7 +328,8 @@ async fn handshake(
     }
     let wanted = plane.device.features();
     let kept = if plane.kept.is_some() && agreed(minor) >= 1 { features::KEPT } else { 0 };
-    let common = theirs & (wanted | features::DOORBELLS | kept);
+    let counted = if agreed(minor) >= 2 { features::GENERATION } else { 0 };
+    let common = theirs & (wanted | features::DOORBELLS | kept | counted);
     if common & wanted == 0 {
         let failure = match plane.device.mode() {
             Mode::Device => Failure::Device(format!(
@@ -347,7 +349,8 @@ async fn handshake(
         account.note(&failure);
         Ended::Refused(failure)
     })?;
-    let rings = RingFiles::make(plane, layout).await?;
+    let served = Served { boot_id: plane.boot_id, generation: 0 };
+    let rings = RingFiles::make(layout, served).await?;
     let id = plane.next_session.fetch_add(1, Ordering::Relaxed);
     let welcome =
         ToClient::Welcome { features: common, session: id, boot_id: plane.boot_id, limits, minor: MINOR };
@@ -369,7 +372,7 @@ async fn handshake(
         layout,
         rings.c2d,
         Arc::clone(&rings.d2c),
-        plane.boot_id,
+        served,
         Arc::clone(&account),
     );
     let ending = Arc::new(Ending::default());

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use kvoyant_protocol::layout::{Layout, d2c};
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
+use kvoyant_protocol::wire::Served;
 
-use super::{Ended, Plane, beside};
+use super::{Ended, beside};
 
 /// See the module. The daemon never writes what the client writes, and the client gets what the daemon writes already sealed. Neither can be
 /// resized from before the client has it: a file cut short under a mapping ends the process.
@@ -21,7 +22,7 @@ pub(super) struct RingFiles {
 }
 
 impl RingFiles {
-    pub(super) async fn make(plane: &Plane, layout: Layout) -> Result<Self, Ended> {
+    pub(super) async fn make(layout: Layout, served: Served) -> Result<Self, Ended> {
         let rings = beside(move || {
             let c2d_file = Memfd::create("kvoyant-c2d", layout.c2d_bytes)?;
             let d2c_file = Memfd::create("kvoyant-d2c", layout.d2c_bytes)?;
@@ -32,7 +33,8 @@ impl RingFiles {
             Ok(Self { c2d_file, d2c_file, c2d, d2c })
         })
         .await?;
-        rings.d2c.store_u64(d2c::BOOT_ID, plane.boot_id);
+        rings.d2c.store_u64(d2c::BOOT_ID, served.boot_id);
+        rings.d2c.store_u64(d2c::GENERATION, served.generation.into());
         Ok(rings)
     }
 

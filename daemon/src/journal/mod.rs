@@ -32,7 +32,7 @@ const MAGIC: u64 = u64::from_le_bytes(*b"KVJOURNL");
 
 /// Version of the format and of everything that is in it: heaps are kept byte by byte, so that a change of what methods or tables keep
 /// there is a new version too.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const SEAL_AT: u64 = 64;
 const SEAL_BYTES: usize = 32;

@@ -17,7 +17,9 @@ use std::time::{Duration, Instant};
 use kvoyant_protocol::layout::{Layout, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
-use kvoyant_protocol::wire::{BatchEntry, Completion, Operation, Request, STATS, Speculate, Stat, Status};
+use kvoyant_protocol::wire::{
+    BatchEntry, Completion, Operation, Request, STATS, Served, Speculate, Stat, Status,
+};
 
 use crate::device::{AnswerWords, BACKGROUND, Device, Publication, Report};
 use crate::lane::background::Background;
@@ -51,7 +53,8 @@ pub struct LaneSession {
     pub(super) d2c: Arc<SharedMapping>,
     requests: Consumer,
     completions: Producer,
-    boot_id: u64,
+    /// Whose answers these are.
+    pub(super) served: Served,
     /// The registered model.
     pub model: Option<Box<ModelState>>,
     pub(super) last_ticket: u64,
@@ -109,7 +112,7 @@ impl LaneSession {
         layout: Layout,
         c2d: SharedMapping,
         d2c: Arc<SharedMapping>,
-        boot_id: u64,
+        served: Served,
         account: Arc<Account>,
     ) -> Self {
         Self {
@@ -120,7 +123,7 @@ impl LaneSession {
             d2c,
             requests: Consumer::requests(layout),
             completions: Producer::completions(layout),
-            boot_id,
+            served,
             model: None,
             last_ticket: 0,
             posted: 0,
@@ -426,7 +429,8 @@ impl LaneSession {
             table_bytes,
             partials: status == Status::Ready && self.answer.cpu_rows > 0,
             rest: status == Status::Ready && self.answer.has_rest,
-            boot_id: self.boot_id,
+            boot_id: self.served.boot_id,
+            generation: self.served.generation,
         };
         // Rows that were given slots must be copied there even if this answer failed: the slots count as resident.
         let publish = tools

@@ -2,7 +2,7 @@
 
 use kvoyant_protocol::graph::{GraphLayout, GraphSpec};
 use kvoyant_protocol::layout::{Layout, Limits, PageGeometry};
-use kvoyant_protocol::wire::{Append, Completion, Operation, Request, Speculate};
+use kvoyant_protocol::wire::{Append, Completion, Operation, Request, Served, Speculate};
 
 use crate::input::Input;
 
@@ -26,8 +26,9 @@ pub fn run(bytes: &[u8]) {
             assert!((1..=limits.batch_max).contains(&batch) && hint_bytes <= limits.hint_bytes);
         }
     }
-    let boot_id = u64::from(descriptor[62]);
-    if let Ok(completion) = Completion::parse(&descriptor, &limits, boot_id) {
+    let served = Served { boot_id: u64::from(descriptor[62]), generation: u32::from(descriptor[1] >> 2) };
+    if let Ok(completion) = Completion::parse(&descriptor, &limits, served) {
+        assert_eq!(completion.encode()[..2], descriptor[..2]);
         let _ = completion.timeline();
         assert!(completion.table_bytes <= limits.table_bytes, "{completion:?} of {limits:?}");
     }

@@ -12,7 +12,7 @@ use kvoyant_protocol::packet;
 use kvoyant_protocol::ring::Consumer;
 use kvoyant_protocol::wire::{
     Append, BatchEntry, BlockRun, Completion, FeedbackRows, HeadEntry, Observe, Operation, Request,
-    SequenceId, Speculate, Status,
+    SequenceId, Served, Speculate, Status,
 };
 use kvoyant_tests::fake::{HEAD_DIM, KV_HEADS, LAYERS, QUERY_HEADS, spec};
 use kvoyant_tests::raw::Raw;
@@ -198,10 +198,11 @@ impl Session {
             std::thread::yield_now();
         }
         let limits = self.raw.layout.limits;
-        let boot = self.raw.d2c.load_u64(d2c::BOOT_ID);
+        let boot_id = self.raw.d2c.load_u64(d2c::BOOT_ID);
+        let served = Served { boot_id, generation: 0 };
         while self.consumer.available(&self.raw.d2c).expect("a ring of a good daemon's") > 0 {
             let descriptor = self.consumer.peek(&self.raw.d2c);
-            let completion = Completion::parse(&descriptor, &limits, boot).expect("a good daemon's answer");
+            let completion = Completion::parse(&descriptor, &limits, served).expect("a good daemon's answer");
             self.consumer.advance(&self.raw.c2d);
             if completion.status == Status::Ready {
                 self.check(&completion);

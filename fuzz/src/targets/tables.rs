@@ -145,6 +145,7 @@ impl Liar {
             partials: flags & 1 != 0,
             rest: flags & 2 != 0,
             boot_id: if flags & 32 == 0 { BOOT } else { input.u64() },
+            generation: if flags & 64 == 0 { 0 } else { u32::from(input.u8()) },
         };
         let words = input.chunk();
         self.table.write(0, &vec![0xff; 4096]).expect("a page table");

@@ -114,6 +114,25 @@ const FLAG_PARTIALS: u8 = 1;
 /// Behind them lies what is known of the rows left out, see [`RestLayout`].
 const FLAG_REST: u8 = 1 << 1;
 
+/// Where the low bits of the session's generation lie among the flags.
+const GENERATION_SHIFT: u32 = 2;
+
+/// Whose answers a ring brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Served {
+    /// Low 64 bits of the daemon's boot id.
+    pub boot_id: u64,
+    /// How many daemons have served the session before it; 0 where [`GENERATION`](crate::control::features::GENERATION) is not agreed.
+    pub generation: u32,
+}
+
+impl Served {
+    /// What of the generation a completion has room for.
+    fn low_generation(self) -> u8 {
+        (self.generation as u8) << GENERATION_SHIFT
+    }
+}
+
 /// The answer to a speculation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Completion {
@@ -150,18 +169,25 @@ pub struct Completion {
     pub rest: bool,
     /// Low 64 bits of the daemon's boot id.
     pub boot_id: u64,
+    /// How many daemons have served the session before the one that answers. Whoever compares it with that of an earlier answer notices that
+    /// the daemon was restarted or replaced in between.
+    pub generation: u32,
 }
 
 /// A completion that makes no sense.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum CompletionError {
-    /// Flags of a later version.
-    #[error("completion of ticket {ticket} has flags {flags:#x}, which this version does not know")]
-    UnknownFlags {
-        /// The flags.
-        flags: u8,
+    /// Another generation's answer.
+    #[error(
+        "completion of ticket {ticket} is of generation …{theirs} of its session, which is served in generation {ours}"
+    )]
+    OtherGeneration {
         /// Ticket of the answer.
         ticket: u64,
+        /// The low six bits that came.
+        theirs: u8,
+        /// The generation that the session is in.
+        ours: u32,
     },
     /// No such status.
     #[error("completion of ticket {ticket} has status {code}, which is not known")]
@@ -191,20 +217,21 @@ pub enum CompletionError {
 
 impl Completion {
     /// Parses a private copy of a descriptor.
-    pub fn parse(descriptor: &Descriptor, limits: &Limits, boot_id: u64) -> Result<Self, CompletionError> {
+    pub fn parse(descriptor: &Descriptor, limits: &Limits, served: Served) -> Result<Self, CompletionError> {
         let raw: RawCompletion = bytemuck::pod_read_unaligned(descriptor);
         let ticket = raw.ticket;
         let status = Status::from_code(raw.status)
             .ok_or(CompletionError::UnknownStatus { code: raw.status, ticket })?;
-        if raw.flags & !(FLAG_PARTIALS | FLAG_REST) != 0 {
-            return Err(CompletionError::UnknownFlags { flags: raw.flags, ticket });
-        }
         if raw.table_bytes > limits.table_bytes {
             let (bytes, max) = (raw.table_bytes, limits.table_bytes);
             return Err(CompletionError::TableSize { ticket, bytes, max });
         }
-        if raw.boot_id != boot_id {
+        if raw.boot_id != served.boot_id {
             return Err(CompletionError::OtherBoot { ticket });
+        }
+        if raw.flags & !(FLAG_PARTIALS | FLAG_REST) != served.low_generation() {
+            let theirs = raw.flags >> GENERATION_SHIFT;
+            return Err(CompletionError::OtherGeneration { ticket, theirs, ours: served.generation });
         }
         Ok(Self {
             status,
@@ -223,15 +250,18 @@ impl Completion {
             partials: raw.flags & FLAG_PARTIALS != 0,
             rest: raw.flags & FLAG_REST != 0,
             boot_id: raw.boot_id,
+            generation: served.generation,
         })
     }
 
     /// The descriptor that parses to this completion.
     #[must_use]
     pub fn encode(&self) -> Descriptor {
+        let served = Served { boot_id: self.boot_id, generation: self.generation };
+        let behind = (u8::from(self.partials) * FLAG_PARTIALS) | (u8::from(self.rest) * FLAG_REST);
         bytemuck::cast(RawCompletion {
             status: self.status as u8,
-            flags: (u8::from(self.partials) * FLAG_PARTIALS) | (u8::from(self.rest) * FLAG_REST),
+            flags: behind | served.low_generation(),
             layer: self.layer,
             batch: self.batch,
             ticket: self.ticket,
@@ -462,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn a_completion_of_another_boot_or_an_oversized_table_is_refused() {
+    fn a_completion_of_another_boot_or_generation_or_an_oversized_table_is_refused() {
         let completion = Completion {
             status: Status::Ready,
             layer: 3,
@@ -480,17 +510,25 @@ mod tests {
             partials: true,
             rest: true,
             boot_id: 77,
+            generation: 66,
         };
         let limits = limits();
-        assert_eq!(Completion::parse(&completion.encode(), &limits, 77), Ok(completion));
-        let other = Completion::parse(&completion.encode(), &limits, 78);
+        let served = Served { boot_id: 77, generation: 66 };
+        assert_eq!(Completion::parse(&completion.encode(), &limits, served), Ok(completion));
+        let other = Completion::parse(&completion.encode(), &limits, Served { boot_id: 78, ..served });
         assert_eq!(other, Err(CompletionError::OtherBoot { ticket: 9 }));
         let huge = Completion { table_bytes: limits.table_bytes + 1, ..completion };
-        assert!(Completion::parse(&huge.encode(), &limits, 77).is_err());
+        assert!(Completion::parse(&huge.encode(), &limits, served).is_err());
         assert_eq!(completion.timeline() >> 8, 9);
-        let mut later = completion.encode();
-        later[1] = 4;
-        let error = Completion::parse(&later, &limits, 77).unwrap_err();
-        assert_eq!(error, CompletionError::UnknownFlags { flags: 4, ticket: 9 });
+        let before = Completion { generation: 65, ..completion };
+        let error = Completion::parse(&before.encode(), &limits, served).unwrap_err();
+        assert_eq!(error, CompletionError::OtherGeneration { ticket: 9, theirs: 1, ours: 66 });
+        // A side that does not know of generations has zeros there.
+        let first = Completion { generation: 0, partials: true, rest: false, ..completion };
+        assert_eq!(first.encode()[1], 1);
+        assert_eq!(
+            Completion::parse(&first.encode(), &limits, Served { generation: 0, ..served }),
+            Ok(first)
+        );
     }
 }

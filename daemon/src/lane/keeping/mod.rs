@@ -343,6 +343,7 @@ impl LaneSession {
             }
             let progress = Progress {
                 requests: self.requests_done,
+                generation: self.served.generation,
                 controls: keeping.controls,
                 tickets: self.last_ticket,
                 released_through: self.released_through,

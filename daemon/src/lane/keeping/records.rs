@@ -37,6 +37,8 @@ pub struct About {
 pub struct Progress {
     /// Requests of the ring that have been done.
     pub requests: u64,
+    /// Daemons that had served it before the one that wrote this.
+    pub generation: u32,
     /// Control messages that have been done.
     pub controls: u64,
     /// The last ticket; all up to it have been answered.

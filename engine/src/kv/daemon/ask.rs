@@ -305,7 +305,7 @@ impl DaemonKv {
         match pending.or_late(self.options.deadline)? {
             InTime::Answered(ready) => {
                 self.silent = None;
-                self.stats.answered(since.elapsed(), ready.completion());
+                self.stats.answered(since.elapsed(), ready.completion(), &mut self.generation);
                 Ok(Some(ready))
             }
             InTime::Late { waited } => self.late(waited).map(|()| None),

@@ -93,7 +93,7 @@ impl DaemonKv {
             let attended = Layer { pass, batch, positions, queries };
             let answered = device.attend(attended, asked, deadline, wanted, (&mut *out, &mut lse))?;
             let Some(answered) = answered else { return Ok(()) };
-            self.stats.answered(answered.waited, &answered.completion);
+            self.stats.answered(answered.waited, &answered.completion, &mut self.generation);
             let Some(answer) = answered.answer else { return Ok(()) };
             pass.merge(&answer, batch.len(), (&mut *out, &mut lse));
             self.keep_named_rows(layer, &answer, &members);

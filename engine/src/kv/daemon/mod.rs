@@ -162,6 +162,8 @@ pub struct DaemonKv {
     measure: bool,
     stats: StepStats,
     /// Of steps whose statistics have been taken.
+    /// Of the newest answer.
+    generation: u32,
     fallen_back: Fallbacks,
     /// Rows that the layer's answers named, by index into the batch, until they are kept.
     named: late::NamedRows,
@@ -243,6 +245,7 @@ impl DaemonKv {
             device,
             shape,
             methods_shape,
+        let generation = model.generation();
             options,
             model,
             needs,
@@ -267,6 +270,7 @@ impl DaemonKv {
         };
         made.check_rebuilt()?;
         Ok(made)
+            generation,
     }
 
     /// Shape of the cache.

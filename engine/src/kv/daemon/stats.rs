@@ -16,6 +16,8 @@ pub struct StepStats {
     pub context_tokens: u64,
     /// Answers of the daemon, one per selected layer and step.
     pub answers: u64,
+    /// Restarts of the daemon that answers have told of: it was restarted or replaced since the answer before, and the session went on.
+    pub restarts: u64,
     /// Selections of a layer that this process made itself, for one sequence each.
     pub selected_here: u64,
     /// Time spent waiting for answers.
@@ -227,8 +229,15 @@ impl StepStats {
         self.context_tokens += positions.iter().map(|position| *position as u64 + 1).sum::<u64>();
     }
 
-    pub(super) fn answered(&mut self, wait: Duration, completion: &Completion) {
+    /// Counts an answer, and whether another daemon gave it than the newest before, whose `generation` is known.
+    pub(super) fn answered(&mut self, wait: Duration, completion: &Completion, generation: &mut u32) {
         self.answers += 1;
+        let newer = completion.generation.wrapping_sub(*generation).cast_signed();
+        // One that was given before, and is looked at later, tells nothing new.
+        if newer > 0 {
+            self.restarts += u64::from(newer.unsigned_abs());
+            *generation = completion.generation;
+        }
         self.wait += wait;
         self.rows_selected += u64::from(completion.rows_selected);
         self.rows_hit += u64::from(completion.rows_hit);
@@ -267,6 +276,7 @@ impl std::ops::AddAssign for StepStats {
         self.tokens += other.tokens;
         self.context_tokens += other.context_tokens;
         self.answers += other.answers;
+        self.restarts += other.restarts;
         self.selected_here += other.selected_here;
         self.wait += other.wait;
         self.rows_selected += other.rows_selected;
