@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use crate::decoder::{Decoder, StepTiming};
+use crate::decoder::{Decoder, REFILLS, StepTiming};
 use crate::error::{ForwardError, TextError};
 use crate::kv::KvBackend;
 use crate::sampling::Sampler;
@@ -73,8 +73,8 @@ pub struct Prompt<'a> {
     pub logits: Vec<f32>,
 }
 
-/// Continues a prefilled sequence. Rows that a disk has lost on the way are computed again, and the answer goes on; `on_text` gets text as it becomes readable, with the timing of the
-/// step that made it.
+/// Continues a prefilled sequence. Rows that are lost on the way, by a disk or with a daemon that dies, are computed again, and the answer
+/// goes on; `on_text` gets text as it becomes readable, with the timing of the step that made it.
 ///
 /// # Errors
 /// The forward pass's or the tokenizer's own; a full context is not one.
@@ -120,18 +120,21 @@ pub fn generate<B: KvBackend>(
             answer.stop = StopReason::ContextFull;
             break;
         }
-        let step = match decoder.step(backend, &mut [&mut *sequence], &[token]) {
-            Ok(step) => step,
-            Err(error) => {
-                // The token of the step is the answer's last one, and not among them yet.
-                let before = answer.tokens.len() - 1;
-                let made: Vec<u32> = prompt.iter().chain(&answer.tokens[..before]).copied().collect();
-                // Of a sequence that began before this prompt nobody knows what to compute again.
-                let known = made.len() == backend.tokens(sequence);
-                if !known || decoder.refill(backend, sequence, &made)? == 0 {
-                    return Err(error.into());
+        let mut refilled = 0;
+        let step = loop {
+            match decoder.step(backend, &mut [&mut *sequence], &[token]) {
+                Ok(step) => break step,
+                Err(error) => {
+                    // The token of the step is the answer's last one, and not among them yet.
+                    let before = answer.tokens.len() - 1;
+                    let made: Vec<u32> = prompt.iter().chain(&answer.tokens[..before]).copied().collect();
+                    // Of a sequence that began before this prompt nobody knows what to compute again.
+                    let known = made.len() == backend.tokens(sequence);
+                    refilled += 1;
+                    if !known || refilled > REFILLS || decoder.refill(backend, sequence, &made)? == 0 {
+                        return Err(error.into());
+                    }
                 }
-                decoder.step(backend, &mut [&mut *sequence], &[token])?
             }
         };
         logits = step.logits;

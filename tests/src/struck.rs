@@ -67,6 +67,18 @@ impl KvBackend for Struck {
         self.kv.observe_queries(layer, sequence, start, queries)
     }
 
+    fn chunk_tokens(&self, most: usize) -> usize {
+        self.kv.chunk_tokens(most)
+    }
+
+    fn first_lost(&self, sequence: &DaemonSequence) -> Option<usize> {
+        self.kv.first_lost(sequence)
+    }
+
+    fn forget_from(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Called<()> {
+        self.kv.forget_from(sequence, tokens)
+    }
+
     fn wants_marks(&self) -> bool {
         self.kv.wants_marks()
     }

@@ -2,13 +2,17 @@
 //! engine that attends to everything, and says that it went on alone.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kvoyant_engine::{
-    DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, DenseKv, Dtype, KvBackend, KvShape,
-    Model, PrefillOptions, argmax, synthetic,
+    DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, DenseKv, Dtype, ForwardError,
+    GenerateOptions, KvBackend, KvShape, Logits, Model, PrefillOptions, Prompt, Sampler, argmax, generate,
+    synthetic,
 };
 use kvoyant_tests::Daemon;
+use kvoyant_tests::struck::Struck;
 use nix::sys::signal::{Signal, kill};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
@@ -170,4 +174,122 @@ fn what_a_dead_daemon_had_on_disk_is_computed_again_from_the_first_token_that_is
     let same = found.iter().flatten().zip(expected.iter().flatten()).all(|(a, b)| close(a, b));
     assert!(same, "logits differ");
     assert!(kv.alone().is_some());
+}
+
+/// Reads a prompt and answers it, as `kvoyant run` does.
+fn answer<B: KvBackend>(model: &Arc<Model>, kv: &mut B, sequence: &mut B::Sequence) -> (Vec<u32>, Vec<f32>) {
+    let options = DecoderOptions { chunk_tokens: 64, ..DecoderOptions::default() };
+    let mut decoder = Decoder::new(model.clone(), options);
+    let tokens = prompt(model, 1500);
+    let logits = decoder.prefill(kv, sequence, &tokens, PrefillOptions::default()).unwrap();
+    let options = GenerateOptions { max_tokens: 24, ignore_end: true };
+    let begun = Prompt { tokens: &tokens, logits: logits.clone() };
+    let mut greedy = Sampler::greedy();
+    let made = generate(&mut decoder, kv, sequence, begun, &mut greedy, options, &mut |_, _| {
+        ControlFlow::Continue(())
+    });
+    (made.unwrap().tokens, logits)
+}
+
+#[test]
+fn an_answer_over_pages_on_disk_is_finished_whenever_its_daemon_dies() {
+    let model = synthetic::tiny(7);
+    let mut dense = DenseKv::new(KvShape::new(model.config(), Dtype::F16));
+    let mut sequence = dense.sequence();
+    let (expected, logits) = answer(&model, &mut dense, &mut sequence);
+    // Calls of a chunk and of a step, and how many of their kind come before the daemon dies: of 24 chunks, layers and 23 steps. In the
+    // first chunks nothing is on disk yet.
+    let layers = model.config().layers;
+    let moments = [
+        ("store", 3 * layers),
+        ("store", 12 * layers + 2),
+        ("observe", 20 * layers + 1),
+        ("read", 14 * layers),
+        ("read", 23 * layers + layers - 1),
+        ("commit", 16),
+        ("begin", 0),
+        ("begin", 9),
+        ("append", 3 * layers + 1),
+        ("attend", 5 * layers),
+        ("attend", 11 * layers + layers - 1),
+        ("end", 7),
+    ];
+    let mut on_disk = 0;
+    for (call, nth) in moments {
+        let folder = tempfile::tempdir().unwrap();
+        let spill = folder.path().display().to_string();
+        let flags =
+            ["--in-place", "true", "--spill", &spill, "--spill-bytes", "256MiB", "--host-percent", "25"];
+        let daemon = Daemon::start(DAEMON, &flags);
+        let mut kv = connect(&daemon, &model, "full", kvoyant_tests::PATIENCE);
+        let mut sequence = kv.sequence(0).unwrap();
+        let (spilled, mut daemon, mut left) = (Arc::new(AtomicU64::new(0)), Some(daemon), nth);
+        let seen = Arc::clone(&spilled);
+        let before = move |name: &'static str| {
+            if name != call || daemon.is_none() {
+                return;
+            }
+            if left > 0 {
+                left -= 1;
+                return;
+            }
+            if let Some(daemon) = daemon.take() {
+                seen.store(daemon.status().sessions[0].spilled_pages, Ordering::Relaxed);
+            }
+        };
+        let mut kv = Struck { kv, before: Box::new(before) };
+        let (found, first) = answer(&model, &mut kv, &mut sequence);
+        let alone = kv.kv.alone().unwrap_or_else(|| panic!("{call} {nth}: it did not go on alone"));
+        assert!(alone.contains("gone"), "{call} {nth}: {alone}");
+        assert_eq!(found, expected, "{call} {nth}: other tokens, with {spilled:?} pages on disk");
+        let apart = first.iter().zip(&logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(apart < 1e-3, "{call} {nth}: the prompt's logits are {apart} apart");
+        assert!(kv.kv.fallbacks().alone > 0, "{call} {nth}: and nobody heard of it");
+        on_disk += u64::from(spilled.load(Ordering::Relaxed) > 0);
+    }
+    assert!(on_disk >= 9, "only in {on_disk} cases pages were on disk");
+}
+
+#[test]
+fn what_was_there_before_a_prompt_is_computed_again_by_who_knows_its_tokens() {
+    let model = synthetic::tiny(7);
+    let tokens = prompt(&model, 1500);
+    let options = DecoderOptions { chunk_tokens: 64, ..DecoderOptions::default() };
+    let mut decoder = Decoder::new(model.clone(), options);
+    let mut dense = DenseKv::new(KvShape::new(model.config(), Dtype::F16));
+    let mut sequence = dense.sequence();
+    let expected = decoder.prefill(&mut dense, &mut sequence, &tokens, PrefillOptions::default()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let spill = folder.path().display().to_string();
+    let flags = ["--in-place", "true", "--spill", &spill, "--spill-bytes", "256MiB", "--host-percent", "25"];
+    let daemon = Daemon::start(DAEMON, &flags);
+    let mut kv = connect(&daemon, &model, "full", kvoyant_tests::PATIENCE);
+    let mut sequence = kv.sequence(0).unwrap();
+    decoder.prefill(&mut kv, &mut sequence, &tokens[..1300], PrefillOptions::default()).unwrap();
+    assert!(daemon.status().sessions[0].spilled_pages > 0, "pages are on disk");
+    drop(daemon);
+    // Who knows the rest alone hears what is lost, and nothing is lost by trying.
+    let error =
+        decoder.prefill(&mut kv, &mut sequence, &tokens[1300..], PrefillOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("compute them again"), "{error}");
+    let (mut told, mut progress) = (Vec::new(), Vec::new());
+    let mut each = |index: usize, _: &[f32]| told.push(index);
+    let mut report = |done: usize, total: usize| {
+        progress.push((done, total));
+        ControlFlow::Continue(())
+    };
+    let options = PrefillOptions {
+        logits: Logits::Each(&mut each),
+        progress: Some(&mut report),
+        ..PrefillOptions::default()
+    };
+    let found = decoder.prefill_rest(&mut kv, &mut sequence, &tokens, options).unwrap();
+    let apart = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart < 1e-3, "logits are {apart} apart");
+    assert_eq!(sequence.tokens(), tokens.len());
+    // Of what had been read before nobody is told again.
+    assert_eq!(told, (0..200).collect::<Vec<_>>());
+    assert!(progress.iter().all(|(done, total)| done <= total && *total == 200), "{progress:?}");
+    let error = decoder.prefill_rest(&mut kv, &mut sequence, &tokens, PrefillOptions::default()).unwrap_err();
+    assert!(matches!(error, ForwardError::BatchMismatch { .. }), "{error}");
 }

@@ -243,7 +243,10 @@ fn answer<B: KvBackend>(
     };
     let options =
         PrefillOptions { logits: Logits::Last, progress: Some(&mut report), ..PrefillOptions::default() };
-    let logits = decoder.prefill(kv, sequence, &tokens[begun..], options)?;
+    let logits = match begun {
+        0 => decoder.prefill(kv, sequence, tokens, options)?,
+        _ => decoder.prefill_rest(kv, sequence, tokens, options)?,
+    };
     times.read();
     drop(step);
     read(kv, sequence).map_err(ForwardError::from)?;

@@ -12,6 +12,7 @@ use kvoyant_kernels::Kernels;
 use rayon::prelude::*;
 
 pub use hint::{HintNorm, LearnedHints};
+pub(crate) use prefill::REFILLS;
 pub use prefill::{LayerSeen, Logits, PrefillOptions};
 pub use step::StepOutput;
 

@@ -15,7 +15,7 @@ use crate::weights::Precision;
 const LOGIT_ROWS: usize = 32;
 
 /// How often rows that were lost on the way are computed again.
-const REFILLS: usize = 8;
+pub(crate) const REFILLS: usize = 8;
 
 /// Which logits a prefill computes.
 #[derive(Default)]
@@ -79,26 +79,54 @@ impl Decoder {
         backend: &mut B,
         sequence: &mut B::Sequence,
         tokens: &[u32],
+        options: PrefillOptions<'_>,
+    ) -> Result<Vec<f32>, ForwardError<B::Error>> {
+        let begun = backend.tokens(sequence);
+        self.read(backend, sequence, (tokens, begun), options)
+    }
+
+    /// Adds to a sequence what it lacks of `tokens`, which begin with those that it was made of, as [`Self::prefill`] does. What of the others
+    /// is lost on the way, for its disk has lost it or its daemon died, is computed again too.
+    ///
+    /// # Errors
+    /// As for [`Self::prefill`]; [`ForwardError::BatchMismatch`] if the sequence has them all.
+    pub fn prefill_rest<B: KvBackend>(
+        &mut self,
+        backend: &mut B,
+        sequence: &mut B::Sequence,
+        tokens: &[u32],
+        options: PrefillOptions<'_>,
+    ) -> Result<Vec<f32>, ForwardError<B::Error>> {
+        self.read(backend, sequence, (tokens, 0), options)
+    }
+
+    /// Reads on in `known`, the sequence's tokens from a position on.
+    fn read<B: KvBackend>(
+        &mut self,
+        backend: &mut B,
+        sequence: &mut B::Sequence,
+        (known, base): (&[u32], usize),
         mut options: PrefillOptions<'_>,
     ) -> Result<Vec<f32>, ForwardError<B::Error>> {
-        if tokens.is_empty() {
+        // What comes before was there when this began, and counts as no part of the prompt.
+        let begun = backend.tokens(sequence).saturating_sub(base);
+        if begun >= known.len() {
             return Err(ForwardError::BatchMismatch { sequences: 1, tokens: 0 });
         }
-        let begun = backend.tokens(sequence);
-        self.check(tokens, begun + tokens.len())?;
-        let mut done = 0;
-        let mut refilled = 0;
+        self.check(known, base + known.len())?;
+        let total = known.len() - begun;
+        let (mut done, mut refilled) = (begun, 0);
         let mut last = Vec::new();
         let at_once = backend.chunk_tokens(self.options.chunk_tokens).max(1);
-        while done < tokens.len() {
-            let chunk = &tokens[done..(done + at_once).min(tokens.len())];
+        while done < known.len() {
+            let chunk = &known[done..(done + at_once).min(known.len())];
             let layers = &mut options.layers;
             if let Err(error) = rayon::scope(|_| self.prefill_chunk(backend, sequence, chunk, layers)) {
-                // Rows of this prompt that a disk has lost are computed again.
+                // Rows that a disk has lost, or that only a daemon could read that is dead, are computed again.
                 match backend.first_lost(sequence) {
-                    Some(token) if token >= begun && refilled < REFILLS => {
+                    Some(token) if token >= base && refilled < REFILLS => {
                         backend.forget_from(sequence, token)?;
-                        done = token - begun;
+                        done = token - base;
                         refilled += 1;
                         continue;
                     }
@@ -109,20 +137,22 @@ impl Decoder {
             done += chunk.len();
             match &mut options.logits {
                 Logits::None => {}
-                Logits::Last if done < tokens.len() => {}
+                Logits::Last if done < known.len() => {}
                 Logits::Last => last = self.logits_of(chunk.len() - 1, 1),
                 Logits::Each(take) => {
                     for row in (0..chunk.len()).step_by(LOGIT_ROWS) {
                         last = self.logits_of(row, LOGIT_ROWS.min(chunk.len() - row));
-                        let rows = last.chunks_exact(self.model.config().vocabulary);
-                        rows.enumerate().for_each(|(i, logits)| take(first + row + i, logits));
+                        let rows = last.chunks_exact(self.model.config().vocabulary).enumerate();
+                        rows.filter_map(|(i, logits)| Some(((first + row + i).checked_sub(begun)?, logits)))
+                            .for_each(|(index, logits)| take(index, logits));
                     }
                     last.drain(..last.len() - self.model.config().vocabulary);
                 }
             }
-            let stop = options.progress.as_mut().is_some_and(|report| report(done, tokens.len()).is_break());
-            if stop && done < tokens.len() {
-                return Err(ForwardError::Interrupted { done, total: tokens.len() });
+            let read = done.saturating_sub(begun);
+            let stop = options.progress.as_mut().is_some_and(|report| report(read, total).is_break());
+            if stop && done < known.len() {
+                return Err(ForwardError::Interrupted { done: read, total });
             }
         }
         Ok(last)
@@ -144,10 +174,10 @@ impl Decoder {
             return Ok(0);
         };
         backend.forget_from(sequence, lost)?;
-        let again = &tokens[lost..committed.min(tokens.len())];
+        let all = &tokens[..committed.min(tokens.len())];
         let options = PrefillOptions { logits: Logits::None, ..PrefillOptions::default() };
-        self.prefill(backend, sequence, again, options)?;
-        Ok(again.len())
+        self.prefill_rest(backend, sequence, all, options)?;
+        Ok(all.len() - lost)
     }
 
     /// Logits of rows `first..first + rows` of the chunk whose residual stream is in the buffers.

@@ -58,11 +58,16 @@ impl DaemonKv {
         self.pending.iter_mut().for_each(Vec::clear);
     }
 
-    /// Gives a sequence what it needs without the daemon.
+    /// What a sequence needs without the daemon.
+    pub(super) fn own_of(&self, sequence: &DaemonSequence) -> Own {
+        let page_rows = self.model.spills().then(|| self.model.page_rows());
+        Own::of(sequence.inner(), &self.shape, sequence.tokens(), page_rows)
+    }
+
+    /// Gives it that.
     fn make_own(&self, sequence: &mut DaemonSequence) {
         if sequence.own().is_none() {
-            let page_rows = self.model.spills().then(|| self.model.page_rows());
-            let own = Own::of(sequence.inner(), &self.shape, sequence.tokens(), page_rows);
+            let own = self.own_of(sequence);
             sequence.set_own(own);
         }
     }
@@ -131,8 +136,7 @@ impl DaemonKv {
         let own = match sequence.own() {
             Some(own) => own,
             None => {
-                let page_rows = self.model.spills().then(|| self.model.page_rows());
-                made = Own::of(sequence.inner(), &self.shape, sequence.tokens(), page_rows);
+                made = self.own_of(sequence);
                 &made
             }
         };

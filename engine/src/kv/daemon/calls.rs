@@ -70,7 +70,9 @@ impl KvBackend for DaemonKv {
     fn first_lost(&self, sequence: &DaemonSequence) -> Option<usize> {
         match sequence.own() {
             Some(own) => own.lost(),
-            None => sequence.inner().first_lost(),
+            None if self.is_served() => sequence.inner().first_lost(),
+            // What is on disk is lost with the daemon.
+            None => self.own_of(sequence).lost(),
         }
     }
 
