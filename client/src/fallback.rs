@@ -26,6 +26,24 @@ impl std::fmt::Display for Fallback {
     }
 }
 
+/// What a session has asked for, and its lane has not taken yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backlog {
+    /// Another one once the lane has taken a request, or another daemon serves the session.
+    pub taken: Taken,
+    /// Requests that wait in the ring.
+    pub waiting: u32,
+    /// How many more it has room for.
+    pub room: u32,
+}
+
+/// How far a lane has come, to be compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taken {
+    pub(crate) boot_id: u64,
+    pub(crate) head: u32,
+}
+
 /// What came of waiting for an answer for as long as a [`Fallback`] allows.
 #[derive(Debug)]
 pub enum InTime<T> {

@@ -42,7 +42,7 @@ mod turn;
 
 pub use connection::{Client, Options};
 pub use error::{Error, Kind};
-pub use fallback::{Fallback, InTime};
+pub use fallback::{Backlog, Fallback, InTime, Taken};
 pub use kvoyant_kernels::quantise::Format;
 pub use kvoyant_kernels::{Dtype, RowLayout, Run};
 pub use kvoyant_protocol::control::{Failure, Mode, ModelSpec, SelectedBy};

@@ -11,7 +11,7 @@ use kvoyant_protocol::wire::{BatchEntry, FeedbackRows, Observe, Operation, QUERI
 
 use crate::control::Control;
 use crate::error::Error;
-use crate::fallback::Fallback;
+use crate::fallback::{Backlog, Fallback};
 use crate::memory::{Geometry, Memory};
 use crate::ready::Pending;
 use crate::rings::{Ask, Rings};
@@ -160,6 +160,23 @@ impl Model {
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.inner.rings.generation()
+    }
+
+    /// What this session has asked for, and its lane has not taken yet: an engine that does not want to wait for a daemon that stands still
+    /// sees it there. It costs no system call.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] if the daemon's side of the ring cannot be.
+    pub fn backlog(&self) -> Result<Backlog, Error> {
+        self.inner.rings.backlog()
+    }
+
+    /// Whether there is a daemon that serves the session.
+    ///
+    /// # Errors
+    /// [`Error::DaemonGone`], or what the daemon said at its end.
+    pub fn check_served(&self) -> Result<(), Error> {
+        self.inner.control.gone().map_or(Ok(()), Err)
     }
 
     /// A counter of this session, as the daemon publishes it.

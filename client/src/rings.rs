@@ -21,6 +21,7 @@ pub(crate) use self::maps::Table;
 pub(crate) use self::maps::{Behind, Maps};
 use crate::control::Control;
 use crate::error::Error;
+use crate::fallback::{Backlog, Taken};
 
 /// How long a sleep lasts before the daemon is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -209,6 +210,16 @@ impl Rings {
     /// How many daemons have served the session before the one that serves it now.
     pub(crate) fn generation(&self) -> u32 {
         self.maps().served.generation
+    }
+
+    /// What the lane has not taken yet.
+    pub(crate) fn backlog(&self) -> Result<Backlog, Error> {
+        let mut submit = lock(&self.submit);
+        let maps = self.maps();
+        let room = submit.producer.room(&maps.d2c)?;
+        let waiting = self.layout.limits.ring_slots - room;
+        let head = submit.producer.next_index().wrapping_sub(waiting);
+        Ok(Backlog { taken: Taken { boot_id: maps.served.boot_id, head }, waiting, room })
     }
 
     /// A counter of the session, as the daemon publishes it.

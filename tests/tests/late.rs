@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use kvoyant_client::{Client, Error, Fallback, Hint, InTime, Member, Options};
 use kvoyant_engine::{
-    DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, Dtype, KvShape, Model, PrefillOptions,
-    synthetic,
+    DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, Dtype, KvBackend, KvShape, Model,
+    PrefillOptions, synthetic,
 };
 use kvoyant_tests::{Daemon, PATIENCE, fake};
 use nix::sys::signal::{Signal, kill};
@@ -97,7 +97,6 @@ fn partial_attends_to_what_the_last_answer_named_while_the_daemon_stands_still_a
     engine.step(3);
     engine.kv.take_stats();
     daemon.stop();
-    // One step's requests: those of a second one might find the ring full, and wait for room until the deadline.
     engine.step(7);
     let selected = (model.config().layers - 1) as u64;
     let stats = engine.kv.take_stats().fallbacks;
@@ -114,6 +113,122 @@ fn partial_attends_to_what_the_last_answer_named_while_the_daemon_stands_still_a
     });
     assert!(answered, "answers never came again");
     assert_eq!(engine.kv.fallbacks().alone, 0);
+}
+
+/// Steps that the room lasts for which a sequence of the prompt has: the rest of its last page.
+const ROOM: usize = 16;
+
+#[test]
+fn steps_beside_a_daemon_that_stands_still_go_on_and_it_hears_of_them_when_it_runs_again() {
+    let model = synthetic::tiny(7);
+    let selected = (model.config().layers - 1) as u64;
+    for (fallback, method) in [
+        (Fallback::Partial, "quest:budget=20%"),
+        (Fallback::ResidentOnly, "quest:budget=20%"),
+        // Marks of the text come before its rows.
+        (Fallback::Partial, "dynsplit:budget=64,boundary=dynamic,score=marks,min=8,max=32"),
+        (Fallback::Partial, "resv"),
+        (Fallback::Partial, "full"),
+    ] {
+        let daemon = Daemon::start(DAEMON, &["--slab", "1MiB"]);
+        // Had each of these steps' answers been waited for, or room in the ring, which is that of a few steps, this would take for ever.
+        let mut engine = Engine::start(&daemon, &model, method, (fallback, Duration::from_millis(300)));
+        engine.step(3);
+        engine.kv.take_stats();
+        daemon.stop();
+        for step in 1..ROOM as u64 {
+            engine.step(7);
+            let stats = engine.kv.take_stats();
+            let late = match fallback {
+                Fallback::ResidentOnly => stats.fallbacks.resident_only,
+                _ => stats.fallbacks.partial,
+            };
+            assert_eq!((late, stats.answers), (selected, 0), "{method} {fallback}: step {step}");
+            assert_eq!(engine.kv.alone(), None, "{method} {fallback}: step {step}");
+        }
+        kill(daemon.pid(), Signal::SIGCONT).unwrap();
+        let answered = (0..10).any(|_| {
+            engine.step(5);
+            let stats = engine.kv.take_stats();
+            stats.fallbacks.is_none() && stats.answers == selected
+        });
+        assert!(answered, "{method} {fallback}: answers never came again");
+        assert_eq!(engine.kv.fallbacks().alone, 0, "{method} {fallback}");
+        // It knows of every row: of what is forked now, and of what is cut.
+        let mut fork = engine.kv.fork(&mut engine.sequence, None).unwrap();
+        engine.kv.truncate(&mut fork, PROMPT + 2).unwrap();
+        let tokens = (engine.sequence.tokens() + fork.tokens()) as u64;
+        daemon.wait_for("every row", |status| status.sessions[0].tokens == tokens);
+        engine.decoder.step(&mut engine.kv, &mut [&mut fork], &[1]).unwrap();
+    }
+}
+
+#[test]
+fn rows_that_are_selected_here_are_selected_on_beside_a_daemon_that_stands_still() {
+    let model = synthetic::tiny(7);
+    let start = |daemon: &Daemon| {
+        let late = (Fallback::Partial, Duration::from_millis(300));
+        Engine::start(daemon, &model, "quest:budget=20%", late)
+    };
+    let flags = ["--in-place", "true"];
+    let daemon = Daemon::start(DAEMON, &flags);
+    let mut engine = start(&daemon);
+    let expected: Vec<_> = (0..ROOM + 3).map(|step| engine.step(step as u32)).collect();
+    assert!(engine.kv.take_stats().selected_here > 0, "rows are selected in this process");
+    let daemon = Daemon::start(DAEMON, &flags);
+    let mut engine = start(&daemon);
+    let mut found: Vec<_> = vec![engine.step(0)];
+    daemon.stop();
+    found.extend((1..ROOM).map(|step| engine.step(step as u32)));
+    kill(daemon.pid(), Signal::SIGCONT).unwrap();
+    found.extend((ROOM..ROOM + 3).map(|step| engine.step(step as u32)));
+    assert!(found == expected, "other logits");
+    assert_eq!((engine.kv.alone(), engine.kv.fallbacks().is_none()), (None, true));
+    let tokens = engine.sequence.tokens() as u64;
+    daemon.wait_for("every row", |status| status.sessions[0].tokens == tokens);
+}
+
+#[test]
+fn a_daemon_that_stands_still_for_the_deadline_or_dies_meanwhile_is_gone_on_without() {
+    let model = synthetic::tiny(7);
+    for dies in [false, true] {
+        let daemon = Daemon::start(DAEMON, &["--slab", "1MiB"]);
+        let shape = KvShape::new(model.config(), Dtype::F16);
+        let options = DaemonOptions {
+            methods: vec!["full".parse().unwrap()],
+            dense_layers: 1,
+            fallback: Fallback::Partial,
+            late_after: Duration::from_millis(5),
+            deadline: if dies { 10 * PATIENCE } else { Duration::from_secs(2) },
+            ..DaemonOptions::default()
+        };
+        let mut kv = DaemonKv::connect(&daemon.socket(), shape, options).unwrap();
+        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
+        let mut sequence = kv.sequence(0).unwrap();
+        decoder.prefill(&mut kv, &mut sequence, &prompt(&model), PrefillOptions::default()).unwrap();
+        daemon.stop();
+        let mut daemon = Some(daemon);
+        let mut steps = 0;
+        // At the latest where the room ends that only the daemon could add to.
+        while kv.alone().is_none() {
+            assert!(steps <= ROOM + 80, "it never goes on alone");
+            decoder.step(&mut kv, &mut [&mut sequence], &[steps as u32]).unwrap();
+            steps += 1;
+            if dies && steps == 8 {
+                drop(daemon.take());
+            }
+        }
+        let why = kv.alone().unwrap_or_default().to_owned();
+        assert!(why.contains(if dies { "gone" } else { "has not answered" }), "{why}");
+        for token in 0..40 {
+            decoder.step(&mut kv, &mut [&mut sequence], &[token]).unwrap();
+        }
+        assert_eq!(sequence.tokens(), PROMPT + steps + 40);
+        let row_values = model.config().kv_heads * sequence.tokens() * model.config().head_dim;
+        let (mut k, mut v) = (vec![f32::NAN; row_values], vec![f32::NAN; row_values]);
+        kv.read(1, &sequence, 0..sequence.tokens(), &mut k, &mut v).unwrap();
+        assert!(k.iter().chain(&v).all(|value| value.is_finite()), "every row is there");
+    }
 }
 
 #[test]

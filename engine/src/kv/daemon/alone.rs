@@ -42,6 +42,7 @@ impl DaemonKv {
         match called {
             Err(error) if error.is_daemon_lost() => {
                 self.alone = Some(Arc::from(error.to_string()));
+                self.still = None;
                 self.pending.iter_mut().for_each(Vec::clear);
                 self.chosen.iter_mut().for_each(Vec::clear);
                 self.rows.clear();

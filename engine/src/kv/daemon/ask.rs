@@ -109,6 +109,11 @@ impl Moment {
     }
 }
 
+/// Whether rows are selected by a query of the step.
+fn is_by_query(source: HintSource) -> bool {
+    matches!(source, HintSource::Ahead | HintSource::Current)
+}
+
 impl DaemonKv {
     /// Asks for a layer for the members whose moment it is. `queries`, `[batch][Hq][d]`, are those of the moment; empty:
     /// there are none, and members that want them are left out.
@@ -120,12 +125,16 @@ impl DaemonKv {
         positions: &[usize],
         queries: &[f32],
     ) -> Result<(), DaemonError> {
-        let source = |i: usize| self.needs_of(batch[i]).hint;
-        let by_query = |i: &usize| matches!(source(*i), HintSource::Ahead | HintSource::Current);
-        let members: Vec<usize> = (0..batch.len())
-            .filter(|i| batch[*i].digests().is_none())
-            .filter(|i| Moment::of(source(*i)) == moment && (!queries.is_empty() || !by_query(i)))
-            .collect();
+        let members = self.whose_moment(moment, batch, !queries.is_empty());
+        if members.is_empty() {
+            return Ok(());
+        }
+        if self.unasked || self.stands_still()? {
+            self.pending[layer].push(Asked { members, answer: Waiting::Nobody, local: None });
+            return Ok(());
+        }
+        self.tell_all(batch)?;
+        let by_query = |i: &usize| is_by_query(self.needs_of(batch[*i]).hint);
         // A stream brings queries that the step has just computed; everything else goes as it is.
         let (streamed, told): (Vec<usize>, Vec<usize>) =
             members.into_iter().partition(|i| self.device.is_some() && by_query(i));
@@ -154,6 +163,15 @@ impl DaemonKv {
             self.pending[layer].push(Asked { members: told, answer, local });
         }
         Ok(())
+    }
+
+    /// Members that are asked for at a moment, by index; `queries`: whether theirs are known.
+    fn whose_moment(&self, moment: Moment, batch: &[&DaemonSequence], queries: bool) -> Vec<usize> {
+        let its = |i: &usize| {
+            let source = self.needs_of(batch[*i]).hint;
+            Moment::of(source) == moment && (queries || !is_by_query(source))
+        };
+        (0..batch.len()).filter(|i| batch[*i].digests().is_none()).filter(its).collect()
     }
 
     /// Attention of the asked members over sinks and window, by the queries of the moment. Ahead of the layer its own row is not there yet.
@@ -308,7 +326,10 @@ impl DaemonKv {
                 self.stats.answered(since.elapsed(), ready.completion(), &mut self.generation);
                 Ok(Some(ready))
             }
-            InTime::Late { waited } => self.late(waited).map(|()| None),
+            InTime::Late { waited } => {
+                self.suspect()?;
+                self.late(waited).map(|()| None)
+            }
         }
     }
 }

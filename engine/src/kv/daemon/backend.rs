@@ -236,6 +236,7 @@ impl DaemonKv {
         let new = tokens - sequence.tokens();
         sequence.set_tokens(tokens);
         if !self.in_step && new > 0 {
+            self.tell(sequence)?;
             self.model.append(&[(sequence.inner(), new)])?;
             self.digest(sequence, tokens)?;
         }
@@ -253,10 +254,16 @@ impl DaemonKv {
         self.asked.fill(None);
         self.rows.clear();
         self.named.clear();
+        let still = self.stands_still()?;
         for (sequence, position) in batch.iter_mut().zip(positions) {
-            self.finish_prompt(sequence)?;
+            if !still {
+                self.tell(sequence)?;
+                self.finish_prompt(sequence)?;
+            }
             self.digest(sequence, *position)?;
         }
+        let unasked = still && batch.iter().any(|sequence| sequence.has_prompt_to_finish());
+        self.begin_asking(unasked)?;
         let wanted: Vec<_> =
             batch.iter().zip(positions).map(|(sequence, position)| (&**sequence, position + 1)).collect();
         self.make_room(&wanted)?;
@@ -358,6 +365,15 @@ impl DaemonKv {
 
     pub(super) fn end_step_there(&mut self, batch: &mut [&mut DaemonSequence]) -> Result<(), DaemonError> {
         self.in_step = false;
+        if self.unasked || self.stands_still()? {
+            self.rows.clear();
+            batch.iter_mut().for_each(|sequence| {
+                sequence.held_back().row();
+                sequence.stepped();
+            });
+            return Ok(());
+        }
+        self.tell_all(&shared(batch))?;
         let appended: Vec<_> = batch.iter().map(|sequence| (sequence.inner(), 1)).collect();
         self.model.append(&appended)?;
         batch.iter_mut().for_each(|sequence| sequence.stepped());
@@ -371,6 +387,11 @@ impl DaemonKv {
         marks: &[u8],
     ) -> Result<(), DaemonError> {
         self.make_room(&[(sequence, start + marks.len())])?;
+        if self.stands_still()? {
+            sequence.held_back().marks(start, marks);
+            return Ok(());
+        }
+        self.tell(sequence)?;
         Ok(self.model.mark(sequence.inner(), start, marks)?)
     }
 }

@@ -16,6 +16,7 @@ impl DaemonKv {
         image: &str,
         overwrite: bool,
     ) -> Result<(), DaemonError> {
+        self.tell(&sequence)?;
         self.finish_prompt(&mut sequence)?;
         let label = format!("{} tokens of {}", sequence.tokens(), self.options.name);
         sequence.into_inner().suspend(image, overwrite, &label).map_err(|(_, error)| error.into())
@@ -63,6 +64,7 @@ impl DaemonKv {
         tokens: &[u32],
         shared: bool,
     ) -> Result<usize, DaemonError> {
+        self.tell(sequence)?;
         Ok(self.model.publish(sequence.inner(), tokens, shared)?)
     }
 }

@@ -50,7 +50,10 @@ impl DaemonKv {
                         self.silent = None;
                         Ok(false)
                     }
-                    Err(Error::Deadline { waited, .. }) => self.late(waited).map(|()| true),
+                    Err(Error::Deadline { waited, .. }) => {
+                        self.suspect()?;
+                        self.late(waited).map(|()| true)
+                    }
                     Err(error) => Err(error.into()),
                 }
             }

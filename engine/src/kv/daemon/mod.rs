@@ -36,6 +36,7 @@ mod rebuilt;
 mod rest;
 mod sequence;
 mod stats;
+mod still;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -43,7 +44,7 @@ use std::time::{Duration, Instant};
 
 use kvoyant_client::cuda::KernelError;
 use kvoyant_client::local::LocalMethod;
-use kvoyant_client::{Client, Fallback, Mode, ModelSpec, Options, SelectedBy, Stat};
+use kvoyant_client::{Client, Fallback, Mode, ModelSpec, Options, SelectedBy, Stat, Taken};
 use kvoyant_methods::{MethodError, MethodSpec, Needs, Shape};
 use thiserror::Error;
 
@@ -161,14 +162,20 @@ pub struct DaemonKv {
     rows: Vec<Row>,
     measure: bool,
     stats: StepStats,
-    /// Of steps whose statistics have been taken.
     /// Of the newest answer.
     generation: u32,
+    /// Of steps whose statistics have been taken.
     fallen_back: Fallbacks,
     /// Rows that the layer's answers named, by index into the batch, until they are kept.
     named: late::NamedRows,
     /// Since when answers are late, if the last one was.
     silent: Option<Instant>,
+    /// How far the lane had come when the step began.
+    begun: Option<Taken>,
+    /// How far it has come, if it is not asked for anything before it comes further.
+    still: Option<Taken>,
+    /// Whether this step asks for nothing, because the end of a prompt could not be told before it.
+    unasked: bool,
     /// Why the daemon is not asked any more.
     alone: Option<Arc<str>>,
 }
@@ -238,6 +245,7 @@ impl DaemonKv {
             Mode::Device => Some(Box::new(DeviceAttention::new(&model)?)),
             Mode::InPlace | Mode::Slab => None,
         };
+        let generation = model.generation();
         let pending = (0..shape.layers).map(|_| Vec::new()).collect();
         let chosen = (0..shape.layers).map(|_| Vec::new()).collect();
         let (asked, hidden) = (vec![None; shape.layers], vec![None; shape.layers]);
@@ -245,7 +253,6 @@ impl DaemonKv {
             device,
             shape,
             methods_shape,
-        let generation = model.generation();
             options,
             model,
             needs,
@@ -263,14 +270,17 @@ impl DaemonKv {
             rows: Vec::new(),
             measure: false,
             stats: StepStats::default(),
+            generation,
             fallen_back: Fallbacks::default(),
             named: Vec::new(),
             silent: None,
+            begun: None,
+            still: None,
+            unasked: false,
             alone: None,
         };
         made.check_rebuilt()?;
         Ok(made)
-            generation,
     }
 
     /// Shape of the cache.
@@ -346,6 +356,7 @@ impl DaemonKv {
         sequence: &mut DaemonSequence,
         method: Option<usize>,
     ) -> Result<DaemonSequence, DaemonError> {
+        self.tell(sequence)?;
         self.finish_prompt(sequence)?;
         let index = method.unwrap_or(sequence.method());
         let by = if index < self.local.len() { self.selector(index) } else { SelectedBy::Lane };
@@ -359,7 +370,8 @@ impl DaemonKv {
     /// Drops the tokens at and after `tokens`.
     pub fn truncate(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
         if self.is_served() {
-            let truncated = sequence.truncate(tokens).map_err(DaemonError::from);
+            let told = self.tell(sequence);
+            let truncated = told.and_then(|()| Ok(sequence.truncate(tokens)?));
             if let Some(truncated) = self.or_alone(truncated) {
                 return truncated;
             }

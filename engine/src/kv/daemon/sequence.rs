@@ -8,6 +8,7 @@ use kvoyant_client::{Error, SelectedBy, Sequence};
 
 use super::own::Own;
 use super::rebuilt::Rebuilt;
+use super::still::HeldBack;
 
 /// The newest queries of a prompt, per layer.
 #[derive(Debug, Clone, Default)]
@@ -42,6 +43,8 @@ pub struct DaemonSequence {
     own: Option<Own>,
     /// The rows of each layer's last answer, by KV head, where they may stand in for one that is late.
     named: Vec<Vec<Vec<Range<usize>>>>,
+    /// What a lane that stands still has yet to be told.
+    held_back: HeldBack,
 }
 
 impl DaemonSequence {
@@ -59,6 +62,7 @@ impl DaemonSequence {
             digests: None,
             own: None,
             named: vec![Vec::new(); layers],
+            held_back: HeldBack::default(),
         }
     }
 
@@ -105,6 +109,12 @@ impl DaemonSequence {
             return None;
         }
         self.sums.take()
+    }
+
+    /// Whether something of its prompt has yet to be told.
+    pub(super) fn has_prompt_to_finish(&self) -> bool {
+        let told = |tail: &Tail| tail.end <= self.reported;
+        self.sums.as_ref().is_some_and(|sums| !sums.is_empty()) || !self.tails.iter().all(told)
     }
 
     /// Keeps the last `most` queries of a prompt, `[T][width]` from position `start` on.
@@ -187,6 +197,10 @@ impl DaemonSequence {
         self.named[layer] = named;
     }
 
+    pub(super) fn held_back(&self) -> &HeldBack {
+        &self.held_back
+    }
+
     pub(super) fn own(&self) -> Option<&Own> {
         self.own.as_ref()
     }
@@ -243,6 +257,7 @@ impl DaemonSequence {
             digests: None,
             own: None,
             named: self.named.clone(),
+            held_back: HeldBack::default(),
         })
     }
 
