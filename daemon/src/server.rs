@@ -157,6 +157,8 @@ fn pool_settings(config: &Config, arena_bytes: u64, device: &dyn Device) -> Pool
     PoolSettings {
         ahead_bytes: config.pin_ahead.bytes(arena_bytes, if on_device { arena_bytes } else { 0 }),
         threads: config.pin_threads,
+        // Freeing and wiping memory is the kernel's and the memory's work, of which several cores do more.
+        returning: std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2).min(4),
         huge_pages: config.huge_pages,
         numa_node: device.numa_node(),
         pin: device_pin.or_else(lock),

@@ -231,7 +231,11 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
         Ok(Some(session)) => {
             drop(inside);
             let result = peer::while_there(&session, run(&plane, &socket, &session)).await;
-            plane.end(session.status.id, session.status.lane).await;
+            let Session { status, d2c, _place: place, .. } = session;
+            // Its rings go with the lane's side of it: to give their memory back takes longer than others may wait for this thread.
+            drop(d2c);
+            plane.end(status.id, status.lane).await;
+            drop(place);
             if faults::fires(Point::Leak) {
                 std::mem::forget(socket.0.as_fd().try_clone_to_owned());
             }

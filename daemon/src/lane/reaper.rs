@@ -39,7 +39,13 @@ impl Reaper {
 }
 
 fn reap(ended: &Receiver<Ended>) {
-    for (session, waits) in ended {
+    for (mut session, waits) in ended {
+        if let Some(model) = &mut session.model {
+            // First what its disk's rings know of its extents.
+            drop(model.spill.take());
+            // They are given back by others, while this goes on with the rest.
+            drop(model.arena.give_up_all());
+        }
         drop(session);
         if let Some(waits) = waits {
             let _ = waits.send(());

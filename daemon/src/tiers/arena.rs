@@ -380,6 +380,13 @@ impl SessionArena {
         given
     }
 
+    /// Gives up all its own extents, whatever is in them: its session has ended, and nobody looks for a page of it any more.
+    #[must_use]
+    pub fn give_up_all(&mut self) -> Supply {
+        let empty = Self::new(self.supply.empty(), self.geometry);
+        std::mem::replace(self, empty).supply
+    }
+
     /// Adds an extent of somebody else's, whose pages are only read; its pages have no owner yet. One that is there already is not added
     /// again. The id of its first page.
     pub fn add_foreign(&mut self, extent: &Arc<SharedExtent>) -> u32 {

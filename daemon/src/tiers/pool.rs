@@ -51,6 +51,9 @@ pub struct PoolSettings {
     pub ahead_bytes: u64,
     /// Threads that make, wipe and destroy extents.
     pub threads: usize,
+    /// Threads that only wipe and destroy: what a session that ends leaves is not to wait behind what is made for others, nor all of it
+    /// behind each other.
+    pub returning: usize,
     /// Of which pages extents are made.
     pub huge_pages: HugePages,
     /// NUMA node of the device, if it has one.
@@ -70,6 +73,7 @@ impl PoolSettings {
         Self {
             ahead_bytes: 0,
             threads: 1,
+            returning: 0,
             huge_pages: HugePages::Off,
             numa_node: None,
             pin: None,
@@ -163,6 +167,15 @@ impl State {
     }
 }
 
+/// What a thread is there for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Duty {
+    /// Whatever somebody waits for.
+    All,
+    /// Extents that come back.
+    Returning,
+}
+
 /// What a thread is to do next.
 #[derive(Debug)]
 enum Job {
@@ -208,7 +221,7 @@ impl ExtentPool {
         let ahead = (settings.ahead_bytes.div_ceil(EXTENT_BYTES as u64) as usize).min(capacity);
         let recipe =
             Recipe { huge: settings.huge_pages, advise: takes_huge_advice(), node: settings.numa_node };
-        let threads = settings.threads.max(1);
+        let (threads, returning) = (settings.threads.max(1), settings.returning);
         let shared = Arc::new(Shared {
             budget,
             pinning: AtomicBool::new(settings.pin.is_some()),
@@ -219,12 +232,14 @@ impl ExtentPool {
             state: Mutex::default(),
             changed: Condvar::new(),
         });
-        let mut pool = Self { shared: Arc::clone(&shared), threads: Vec::with_capacity(threads) };
-        for index in 0..threads {
+        let mut pool = Self { shared: Arc::clone(&shared), threads: Vec::with_capacity(threads + returning) };
+        let makers = (0..threads).map(|index| (format!("pool-{index}"), Duty::All));
+        let helpers = (0..returning).map(|index| (format!("return-{index}"), Duty::Returning));
+        for (name, duty) in makers.chain(helpers) {
             let shared = Arc::clone(&shared);
-            let thread = crate::threads::start(format!("pool-{index}"), move || {
+            let thread = crate::threads::start(name, move || {
                 let _bomb = Bomb;
-                shared.work();
+                shared.work(duty);
             })?;
             pool.threads.push(thread);
         }

@@ -49,7 +49,9 @@ pub struct Killed {
     pub worked_ms: f64,
     /// Sequences, pages and bytes of extents that it had in the daemon's last account of it.
     pub held_bytes: u64,
-    /// From the signal until everything was back, in ms; what was not, where it was not.
+    /// From the signal until the process had ended, in ms.
+    pub died_ms: f64,
+    /// From then until everything was back, in ms; what was not, where it was not.
     pub back_ms: Result<f64, String>,
 }
 
@@ -83,7 +85,7 @@ pub fn run(options: &runner::Options, kills: usize, seed: u64, mut tell: impl Fn
         }
         if let Some(harm) = scene.neighbour.harm().or(load.harm()) {
             let back_ms = Err(format!("a neighbour was harmed: {harm}"));
-            killed.push(Killed { death, worked_ms: 0.0, held_bytes: 0, back_ms });
+            killed.push(Killed { death, worked_ms: 0.0, held_bytes: 0, died_ms: 0.0, back_ms });
         }
     }
     killed
@@ -110,11 +112,13 @@ fn kill_one(
     let began = Instant::now();
     let _ = victim.kill();
     let _ = victim.wait();
-    let back = settle(|| scene.accounts(), baseline, PATIENCE).map(|_| began.elapsed().as_secs_f64() * 1e3);
+    let dead = Instant::now();
+    let back = settle(|| scene.accounts(), baseline, PATIENCE).map(|_| dead.elapsed().as_secs_f64() * 1e3);
+    let died_ms = (dead - began).as_secs_f64() * 1e3;
     if let Some(child) = child {
         let _ = kill(child, Signal::SIGKILL);
     }
-    Killed { death, worked_ms: work.as_secs_f64() * 1e3, held_bytes: held, back_ms: back }
+    Killed { death, worked_ms: work.as_secs_f64() * 1e3, held_bytes: held, died_ms, back_ms: back }
 }
 
 /// The first line of a victim says that it works, and names its child if it has one.
@@ -204,17 +208,21 @@ pub fn times(killed: &[Killed]) -> Vec<f64> {
 #[must_use]
 pub fn report(killed: &[Killed]) -> String {
     let mut text = format!(
-        "{:<12} {:>6} {:>8} {:>8} {:>8} {:>8}",
-        "death", "kills", "p50 ms", "p99 ms", "max ms", "lost"
+        "{:<12} {:>6} {:>10} {:>8} {:>8} {:>8} {:>8}",
+        "death", "kills", "dying p99", "p50 ms", "p99 ms", "max ms", "lost"
     );
     let line = |name: &str, killed: &[Killed]| {
         let times = times(killed);
-        let at = |share: f64| {
+        let at = |times: &[f64], share: f64| {
             let index = ((times.len() as f64 * share).ceil() as usize).clamp(1, times.len().max(1)) - 1;
             times.get(index).map_or_else(|| "-".into(), |ms| format!("{ms:.1}"))
         };
+        let mut dying: Vec<f64> = killed.iter().map(|one| one.died_ms).collect();
+        dying.sort_by(f64::total_cmp);
         let lost = killed.len() - times.len();
-        format!("\n{name:<12} {:>6} {:>8} {:>8} {:>8} {lost:>8}", killed.len(), at(0.5), at(0.99), at(1.0))
+        let [p50, p99, max] = [0.5, 0.99, 1.0].map(|share| at(&times, share));
+        let dying = at(&dying, 0.99);
+        format!("\n{name:<12} {:>6} {dying:>10} {p50:>8} {p99:>8} {max:>8} {lost:>8}", killed.len())
     };
     for death in Death::ALL {
         let of: Vec<_> = killed.iter().filter(|one| one.death == death).cloned().collect();

@@ -158,6 +158,37 @@ fn memory_that_nobody_pinned_and_nobody_wants_ahead_goes_back_to_the_system() {
 }
 
 #[test]
+fn what_comes_back_is_wiped_and_destroyed_by_several_threads_and_handed_on_to_nobody_else() {
+    const EXTENTS: usize = 6;
+    let pin = FakePin::new(EXTENTS);
+    let pool = pool(EXTENTS as u64, PoolSettings { returning: 3, ..pin.settings(true) });
+    for round in 0..3 {
+        // The same user gets them again, clean and as often as they come back.
+        let supply = take(&pool, 7, EXTENTS).unwrap();
+        assert!(is_clean(&supply), "round {round}");
+        mark(&supply);
+        let old: Vec<_> = supply.extents().iter().map(|extent| Arc::clone(extent.memory())).collect();
+        drop(supply);
+        let others = take(&pool, 8 + round, EXTENTS / 2).unwrap();
+        assert!(is_clean(&others), "round {round}");
+        mark(&others);
+        for memory in &old {
+            memory.store_u64(64, 1);
+        }
+        assert!(others.extents().iter().all(|extent| extent.memory().load_u64(64) == 0), "round {round}");
+        old.iter().for_each(|memory| memory.store_u64(64, 0));
+        drop((others, old));
+        let idle = |report: &PoolReport| report.state == PoolState::Idle;
+        let report = wait_for(&pool, "rest", idle);
+        assert_eq!((report.ready_bytes, report.made_bytes), (report.made_bytes, report.pinned_bytes));
+        assert!(pin.count() <= EXTENTS, "round {round}");
+    }
+    let plain = self::pool(4, PoolSettings { returning: 2, ..PoolSettings::unpinned() });
+    drop(take(&plain, 7, 4).unwrap());
+    wait_for(&plain, "nothing", |report| report.made_bytes == 0 && report.state == PoolState::Idle);
+}
+
+#[test]
 fn what_is_wanted_ahead_is_made_unasked_and_made_again_when_it_was_destroyed() {
     let settings = PoolSettings { ahead_bytes: 2 * EXTENT, threads: 2, ..PoolSettings::unpinned() };
     let pool = pool(4, settings);

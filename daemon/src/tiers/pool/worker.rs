@@ -5,15 +5,19 @@ use std::sync::{Arc, PoisonError};
 
 use kvoyant_protocol::EXTENT_BYTES;
 
-use super::{Job, NOBODY, SPARE_BYTES, STEPS, Shared, State, Waiter};
+use super::{Duty, Job, NOBODY, SPARE_BYTES, STEPS, Shared, State, Waiter};
 use crate::tiers::extent::Extent;
 use crate::tiers::pin::Pin;
 
 impl Shared {
-    pub(super) fn work(self: &Arc<Self>) {
+    pub(super) fn work(self: &Arc<Self>, duty: Duty) {
         let mut state = self.lock();
         while !state.stopping {
-            let Some(job) = self.next(&mut state) else {
+            let next = match duty {
+                Duty::All => self.next(&mut state),
+                Duty::Returning => self.returned(&mut state),
+            };
+            let Some(job) = next else {
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
@@ -52,9 +56,8 @@ impl Shared {
                 return Some(state.destroy(extent));
             }
         }
-        if let Some((uid, extent)) = state.dirty.pop_front() {
-            let keeps = self.keeps(state, uid, &extent);
-            return Some(if keeps { state.wipe(uid, extent) } else { state.destroy(extent) });
+        if let Some(job) = self.returned(state) {
+            return Some(job);
         }
         // Made for somebody who has gone meanwhile. Whoever waits has been given what is ready.
         let left = || state.fresh.iter().position(|extent| !extent.is_pinned());
@@ -66,6 +69,13 @@ impl Shared {
         }
         // Those that have been destroyed in the meantime are made again.
         (!state.ahead_failed && state.made < self.ahead).then(|| state.make(true))
+    }
+
+    /// What is to be done with the extent that came back first.
+    fn returned(&self, state: &mut State) -> Option<Job> {
+        let (uid, extent) = state.dirty.pop_front()?;
+        let keeps = self.keeps(state, uid, &extent);
+        Some(if keeps { state.wipe(uid, extent) } else { state.destroy(extent) })
     }
 
     fn make(self: &Arc<Self>, ahead: bool) {
