@@ -102,6 +102,14 @@ impl Context {
         Ok(Entered { calls, before: Some(before) })
     }
 
+    /// The same for what is to be released: a question that failed once says nothing of what it was asked for, and there is no later try.
+    pub(crate) fn enter_to_release(&self) -> Result<Entered<'static>, CudaError> {
+        match self.enter() {
+            Err(error) if !error.is_sticky() && !error.is_shutdown() => self.enter(),
+            entered => entered,
+        }
+    }
+
     /// Device memory, bytes: free, and in all.
     pub fn memory(&self) -> Result<(u64, u64), CudaError> {
         let _entered = self.enter()?;

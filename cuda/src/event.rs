@@ -43,7 +43,7 @@ impl Drop for Inner {
         // SAFETY: created or opened once and destroyed once; an imported event is destroyed by the same call.
         let result = self
             .context
-            .enter()
+            .enter_to_release()
             .and_then(|_entered| unsafe { cu!(self.context.calls(), cuEventDestroy_v2(self.raw.0)) });
         released(result);
     }

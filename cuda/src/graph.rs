@@ -108,7 +108,7 @@ impl Drop for Graph {
         // SAFETY: captured once and destroyed once; what was instantiated from it lives on by itself.
         let result = self
             .context
-            .enter()
+            .enter_to_release()
             .and_then(|_entered| unsafe { cu!(self.context.calls(), cuGraphDestroy(self.raw.0)) });
         released(result);
     }
@@ -131,7 +131,7 @@ impl Drop for ExecInner {
         // SAFETY: instantiated once and destroyed once; the driver finishes a run that is going on.
         let result = self
             .context
-            .enter()
+            .enter_to_release()
             .and_then(|_entered| unsafe { cu!(self.context.calls(), cuGraphExecDestroy(self.raw.0)) });
         released(result);
     }

@@ -95,7 +95,7 @@ impl Drop for ImportedBuffer {
                 // SAFETY: opened once by `cuIpcOpenMemHandle` and closed once.
                 let result = self
                     .context
-                    .enter()
+                    .enter_to_release()
                     .and_then(|_entered| unsafe { cu!(self.context.calls(), cuIpcCloseMemHandle(self.ptr)) });
                 released(result);
             }

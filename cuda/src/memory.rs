@@ -126,7 +126,7 @@ impl Drop for DeviceBuffer {
         // SAFETY: allocated once and freed once; who queued work on it waits for that first, as its contracts say.
         let result = self
             .context
-            .enter()
+            .enter_to_release()
             .and_then(|_entered| unsafe { cu!(self.context.calls(), cuMemFree_v2(self.ptr)) });
         released(result);
     }
@@ -176,7 +176,7 @@ impl Drop for PinnedBuffer {
         // SAFETY: allocated once by `cuMemHostAlloc` and freed once.
         let result = self
             .context
-            .enter()
+            .enter_to_release()
             .and_then(|_entered| unsafe { cu!(self.context.calls(), cuMemFreeHost(self.host.0.cast())) });
         released(result);
     }
@@ -219,7 +219,7 @@ impl std::fmt::Debug for Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         // SAFETY: registered once and unregistered once, while the caller still keeps it mapped.
-        let result = self.context.enter().and_then(|_entered| unsafe {
+        let result = self.context.enter_to_release().and_then(|_entered| unsafe {
             cu!(self.context.calls(), cuMemHostUnregister(self.host.0.cast()))
         });
         released(result);

@@ -30,7 +30,7 @@ impl Drop for Inner {
         // SAFETY: loaded once and unloaded once; every function holds a clone.
         let result = self
             .context
-            .enter()
+            .enter_to_release()
             .and_then(|_entered| unsafe { cu!(self.context.calls(), cuModuleUnload(self.raw.0)) });
         released(result);
     }

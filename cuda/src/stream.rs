@@ -54,7 +54,7 @@ impl Drop for Inner {
             // SAFETY: made by `Context::stream` and destroyed once; the driver finishes what is queued first.
             let result = self
                 .context
-                .enter()
+                .enter_to_release()
                 .and_then(|_entered| unsafe { cu!(self.context.calls(), cuStreamDestroy_v2(self.raw.0)) });
             released(result);
         }

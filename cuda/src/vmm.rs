@@ -86,7 +86,7 @@ impl Mapping {
 
     /// Takes the memory and the addresses away again; what is queued on them must be done.
     pub(crate) fn release(&self, context: &Context) {
-        let result = context.enter().and_then(|_entered| {
+        let result = context.enter_to_release().and_then(|_entered| {
             // SAFETY: mapped once in `new`, released once by the owner's drop.
             unsafe { cu!(context.calls(), cuMemUnmap(self.ptr, self.len)) }?;
             // SAFETY: reserved once in `new`, and nothing is mapped in it any more.
@@ -224,7 +224,7 @@ impl Drop for SharedBuffer {
         // SAFETY: created once and released once; importers keep the memory by themselves.
         let result = self
             .context
-            .enter()
+            .enter_to_release()
             .and_then(|_entered| unsafe { cu!(self.context.calls(), cuMemRelease(self.memory)) });
         released(result);
     }

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use kvoyant_protocol::faults::Point;
 use kvoyant_tests::PATIENCE;
-use kvoyant_tests::faults::{Found, Sweep};
+use kvoyant_tests::faults::{CODES, Found, LOOKS, Sweep};
+use kvoyant_tests::softcuda::{Machine, on_softcuda};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 
@@ -26,6 +27,34 @@ fn a_call_that_fails_harms_what_it_was_made_for_and_nothing_else() {
         hits += u64::from(seen.hit);
     }
     assert!(hits >= 12, "only {hits} calls were hit");
+}
+
+#[test]
+fn a_call_of_the_driver_that_fails_ends_no_daemon_but_in_words() {
+    if !on_softcuda("a_call_of_the_driver_that_fails_ends_no_daemon_but_in_words", &Machine::new()) {
+        return;
+    }
+    let sweep = Sweep::on_gpu(DAEMON, PATIENCE).unwrap();
+    let mut hits = 0;
+    // At the start, at a registration, at answers, and at a session's end.
+    for nth in [7, 120, 130, 150, 190] {
+        for code in CODES {
+            let seen = sweep
+                .run_driver(None, nth, code)
+                .unwrap_or_else(|found| panic!("call {nth} code {code}: {found:?}"));
+            hits += u64::from(seen.hit);
+        }
+    }
+    for look in LOOKS {
+        let seen =
+            sweep.run_driver(Some(look), 20, 999).unwrap_or_else(|found| panic!("{look} 20: {found:?}"));
+        hits += u64::from(seen.hit);
+    }
+    assert!(hits >= 9, "only {hits} calls were hit");
+    for nth in [60, 240, 400] {
+        let seen = sweep.run_lost(nth).unwrap_or_else(|found| panic!("lost at call {nth}: {found:?}"));
+        assert!(seen.hit && seen.error.is_some(), "lost at call {nth}: {seen:?}");
+    }
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //!
 //! One fault a line: a name and `key=value` pairs. Names: `oom` (allocations fail), `register-fails`, `ecc` and
 //! `device-lost` (every call fails from then on), `launch-failure` (the next kernel does), `slow-copies us=N`,
-//! `hang-copies` (until the line is gone), `fail call=NAME code=N` (any call by name). Keys of all: `after=N` (the
+//! `hang-copies` (until the line is gone), `fail call=NAME code=N` (a call by name, or without one whatever is called, but for [`LOOKS`]). What has
+//! struck last is named in the file `struck`. Keys of all: `after=N` (the
 //! first N times pass), `count=N` (strikes N times only), `process=TEXT` (only programs whose file name holds it).
 
 use std::os::unix::fs::MetadataExt;
@@ -10,6 +11,9 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use crate::ffi::Code;
+
+/// Calls of which there are as many as time passes: queries, and what comes with each.
+const LOOKS: [&str; 3] = ["cuEventQuery", "cuStreamQuery", "cuCtxGetCurrent"];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Rule {
@@ -98,18 +102,29 @@ impl Faults {
     pub(crate) fn strikes(&self, name: &str) -> Option<Option<Code>> {
         self.with(|rules| {
             let rule = rules.iter_mut().find(|rule| rule.name == name)?;
-            rule.strikes().then_some(rule.code.map(Code))
+            let struck = rule.strikes().then_some(rule.code.map(Code))?;
+            self.tell(name);
+            Some(struck)
         })
     }
 
     /// What a call of this name fails with, if it was asked to.
     pub(crate) fn call_fails(&self, call: &str) -> Option<Code> {
         self.with(|rules| {
-            let mut named =
-                rules.iter_mut().filter(|rule| rule.name == "fail" && rule.call.as_deref() == Some(call));
-            let rule = named.find_map(|rule| rule.strikes().then_some(rule.code));
-            rule.map(|code| Code(code.unwrap_or(Code::INVALID_VALUE.0)))
+            let means = |rule: &Rule| rule.call.as_ref().map_or(!LOOKS.contains(&call), |name| name == call);
+            let mut meant = rules.iter_mut().filter(|rule| rule.name == "fail" && means(rule));
+            let rule = meant.find_map(|rule| rule.strikes().then_some(rule))?;
+            let code = Code(rule.code.unwrap_or(Code::INVALID_VALUE.0));
+            self.tell(call);
+            Some(code)
         })
+    }
+
+    /// Leaves the name of what has struck in the machine's folder.
+    fn tell(&self, name: &str) {
+        if let Some(path) = &self.path {
+            let _ = std::fs::write(path.with_file_name("struck"), name);
+        }
     }
 
     /// How much longer a copy takes, in microseconds.

@@ -163,13 +163,15 @@ impl Allocation {
     }
 }
 
-/// Allocates a session's memory, one piece for each size, within the budget and with patience for the memory of the recently dead.
+/// Allocates a session's memory, one piece for each size, within the budget and with patience for the memory of the recently dead. `failed`
+/// makes an answer of a driver's error.
 pub(super) fn allocate(
     context: &Context,
     budget: &Arc<Budget>,
     way: Way,
     sizes: &[usize],
     account: &Arc<Account>,
+    failed: &dyn Fn(CudaError) -> SlabError,
 ) -> Result<(Vec<Allocation>, Charge), SlabError> {
     // The driver gives whole units; so that the budget means what the device loses, it counts them too.
     let rounded = |bytes: usize| bytes.checked_next_multiple_of(kvoyant_cuda::ALLOCATION_UNIT);
@@ -195,7 +197,7 @@ pub(super) fn allocate(
                         return Ok((all, charge));
                     }
                     Err(error) if error.kind() == ErrorKind::OutOfMemory => Some(error),
-                    Err(error) => return Err(refused(&error)),
+                    Err(error) => return Err(failed(error)),
                 }
             }
         };

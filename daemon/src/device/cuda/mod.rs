@@ -423,25 +423,32 @@ impl Device for CudaDevice {
             let reason = "its process cannot be watched, and what it opens by handle could never be freed";
             return Err(SlabError::Refused(Failure::Device(reason.into())));
         }
-        let (memory, charge) = memory::allocate(context, &self.budget, way, &sizes, &account)?;
-        let prepared = (|| {
-            // What another session left there is nobody's business, and a word that was never written must be 0.
-            let stream = context.stream(Priority::Normal)?;
-            for allocation in &memory {
-                // SAFETY: the whole of an allocation that nobody else knows of yet.
-                unsafe { stream.fill(allocation.ptr(), 0, allocation.bytes()) }?;
-            }
-            stream.synchronize()?;
-            let board =
-                Board::new(context, &self.shared.registered, self.signal, memory[1].ptr(), layout, &d2c)?;
-            Ok((board.signal()?, board))
-        })();
-        let (signal, board) = prepared.map_err(|error: CudaError| {
+        let failed = |error: CudaError| {
             if error.is_sticky() {
                 self.shared.lose(&error);
             }
             refused(&error)
-        })?;
+        };
+        let (memory, charge) = memory::allocate(context, &self.budget, way, &sizes, &account, &failed)?;
+        let stream = context.stream(Priority::Normal).map_err(failed)?;
+        // What another session left there is nobody's business, and a word that was never written must be 0.
+        let filled = memory.iter().try_for_each(|allocation| {
+            // SAFETY: the whole of an allocation that nobody else knows of yet, and that is not freed before the stream is at rest.
+            unsafe { stream.fill(allocation.ptr(), 0, allocation.bytes()) }
+        });
+        if let Err(error) = stream.synchronize() {
+            // Whether anything still writes there nobody can tell.
+            memory.into_iter().for_each(std::mem::forget);
+            self.shared.lose(&error);
+            return Err(refused(&error));
+        }
+        filled.map_err(failed)?;
+        let prepared = (|| {
+            let board =
+                Board::new(context, &self.shared.registered, self.signal, memory[1].ptr(), layout, &d2c)?;
+            Ok((board.signal()?, board))
+        })();
+        let (signal, board) = prepared.map_err(failed)?;
         let Some(work) = self.work.clone() else {
             return Err(SlabError::Refused(Failure::Device("the daemon is stopping".into())));
         };
@@ -469,8 +476,7 @@ impl Device for CudaDevice {
     }
 
     fn pin(&self) -> Option<Box<dyn Pin>> {
-        let (context, known) = (self.shared.context.clone(), Arc::clone(&self.shared.registered));
-        Some(Box::new(CudaPin { context, known }))
+        Some(Box::new(CudaPin { shared: Arc::clone(&self.shared) }))
     }
 
     fn numa_node(&self) -> Option<u32> {

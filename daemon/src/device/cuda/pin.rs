@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use kvoyant_cuda::{Context, Registration};
 use kvoyant_protocol::memory::SharedMapping;
 
+use super::Shared;
 use super::engines::DeviceMap;
 use crate::tiers::pin::{Pin, PinError, PinGuard, limits_in_words};
 
@@ -58,8 +59,7 @@ impl Drop for Pinned {
 /// Pins extents by registering them with the driver, for every device and mapped for kernels.
 #[derive(Debug)]
 pub(super) struct CudaPin {
-    pub(super) context: Context,
-    pub(super) known: Arc<Registered>,
+    pub(super) shared: Arc<Shared>,
 }
 
 impl Pin for CudaPin {
@@ -68,9 +68,14 @@ impl Pin for CudaPin {
     }
 
     fn pin(&self, memory: &Arc<SharedMapping>) -> Result<Box<dyn PinGuard>, PinError> {
-        match Pinned::new(&self.context, &self.known, memory) {
+        match Pinned::new(&self.shared.context, &self.shared.registered, memory) {
             Ok(pinned) => Ok(Box::new(pinned)),
-            Err(error) => Err(PinError::Registration { reason: format!("{error}; {}", limits_in_words()) }),
+            Err(error) => {
+                if error.is_sticky() {
+                    self.shared.lose(&error);
+                }
+                Err(PinError::Registration { reason: format!("{error}; {}", limits_in_words()) })
+            }
         }
     }
 }

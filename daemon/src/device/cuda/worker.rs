@@ -59,6 +59,8 @@ struct Flight {
     staging: Option<Staging>,
     transfer: Box<Transfer>,
     since: Instant,
+    /// Whether the driver could not say once whether it has ended.
+    doubted: bool,
 }
 
 /// See the module.
@@ -149,6 +151,11 @@ impl Worker {
                 // A lane lets a session go only once its transfers have ended, so no stream uses the board any more.
                 self.boards.remove(&session);
                 self.poisoned.remove(&session);
+                if self.shared.is_lost() {
+                    // Whether anything still writes there nobody can tell: the driver frees it with the process.
+                    held.allocations.into_iter().for_each(std::mem::forget);
+                    return;
+                }
                 if let Some(quarantine) = &self.quarantine {
                     let _ = quarantine.send(held);
                 }
@@ -161,7 +168,7 @@ impl Worker {
         match self.enqueue(&transfer, index) {
             Ok((event, staging)) => {
                 let since = Instant::now();
-                self.flights[index].push_back(Flight { event, staging, transfer, since });
+                self.flights[index].push_back(Flight { event, staging, transfer, since, doubted: false });
             }
             Err(error) => {
                 tracing::warn!(
@@ -249,6 +256,10 @@ impl Worker {
             if let Err(error) = board.publish(transfer.ticket, failed, &self.streams[index]) {
                 tracing::warn!("cannot say on the device that an answer failed: {error}");
             }
+            // The board may be freed as soon as this is reported.
+            if let Err(error) = self.streams[index].synchronize() {
+                self.shared.lose(&error);
+            }
         }
         transfer.end(true);
     }
@@ -256,7 +267,7 @@ impl Worker {
     /// Reports what has ended.
     fn look(&mut self) {
         for index in 0..self.flights.len() {
-            while let Some(flight) = self.flights[index].front() {
+            while let Some(flight) = self.flights[index].front_mut() {
                 // What waits behind others is not stuck.
                 let since = flight.since.max(self.advanced[index]);
                 let over = self.shared.is_lost() || since.elapsed() > STUCK_AFTER;
@@ -264,6 +275,13 @@ impl Worker {
                     Ok(true) => Ok(()),
                     Ok(false) if over => Err(CudaError::new("cuEventQuery", TIMEOUT)),
                     Ok(false) => break,
+                    // A question that failed says nothing of the copies: it is asked again, for as long as they may take.
+                    Err(error) if !error.is_sticky() && !over => {
+                        if !std::mem::replace(&mut flight.doubted, true) {
+                            tracing::warn!("cannot tell whether copies have ended, and asks again: {error}");
+                        }
+                        break;
+                    }
                     Err(error) => Err(error),
                 };
                 let Some(flight) = self.flights[index].pop_front() else { break };
