@@ -112,6 +112,13 @@ fn everything_is_on_a_screen_of_80_by_24_and_nothing_that_a_client_chose_steers_
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
     assert!(!text.contains('\x1b'));
+    // Nothing is cut at the edge, with figures as long as they come.
+    let mut large = status.clone();
+    large.arena.used_bytes = 99 * (large.arena.total_bytes / 100);
+    (large.totals.kv_bytes, large.totals.digest_bytes) = (987_654_321, 987_654_321);
+    let text = screen(&large, &rates(), None, (80, 24));
+    let line = text.lines().find(|line| line.starts_with("arena")).unwrap();
+    assert!(line.trim_end().ends_with("digests 941.90 MiB"), "{line}");
 }
 
 #[test]

@@ -93,22 +93,25 @@ fn limits(limit: &Limit) -> Vec<Line<'static>> {
     ]
 }
 
-/// A bar of twenty, and its figures.
+/// Cells of a bar: as many as leave room for its figures in 80 columns.
+const BAR: usize = 16;
+
+/// A bar, and its figures.
 fn bar(name: &str, used: u64, total: u64, more: &str) -> Line<'static> {
     let share = used as f64 / total.max(1) as f64;
-    let filled = ((share * 20.0).round() as usize).min(20);
+    let filled = ((share * BAR as f64).round() as usize).min(BAR);
     let colour = if share > 0.95 { Color::Red } else { Color::Blue };
     Line::from(vec![
         format!("{name:<8}").into(),
         Span::styled("█".repeat(filled), Style::new().fg(colour)),
-        "░".repeat(20 - filled).into(),
+        "░".repeat(BAR - filled).into(),
         format!(" {:>3.0} % of {}{more}", share * 100.0, bytes(total)).into(),
     ])
 }
 
 fn tiers(status: &StatusReport) -> Vec<Line<'static>> {
     let (arena, totals) = (&status.arena, &status.totals);
-    let more = format!(", {} of KV, {} of digests", bytes(totals.kv_bytes), bytes(totals.digest_bytes));
+    let more = format!(", KV {}, digests {}", bytes(totals.kv_bytes), bytes(totals.digest_bytes));
     let mut lines = Vec::new();
     if let Some(gpu) = &status.gpu {
         lines.push(bar(
