@@ -208,6 +208,7 @@ impl Client {
             control: self.control,
             rings: self.rings,
             late: self.late,
+            process: std::process::id(),
             memory,
             geometry,
             spec,

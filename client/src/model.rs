@@ -30,6 +30,8 @@ pub(crate) struct Inner {
     pub(crate) scarce: bool,
     /// What stands in for late answers, and how long after they were asked for they are late.
     pub(crate) late: (Fallback, Duration),
+    /// The process that connected: a child of it that was forked has the same socket, and no say in when the session ends.
+    pub(crate) process: u32,
 }
 
 /// A model that the daemon serves. Clones share one session.
@@ -509,8 +511,10 @@ impl Model {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // All device memory is closed before the daemon hears of it, so that it need not wait for this process to end.
-        if self.memory.close_device() {
+        // All device memory is closed before the daemon hears of it, so that it need not wait for this process to end. Without any this is
+        // what tells a client that leaves from one that dies.
+        let closed = self.memory.device().is_none() || self.memory.close_device();
+        if closed && self.process == std::process::id() {
             self.control.say(&ToDaemon::Goodbye);
         }
     }

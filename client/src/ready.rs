@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use kvoyant_kernels::{Dtype, Kernels, RestSums, Run};
 use kvoyant_protocol::memory::SharedMapping;
-use kvoyant_protocol::wire::{BlockRun, Completion, HeadEntry, PartialLayout, RestEntry, RestLayout, Status};
+use kvoyant_protocol::wire::{
+    BlockRun, Completion, HeadEntry, PartialLayout, RestEntry, RestLayout, Status, Told,
+};
 
 use crate::cuda::StreamPending;
 use crate::error::Error;
@@ -49,8 +51,20 @@ impl Pending {
     /// # Errors
     /// [`Error::Deadline`] if it does not come in time, [`Error::DaemonGone`] if it never will,
     /// [`Error::NotReady`] with the daemon's reason.
-    pub fn wait(mut self, deadline: Duration) -> Result<Ready, Error> {
-        let (completion, of) = self.inner.rings.wait(&self.inner.control, self.ticket, deadline)?;
+    pub fn wait(self, deadline: Duration) -> Result<Ready, Error> {
+        let inner = Arc::clone(&self.inner);
+        let answered = self.answered(deadline);
+        if let Err(Error::Deadline { .. }) = answered {
+            inner.rings.says(Told::GaveUp, 1);
+        }
+        answered
+    }
+
+    fn answered(mut self, deadline: Duration) -> Result<Ready, Error> {
+        let since = Instant::now();
+        let answered = self.inner.rings.wait(&self.inner.control, self.ticket, deadline);
+        self.inner.rings.says(Told::WaitedNs, since.elapsed().as_nanos().min(u128::from(u64::MAX)) as u64);
+        let (completion, of) = answered?;
         self.taken = true;
         // From here on, dropping releases.
         let release = Release { inner: Arc::clone(&self.inner), ticket: self.ticket };
@@ -68,9 +82,14 @@ impl Pending {
             return self.wait(deadline).map(InTime::Answered);
         }
         let left = self.late_after.saturating_sub(self.asked.elapsed());
-        match self.wait(left.min(deadline)) {
+        let (inner, fallback) = (Arc::clone(&self.inner), self.fallback);
+        match self.answered(left.min(deadline)) {
             Ok(ready) => Ok(InTime::Answered(ready)),
-            Err(Error::Deadline { waited, .. }) => Ok(InTime::Late { waited }),
+            Err(Error::Deadline { waited, .. }) => {
+                let told = if fallback == Fallback::Partial { Told::Partial } else { Told::ResidentOnly };
+                inner.rings.says(told, 1);
+                Ok(InTime::Late { waited })
+            }
             Err(error) => Err(error),
         }
     }

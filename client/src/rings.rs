@@ -6,6 +6,7 @@ mod maps;
 mod tests;
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,9 @@ use kvoyant_protocol::futex::spin;
 use kvoyant_protocol::layout::{Layout, c2d, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
-use kvoyant_protocol::wire::{Append, BatchEntry, Completion, Operation, Request, STATS, Speculate, Stat};
+use kvoyant_protocol::wire::{
+    Append, BatchEntry, Completion, Operation, Request, STATS, Speculate, Stat, TOLD, Told,
+};
 
 pub(crate) use self::again::Known;
 use self::again::Uncovered;
@@ -166,6 +169,7 @@ pub(crate) struct Rings {
     receive: Mutex<Receive>,
     late: LateReleases,
     sleepers: Mutex<u32>,
+    told: [AtomicU64; TOLD],
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -200,6 +204,7 @@ impl Rings {
             }),
             late,
             sleepers: Mutex::new(0),
+            told: Default::default(),
         }
     }
 
@@ -220,6 +225,12 @@ impl Rings {
         let waiting = self.layout.limits.ring_slots - room;
         let head = submit.producer.next_index().wrapping_sub(waiting);
         Ok(Backlog { taken: Taken { boot_id: maps.served.boot_id, head }, waiting, room })
+    }
+
+    /// Counts something that the daemon's operator may want to know and only this side does.
+    pub(crate) fn says(&self, told: Told, more: u64) {
+        let value = self.told[told as usize].fetch_add(more, Ordering::Relaxed).wrapping_add(more);
+        self.maps().c2d.store_u64(c2d::TOLD + told as usize * 8, value);
     }
 
     /// A counter of the session, as the daemon publishes it.

@@ -25,6 +25,7 @@ use crate::endpoint::Endpoint;
 use crate::keep::{self, takeover};
 use crate::keeper::Keeper;
 use crate::lane::LaneHandle;
+use crate::metrics;
 use crate::notify::{self, InheritError, Inherited, Listener, Manager, Pulse, Subject};
 use crate::prefixes::Prefixes;
 use crate::quota::Ledger;
@@ -325,6 +326,9 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
                 tokio::task::spawn_local(admin::serve(admin, Arc::clone(&plane)));
                 let waits = Arc::clone(&plane);
                 tokio::task::spawn_local(async move { waits.expire().await });
+                if let Ok(collector) = metrics::collector(&config.otlp) {
+                    tokio::task::spawn_local(metrics::export(collector, Arc::clone(plane.registry())));
+                }
                 if let Some(listener) = monitor {
                     tokio::task::spawn_local(admin::serve_tcp(listener, Arc::clone(&plane), token));
                 }

@@ -156,8 +156,19 @@ impl Settings {
             values.insert(name.clone(), value.unwrap_or_default());
             loaded.origins.insert(key.name, origin.unwrap_or(Origin::Default));
         }
-        loaded.config = config_of(values)?;
+        loaded.config = config_of(values).map_err(|error| self.bad_value(wanted).unwrap_or(error))?;
         self.take(loaded)
+    }
+
+    /// Which of these values is none.
+    fn bad_value(&self, wanted: &Map<String, Value>) -> Option<SetError> {
+        let now = document::values(&self.now().config);
+        wanted.iter().filter(|(_, value)| !value.is_null()).find_map(|(key, value)| {
+            let mut one = now.clone();
+            one.insert(key.clone(), value.clone());
+            let SetError::Value(why) = config_of(one).err()? else { return None };
+            Some(SetError::Value(format!("{key} = {value}: {why}")))
+        })
     }
 
     /// Has whatever may change be as this says.
@@ -202,6 +213,7 @@ fn config_of(values: Map<String, Value>) -> Result<Config, SetError> {
 fn adopt(running: &Config, new: Config) -> Config {
     Config {
         publishers: new.publishers,
+        check_every: new.check_every,
         log: new.log,
         max_sessions: new.max_sessions,
         allow_users: new.allow_users,
@@ -312,7 +324,7 @@ mod tests {
         for (wanted, said) in [
             (json!({"arena": "1GiB"}), "`arena` cannot change while the daemon runs"),
             (json!({"max_session": 1}), "did you mean `max_sessions`?"),
-            (json!({"max_sessions": "many"}), "bad value"),
+            (json!({"max_sessions": "many", "keep": 2.0}), "bad value: max_sessions = \"many\""),
             (json!({"max_sessions": 0}), "at least 1"),
             (json!({"quotas": {"hots": 1}}), "did you mean `host`?"),
             (json!({"log": "a=b=c"}), "log = a=b=c"),
@@ -329,6 +341,7 @@ mod tests {
         let old = Config::default();
         let new = Config {
             publishers: vec![1],
+            check_every: 1,
             log: "debug".into(),
             max_sessions: 1,
             allow_users: vec![crate::quota::User(1)],

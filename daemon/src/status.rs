@@ -14,7 +14,7 @@ mod state;
 
 use crate::device::Device;
 use crate::keeper::Keeper;
-use crate::metrics::{Endings, How, Snapshot, Times, Users};
+use crate::metrics::{Endings, How, Seen, Snapshot, Times, Users};
 use crate::quota::{Access, AccessReport, UserReport};
 use crate::tiers::nvme::{self, Spill};
 use crate::tiers::pool::ExtentPool;
@@ -81,6 +81,10 @@ pub struct SessionStatus {
     pub stats: [AtomicU64; STATS],
     /// Times of its requests.
     pub times: Times,
+    /// What is seen of it besides.
+    pub seen: Seen,
+    /// Bytes of its files of tables and digests in which nothing is, and of the longest span of them.
+    pub table_room: [AtomicU64; 2],
 }
 
 impl SessionStatus {
@@ -104,6 +108,8 @@ impl SessionStatus {
             slab_pages: AtomicU64::new(0),
             stats: std::array::from_fn(|_| AtomicU64::new(0)),
             times: Times::default(),
+            seen: Seen::default(),
+            table_room: Default::default(),
         }
     }
 
@@ -281,15 +287,19 @@ impl Registry {
     /// Everything, and what has been done since the start, at this moment.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
+        let mut table_room = [0; 2];
         let (reports, users) = {
             let sessions = self.sessions();
             let mut users = sessions.past.clone();
             for session in sessions.open.values() {
                 users.of(session.uid).add_session(session);
+                let [free, longest] = session.table_room.each_ref().map(|cell| cell.load(Ordering::Relaxed));
+                table_room = [table_room[0] + free, table_room[1].max(longest)];
             }
             (sessions.open.values().map(|session| session.report()).collect(), users)
         };
-        Snapshot { status: self.report_of(reports), users, endings: self.endings.counts().collect() }
+        let endings = self.endings.counts().collect();
+        Snapshot { status: self.report_of(reports), users, endings, table_room }
     }
 
     fn report_of(&self, sessions: Vec<SessionReport>) -> StatusReport {

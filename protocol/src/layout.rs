@@ -32,6 +32,9 @@ pub mod c2d {
     pub const RELEASED: usize = 384;
     /// Stream doorbells: one 32-bit word per ring slot, from here.
     pub const DOORBELLS: usize = 512;
+    /// What the client counts itself: 64-bit counters in the order of [`crate::wire::Told`], behind the doorbells of the largest ring. They
+    /// only ever grow, nothing is decided by them, and a client may leave them at 0.
+    pub const TOLD: usize = 2048;
 }
 
 /// Offsets of the words in the *daemon → client* header.
@@ -251,7 +254,8 @@ mod tests {
                 ring_slots: slots, batch_max: batch, hint_bytes: hints, table_bytes: tables, sequences_max: 8,
             };
             let layout = Layout::new(limits).unwrap();
-            let mut regions = vec![(0, c2d::DOORBELLS + 4 * slots as usize)];
+            let doorbells = c2d::DOORBELLS + 4 * slots as usize;
+            let mut regions = vec![(0, doorbells), (c2d::TOLD, 8 * crate::wire::TOLD)];
             for i in 0..slots {
                 regions.push((layout.descriptor(i), DESCRIPTOR_BYTES));
                 regions.push((layout.batch(i), batch as usize * BATCH_ENTRY_BYTES));

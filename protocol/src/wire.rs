@@ -13,7 +13,7 @@ pub mod answer;
 
 pub use answer::{
     BlockRun, Completion, CompletionError, HeadEntry, PartialLayout, RestEntry, RestLayout, STATS, Served,
-    Stat, Status,
+    Stat, Status, TOLD, Told,
 };
 
 /// All layers of the model at once, in [`Append`].

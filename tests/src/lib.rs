@@ -2,6 +2,7 @@
 
 pub mod fake;
 pub mod faults;
+pub mod http;
 pub mod later;
 pub mod manager;
 pub mod noisy;

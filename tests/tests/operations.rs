@@ -14,7 +14,7 @@ use kvoyant_daemon::admin::{
 };
 use kvoyant_protocol::control::Failure;
 use kvoyant_tests::manager::Manager;
-use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until, words};
+use kvoyant_tests::{Daemon, PATIENCE, fake, http, wait_until, words};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -35,17 +35,9 @@ fn refused<T: std::fmt::Debug>(result: Result<T, AdminError>) -> (u16, String) {
 }
 
 /// Sends a request over any stream; the status and the body.
-fn exchange(mut stream: impl Read + Write, request: &str, headers: &str, body: &str) -> (u16, String) {
-    let length = body.len();
-    let text = format!(
-        "{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
-    );
-    stream.write_all(text.as_bytes()).unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
-    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    (status.unwrap_or_else(|| panic!("no answer: {answer:?}")), body.to_owned())
+fn exchange(stream: impl Read + Write, request: &str, headers: &str, body: &str) -> (u16, String) {
+    let answer = http::exchange(stream, request, headers, body.as_bytes());
+    (answer.status, answer.body)
 }
 
 fn ask(admin: &Path, request: &str, body: &str) -> (u16, String) {
@@ -340,66 +332,6 @@ fn pages_that_an_operator_evicts_are_on_disk_alone_and_come_back_as_they_were() 
     ] {
         assert_eq!(refused(evict(&admin, &order)).0, status, "{order:?}");
     }
-}
-
-#[test]
-fn every_route_of_the_document_answers_and_takes_nothing_else_for_it() {
-    let daemon = Daemon::start(DAEMON, &[]);
-    let admin = daemon.admin();
-    let model = fake::connect(&daemon, &["full"]);
-    let sequence = model.open(0, 100).unwrap();
-    let (status, text) = ask(&admin, "GET /v1/openapi.json", "");
-    assert_eq!(status, 200);
-    let document: Value = serde_json::from_str(&text).unwrap();
-    let file: Value = serde_json::from_str(include_str!("../../docs/openapi.json")).unwrap();
-    assert!(document == file, "docs/openapi.json is what the daemon says");
-    let mut asked = 0;
-    for (path, methods) in document["paths"].as_object().unwrap() {
-        let concrete = path.replace("{uid}", &nix::unistd::geteuid().to_string()).replace("{name}", "none");
-        let methods = methods.as_object().unwrap();
-        for (method, operation) in methods {
-            // What is known to be right, by what it is.
-            let body = match operation["operationId"].as_str().unwrap() {
-                "SetConfig" => "{\"max_sessions\": 7}",
-                "SetLog" => "{\"filter\": \"info\"}",
-                "Evict" => "{\"session\": 1}",
-                _ => "",
-            };
-            let (status, answer) = ask(&admin, &format!("{} {concrete}", method.to_uppercase()), body);
-            // A daemon without a store says so, and an empty order is none.
-            let expected: &[u16] = match operation["operationId"].as_str().unwrap() {
-                "Suspend" | "Bring" => &[400],
-                "Remove" => &[503],
-                "Ready" => &[200, 503],
-                _ => &[200],
-            };
-            assert!(expected.contains(&status), "{method} {path}: {status} {answer}");
-            if !["/metrics", "/dashboard"].contains(&path.as_str()) {
-                let value: Value =
-                    serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{path}: {error}: {answer}"));
-                assert!(value.is_object() || value.is_array(), "{path}: {answer}");
-            }
-            if operation.get("requestBody").is_some() {
-                for wrong in ["", "{", "[1]", "{\"nonsense\": 1}", "\"x\""] {
-                    let (status, answer) =
-                        ask(&admin, &format!("{} {concrete}", method.to_uppercase()), wrong);
-                    assert!(
-                        status == 400 && answer.contains("\"error\""),
-                        "{method} {path} {wrong}: {status} {answer}"
-                    );
-                }
-            }
-            asked += 1;
-        }
-        let (status, _) = ask(&admin, &format!("OPTIONS {concrete}"), "");
-        assert_eq!(status, 405, "{path}");
-    }
-    assert!(asked > 20, "{asked}");
-    let lanes: Value = serde_json::from_str(&ask(&admin, "GET /v1/lanes", "").1).unwrap();
-    assert_eq!((&lanes["lanes"][0]["lane"], &lanes["lanes"][0]["sessions"]), (&json!(0), &json!([1])));
-    let methods: Value = serde_json::from_str(&ask(&admin, "GET /v1/methods", "").1).unwrap();
-    assert!(methods["methods"].as_array().unwrap().iter().any(|method| method["name"] == "kvoyant"));
-    drop(sequence);
 }
 
 #[test]

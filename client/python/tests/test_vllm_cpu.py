@@ -1,12 +1,18 @@
-"""vLLM on the CPU with the connector and with the attention backend: a small Llama with random weights, generate() from end to end.
+"""vLLM on the CPU with the connector and with the attention backend: a small Llama with random weights, generate() and `vllm serve` from end to end.
 
 Needs a vLLM that runs on the CPU: scripts/check-vllm --cpu has it. Each run is a process of its own, since vLLM is set up once in a process.
 """
 
+import contextlib
 import json
 import os
+import pathlib
+import socket as sockets
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -143,3 +149,92 @@ def test_a_prefix_cache_beside_the_backend_falls_back_to_dense_attention(folder,
     assert both["cached"][1] > 0
     # The first goes through the daemon; of the second it does not have the beginning.
     assert both["sparse"] == 39 * CONFIG["num_hidden_layers"]
+
+
+@pytest.fixture(scope="module")
+def named(folder):
+    """The same model with a tokenizer, of which a server takes and gives words: token 7 is `w7`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{token}": token for token in range(CONFIG["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", unk_token="w0")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def served(folder, tmp_path, *options, **environment):
+    """A server of vLLM's own, and a function that asks it for the words after others, and for how many of those it had already."""
+    with sockets.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", **environment}
+    command = [str(pathlib.Path(sys.executable).with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "4", "--block-size", "32", "--seed", "1"]
+    command += ["--served-model-name", "small", "--enable-prompt-tokens-details", *options]
+    log = tmp_path / f"served-{port}"
+    with open(log, "wb") as out:
+        server = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def ask(words, tokens=24):
+        body = {"model": "small", "prompt": words, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            said = json.load(answer)
+        details = said["usage"].get("prompt_tokens_details") or {}
+        return said["choices"][0]["text"].split(), details.get("cached_tokens") or 0
+
+    try:
+        since = time.monotonic()
+        while True:
+            assert server.poll() is None, log.read_text()[-6000:]
+            assert time.monotonic() - since < 600, log.read_text()[-6000:]
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        yield ask
+    finally:
+        server.terminate()
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, 9)
+            server.wait()
+
+
+def test_a_server_begins_with_what_another_one_published_and_both_give_the_same_words(named, tmp_path):
+    transfer = json.dumps({
+        "kv_connector": "KvoyantConnector",
+        "kv_connector_module_path": "kvoyant.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"socket": SOCKET[0], "fingerprint": os.urandom(16).hex()},
+    })  # fmt: skip
+    options = ["--disable-hybrid-kv-cache-manager", "--kv-transfer-config", transfer]
+    first, longer = (" ".join(f"w{token}" for token in tokens) for tokens in (PROMPTS[0], PROMPTS[0] + prompt(9, 20)))
+    with served(named, tmp_path, *options) as ask:
+        words, cached = ask(first)
+        assert len(words) == 24 and cached == 0, (words, cached)
+        # The same prefix again, and more behind it.
+        _, cached = ask(longer)
+        assert cached >= 288, cached
+    with served(named, tmp_path, *options) as ask:
+        again, cached = ask(first)
+        assert again == words and cached == 288, (again, words, cached)
+
+
+def test_a_server_attends_through_the_daemon_and_gives_plain_vllms_words(named, tmp_path):
+    words = " ".join(f"w{token}" for token in PROMPTS[1])
+    with served(named, tmp_path, "--no-enable-prefix-caching") as ask:
+        plain, _ = ask(words)
+    method = {"KVOYANT_VLLM_METHOD": "full", "KVOYANT_VLLM_SOCKET": SOCKET[0]}
+    with served(named, tmp_path, "--no-enable-prefix-caching", **method) as ask:
+        found, _ = ask(words)
+        assert found == plain

@@ -26,6 +26,11 @@ impl Caller {
         Self { token, ..self }
     }
 
+    /// Whose things are meant where nobody is named: who has the token is the daemon's user.
+    pub(super) fn own(self) -> u32 {
+        if self.token { nix::unistd::geteuid().as_raw() } else { self.uid }
+    }
+
     /// What the log calls them.
     pub(super) fn name(self) -> String {
         if self.remote { "whoever has the token".into() } else { format!("user {}", self.uid) }
@@ -57,5 +62,6 @@ mod tests {
         assert!(!remote.operates() && !remote.may(0) && !remote.may(u32::MAX));
         let known = remote.with_token(true);
         assert!(known.operates() && known.may(1000));
+        assert_eq!((known.own(), caller(1000).own()), (nix::unistd::geteuid().as_raw(), 1000));
     }
 }

@@ -217,7 +217,7 @@ impl Routes {
 
     async fn bring(&self, order: BringOrder, caller: Caller) -> Result<ImageReport, Refusal> {
         let BringOrder { image, uid } = order;
-        let owner = uid.unwrap_or(caller.uid);
+        let owner = uid.unwrap_or(caller.own());
         allow(caller, owner)?;
         let id = image_id(owner, &image).map_err(Refusal::Name)?;
         let (summary, kept) = self

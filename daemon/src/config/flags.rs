@@ -28,6 +28,10 @@ pub struct Flags {
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub monitor_token: Option<PathBuf>,
+    /// Send metrics to an OpenTelemetry collector, by OTLP over HTTP, e.g. http://127.0.0.1:4318
+    #[arg(long, value_name = "URL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub otlp: Option<String>,
     /// Write the status to shared memory, too, for `kvoyant top`
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -148,6 +152,10 @@ pub struct Flags {
     #[arg(long, value_name = "US")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub spin_us: Option<u64>,
+    /// Compare one answer in so many with exact attention (0: none)
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub check_every: Option<u32>,
     /// Sessions open at once
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]

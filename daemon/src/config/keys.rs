@@ -118,6 +118,17 @@ pub const SECTIONS: &[Section] = &[
                     Restart,
                 ),
             ),
+            by_default(
+                "none",
+                r#""http://127.0.0.1:4318""#,
+                key(
+                    "otlp",
+                    "http:// URL",
+                    "OpenTelemetry collector that metrics are sent to every half minute, by OTLP over HTTP with JSON.",
+                    "metrics are collected by OpenTelemetry; the unit then needs the network",
+                    Restart,
+                ),
+            ),
             key(
                 "stats_page",
                 "bool",
@@ -405,6 +416,13 @@ pub const SECTIONS: &[Section] = &[
                     "a lane has a core of its own: higher; cores are scarce: lower",
                     Restart,
                 ),
+            ),
+            key(
+                "check_every",
+                "answers",
+                "One answer in so many is compared with exact attention, for metrics; 0: none.",
+                "precision and recall are to be known sooner: lower",
+                NewSessions,
             ),
         ],
     },

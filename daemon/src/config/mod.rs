@@ -49,6 +49,8 @@ pub struct Config {
     pub monitor: String,
     /// File with a token; whoever sends that over TCP is the daemon's user there. Empty: nobody is.
     pub monitor_token: PathBuf,
+    /// Where an OpenTelemetry collector takes metrics (OTLP over HTTP), such as `http://127.0.0.1:4318`; empty: nowhere.
+    pub otlp: String,
     /// Whether the status is also written to shared memory, half a second by half a second, where `kvoyant top` reads it unasked.
     pub stats_page: bool,
     /// Host memory for KV, all sessions together. Rounded down to extents of 64 MiB.
@@ -109,6 +111,8 @@ pub struct Config {
     pub lane_cpus: Vec<usize>,
     /// How long an idle lane polls before it sleeps, in µs.
     pub spin_us: u64,
+    /// One answer in so many is compared with exact attention, for metrics; 0: none.
+    pub check_every: u32,
     /// Sessions open at once.
     pub max_sessions: u32,
     /// Whether open sessions outlast the daemon: `on`, `off`, or `auto`: where the service manager stores descriptors.
@@ -147,6 +151,7 @@ impl Default for Config {
             admin_socket: folder.join("admin.sock"),
             monitor: String::new(),
             monitor_token: PathBuf::new(),
+            otlp: String::new(),
             stats_page: true,
             arena: ByteSize::gib(4),
             pin: true,
@@ -179,6 +184,7 @@ impl Default for Config {
             // A sleeping lane costs a wake-up (microseconds on bare metal, tens of them in a virtual machine); a
             // polling one costs a core, which small machines need for the model.
             spin_us: if cores >= 8 { 200 } else { 20 },
+            check_every: 4096,
             max_sessions: 64,
             keep_sessions: "auto".into(),
             reattach_seconds: 30,
@@ -258,6 +264,11 @@ impl Config {
                 self.monitor_token.display().to_string(),
                 "it goes with `monitor`, an address",
             );
+        }
+        if !self.otlp.is_empty()
+            && let Err(reason) = crate::metrics::collector(&self.otlp)
+        {
+            return bad("otlp", self.otlp.clone(), &reason);
         }
         if let Err(error) = self.device.parse::<DeviceName>() {
             return bad("device", self.device.clone(), &error.to_string());

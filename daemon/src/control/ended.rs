@@ -30,7 +30,7 @@ impl Ended {
     /// What metrics call it.
     pub(super) fn how(&self) -> How {
         match self {
-            Self::HungUp => How::Left,
+            Self::HungUp => How::Reaped,
             Self::Protocol(_) => How::Rejected,
             Self::Refused(Failure::Protocol(_)) => How::Rejected,
             Self::Refused(_) => How::Refused,

@@ -230,7 +230,10 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
         }
         Ok(Some(session)) => {
             drop(inside);
-            let result = peer::while_there(&session, run(&plane, &socket, &session)).await;
+            let result = match peer::while_there(&session, run(&plane, &socket, &session)).await {
+                Err(Ended::HungUp) if session.importer.closed.load(Ordering::Acquire) => Ok(()),
+                result => result,
+            };
             let Session { status, d2c, _place: place, .. } = session;
             // Its rings go with the lane's side of it: to give their memory back takes longer than others may wait for this thread.
             drop(d2c);

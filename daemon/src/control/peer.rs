@@ -37,6 +37,8 @@ pub(super) async fn while_there(
     served: impl Future<Output = Result<(), Ended>>,
 ) -> Result<(), Ended> {
     tokio::select! {
+        // What it said last comes before its end.
+        biased;
         result = served => result,
         () = ended(&session.importer) => Err(Ended::HungUp),
         reason = session.ending.ended() => Err(Ended::Protocol(reason)),

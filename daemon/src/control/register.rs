@@ -23,7 +23,12 @@ type Registered = (Box<ModelState>, Option<Box<Keeping>>, ToClient, Vec<OwnedFd>
 pub(super) fn placement(plane: &Plane) -> Placement {
     let config = plane.config();
     let config = &config.config;
-    Placement { keep: config.keep, device_share: config.device_percent / 100.0, spill: plane.spill(config) }
+    Placement {
+        keep: config.keep,
+        device_share: config.device_percent / 100.0,
+        spill: plane.spill(config),
+        check_every: u64::from(config.check_every),
+    }
 }
 
 /// Bytes of the slab of such a model.

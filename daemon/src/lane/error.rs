@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use crate::lane::mailbox::ReportError;
 use crate::lane::session::limits::{FEEDBACK_MAX, WORK_MAX};
+use crate::metrics::Rejection;
 
 /// Why a session ends.
 #[derive(Debug, Error)]
@@ -162,4 +163,26 @@ pub enum SessionError {
     /// Completions that nobody reads.
     #[error("the completion ring is full: answers were released without being read")]
     CompletionsFull,
+}
+
+impl SessionError {
+    /// What metrics call it, where it is a descriptor of the client's that was refused.
+    pub(crate) fn rejection(&self) -> Option<Rejection> {
+        match self {
+            Self::Ring(_) | Self::CompletionsFull => Some(Rejection::Ring),
+            Self::Request(_) => Some(Rejection::Format),
+            Self::Ticket { .. } | Self::Append { .. } | Self::Stays { .. } => Some(Rejection::Order),
+            Self::NoModel
+            | Self::Sequence(_)
+            | Self::Layer { .. }
+            | Self::Payload { .. }
+            | Self::NoFeedback { .. }
+            | Self::Weight { .. }
+            | Self::Mark { .. }
+            | Self::Tokens { .. }
+            | Self::Report(_) => Some(Rejection::Contents),
+            Self::Work { .. } | Self::Scores { .. } | Self::Feedback { .. } => Some(Rejection::Work),
+            Self::Memory(_) | Self::HalfWay(_) | Self::Transfer { .. } => None,
+        }
+    }
 }

@@ -7,6 +7,7 @@
 mod asked;
 pub mod background;
 mod bomb;
+mod check;
 mod close;
 pub mod digests;
 pub mod error;
@@ -384,6 +385,7 @@ impl Lane {
 
     fn sleep(&mut self, rung: u32) {
         for attached in &mut self.sessions {
+            attached.session.hear();
             attached.session.refresh_if_dirty();
         }
         self.bell.say_sleeping(true);
@@ -437,6 +439,7 @@ impl Lane {
             Command::Register(id, mut model, keeping, reply) => {
                 model.attach_spill(id, &self.pages);
                 if let Some(attached) = self.find(id) {
+                    attached.session.status.seen.has_layers(model.shape.layers);
                     attached.session.model = Some(model);
                     if let Some(keeping) = keeping {
                         attached.session.keep(keeping);
@@ -487,6 +490,7 @@ impl Lane {
             Command::List(reply) => drop(reply.send(self.list())),
             Command::Detach(id, done) => {
                 if let Some(attached) = self.find(id) {
+                    attached.session.hear();
                     attached.session.let_go();
                     attached.detaching = Some(done);
                 }
@@ -557,6 +561,9 @@ impl Attached {
             Ok(value) => Some(value),
             Err(error) => {
                 self.broken = true;
+                if let Some(why) = error.rejection() {
+                    self.session.status.seen.rejected(why);
+                }
                 self.ending.end(&error);
                 None
             }

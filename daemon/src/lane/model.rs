@@ -110,7 +110,7 @@ pub struct Buffers {
     pub(crate) missing: Vec<TokenRange>,
 }
 
-/// How much is kept where.
+/// How much is kept where, and how often answers are compared.
 #[derive(Debug, Clone)]
 pub struct Placement {
     /// How many times as many rows as are selected a head keeps on the device.
@@ -119,6 +119,8 @@ pub struct Placement {
     pub device_share: f64,
     /// Where pages go that leave host memory; `None`: they stay.
     pub spill: Option<SpillTo>,
+    /// One answer in so many is compared with exact attention; 0: none.
+    pub check_every: u64,
 }
 
 /// See the module.
@@ -177,6 +179,8 @@ pub struct ModelState {
     /// Sequences that an operator has suspended, or is about to.
     pub(crate) taken: Vec<Taken>,
     pub(crate) seeds: u64,
+    /// One answer in so many is compared with exact attention; 0: none.
+    pub(crate) check_every: u64,
     announced_extents: usize,
     announced_tables: usize,
 }
@@ -190,7 +194,7 @@ impl ModelState {
         extents: Supply,
         device: &dyn Device,
         slab: SlabRequest,
-        Placement { keep, device_share, spill }: Placement,
+        Placement { keep, device_share, spill, check_every }: Placement,
     ) -> Result<Self, Failure> {
         let (shape, layout) = shape_of(&spec)?;
         let row_bytes = row_bytes_of(layout)?;
@@ -294,6 +298,7 @@ impl ModelState {
             speculated,
             taken: Vec::new(),
             seeds: 0,
+            check_every,
             announced_extents: 0,
             announced_tables: 0,
         })

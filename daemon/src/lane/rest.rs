@@ -257,7 +257,7 @@ impl ModelState {
 }
 
 /// The rows that the last member of an answer names.
-fn name(answer: &Answer, heads: usize, named: &mut Selection) {
+pub(super) fn name(answer: &Answer, heads: usize, named: &mut Selection) {
     named.clear();
     let Some(first) = answer.heads.len().checked_sub(heads) else { return };
     for head in &answer.heads[first..] {

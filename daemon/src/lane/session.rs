@@ -8,6 +8,7 @@ mod hints;
 pub(super) mod limits;
 mod release;
 mod reports;
+mod seen;
 mod told;
 
 use std::sync::Arc;
@@ -37,6 +38,7 @@ use crate::lane::session::limits::{WORK_MAX, charge};
 use crate::lane::spill::SpillState;
 use crate::quota::Account;
 use crate::status::SessionStatus;
+use crate::tiers::heap::Heap;
 
 /// How long a session may keep its lane before another one gets its turn; one request may take longer.
 const TURN_MAX: Duration = Duration::from_millis(1);
@@ -167,6 +169,7 @@ impl LaneSession {
             self.status.stats[stat].store(*value, Ordering::Relaxed);
         }
         self.d2c.store_u64(d2c::TIMELINE, progress.tickets << 8);
+        self.status.seen.has_layers(model.shape.layers);
         self.model = Some(model);
         self
     }
@@ -446,9 +449,13 @@ impl LaneSession {
             waiting: copies || reads,
             after,
             charged: allowed,
+            deadline_ns: request.deadline_ns,
         });
         self.count(Stat::CpuRows, u64::from(self.answer.cpu_rows));
         self.count(Stat::LateRows, self.answer.late);
+        if self.answer.late > 0 {
+            self.status.seen.left_late();
+        }
         self.count_rest();
         let transfer =
             if copies { self.new_transfer(ticket, publish.map(Publication::Answer), tools) } else { None };
@@ -461,7 +468,9 @@ impl LaneSession {
             None => {}
         }
         self.bring_ahead(tools);
-        self.post_ready()
+        self.post_ready()?;
+        self.check(request, status);
+        Ok(())
     }
 
     /// Counts what the answer estimates, and what it may have missed.
@@ -564,5 +573,12 @@ impl LaneSession {
         let tokens =
             model.open_handles().filter_map(|id| model.sequence(id).ok()).map(Sequence::tokens).sum();
         set(&self.status.tokens, tokens);
+        let heaps = [&model.tables, &model.meta];
+        let room = |heap: &&Heap| heap.free_bytes();
+        set(&self.status.table_room[0], heaps.iter().map(room).sum());
+        set(
+            &self.status.table_room[1],
+            heaps.iter().map(|heap| heap.longest_span() as usize).max().unwrap_or(0),
+        );
     }
 }

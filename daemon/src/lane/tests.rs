@@ -72,7 +72,7 @@ impl Served {
             pool.supply(1),
             &device,
             slab,
-            Placement { keep: 1.0, device_share: 1.0, spill: None },
+            Placement { keep: 1.0, device_share: 1.0, spill: None, check_every: 0 },
         )
         .unwrap();
         Self { pool, model }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use kvoyant_protocol::wire::{STATS, Stat};
 
 use super::histogram::Counts;
+use super::seen::Sights;
 use crate::status::SessionStatus;
 
 /// Users that are told apart among those whose sessions have ended; more go under [`OTHERS`].
@@ -25,11 +26,13 @@ pub struct Done {
     pub stats: [u64; STATS],
     /// Times of requests, by stage.
     pub times: [Counts; 4],
+    /// What was seen of them besides.
+    pub sights: Sights,
 }
 
 impl Default for Done {
     fn default() -> Self {
-        Self { sessions: 0, stats: [0; STATS], times: Default::default() }
+        Self { sessions: 0, stats: [0; STATS], times: Default::default(), sights: Sights::default() }
     }
 }
 
@@ -45,6 +48,7 @@ impl Done {
         for (mine, more) in self.times.iter_mut().zip(session.times.counts()) {
             mine.add(&more);
         }
+        self.sights.add(&Sights::of(&session.seen));
     }
 
     /// Adds others'.
@@ -52,6 +56,7 @@ impl Done {
         self.sessions += other.sessions;
         self.stats.iter_mut().zip(other.stats).for_each(|(mine, more)| *mine += more);
         self.times.iter_mut().zip(&other.times).for_each(|(mine, more)| mine.add(more));
+        self.sights.add(&other.sights);
     }
 
     /// One of the counters.

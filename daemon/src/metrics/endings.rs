@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// How a session ended, or an attempt at one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// Its client said goodbye, or closed its socket.
+    /// Its client said goodbye.
     Left,
+    /// Its client's socket was closed, or its process ended, without a word: what it had was taken back.
+    Reaped,
     /// Its client broke the protocol: a descriptor, a message or a cursor that cannot be.
     Rejected,
     /// Something was refused that it cannot go on without, such as a place.
@@ -18,8 +20,9 @@ pub enum How {
 }
 
 /// All of them, by the name that they have in metrics.
-pub const HOWS: [(How, &str); 5] = [
+pub const HOWS: [(How, &str); 6] = [
     (How::Left, "left"),
+    (How::Reaped, "reaped"),
     (How::Rejected, "rejected"),
     (How::Refused, "refused"),
     (How::Failed, "failed"),
@@ -53,6 +56,9 @@ mod tests {
             (0..=times).for_each(|_| endings.add(how));
         }
         let found: Vec<_> = endings.counts().collect();
-        assert_eq!(found, [("left", 1), ("rejected", 2), ("refused", 3), ("failed", 4), ("too_slow", 5)]);
+        assert_eq!(
+            found,
+            [("left", 1), ("reaped", 2), ("rejected", 3), ("refused", 4), ("failed", 5), ("too_slow", 6)]
+        );
     }
 }

@@ -10,14 +10,25 @@
 //! | `histogram` | times by buckets |
 //! | `done` | what sessions have done, by user |
 //! | `endings` | how sessions end |
-//! | `text` | the text |
+//! | `seen` | deadlines, comparisons with exact attention, what clients say of themselves |
+//! | `text`, `sights` | the text |
+//! | `otlp` | the same for OpenTelemetry |
 
 mod done;
 mod endings;
 mod histogram;
+mod otlp;
+mod seen;
+mod sights;
 mod text;
 
 pub use done::{Done, OTHERS, USERS_MAX, Users};
 pub use endings::{Endings, HOWS, How};
 pub use histogram::{BUCKETS, BUCKETS_US, Counts, Histogram, STAGES, Times};
+pub use otlp::collector;
+pub(crate) use otlp::export;
+pub use seen::{
+    COVERED, Check, Checked, LAYERS_MAX, QUERIES, Query, REJECTIONS, Rejection, Seen, Sights, Slack,
+    TimesCounts,
+};
 pub use text::{Format, Snapshot};

@@ -4,7 +4,9 @@ use std::fmt;
 
 use kvoyant_protocol::wire::Stat;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet, prometheus_text, text};
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet, prometheus_text, text,
+};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -12,6 +14,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::done::{Done, OTHERS, Users};
 use super::histogram::STAGES;
+use super::sights;
 use crate::status::{PoolState, StatusReport};
 use crate::tiers::nvme::{DeviceState, LATENCY_BUCKETS_US};
 
@@ -50,6 +53,8 @@ pub struct Snapshot {
     pub users: Users,
     /// How sessions ended.
     pub endings: Vec<(&'static str, u64)>,
+    /// Bytes of sessions' files of tables and digests in which nothing is, and the longest span of them.
+    pub table_room: [u64; 2],
 }
 
 impl Snapshot {
@@ -70,9 +75,9 @@ impl Snapshot {
 }
 
 /// Writes families, one after the other.
-struct Page<'a>(DescriptorEncoder<'a>);
+pub(super) struct Page<'a>(DescriptorEncoder<'a>);
 
-type Labels = [(&'static str, String)];
+pub(super) type Labels = [(&'static str, String)];
 
 impl Page<'_> {
     /// One family; nothing of it where there are no values.
@@ -96,23 +101,43 @@ impl Page<'_> {
         self.family(name, help, values, ConstGauge::new)
     }
 
-    fn counters(&mut self, name: (&str, Option<Unit>), help: &str, values: &[(&Labels, f64)]) -> fmt::Result {
+    pub(super) fn counters(
+        &mut self,
+        name: (&str, Option<Unit>),
+        help: &str,
+        values: &[(&Labels, f64)],
+    ) -> fmt::Result {
         self.family(name, help, values, ConstCounter::new)
+    }
+
+    /// The head of a family of histograms, which are to follow.
+    pub(super) fn histogram<'p>(
+        &'p mut self,
+        name: &'p str,
+        unit: &'p Option<Unit>,
+        help: &'p str,
+    ) -> Result<MetricEncoder<'p>, fmt::Error> {
+        self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Histogram)
     }
 
     fn gauge(&mut self, name: (&str, Option<Unit>), help: &str, value: f64) -> fmt::Result {
         self.gauges(name, help, &[(&[], value)])
     }
 
-    fn counter(&mut self, name: (&str, Option<Unit>), help: &str, value: f64) -> fmt::Result {
+    pub(super) fn counter(&mut self, name: (&str, Option<Unit>), help: &str, value: f64) -> fmt::Result {
         self.counters(name, help, &[(&[], value)])
     }
 }
 
-const BYTES: Option<Unit> = Some(Unit::Bytes);
-const SECONDS: Option<Unit> = Some(Unit::Seconds);
+/// A share of a whole.
+pub(super) fn ratio() -> Option<Unit> {
+    Some(Unit::Other("ratio".into()))
+}
 
-fn seconds(ns: u64) -> f64 {
+const BYTES: Option<Unit> = Some(Unit::Bytes);
+pub(super) const SECONDS: Option<Unit> = Some(Unit::Seconds);
+
+pub(super) fn seconds(ns: u64) -> f64 {
     ns as f64 * 1e-9
 }
 
@@ -125,6 +150,7 @@ impl Collector for Snapshot {
         self.memory(&mut page)?;
         work(&all, &mut page)?;
         quality(&all, &mut page)?;
+        sights::write(&all.sights, &mut page)?;
         times(&all, &mut page)?;
         self.disk(&all, &mut page)?;
         self.by_user(&mut page)?;
@@ -163,7 +189,7 @@ impl Snapshot {
         let endings: Vec<_> =
             self.endings.iter().map(|(how, n)| ([("how", (*how).to_owned())], *n as f64)).collect();
         let endings: Vec<(&Labels, f64)> = endings.iter().map(|(labels, n)| (&labels[..], *n)).collect();
-        let help = "Sessions that have ended, and attempts at one: left (also by dying), rejected (broke the protocol), refused, failed, too_slow";
+        let help = "Sessions that have ended, and attempts at one: left, reaped (without a word, also by dying), rejected (broke the protocol), refused, failed, too_slow";
         page.counters(("sessions_ended", None), help, &endings)
     }
 
@@ -199,7 +225,28 @@ impl Snapshot {
             totals.kv_bytes as f64,
         )?;
         page.gauge(("digest", BYTES), "Digests, states and memories of methods", totals.digest_bytes as f64)?;
-        page.gauge(("slab_used", BYTES), "Slab pages in use", totals.slab_bytes as f64)
+        page.gauge(("slab_used", BYTES), "Slab pages in use", totals.slab_bytes as f64)?;
+        let arena = arena.total_bytes.saturating_sub(arena.used_bytes);
+        let mut free = vec![("arena", arena as f64), ("tables", self.table_room[1] as f64)];
+        free.extend(
+            self.status
+                .gpu
+                .as_ref()
+                .map(|gpu| ("device", gpu.set_aside_bytes.saturating_sub(gpu.used_bytes) as f64)),
+        );
+        let disks = self.status.spill.iter().map(|disk| disk.total_bytes.saturating_sub(disk.used_bytes));
+        free.extend(disks.max().map(|bytes| ("spill", bytes as f64)));
+        let labels: Vec<_> = free.iter().map(|(of, _)| [("of", (*of).to_owned())]).collect();
+        let values: Vec<(&Labels, f64)> =
+            labels.iter().zip(&free).map(|(labels, (_, bytes))| (&labels[..], *bytes)).collect();
+        let help = "Largest free region: arena, device and spill are given out in units any of which will do; tables are the files that sessions have \
+                    for page tables and digests, where a region is in one piece";
+        page.gauges(("largest_free", BYTES), help, &values)?;
+        page.gauge(
+            ("tables_free", BYTES),
+            "Files of page tables and digests in which nothing is, all sessions together; far above largest_free: in small pieces",
+            self.table_room[0] as f64,
+        )
     }
 
     fn disk(&self, all: &Done, page: &mut Page<'_>) -> fmt::Result {
@@ -392,7 +439,7 @@ fn quality(all: &Done, page: &mut Page<'_>) -> fmt::Result {
     let count = buckets.iter().map(|(_, n)| n).sum();
     let help = "Query heads by the share of a layer's attention that they may have missed at most, as lanes can tell; the sum is an upper bound, from the buckets' ends";
     page.0
-        .encode_descriptor("missed_mass", help, Some(&Unit::Other("ratio".into())), MetricType::Histogram)?
+        .encode_descriptor("missed_mass", help, ratio().as_ref(), MetricType::Histogram)?
         .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
 }
 

@@ -182,6 +182,12 @@ impl Heap {
         self.used_bytes
     }
 
+    /// Bytes in which nothing is.
+    #[must_use]
+    pub fn free_bytes(&self) -> usize {
+        self.free.iter().map(|(_, _, len)| len).sum()
+    }
+
     /// Bytes of the longest free span.
     #[must_use]
     pub fn longest_span(&self) -> u64 {

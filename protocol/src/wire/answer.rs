@@ -483,6 +483,22 @@ pub enum Stat {
 /// How many counters there are.
 pub const STATS: usize = Stat::PagesSpilled as usize + 1;
 
+/// What a client counts itself, for whoever operates the daemon: only it knows how long its threads stood still, and what it did without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// Time that its threads waited for answers, ns.
+    WaitedNs = 0,
+    /// Answers that it waited for in vain, until its own deadline.
+    GaveUp,
+    /// Answers that it did not wait for, and attended to what the last one named instead.
+    Partial,
+    /// Answers that it did not wait for, and attended to sinks and window alone.
+    ResidentOnly,
+}
+
+/// How many there are.
+pub const TOLD: usize = Told::ResidentOnly as usize + 1;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,6 +24,8 @@ pub(super) struct Flight {
     pub(super) after: Vec<u64>,
     /// Whether it counts as one of its user's requests under way.
     pub(super) charged: bool,
+    /// When its rows are wanted, on the monotonic clock; 0: as soon as they can be.
+    pub(super) deadline_ns: u64,
 }
 
 /// Answers on their way, the first one first, each charged to the session's user until it is posted.
@@ -111,6 +113,7 @@ impl LaneSession {
             }
             let Some(flight) = self.flights.pop() else { break };
             let completion = flight.completion;
+            self.note_deadline(completion.layer, flight.deadline_ns);
             self.posted = completion.ticket;
             self.completions.stage(&self.d2c, &completion.encode());
             self.d2c.store_u64(d2c::TIMELINE, completion.timeline());
@@ -122,6 +125,20 @@ impl LaneSession {
             self.count(Stat::SelectNs, u64::from(completion.select_ns));
             self.count(Stat::TransferNs, u64::from(completion.transfer_ns));
             self.status.times.add(completion.queue_ns, completion.select_ns, completion.transfer_ns);
+            tracing::trace!(
+                session = self.id,
+                ticket = completion.ticket,
+                layer = completion.layer,
+                batch = completion.batch,
+                status = ?completion.status,
+                queue_ns = completion.queue_ns,
+                select_ns = completion.select_ns,
+                transfer_ns = completion.transfer_ns,
+                rows = completion.rows_selected,
+                hits = completion.rows_hit,
+                bytes = completion.bytes_moved,
+                "answered"
+            );
             posted = true;
         }
         if posted {

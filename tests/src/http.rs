@@ -1,0 +1,42 @@
+//! HTTP spoken by hand, so that a test can say what no client library would.
+
+use std::io::{Read, Write};
+
+/// What came back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// The status.
+    pub status: u16,
+    /// Everything before the body.
+    pub head: String,
+    /// The body.
+    pub body: String,
+}
+
+impl Answer {
+    fn of(bytes: &[u8]) -> Option<Self> {
+        let text = String::from_utf8_lossy(bytes);
+        let (head, body) = text.split_once("\r\n\r\n")?;
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some(Self { status, head: head.to_owned(), body: body.to_owned() })
+    }
+}
+
+/// Sends a request (`GET /health`) with further header lines, each with its end, and a body, and reads until the other side closes. It may close
+/// before it has read everything that is too long.
+///
+/// # Panics
+/// If no answer comes.
+pub fn exchange(mut stream: impl Read + Write, request: &str, headers: &str, body: &[u8]) -> Answer {
+    let length = body.len();
+    let head = format!(
+        "{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
+    );
+    let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
+    let mut bytes = Vec::new();
+    let ended = stream.read_to_end(&mut bytes);
+    Answer::of(&bytes).unwrap_or_else(|| {
+        let request: String = request.chars().take(100).collect();
+        panic!("no answer to {request}: {ended:?}: {}", String::from_utf8_lossy(&bytes))
+    })
+}
