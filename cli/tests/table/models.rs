@@ -1,6 +1,6 @@
 //! Commands that run a model.
 
-use super::{Command, fails, good, line, slow};
+use super::{Case, Command, fails, good, line, slow};
 
 pub(super) static MODELS: &[Command] = &[
     slow(
@@ -143,7 +143,7 @@ pub(super) static MODELS: &[Command] = &[
             line(&["--deadline", "0"], "0.001 and 86400"),
         ],
     ),
-    slow(&["bench"], &[], &[line(&[], "Commands:"), line(&["speed"], "speed")]),
+    slow(&["bench"], &[], &[Case { reports: true, ..line(&[], "Commands:") }, line(&["speed"], "speed")]),
     slow(
         &["bench", "methods"],
         &[
