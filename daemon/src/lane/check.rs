@@ -23,7 +23,7 @@ pub(super) fn is_due(every: u64, session: u64, ticket: u64) -> Option<u64> {
     hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     hash ^= hash >> 31;
-    (every > 0 && hash % every == 0).then_some(hash >> 32)
+    (every > 0 && hash.is_multiple_of(every)).then_some(hash >> 32)
 }
 
 /// What named rows are worth, where each row has this share of the attention.

@@ -49,6 +49,9 @@ pub fn collector(address: &str) -> Result<Url, String> {
     Ok(url)
 }
 
+/// Labels of a series, and their values.
+type Labels = Vec<(String, String)>;
+
 /// A family of the text.
 #[derive(Debug, Default)]
 struct Family<'a> {
@@ -56,7 +59,15 @@ struct Family<'a> {
     help: String,
     unit: &'a str,
     /// By name and labels.
-    series: Vec<(&'a str, Vec<(String, String)>, f64)>,
+    series: Vec<Series<'a>>,
+}
+
+/// A line of the text.
+#[derive(Debug)]
+struct Series<'a> {
+    name: &'a str,
+    labels: Labels,
+    value: f64,
 }
 
 fn unescaped(text: &str) -> String {
@@ -76,7 +87,7 @@ fn unescaped(text: &str) -> String {
 }
 
 /// Labels between braces: names, and values in quotes in which quotes are escaped.
-fn labels(mut text: &str) -> Vec<(String, String)> {
+fn labels(mut text: &str) -> Labels {
     let mut all = Vec::new();
     while let Some((name, rest)) = text.split_once("=\"") {
         let mut escaped = false;
@@ -95,35 +106,24 @@ fn labels(mut text: &str) -> Vec<(String, String)> {
 fn families(text: &str) -> Vec<(&str, Family<'_>)> {
     let mut all: Vec<(&str, Family<'_>)> = Vec::new();
     for line in text.lines() {
-        let about = |what: &str| -> Option<(&str, &str)> { line.strip_prefix(what)?.split_once(' ') };
-        let (name, set): (&str, Box<dyn FnOnce(&mut Family<'_>)>) =
-            if let Some((name, help)) = about("# HELP ") {
-                (name, Box::new(move |family| family.help = unescaped(help)))
-            } else if let Some((name, _)) = about("# TYPE ").or_else(|| about("# UNIT ")) {
-                (name, Box::new(|_| {}))
-            } else {
-                if !line.starts_with('#')
-                    && let Some((series, value)) = line.rsplit_once(' ')
-                    && let (Some((_, family)), Ok(value)) = (all.last_mut(), value.parse())
-                {
-                    let (name, inside) = series
-                        .split_once('{')
-                        .map_or((series, ""), |(name, rest)| (name, rest.strip_suffix('}').unwrap_or(rest)));
-                    family.series.push((name, labels(inside), value));
-                }
-                continue;
-            };
-        if all.last().is_none_or(|(last, _)| *last != name) {
-            all.push((name, Family::default()));
-        }
-        if let Some((_, family)) = all.last_mut() {
-            set(family);
-            if let Some((_, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
-                family.kind = kind;
+        if let Some((about, rest)) = line.strip_prefix("# ").and_then(|rest| rest.split_once(' ')) {
+            let Some((name, said)) = rest.split_once(' ') else { continue };
+            if all.last().is_none_or(|(last, _)| *last != name) {
+                all.push((name, Family::default()));
             }
-            if let Some((_, unit)) = line.strip_prefix("# UNIT ").and_then(|rest| rest.split_once(' ')) {
-                family.unit = unit;
+            let Some((_, family)) = all.last_mut() else { continue };
+            match about {
+                "HELP" => family.help = unescaped(said),
+                "TYPE" => family.kind = said,
+                "UNIT" => family.unit = said,
+                _ => {}
             }
+        } else if let Some((series, value)) = line.rsplit_once(' ')
+            && let (Some((_, family)), Ok(value)) = (all.last_mut(), value.parse())
+        {
+            let (name, inside) = series.split_once('{').unwrap_or((series, ""));
+            let labels = labels(inside.strip_suffix('}').unwrap_or(inside));
+            family.series.push(Series { name, labels, value });
         }
     }
     all
@@ -146,8 +146,8 @@ struct Buckets {
 }
 
 fn histograms(family: &Family<'_>, times: &Value) -> Vec<Value> {
-    let mut all: BTreeMap<Vec<(String, String)>, Buckets> = BTreeMap::new();
-    for (name, labels, value) in &family.series {
+    let mut all: BTreeMap<Labels, Buckets> = BTreeMap::new();
+    for Series { name, labels, value } in &family.series {
         let others: Vec<_> = labels.iter().filter(|(key, _)| key != "le").cloned().collect();
         let buckets = all.entry(others).or_default();
         match name.rsplit('_').next() {
@@ -160,7 +160,7 @@ fn histograms(family: &Family<'_>, times: &Value) -> Vec<Value> {
             _ => buckets.count = *value,
         }
     }
-    let point = |(labels, buckets): (&Vec<(String, String)>, &Buckets)| {
+    let point = |(labels, buckets): (&Labels, &Buckets)| {
         let mut before = 0.0;
         let counts: Vec<String> = buckets
             .cumulative
@@ -208,10 +208,10 @@ pub(super) fn request(text: &str, resource: &[(&str, &str)], began: SystemTime, 
         .filter(|(_, family)| !family.series.is_empty())
         .map(|(name, family)| {
             let points = || -> Value {
-                let point = |(_, labels, value): &(&str, Vec<(String, String)>, f64)| {
+                let point = |series: &Series<'_>| {
                     let mut point = times.clone();
-                    point["attributes"] = attributes_of(labels);
-                    point["asDouble"] = (*value).into();
+                    point["attributes"] = attributes_of(&series.labels);
+                    point["asDouble"] = series.value.into();
                     point
                 };
                 family.series.iter().map(point).collect()
