@@ -288,7 +288,7 @@ pub(super) static MODELS: &[Command] = &[
                     "4",
                     "--json",
                 ],
-                "\"text\"",
+                "\"answer\"",
             ),
             good(
                 &[
@@ -318,7 +318,7 @@ pub(super) static MODELS: &[Command] = &[
                     "--device",
                     "host",
                 ],
-                "answer",
+                "quest:budget=12%",
             ),
             good(
                 &[
@@ -342,7 +342,7 @@ pub(super) static MODELS: &[Command] = &[
                     "1",
                     "--json",
                 ],
-                "\"text\"",
+                "\"answer\"",
             ),
             good(
                 &[
@@ -356,7 +356,7 @@ pub(super) static MODELS: &[Command] = &[
                     "talk",
                     "--json",
                 ],
-                "\"text\"",
+                "\"answer\"",
             ),
             good(
                 &[
@@ -369,7 +369,7 @@ pub(super) static MODELS: &[Command] = &[
                     "talk",
                     "--json",
                 ],
-                "\"text\"",
+                "\"answer\"",
             ),
             good(
                 &[
@@ -382,7 +382,7 @@ pub(super) static MODELS: &[Command] = &[
                     "own",
                     "--json",
                 ],
-                "\"text\"",
+                "\"answer\"",
             ),
             good(
                 &[
@@ -395,7 +395,7 @@ pub(super) static MODELS: &[Command] = &[
                     "{home}/skew.safetensors",
                     "--json",
                 ],
-                "\"text\"",
+                "\"answer\"",
             ),
         ],
         &[
@@ -404,7 +404,7 @@ pub(super) static MODELS: &[Command] = &[
             line(&["--prompt", "a", "--method", "fortune"], "infinigen"),
             line(&["--prompt", "a", "--budget", "0"], "0"),
             line(&["--prompt", "a", "--top-p", "0.5"], "--temperature"),
-            line(&["--prompt", "a", "--temperature", "-1"], "above 0"),
+            line(&["--prompt", "a", "--temperature=0"], "above 0"),
             line(&["--prompt", "a", "--resume", "talk"], "--socket"),
             line(&["--prompt", "a", "--kv-format", "f7"], "f7"),
             fails(&["--model", "{home}/letter.gguf", "--prompt", "a"], "letter.gguf"),
