@@ -2,6 +2,7 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
+use std::sync::Mutex;
 
 use super::steps::tests_only::{Fate, doom};
 use super::*;
@@ -242,12 +243,15 @@ fn prepare(root: &Path, deed: Deed) {
             std::fs::rename(root.join("b"), root.join(".b.00000000000000bb.gone")).unwrap();
             let mut writer = store.create(&id("c"), false).unwrap();
             fill(&mut *writer, 4).unwrap();
-            // As a crash leaves it: never dropped.
-            std::mem::forget(writer);
+            // As a crash leaves it: never dropped. Nor is it a leak to whoever looks for those.
+            DEAD.lock().unwrap().push(writer);
             drop(store);
         }
     }
 }
+
+/// What processes that died were writing.
+static DEAD: Mutex<Vec<Box<dyn ImageWriter>>> = Mutex::new(Vec::new());
 
 /// At every step of every deed the process dies; afterwards there is the old image or the new one, whole, and nothing
 /// else.
