@@ -110,14 +110,6 @@ pub(super) static MODELS: &[Command] = &[
                     "50%",
                     "--spill",
                     "{home}/disk",
-                ],
-                "\"rows\"",
-            ),
-            good(
-                &[
-                    "--model=tiny",
-                    "--context=512",
-                    "--json",
                     "--shape-gbps",
                     "8",
                     "--shape-latency-us",

@@ -44,7 +44,7 @@ impl Times {
     }
 }
 
-/// What [`Times`] held at some moment, or several together.
+/// What `Times` held at some moment, or several together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TimesCounts {
     /// How many ended in each bucket, and not in those before it.
