@@ -218,11 +218,17 @@ impl std::fmt::Debug for Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        // SAFETY: registered once and unregistered once, while the caller still keeps it mapped.
-        let result = self.context.enter_to_release().and_then(|_entered| unsafe {
-            cu!(self.context.calls(), cuMemHostUnregister(self.host.0.cast()))
+        let unregister = || {
+            // SAFETY: registered once, while the caller still keeps it mapped, and not tried again once it has been unregistered.
+            self.context.enter_to_release().and_then(|_entered| unsafe {
+                cu!(self.context.calls(), cuMemHostUnregister(self.host.0.cast()))
+            })
+        };
+        // What stays registered keeps whatever is mapped at its addresses next from being pinned: a driver that failed is asked once more.
+        released(match unregister() {
+            Err(error) if !error.is_sticky() && !error.is_shutdown() => unregister(),
+            done => done,
         });
-        released(result);
     }
 }
 
