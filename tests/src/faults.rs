@@ -1,5 +1,4 @@
-//! A daemon, or a client, whose n-th call of a kind fails, the workload that it fails in, and what must hold all the same: no wrong byte, no hang, no leak,
-//! no end but a typed one.
+//! A daemon, or a client, whose n-th call of a kind fails, its workload, and what must hold all the same: no wrong byte, hang or leak, no end but a typed one.
 //!
 //! The fault happens once. What it hits may fail, with an error that says so; after that everything must work, and everything that the
 //! failed work had must be back: as after the same work without a fault.
