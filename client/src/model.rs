@@ -7,7 +7,7 @@ use kvoyant_kernels::RowLayout;
 use kvoyant_protocol::control::{Mode, ModelSpec, SelectedBy, ToClient, ToDaemon};
 use kvoyant_protocol::futex::now_ns;
 use kvoyant_protocol::memory::{Memfd, Seals};
-use kvoyant_protocol::wire::{BatchEntry, FeedbackRows, Observe, Operation, QUERIES_MAX, Stat};
+use kvoyant_protocol::wire::{BatchEntry, FeedbackRows, Observe, Operation, QUERIES_MAX, Stat, Told};
 
 use crate::control::Control;
 use crate::error::Error;
@@ -185,6 +185,11 @@ impl Model {
     #[must_use]
     pub fn stat(&self, stat: Stat) -> u64 {
         self.inner.rings.stat(stat)
+    }
+
+    /// Counts selections that this process made itself, by [`crate::local`], of one sequence and layer each: what the daemon's operator sees of them.
+    pub fn has_selected(&self, selections: u64) {
+        self.inner.rings.says(Told::SelectedHere, selections);
     }
 
     pub(crate) fn layer(&self, layer: usize) -> Result<u16, Error> {

@@ -1,6 +1,9 @@
 //! HTTP spoken by hand, so that a test can say what no client library would.
 
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
+use crate::Daemon;
 
 /// What came back.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,4 +42,27 @@ pub fn exchange(mut stream: impl Read + Write, request: &str, headers: &str, bod
         let request: String = request.chars().take(100).collect();
         panic!("no answer to {request}: {ended:?}: {}", String::from_utf8_lossy(&bytes))
     })
+}
+
+/// What a daemon gives to a monitoring system.
+///
+/// # Panics
+/// If it gives nothing.
+#[must_use]
+pub fn metrics(daemon: &Daemon) -> String {
+    let answer =
+        exchange(UnixStream::connect(daemon.admin()).expect("a connection"), "GET /metrics", "", b"");
+    assert_eq!(answer.status, 200);
+    answer.body
+}
+
+/// Of that, one series by its name and labels; 0 where it is not given.
+///
+/// # Panics
+/// If there is nothing, or it has no value.
+#[must_use]
+pub fn metric(daemon: &Daemon, series: &str) -> f64 {
+    let all = metrics(daemon);
+    let mut lines = all.lines().filter_map(|line| line.rsplit_once(' '));
+    lines.find(|(name, _)| *name == series).map_or(0.0, |(_, value)| value.parse().expect("a value"))
 }

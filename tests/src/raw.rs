@@ -13,7 +13,7 @@ use kvoyant_protocol::layout::{Layout, Limits};
 use kvoyant_protocol::memory::{Memfd, Seals, SharedMapping};
 use kvoyant_protocol::packet::{self, Packet};
 use kvoyant_protocol::ring::Descriptor;
-use kvoyant_protocol::wire::{BatchEntry, Request, SequenceId};
+use kvoyant_protocol::wire::{BatchEntry, Operation, Request, SequenceId, Speculate};
 
 use crate::PATIENCE;
 
@@ -226,4 +226,27 @@ impl Raw {
     pub fn timeline(&self) -> u64 {
         self.d2c.load_u64(kvoyant_protocol::layout::d2c::TIMELINE) >> 8
     }
+}
+
+/// A speculation of one layer for one sequence.
+#[must_use]
+pub fn speculate(ticket: u64) -> Speculate {
+    Speculate {
+        layer: 1,
+        batch: 1,
+        ticket,
+        hint_bytes: 0,
+        queries: 1,
+        deadline_ns: 0,
+        doorbell: false,
+        floors: false,
+        rest: false,
+        fetch: false,
+    }
+}
+
+/// A request that releases nothing.
+#[must_use]
+pub fn request(operation: Operation) -> Request {
+    Request { release_through: 0, operation }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kvoyant_client::{Client, Error, Failure, Limits, Options};
 use kvoyant_protocol::control::{SelectedBy, ToClient, ToDaemon, encode};
 use kvoyant_protocol::wire::{Append, BatchEntry, Operation, Request, SequenceId, Speculate};
-use kvoyant_tests::raw::Raw;
+use kvoyant_tests::raw::{self, Raw};
 use kvoyant_tests::{Daemon, fake};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
@@ -43,18 +43,7 @@ fn a_client_that_lies_is_disconnected_with_the_reason_and_its_neighbour_sees_not
     };
     let speculate = |ticket, batch, layer| Request {
         release_through: 0,
-        operation: Operation::Speculate(Speculate {
-            layer,
-            batch,
-            ticket,
-            hint_bytes: 0,
-            queries: 1,
-            deadline_ns: 0,
-            doorbell: false,
-            floors: false,
-            rest: false,
-            fetch: false,
-        }),
+        operation: Operation::Speculate(Speculate { layer, batch, ..raw::speculate(ticket) }),
     };
     type Attack<'a> = (&'a str, &'a str, Box<dyn Fn(&mut Raw, SequenceId) + 'a>);
     let attacks: Vec<Attack<'_>> = vec![
@@ -281,18 +270,7 @@ fn a_request_with_a_doorbell_waits_for_it() {
     let id = raw.open(100);
     let speculate = |ticket, doorbell| Request {
         release_through: 0,
-        operation: Operation::Speculate(Speculate {
-            layer: 1,
-            batch: 1,
-            ticket,
-            hint_bytes: 0,
-            queries: 1,
-            deadline_ns: 0,
-            doorbell,
-            floors: false,
-            rest: false,
-            fetch: false,
-        }),
+        operation: Operation::Speculate(Speculate { doorbell, ..raw::speculate(ticket) }),
     };
     let entry = BatchEntry { sequence: id, position: 0, value: 0 };
     raw.push(&speculate(1, false), &[entry]);

@@ -8,7 +8,7 @@ use kvoyant_client::{Error, Failure, SelectedBy};
 use kvoyant_protocol::control::{ToClient, ToDaemon, encode};
 use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::wire::{Append, BatchEntry, Operation, Request, SequenceId, Speculate};
-use kvoyant_tests::raw::Raw;
+use kvoyant_tests::raw::{self, Raw};
 use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
@@ -66,18 +66,7 @@ fn tokens_that_are_not_there_or_can_still_change_their_size_are_refused_and_the_
 }
 
 fn fetch(ticket: u64, layer: u16) -> Request {
-    let operation = Operation::Speculate(Speculate {
-        layer,
-        batch: 1,
-        ticket,
-        hint_bytes: 0,
-        queries: 1,
-        deadline_ns: 0,
-        doorbell: false,
-        floors: false,
-        rest: false,
-        fetch: true,
-    });
+    let operation = Operation::Speculate(Speculate { layer, fetch: true, ..raw::speculate(ticket) });
     Request { release_through: 0, operation }
 }
 

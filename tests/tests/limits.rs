@@ -6,7 +6,7 @@ use kvoyant_protocol::control::{Failure, ToClient, decode, features};
 use kvoyant_protocol::layout::{c2d, d2c};
 use kvoyant_protocol::wire::{Append, BatchEntry, Operation, Request, Speculate};
 use kvoyant_tests::noisy::{QUERY, noise, noisy};
-use kvoyant_tests::raw::Raw;
+use kvoyant_tests::raw::{self, Raw};
 use kvoyant_tests::{Daemon, PATIENCE, fake};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
@@ -123,18 +123,7 @@ fn an_unknown_method_an_artifact_of_another_model_a_budget_of_nothing_and_a_hint
     let mut ask = |raw: &mut Raw, query: &[f32]| {
         let bytes: Vec<u8> = query.iter().flat_map(|value| value.to_le_bytes()).collect();
         raw.c2d.write(raw.layout.hints(raw.tail), &bytes).unwrap();
-        let speculate = Speculate {
-            layer: 1,
-            batch: 1,
-            ticket: ticket + 1,
-            hint_bytes: bytes.len() as u32,
-            queries: 1,
-            deadline_ns: 0,
-            doorbell: false,
-            floors: false,
-            rest: false,
-            fetch: false,
-        };
+        let speculate = Speculate { hint_bytes: bytes.len() as u32, ..raw::speculate(ticket + 1) };
         let request = Request { release_through: ticket, operation: Operation::Speculate(speculate) };
         raw.push(&request, &[BatchEntry { sequence: id, position: 100, value: 0 }]);
         ticket += 1;

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use kvoyant_daemon::admin::Health;
 use kvoyant_tests::raw::Raw;
 use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
+use nix::sys::signal::Signal;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 const TOKENS: usize = 300;
@@ -162,6 +163,40 @@ fn whoever_asks_for_openmetrics_gets_it_and_whoever_does_not_gets_plain_text() {
 }
 
 #[test]
+fn in_openmetrics_a_bucket_of_times_names_a_request_that_the_log_has_too() {
+    let daemon = Daemon::start(DAEMON, &["--log", "kvoyant_daemon::lane=trace", "--log-format", "json"]);
+    let held = work(&daemon);
+    wait_until("three answers", || metrics(&daemon)["kvoyant_requests_total"] == 3.0);
+    let (_, _, body) = get(&daemon, "/metrics", "application/openmetrics-text");
+    let mut examples = Vec::new();
+    let mut from = 0.0;
+    for line in body.lines().filter(|line| line.starts_with("kvoyant_request_time_seconds_bucket")) {
+        let Some((bucket, example)) = line.split_once(" # ") else { continue };
+        assert!(bucket.contains("stage=\"whole\""), "{line}");
+        let (labels, took) = example.trim_start_matches('{').split_once("} ").unwrap();
+        let end = bucket.split("le=\"").nth(1).unwrap().split('"').next().unwrap();
+        let (end, took) = (end.parse().unwrap_or(f64::INFINITY), took.parse::<f64>().unwrap());
+        assert!(took > from && took <= end, "{line}");
+        from = took;
+        let logged = |label: &str| {
+            let value = labels.split(&format!("{label}=\"")).nth(1).unwrap().split('"').next().unwrap();
+            format!("\"{label}\":{value},")
+        };
+        examples.push(["session", "ticket", "layer"].map(logged));
+    }
+    assert!((1..=3).contains(&examples.len()), "{body}");
+    let (_, _, plain) = get(&daemon, "/metrics", "text/plain");
+    assert!(!plain.contains(" # {"), "{plain}");
+    drop(held);
+    let (_, said) = daemon.end(Signal::SIGTERM);
+    for wanted in examples {
+        let is_it =
+            |line: &&str| line.contains("answered") && wanted.iter().all(|field| line.contains(field));
+        assert_eq!(said.lines().filter(is_it).count(), 1, "{wanted:?} in {said}");
+    }
+}
+
+#[test]
 fn over_tcp_there_are_metrics_and_health_and_nothing_else() {
     // A port that is free now; another process may be quicker, in which case the daemon says so.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -179,7 +214,7 @@ fn over_tcp_there_are_metrics_and_health_and_nothing_else() {
     assert_eq!(ask("GET /health").0, 200);
     let bodies =
         ["GET /v1/status", "GET /v1/sequences", "POST /v1/sequences/suspend", "DELETE /v1/images/0/a"];
-    for refused in bodies.into_iter().chain(["GET /", "GET /metrics/../v1/status"]) {
+    for refused in bodies.into_iter().chain(["GET /", "PUT /v1/status", "GET /metrics/../v1/status"]) {
         let (status, _, body) = ask(refused);
         assert_eq!(status, 403, "{refused}: {body}");
         assert!(body.contains("ask the admin socket"), "{body}");

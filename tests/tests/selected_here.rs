@@ -10,7 +10,7 @@ use kvoyant_engine::{
     KvShape, Model, PrefillOptions, Selects, argmax, synthetic,
 };
 use kvoyant_methods::MethodSpec;
-use kvoyant_tests::Daemon;
+use kvoyant_tests::{Daemon, http};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 
@@ -94,6 +94,7 @@ fn assert_alike(what: &str, lane: &[Vec<f32>], client: &[Vec<f32>], most: f32, m
 fn a_client_selects_what_a_lane_selects() {
     let model = synthetic::tiny(7);
     let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
+    let mut selected = 0;
     for (at, name) in METHODS.into_iter().enumerate() {
         let [lane, client] = [Selects::Lane, Selects::Client].map(|selects| {
             let mut kv = connect(&daemon, &model, &[name], selects);
@@ -116,7 +117,11 @@ fn a_client_selects_what_a_lane_selects() {
         assert_eq!((lane.1.selected_here, client.1.answers), (0, 0), "{name}");
         assert!(lane.1.answers > 0 && client.1.selected_here > 0, "{name}: {:?}", client.1);
         assert_eq!((lane.3, client.3 > 0), (0, name != "window"), "{name}: {} bytes", client.3);
+        selected += client.1.selected_here;
     }
+    // The daemon's operator sees it, too.
+    daemon.wait_for("no session", |status| status.totals.sessions == 0);
+    assert_eq!(http::metric(&daemon, "kvoyant_selections_total{by=\"client\"}"), selected as f64);
 }
 
 #[test]

@@ -1,10 +1,8 @@
 //! Metrics that no counter of a session has: deadlines by layer, what clients say of themselves, answers held against exact attention, what was
 //! refused and who was reaped; and all of it as an OpenTelemetry collector gets it.
 
-use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -12,8 +10,9 @@ use kvoyant_client::{Error, Fallback, Hint, InTime, Member, Model, Sequence};
 use kvoyant_protocol::control::ToClient;
 use kvoyant_protocol::layout::c2d;
 use kvoyant_protocol::wire::{Operation, Request, Speculate};
-use kvoyant_tests::raw::Raw;
-use kvoyant_tests::{Daemon, PATIENCE, fake, http, wait_until};
+use kvoyant_tests::http::{self, metric};
+use kvoyant_tests::raw::{self, Raw};
+use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
 use serde_json::Value;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
@@ -21,24 +20,6 @@ const CLIENT: &str = env!("CARGO_BIN_EXE_client-under-test");
 const TOKENS: usize = 300;
 /// Copies that do not end while a test lasts.
 const NEVER: [&str; 2] = ["--shape-latency-us", "600000000"];
-
-fn text(daemon: &Daemon) -> String {
-    let answer = http::exchange(UnixStream::connect(daemon.admin()).unwrap(), "GET /metrics", "", b"");
-    assert_eq!(answer.status, 200);
-    answer.body
-}
-
-/// A series by its name and labels; 0 where it is not given.
-fn metric(daemon: &Daemon, series: &str) -> f64 {
-    let all = text(daemon);
-    let values: BTreeMap<&str, f64> = all
-        .lines()
-        .filter(|line| !line.starts_with('#'))
-        .filter_map(|line| line.rsplit_once(' '))
-        .map(|(name, value)| (name, value.parse().unwrap()))
-        .collect();
-    values.get(series).copied().unwrap_or(0.0)
-}
 
 fn open(model: &Model) -> Sequence {
     let sequence = model.open(0, TOKENS).unwrap();
@@ -67,7 +48,7 @@ fn answers_stand_before_or_after_their_deadline_by_layer() {
         drop(pending.unwrap().wait(PATIENCE).unwrap());
     };
     ask(1, None);
-    assert!(!text(&daemon).contains("kvoyant_deadline_slack"), "there was no deadline");
+    assert!(!http::metrics(&daemon).contains("kvoyant_deadline_slack"), "there was no deadline");
     ask(1, Some(Duration::from_secs(3)));
     ask(2, Some(Duration::from_secs(3)));
     ask(2, Some(Duration::ZERO));
@@ -163,7 +144,7 @@ fn sampled_answers_are_held_against_exact_attention_and_what_is_selected_does_no
             assert!(sum > 0.2 && sum < 0.9, "{query}: {sum}");
         }
     }
-    assert!(text(&plain).contains("kvoyant_check_covered_ratio_count{query=\"true\"} 0"));
+    assert!(http::metrics(&plain).contains("kvoyant_check_covered_ratio_count{query=\"true\"} 0"));
 }
 
 #[test]
@@ -184,18 +165,7 @@ fn sessions_that_say_nothing_are_reaped_and_refused_descriptors_are_counted_by_w
         |why: &str| metric(&daemon, &format!("kvoyant_descriptors_rejected_total{{why=\"{why}\"}}"));
     let speculate = |layer: u16, ticket: u64| Request {
         release_through: 0,
-        operation: Operation::Speculate(Speculate {
-            layer,
-            batch: 1,
-            ticket,
-            hint_bytes: 0,
-            queries: 1,
-            deadline_ns: 0,
-            doorbell: false,
-            floors: false,
-            rest: false,
-            fetch: false,
-        }),
+        operation: Operation::Speculate(Speculate { layer, ..raw::speculate(ticket) }),
     };
     type Wrong<'a> = (&'a str, Box<dyn Fn(&mut Raw)>);
     let wrongs: [Wrong<'_>; 4] = [
@@ -270,7 +240,7 @@ fn an_opentelemetry_collector_gets_what_a_scrape_gets() {
     );
     let metrics = resource["scopeMetrics"][0]["metrics"].as_array().unwrap();
     let names: Vec<&str> = metrics.iter().map(|metric| metric["name"].as_str().unwrap()).collect();
-    let text = text(&daemon);
+    let text = http::metrics(&daemon);
     let scraped = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
     // Names of counters have their ending in the older text only.
     let scraped: Vec<&str> = scraped.map(|name| name.strip_suffix("_total").unwrap_or(name)).collect();

@@ -49,6 +49,11 @@ pub(super) struct Routes {
     token: Option<Token>,
 }
 
+/// Whether anybody may ask this over TCP.
+fn is_for_machines(method: &str, path: &str) -> bool {
+    matches!(api::find(method, path), Found::Route(route, _) if route.whom == For::Machine)
+}
+
 impl Routes {
     pub(super) fn new(plane: Arc<Plane>) -> Self {
         let (listing, works) = (Arc::new(Semaphore::new(1)), Arc::new(Semaphore::new(WORK_MAX)));
@@ -88,6 +93,11 @@ impl Routes {
         let (route, names) = match api::find(request.method().as_str(), &path) {
             Found::Route(route, names) => (route, names),
             Found::Nothing if stranger => return Err(Refusal::Remote { path }),
+            Found::Otherwise(known)
+                if stranger && !known.iter().any(|known| is_for_machines(known, &path)) =>
+            {
+                return Err(Refusal::Remote { path });
+            }
             Found::Otherwise(known) => return Err(Refusal::Method { known: known.join(", "), path }),
             Found::Nothing => return Err(Refusal::NoResource { path }),
         };

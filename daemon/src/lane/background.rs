@@ -9,7 +9,7 @@ use kvoyant_methods::{CpuAttention, TokenRange};
 use kvoyant_protocol::wire::{HeadEntry, PartialLayout, SequenceId, Status};
 
 use crate::device::BACKGROUND;
-use crate::device::rows::{LayerPages, PageRows};
+use crate::device::rows::PageRows;
 use crate::lane::digests::Digested;
 use crate::lane::model::ModelState;
 use crate::lane::place::moved_part;
@@ -215,12 +215,7 @@ impl ModelState {
         let (group, layout) = (self.shape.group(), self.partial_layout());
         let (d, values) = (self.shape.head_dim, layout.values);
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
-        let pages = LayerPages {
-            table: sequence.table,
-            capacity: sequence.capacity,
-            first_head: layer * self.shape.kv_heads,
-            rows: sequence.lens[layer] as usize,
-        };
+        let pages = sequence.layer_pages(layer, self.shape.kv_heads);
         let mut placed = std::mem::take(&mut self.buffers.placed);
         let mut partial = std::mem::take(&mut self.buffers.partial);
         let mut missing: Vec<TokenRange> = std::mem::take(&mut self.buffers.missing);

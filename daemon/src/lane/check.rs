@@ -6,7 +6,7 @@ use kvoyant_methods::{HintSource, RowSource, Selection, TokenRange};
 use kvoyant_protocol::wire::{SequenceId, Speculate};
 
 use super::rest::name;
-use crate::device::rows::{LayerPages, PageRows};
+use crate::device::rows::PageRows;
 use crate::lane::model::ModelState;
 use crate::lane::select::Answer;
 use crate::metrics::{Check, Query};
@@ -99,12 +99,7 @@ impl ModelState {
         {
             return None;
         }
-        let pages = LayerPages {
-            table: sequence.table,
-            capacity: sequence.capacity,
-            first_head: layer * self.shape.kv_heads,
-            rows: sequence.lens[layer] as usize,
-        };
+        let pages = sequence.layer_pages(layer, self.shape.kv_heads);
         let memory = std::mem::take(&mut self.buffers.pages);
         let rows = PageRows::new(&self.arena, &self.tables, self.layout, pages, memory);
         let all = TokenRange { first: candidates.start as u32, count: n as u32 };

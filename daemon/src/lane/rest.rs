@@ -8,7 +8,7 @@ use kvoyant_methods::{HintSource, RestSums, Selection};
 use kvoyant_protocol::control::SelectedBy;
 use kvoyant_protocol::wire::{BatchEntry, HeadEntry, RestEntry, RestLayout, SequenceId, Stat, Status};
 
-use crate::device::rows::{LayerPages, PageRows};
+use crate::device::rows::PageRows;
 use crate::lane::digests::Digested;
 use crate::lane::model::ModelState;
 use crate::lane::select::Answer;
@@ -222,12 +222,7 @@ impl ModelState {
         let mut partial = std::mem::take(&mut self.buffers.partial);
         let memory = std::mem::take(&mut self.buffers.pages);
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
-        let pages = LayerPages {
-            table: sequence.table,
-            capacity: sequence.capacity,
-            first_head: layer * self.shape.kv_heads,
-            rows: sequence.lens[layer] as usize,
-        };
+        let pages = sequence.layer_pages(layer, self.shape.kv_heads);
         let rows = PageRows::new(&self.arena, &self.tables, self.layout, pages, memory);
         let heads = 0..self.shape.kv_heads;
         if let Some(status) =

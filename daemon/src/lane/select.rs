@@ -9,7 +9,7 @@ use kvoyant_methods::{InTime, NoRows, NoStore, SelectContext, Selection, Store};
 use kvoyant_protocol::control::SelectedBy;
 use kvoyant_protocol::wire::{BatchEntry, BlockRun, HeadEntry, SequenceId, Stat, Status};
 
-use crate::device::rows::{LayerPages, PageRows};
+use crate::device::rows::PageRows;
 use crate::lane::background::Background;
 use crate::lane::digests::{Digested, View};
 use crate::lane::model::ModelState;
@@ -266,12 +266,7 @@ impl ModelState {
         let mut chosen = false;
         if let Some(sequence) = slot.and_then(|slot| slot.sequence.as_ref()) {
             let method = &*self.methods[sequence.method];
-            let pages = LayerPages {
-                table: sequence.table,
-                capacity: sequence.capacity,
-                first_head: layer * self.shape.kv_heads,
-                rows: sequence.lens[layer] as usize,
-            };
+            let pages = sequence.layer_pages(layer, self.shape.kv_heads);
             let memory = std::mem::take(&mut self.buffers.pages);
             let rows = PageRows::new(&self.arena, &self.tables, self.layout, pages, memory);
             let context = SelectContext {

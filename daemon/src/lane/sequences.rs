@@ -12,6 +12,7 @@ use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::quota::{OverQuota, Quota};
 use kvoyant_protocol::wire::SequenceId;
 
+use crate::device::rows::LayerPages;
 use crate::lane::background::is_flying;
 use crate::lane::digests::DigestSet;
 use crate::lane::model::{Limbo, ModelState, RECORD_BYTES};
@@ -98,6 +99,12 @@ impl Sequence {
 
     fn table_ref(&self) -> TableRef {
         TableRef { file: self.table.file, offset: self.table.offset as u64, capacity: self.capacity as u32 }
+    }
+
+    /// Where a layer's rows are, with so many KV heads in each layer.
+    pub fn layer_pages(&self, layer: usize, kv_heads: usize) -> LayerPages {
+        let first_head = layer * kv_heads;
+        LayerPages { table: self.table, capacity: self.capacity, first_head, rows: self.lens[layer] as usize }
     }
 }
 

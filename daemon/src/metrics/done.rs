@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use kvoyant_protocol::wire::{STATS, Stat};
 
-use super::histogram::Counts;
+use super::histogram::{BUCKETS, Counts, Example};
 use super::seen::Sights;
 use crate::status::SessionStatus;
 
@@ -26,13 +26,21 @@ pub struct Done {
     pub stats: [u64; STATS],
     /// Times of requests, by stage.
     pub times: [Counts; 4],
+    /// A request in each bucket of the whole time.
+    pub examples: [Option<Example>; BUCKETS],
     /// What was seen of them besides.
     pub sights: Sights,
 }
 
 impl Default for Done {
     fn default() -> Self {
-        Self { sessions: 0, stats: [0; STATS], times: Default::default(), sights: Sights::default() }
+        Self {
+            sessions: 0,
+            stats: [0; STATS],
+            times: Default::default(),
+            examples: [None; BUCKETS],
+            sights: Sights::default(),
+        }
     }
 }
 
@@ -48,6 +56,7 @@ impl Done {
         for (mine, more) in self.times.iter_mut().zip(session.times.counts()) {
             mine.add(&more);
         }
+        self.have_examples(&session.times.examples(session.id));
         self.sights.add(&Sights::of(&session.seen));
     }
 
@@ -56,7 +65,15 @@ impl Done {
         self.sessions += other.sessions;
         self.stats.iter_mut().zip(other.stats).for_each(|(mine, more)| *mine += more);
         self.times.iter_mut().zip(&other.times).for_each(|(mine, more)| mine.add(more));
+        self.have_examples(&other.examples);
         self.sights.add(&other.sights);
+    }
+
+    /// Takes these, and keeps its own where there are none.
+    fn have_examples(&mut self, examples: &[Option<Example>; BUCKETS]) {
+        for (mine, other) in self.examples.iter_mut().zip(examples) {
+            *mine = other.or(*mine);
+        }
     }
 
     /// One of the counters.
@@ -76,6 +93,14 @@ impl Users {
         let room = self.0.len() < USERS_MAX || self.0.contains_key(&uid);
         self.0.entry(if room { uid } else { OTHERS }).or_default()
     }
+
+    /// What all of them have done.
+    #[must_use]
+    pub fn all(&self) -> Done {
+        let mut all = Done::default();
+        self.0.values().for_each(|done| all.add(done));
+        all
+    }
 }
 
 #[cfg(test)]
@@ -88,16 +113,15 @@ mod tests {
         let session = SessionStatus::new(1, "a".into(), 2, 3, 0);
         session.stats[Stat::RowsSelected as usize].store(7, Ordering::Relaxed);
         session.stats[Stat::PagesSpilled as usize].store(9, Ordering::Relaxed);
-        session.times.add(1, 2, 3);
+        session.times.add(4, 5, [1, 2, 3]);
         let mut users = Users::default();
         users.of(3).add_session(&session);
         users.of(3).add_session(&session);
         let done = users.of(3).clone();
         assert_eq!((done.sessions, done.stat(Stat::RowsSelected), done.stat(Stat::PagesSpilled)), (2, 14, 0));
         assert_eq!(done.times[3].count(), 2);
-        let mut all = Done::default();
-        all.add(&done);
-        assert_eq!(all, done);
+        assert_eq!(done.examples[0], Some(Example { session: 1, ticket: 4, layer: 5, ns: 6 }));
+        assert_eq!(users.all(), done);
     }
 
     #[test]

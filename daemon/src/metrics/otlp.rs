@@ -103,6 +103,11 @@ fn labels(mut text: &str) -> Labels {
     all
 }
 
+/// A line without the example behind it. No label can look like one: quotes are escaped in there.
+fn without_example(line: &str) -> &str {
+    line.rsplit_once(" # {session=\"").map_or(line, |(line, _)| line)
+}
+
 fn families(text: &str) -> Vec<(&str, Family<'_>)> {
     let mut all: Vec<(&str, Family<'_>)> = Vec::new();
     for line in text.lines() {
@@ -118,7 +123,7 @@ fn families(text: &str) -> Vec<(&str, Family<'_>)> {
                 "UNIT" => family.unit = said,
                 _ => {}
             }
-        } else if let Some((series, value)) = line.rsplit_once(' ')
+        } else if let Some((series, value)) = without_example(line).rsplit_once(' ')
             && let (Some((_, family)), Ok(value)) = (all.last_mut(), value.parse())
         {
             let (name, inside) = series.split_once('{').unwrap_or((series, ""));
@@ -321,7 +326,7 @@ mod tests {
         let text = "# HELP a_bytes What \\\"a\\\" is.\n# TYPE a_bytes gauge\n# UNIT a_bytes bytes\na_bytes{path=\"/x \\\"y\\\",z\",uid=\"7\"} 1.5\n\
                     # HELP b Count.\n# TYPE b counter\nb_total 3\n\
                     # HELP c_seconds Times.\n# TYPE c_seconds histogram\n# UNIT c_seconds seconds\n\
-                    c_seconds_sum{stage=\"q\"} 0.7\nc_seconds_count{stage=\"q\"} 3\nc_seconds_bucket{le=\"0.1\",stage=\"q\"} 1\n\
+                    c_seconds_sum{stage=\"q\"} 0.7\nc_seconds_count{stage=\"q\"} 3\nc_seconds_bucket{le=\"0.1\",stage=\"q\"} 1 # {session=\"1\",ticket=\"2\",layer=\"3\"} 0.05\n\
                     c_seconds_bucket{le=\"+Inf\",stage=\"q\"} 3\n# EOF\n";
         let now = UNIX_EPOCH + Duration::from_secs(2);
         let all = request(text, &[("service.name", "kvoyantd")], UNIX_EPOCH, now);

@@ -5,10 +5,12 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use kvoyant_protocol::wire::TOLD;
+use kvoyant_protocol::wire::{TOLD, Told};
 
-/// Ends of the buckets of times before and after a deadline, in microseconds; one more is for what is longer.
-const DEADLINE_US: [u64; 5] = [50, 200, 1000, 5000, 20_000];
+use super::histogram::{Counts, Histogram};
+
+/// Ends of the buckets that are shown of times before and after a deadline, in microseconds: few, for there are as many of them as layers.
+pub const DEADLINE_US: [u64; 5] = [50, 250, 1000, 5000, 25_000];
 
 /// Layers that are told apart; what lies behind counts for the last of them.
 pub const LAYERS_MAX: usize = 256;
@@ -29,68 +31,20 @@ fn add<const N: usize>(mine: &mut [u64; N], more: &[u64; N]) {
     mine.iter_mut().zip(more).for_each(|(mine, more)| *mine = mine.wrapping_add(*more));
 }
 
-/// Times of one kind, in few buckets.
-#[derive(Debug, Default)]
-struct Times {
-    buckets: [AtomicU64; DEADLINE_US.len() + 1],
-    sum_ns: AtomicU64,
-}
-
-impl Times {
-    fn add(&self, ns: u64) {
-        let bucket = DEADLINE_US.partition_point(|end| *end < ns.div_ceil(1000));
-        raise(&self.buckets[bucket], 1);
-        raise(&self.sum_ns, ns);
-    }
-}
-
-/// What `Times` held at some moment, or several together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct TimesCounts {
-    /// How many ended in each bucket, and not in those before it.
-    pub buckets: [u64; DEADLINE_US.len() + 1],
-    /// All of them together, in ns.
-    pub sum_ns: u64,
-}
-
-impl TimesCounts {
-    fn of(times: &Times) -> Self {
-        Self { buckets: read(&times.buckets), sum_ns: times.sum_ns.load(Ordering::Relaxed) }
-    }
-
-    fn add(&mut self, other: &Self) {
-        add(&mut self.buckets, &other.buckets);
-        self.sum_ns = self.sum_ns.wrapping_add(other.sum_ns);
-    }
-
-    /// How many there are.
-    #[must_use]
-    pub fn count(&self) -> u64 {
-        self.buckets.iter().sum()
-    }
-
-    /// Ends of buckets in seconds, each with its count; the last end is infinite.
-    #[must_use]
-    pub fn in_seconds(&self) -> Vec<(f64, u64)> {
-        let ends = DEADLINE_US.iter().map(|us| *us as f64 / 1e6).chain([f64::INFINITY]);
-        ends.zip(self.buckets).collect()
-    }
-}
-
 /// A layer's answers that had a deadline: by how much before it they were there, and by how much after it.
 #[derive(Debug, Default)]
 struct Layer {
-    before: Times,
-    after: Times,
+    before: Histogram,
+    after: Histogram,
 }
 
 /// The same at some moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Slack {
     /// Answers that were there in time, by how much was left.
-    pub before: TimesCounts,
+    pub before: Counts,
     /// Answers that came late, by how much.
-    pub after: TimesCounts,
+    pub after: Counts,
 }
 
 /// Whose query an answer was compared by.
@@ -215,11 +169,16 @@ impl Seen {
     }
 
     /// What the client says of itself. It is nobody's word but its own: it counts only upwards, and no further than can be, given how many
-    /// answers it has asked for and how many it can wait for at a time.
-    pub fn is_told(&self, words: [u64; TOLD], answers: u64, at_once: u32) {
+    /// answers it has asked for, how many rows it has appended (at least one for each layer that it selects for), and how many answers it can
+    /// wait for at a time.
+    pub fn is_told(&self, words: [u64; TOLD], (answers, rows): (u64, u64), at_once: u32) {
         let age = self.began.elapsed().as_nanos().min(u128::from(u64::MAX)) as u64;
         for (at, (cell, word)) in self.told.iter().zip(words).enumerate() {
-            let most = if at == 0 { age.saturating_mul(u64::from(at_once)) } else { answers };
+            let most = match at {
+                at if at == Told::WaitedNs as usize => age.saturating_mul(u64::from(at_once)),
+                at if at == Told::SelectedHere as usize => rows,
+                _ => answers,
+            };
             let value = cell.load(Ordering::Relaxed).max(word.min(most));
             cell.store(value, Ordering::Relaxed);
         }
@@ -232,7 +191,7 @@ impl Seen {
         match deadline_ns.checked_sub(now_ns) {
             Some(left) => layer.before.add(left),
             None => layer.after.add(now_ns - deadline_ns),
-        }
+        };
     }
 
     /// An answer left rows out so as to be in time.
@@ -278,10 +237,7 @@ impl Sights {
     /// Of one session.
     #[must_use]
     pub fn of(seen: &Seen) -> Self {
-        let slack = |layer: &Layer| Slack {
-            before: TimesCounts::of(&layer.before),
-            after: TimesCounts::of(&layer.after),
-        };
+        let slack = |layer: &Layer| Slack { before: layer.before.counts(), after: layer.after.counts() };
         Self {
             open_ns: seen.began.elapsed().as_nanos().min(u128::from(u64::MAX)) as u64,
             told: read(&seen.told),
@@ -317,14 +273,14 @@ mod tests {
     fn what_a_client_says_of_itself_never_goes_back_and_never_beyond_what_can_be() {
         let seen = Seen::default();
         std::thread::sleep(std::time::Duration::from_millis(2));
-        seen.is_told([1000, 3, 2, 1], 10, 4);
-        assert_eq!(Sights::of(&seen).told, [1000, 3, 2, 1]);
-        seen.is_told([500, 2, 4, 1], 10, 4);
-        assert_eq!(Sights::of(&seen).told, [1000, 3, 4, 1], "only upwards");
-        seen.is_told([u64::MAX; TOLD], 10, 4);
+        seen.is_told([1000, 3, 2, 1, 30], (10, 40), 4);
+        assert_eq!(Sights::of(&seen).told, [1000, 3, 2, 1, 30]);
+        seen.is_told([500, 2, 4, 1, 29], (10, 40), 4);
+        assert_eq!(Sights::of(&seen).told, [1000, 3, 4, 1, 30], "only upwards");
+        seen.is_told([u64::MAX; TOLD], (10, 40), 4);
         let sights = Sights::of(&seen);
         assert!(sights.told[0] <= 4 * sights.open_ns, "{sights:?}");
-        assert_eq!(sights.told[1..], [10; TOLD - 1]);
+        assert_eq!(sights.told[1..], [10, 10, 10, 40]);
     }
 
     #[test]
@@ -340,14 +296,12 @@ mod tests {
         let slack = Sights::of(&seen).slack;
         assert_eq!(slack.len(), 2, "the first came before there were layers");
         assert_eq!(
-            (slack[0].before.buckets[0], slack[0].before.sum_ns, slack[0].after.count()),
-            (2, 30_000, 0)
+            (slack[0].before.in_fewer(&DEADLINE_US)[0], slack[0].before.sum_ns, slack[0].after.count()),
+            ((5e-5, 2), 30_000, 0)
         );
-        assert_eq!(
-            (slack[1].after.buckets[0], slack[1].after.buckets[5], slack[1].before.count()),
-            (1, 1, 0)
-        );
-        assert_eq!(slack[1].after.in_seconds()[5], (f64::INFINITY, 1));
+        let after = slack[1].after.in_fewer(&DEADLINE_US);
+        assert_eq!((after[0], after[5]), ((5e-5, 1), (f64::INFINITY, 1)));
+        assert_eq!((slack[1].after.count(), slack[1].before.count()), (2, 0));
     }
 
     #[test]

@@ -5,7 +5,8 @@ use std::fmt;
 use kvoyant_protocol::wire::Told;
 use prometheus_client::encoding::NoLabelSet;
 
-use super::seen::{COVERED, QUERIES, REJECTIONS, Sights, Slack, TimesCounts};
+use super::histogram::Counts;
+use super::seen::{COVERED, DEADLINE_US, QUERIES, REJECTIONS, Sights, Slack};
 use super::text::{Labels, Page, SECONDS, ratio, seconds};
 
 /// Everything of it.
@@ -46,7 +47,7 @@ pub(super) fn write(all: &Sights, page: &mut Page<'_>) -> fmt::Result {
 
 /// By layer, for those that had deadlines.
 fn slack(layers: &[Slack], page: &mut Page<'_>) -> fmt::Result {
-    type Side = (&'static str, &'static str, fn(&Slack) -> &TimesCounts);
+    type Side = (&'static str, &'static str, fn(&Slack) -> &Counts);
     let sides: [Side; 2] = [
         (
             "deadline_slack",
@@ -70,7 +71,7 @@ fn slack(layers: &[Slack], page: &mut Page<'_>) -> fmt::Result {
             family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(
                 sum,
                 times.count(),
-                &times.in_seconds(),
+                &times.in_fewer(&DEADLINE_US),
                 None,
             )?;
         }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use kvoyant_protocol::wire::Stat;
+use kvoyant_protocol::wire::{Stat, Told};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
     DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet, prometheus_text, text,
@@ -13,7 +13,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::done::{Done, OTHERS, Users};
-use super::histogram::STAGES;
+use super::histogram::{Example, STAGES, WHOLE};
 use super::sights;
 use crate::status::{PoolState, StatusReport};
 use crate::tiers::nvme::{DeviceState, LATENCY_BUCKETS_US};
@@ -63,11 +63,15 @@ impl Snapshot {
     /// # Errors
     /// None that memory does not make.
     pub fn text(self, format: Format) -> Result<String, fmt::Error> {
+        let examples = self.users.all().examples;
         let mut registry = Registry::with_prefix("kvoyant");
         registry.register_collector(Box::new(self));
         let mut text = String::new();
         match format {
-            Format::OpenMetrics => text::encode(&mut text, &registry)?,
+            Format::OpenMetrics => {
+                text::encode(&mut text, &registry)?;
+                text = with_examples(&text, &examples);
+            }
             Format::Text => prometheus_text::encode(&mut text, &registry)?,
         }
         Ok(text)
@@ -144,8 +148,7 @@ pub(super) fn seconds(ns: u64) -> f64 {
 impl Collector for Snapshot {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut page = Page(encoder);
-        let mut all = Done::default();
-        self.users.0.values().for_each(|done| all.add(done));
+        let all = self.users.all();
         self.daemon(&mut page)?;
         self.memory(&mut page)?;
         work(&all, &mut page)?;
@@ -382,6 +385,18 @@ impl Snapshot {
 fn work(all: &Done, page: &mut Page<'_>) -> fmt::Result {
     let count = |stat| all.stat(stat) as f64;
     page.counter(("requests", None), "Speculations answered", count(Stat::Speculations))?;
+    let by = [
+        ("lane", count(Stat::Speculations)),
+        ("client", all.sights.told[Told::SelectedHere as usize] as f64),
+    ];
+    let labels = by.map(|(by, _)| [("by", by.to_owned())]);
+    let values: Vec<(&Labels, f64)> =
+        labels.iter().zip(by).map(|(labels, (_, n))| (&labels[..], n)).collect();
+    page.counters(
+        ("selections", None),
+        "Selections, by who made them: lanes (one for each answer), or clients in their own threads, as they say (one for each sequence and layer)",
+        &values,
+    )?;
     page.counter(
         ("rows_appended", None),
         "Rows appended, all layers and heads together",
@@ -449,9 +464,26 @@ fn times(all: &Done, page: &mut Page<'_>) -> fmt::Result {
         page.0.encode_descriptor("request_time", help, SECONDS.as_ref(), MetricType::Histogram)?;
     for (stage, counts) in STAGES.iter().zip(&all.times) {
         let labels = [("stage", *stage)];
-        let buckets = counts.in_seconds();
-        let sum = seconds(counts.sum_ns);
+        let (buckets, sum) = (counts.in_seconds(), seconds(counts.sum_ns));
         family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(sum, counts.count(), &buckets, None)?;
     }
     Ok(())
+}
+
+/// The text with an example behind each bucket of whole requests: what its session, ticket and layer are in the log. The crate has no way to
+/// be given an exemplar that it has not observed itself.
+fn with_examples(text: &str, examples: &[Option<Example>]) -> String {
+    let stage = format!("stage=\"{WHOLE}\"");
+    let mut examples = examples.iter();
+    let mut with = String::with_capacity(text.len() + 1024);
+    for line in text.lines() {
+        with.push_str(line);
+        let is_bucket = line.starts_with("kvoyant_request_time_seconds_bucket{") && line.contains(&stage);
+        if is_bucket && let Some(Some(Example { session, ticket, layer, ns })) = examples.next() {
+            let labels = format!("session=\"{session}\",ticket=\"{ticket}\",layer=\"{layer}\"");
+            with.push_str(&format!(" # {{{labels}}} {}", seconds(*ns)));
+        }
+        with.push('\n');
+    }
+    with
 }

@@ -494,10 +494,12 @@ pub enum Told {
     Partial,
     /// Answers that it did not wait for, and attended to sinks and window alone.
     ResidentOnly,
+    /// Selections that it made itself, of one sequence and layer each.
+    SelectedHere,
 }
 
 /// How many there are.
-pub const TOLD: usize = Told::ResidentOnly as usize + 1;
+pub const TOLD: usize = Told::SelectedHere as usize + 1;
 
 #[cfg(test)]
 mod tests {

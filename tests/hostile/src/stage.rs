@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use kvoyant_protocol::control::{ControlError, Failure, ToClient, ToDaemon, decode, encode};
 use kvoyant_protocol::packet;
-use kvoyant_protocol::wire::{Append, BatchEntry, Operation, Request, SequenceId, Speculate};
+use kvoyant_protocol::wire::{Append, BatchEntry, Operation, Request, SequenceId};
 use kvoyant_tests::fake;
 use kvoyant_tests::raw::Raw;
+pub use kvoyant_tests::raw::{request, speculate};
 
 use crate::Outcome;
 
@@ -157,29 +158,6 @@ pub fn with_body(body: &[u8]) -> Vec<u8> {
     bytes.truncate(12);
     bytes.extend_from_slice(body);
     bytes
-}
-
-/// A speculation of one layer for one sequence.
-#[must_use]
-pub fn speculate(ticket: u64) -> Speculate {
-    Speculate {
-        layer: 1,
-        batch: 1,
-        ticket,
-        hint_bytes: 0,
-        queries: 1,
-        deadline_ns: 0,
-        doorbell: false,
-        floors: false,
-        rest: false,
-        fetch: false,
-    }
-}
-
-/// A request that releases nothing.
-#[must_use]
-pub fn request(operation: Operation) -> Request {
-    Request { release_through: 0, operation }
 }
 
 /// Rows of all layers.

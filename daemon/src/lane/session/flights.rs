@@ -124,7 +124,8 @@ impl LaneSession {
             self.count(Stat::BytesMoved, completion.bytes_moved);
             self.count(Stat::SelectNs, u64::from(completion.select_ns));
             self.count(Stat::TransferNs, u64::from(completion.transfer_ns));
-            self.status.times.add(completion.queue_ns, completion.select_ns, completion.transfer_ns);
+            let stages = [completion.queue_ns, completion.select_ns, completion.transfer_ns];
+            self.status.times.add(completion.ticket, completion.layer.into(), stages);
             tracing::trace!(
                 session = self.id,
                 ticket = completion.ticket,

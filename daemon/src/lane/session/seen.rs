@@ -1,8 +1,10 @@
 //! What is seen of a session beside what it asks for: its client's own word, deadlines, and comparisons with exact attention.
 
+use std::sync::atomic::Ordering;
+
 use kvoyant_protocol::futex::now_ns;
 use kvoyant_protocol::layout::c2d;
-use kvoyant_protocol::wire::{Speculate, Status, TOLD};
+use kvoyant_protocol::wire::{Speculate, Stat, Status, TOLD};
 
 use super::LaneSession;
 use crate::lane::check;
@@ -11,7 +13,8 @@ impl LaneSession {
     /// Reads what the client says of itself.
     pub(in crate::lane) fn hear(&self) {
         let words: [u64; TOLD] = std::array::from_fn(|told| self.c2d.load_u64(c2d::TOLD + told * 8));
-        self.status.seen.is_told(words, self.last_ticket, self.layout.limits.ring_slots);
+        let rows = self.status.stats[Stat::RowsAppended as usize].load(Ordering::Relaxed);
+        self.status.seen.is_told(words, (self.last_ticket, rows), self.layout.limits.ring_slots);
     }
 
     /// Notes how an answer that is posted now stands to its deadline.

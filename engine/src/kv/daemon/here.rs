@@ -457,6 +457,7 @@ impl DaemonKv {
                 self.stats.measured += measured;
             }
         }
+        self.model.has_selected(members.len() as u64);
         Ok(members)
     }
 }
