@@ -227,13 +227,13 @@ impl Sweep {
             Err(said) if said.contains("device") => {
                 return Ok(Seen { hit: true, error: Some(said), refused: true });
             }
-            Err(said) => {
-                return Err(Found::Broken(format!(
-                    "it does not start, and says no word of its device: {said}"
-                )));
-            }
+            Err(said) => return Err(Found::Broken(format!("it says no word of its device: {said}"))),
         };
-        for round in 0..ROUNDS {
+        let struck = self.seen(&subject);
+        for round in 0..2 * ROUNDS {
+            if round >= ROUNDS && !struck.exists() {
+                break;
+            }
             let told = match self.workload(&subject.socket(), round) {
                 Ok(()) => continue,
                 Err(Trouble::Found(found)) => return Err(found),
@@ -242,9 +242,9 @@ impl Sweep {
             if self.ends_lost(&mut subject)? {
                 return Ok(Seen { hit: true, error: Some(told), refused: false });
             }
-            // Another session has to make a daemon see it that has not used its device since.
+            // Another session has to make a daemon see it that has not used its device since, be it after all of them.
         }
-        if self.machine.as_ref().is_some_and(|machine| machine.join("struck").exists()) {
+        if struck.exists() {
             return Err(Found::Broken("the device is lost, and the daemon goes on".into()));
         }
         self.end(subject)?;
