@@ -67,6 +67,7 @@ fn a_gpu_that_can_do_everything_passes_every_check_of_sharing() {
         "nvrtc",
         "state",
         "memfd",
+        "futex-waitv",
     ];
     for name in passes {
         assert_eq!(findings.level(name), "pass", "{name}: {:?}", findings.check(name));

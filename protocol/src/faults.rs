@@ -3,8 +3,8 @@
 //! Builds without debug assertions have none of this, unless the feature `faults` says otherwise: then [`fires`] is false and costs nothing.
 //! Else the environment chooses one fault for the process:
 //!
-//! `KVOYANT_FAULTS=memfd:3` has the third memfd fail to be made, and `KVOYANT_FAULTS_SEEN=FILE` has a file made when that
-//! happens, so that who counts up knows where to stop.
+//! `KVOYANT_FAULTS=memfd:3` has the third memfd fail to be made, `memfd:3+` that one and all that follow, and
+//! `KVOYANT_FAULTS_SEEN=FILE` has a file made when that happens, so that who counts up knows where to stop.
 
 use std::io;
 
@@ -166,15 +166,23 @@ mod chosen {
 
     use super::Point;
 
-    static CHOSEN: OnceLock<Option<(Point, u64)>> = OnceLock::new();
+    /// A call, and whether those that follow it fail, too.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(super) struct Nth {
+        pub(super) of: Point,
+        pub(super) nth: u64,
+        pub(super) onwards: bool,
+    }
+
+    static CHOSEN: OnceLock<Option<Nth>> = OnceLock::new();
     static CALLS: AtomicU64 = AtomicU64::new(0);
 
-    fn chosen() -> Option<(Point, u64)> {
+    fn chosen() -> Option<Nth> {
         *CHOSEN.get_or_init(|| {
             let text = std::env::var("KVOYANT_FAULTS").ok().filter(|text| !text.is_empty())?;
             match parse(&text) {
                 Some(chosen) => Some(chosen),
-                None => panic!("KVOYANT_FAULTS={text:?} is not POINT:N, as memfd:3"),
+                None => panic!("KVOYANT_FAULTS={text:?} is not POINT:N or POINT:N+, as memfd:3"),
             }
         })
     }
@@ -186,8 +194,9 @@ mod chosen {
     #[must_use]
     pub fn fires(point: Point) -> bool {
         match chosen() {
-            Some((of, nth)) if of == point => {
-                let fires = CALLS.fetch_add(1, Ordering::Relaxed) + 1 == nth;
+            Some(Nth { of, nth, onwards }) if of == point => {
+                let call = CALLS.fetch_add(1, Ordering::Relaxed) + 1;
+                let fires = call == nth || onwards && call > nth;
                 if fires && let Some(file) = std::env::var_os("KVOYANT_FAULTS_SEEN") {
                     let _ = std::fs::write(file, point.name());
                 }
@@ -200,14 +209,15 @@ mod chosen {
     /// Whether one of these kinds is the one that was chosen.
     #[must_use]
     pub fn chose(points: &[Point]) -> bool {
-        chosen().is_some_and(|(of, _)| points.contains(&of))
+        chosen().is_some_and(|chosen| points.contains(&chosen.of))
     }
 
-    pub(super) fn parse(text: &str) -> Option<(Point, u64)> {
+    pub(super) fn parse(text: &str) -> Option<Nth> {
         let (name, nth) = text.split_once(':')?;
+        let (nth, onwards) = nth.strip_suffix('+').map_or((nth, false), |nth| (nth, true));
         let all = Point::ALL.into_iter().chain(Point::CANARIES);
-        let point = all.into_iter().find(|point| point.name() == name)?;
-        Some((point, nth.parse().ok().filter(|nth| *nth > 0)?))
+        let of = all.into_iter().find(|point| point.name() == name)?;
+        Some(Nth { of, nth: nth.parse().ok().filter(|nth| *nth > 0)?, onwards })
     }
 }
 
@@ -217,13 +227,26 @@ mod tests {
 
     #[test]
     fn a_fault_is_chosen_by_name_and_number_and_by_nothing_else() {
-        assert_eq!(chosen::parse("memfd:3"), Some((Point::Memfd, 3)));
-        assert_eq!(chosen::parse("leak:1"), Some((Point::Leak, 1)));
-        for wrong in ["", "memfd", "memfd:", "memfd:0", "memfd:x", "memfds:1", ":1"] {
+        let nth = |of, nth, onwards| Some(chosen::Nth { of, nth, onwards });
+        assert_eq!(chosen::parse("memfd:3"), nth(Point::Memfd, 3, false));
+        assert_eq!(chosen::parse("memfd:3+"), nth(Point::Memfd, 3, true));
+        assert_eq!(chosen::parse("leak:1"), nth(Point::Leak, 1, false));
+        for wrong in [
+            "",
+            "memfd",
+            "memfd:",
+            "memfd:0",
+            "memfd:+",
+            "memfd:0+",
+            "memfd:1++",
+            "memfd:x",
+            "memfds:1",
+            ":1",
+        ] {
             assert_eq!(chosen::parse(wrong), None, "{wrong}");
         }
         for point in Point::ALL {
-            assert_eq!(chosen::parse(&format!("{}:7", point.name())), Some((point, 7)));
+            assert_eq!(chosen::parse(&format!("{}:7", point.name())), nth(point, 7, false));
         }
     }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 #[cfg(not(loom))]
-pub use any::{WAIT_ANY_MAX, wait_any};
+pub use any::{WAIT_ANY_MAX, wait_any, wait_for_bell};
 pub use bell::Bell;
 
 use crate::faults::{self, Point};

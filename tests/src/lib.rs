@@ -79,6 +79,18 @@ impl Daemon {
         Self::launch(folder, command)
     }
 
+    /// As [`Daemon::start`], with calls that fail: `futex-wait-many:1+` ([`kvoyant_protocol::faults`]).
+    ///
+    /// # Panics
+    /// If it does not start; its own words are in the message.
+    #[must_use]
+    pub fn start_failing(binary: &str, fault: &str, flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut command = Self::command(binary, folder.path(), flags);
+        command.env("KVOYANT_FAULTS", fault);
+        Self::launch(folder, command)
+    }
+
     /// As [`Daemon::start`], where the daemon is a program's command `serve`.
     ///
     /// # Panics

@@ -52,6 +52,28 @@ fn every_row_that_comes_back_is_the_row_that_was_written() {
 }
 
 #[test]
+fn lanes_that_may_not_sleep_on_their_rings_look_at_them_and_say_so_once() {
+    let daemon = Daemon::start_failing(DAEMON, "futex-wait-many:1+", &["--lanes", "1"]);
+    for _ in 0..2 {
+        let model = fake::connect(&daemon, &["full"]);
+        let sequence = model.open(0, 300).unwrap();
+        fake::fill(&model, &sequence, 1, 300).unwrap();
+        for pause in [0, 1, 300] {
+            // After a while they look less often.
+            std::thread::sleep(Duration::from_millis(pause));
+            let member = Member { sequence: &sequence, position: sequence.tokens(), hint: Hint::None };
+            let ready = model.speculate(1, &[member]).unwrap().wait(PATIENCE).unwrap();
+            fake::check(&ready, 0, 1, 1).unwrap();
+        }
+        drop((sequence, model));
+        daemon.wait_for("no session", |status| status.totals.sessions == 0);
+    }
+    let (status, said) = daemon.end(Signal::SIGTERM);
+    assert!(status.success(), "{said}");
+    assert_eq!(said.matches("allow futex_waitv").count(), 1, "{said}");
+}
+
+#[test]
 fn only_rows_that_are_not_resident_move() {
     let daemon = Daemon::start(DAEMON, &[]);
     let model = fake::connect(&daemon, &["full"]);

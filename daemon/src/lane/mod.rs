@@ -19,6 +19,7 @@ mod link;
 pub mod list;
 pub mod mailbox;
 pub mod model;
+mod naps;
 mod place;
 mod reaper;
 mod rest;
@@ -52,6 +53,7 @@ use crate::lane::images::{ImageOutcome, ImageRequest};
 use crate::lane::keeping::Keeping;
 use crate::lane::list::{Looks, OpenSequence};
 use crate::lane::model::{Announcement, ModelState};
+use crate::lane::naps::Naps;
 use crate::lane::reaper::Reaper;
 use crate::lane::session::{LaneSession, Tools};
 use crate::lane::spill::Evicted;
@@ -208,6 +210,7 @@ impl LaneHandle {
             turns,
             reaper,
             spin_for,
+            naps: Naps::default(),
         };
         let thread = crate::threads::start(format!("lane-{index}"), move || {
             let _bomb = Bomb;
@@ -295,6 +298,7 @@ struct Lane {
     turns: Turns,
     reaper: Reaper,
     spin_for: Duration,
+    naps: Naps,
 }
 
 impl Lane {
@@ -364,6 +368,8 @@ impl Lane {
                 std::thread::yield_now();
             } else if !busy && !self.spin(rung) {
                 self.sleep(rung);
+            } else {
+                self.naps.found();
             }
         }
     }
@@ -400,8 +406,9 @@ impl Lane {
             // So are mailboxes: what a GPU writes wakes nobody.
             let watched = watched && !self.sessions.iter().any(|attached| attached.session.listens());
             let timeout = if watched { SLEEP_MAX } else { Duration::from_millis(1) };
-            if wait_any((&self.bell, rung), &words, timeout).is_err() {
-                std::thread::sleep(Duration::from_micros(100));
+            let rings = !words.is_empty();
+            if let Err(error) = wait_any((&self.bell, rung), &words, timeout) {
+                self.naps.sleep((&self.bell, rung), rings, timeout, &error);
             }
         }
         for attached in &self.sessions {

@@ -20,8 +20,8 @@ struct FutexWaitv {
 }
 
 /// Sleeps until the bell or any word differs from the value seen, a wake-up comes, or the timeout passes. The bell
-/// and the first [`WAIT_ANY_MAX`]` - 1` words are watched. Needs Linux 5.16; on an older kernel it returns
-/// `Unsupported`.
+/// and the first [`WAIT_ANY_MAX`]` - 1` words are watched. Needs Linux 5.16; on an older kernel, and where a
+/// container may not ask for it, it returns `Unsupported` or what the container's runtime says.
 pub fn wait_any(bell: (&Bell, u32), words: &[(Word<'_>, u32)], timeout: Duration) -> io::Result<()> {
     const FUTEX_32: u32 = 2;
     faults::check(Point::FutexWaitMany)?;
@@ -62,10 +62,25 @@ pub fn wait_any(bell: (&Bell, u32), words: &[(Word<'_>, u32)], timeout: Duration
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::ETIMEDOUT | libc::EINTR) => Ok(()),
-        Some(libc::ENOSYS) => Err(io::Error::new(
-            io::ErrorKind::Unsupported,
-            "this kernel has no futex_waitv (Linux 5.16 or newer has)",
-        )),
+        Some(libc::ENOSYS) => Err(io::Error::new(io::ErrorKind::Unsupported, "there is no futex_waitv here")),
         _ => Err(error),
     }
+}
+
+/// Sleeps until the bell differs from the value seen, a wake-up comes, or the timeout passes: what is left where [`wait_any`] cannot be had.
+pub fn wait_for_bell((bell, seen): (&Bell, u32), timeout: Duration) {
+    let timeout = timespec(timeout);
+    // SAFETY: the address is of an aligned word that the borrow of `bell` keeps alive; the kernel only reads it, and the timeout outlives
+    // the call.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            bell.rung.address(),
+            libc::FUTEX_WAIT,
+            seen,
+            &raw const timeout,
+            std::ptr::null::<u32>(),
+            0,
+        )
+    };
 }
