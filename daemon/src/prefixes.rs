@@ -7,12 +7,14 @@
 //! Everything here may block for as long as a copy or a disk takes, and runs beside the control plane; only an [`Attachment`] is dropped
 //! wherever its last sequence is closed.
 
+mod images;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::memory::MemoryError;
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::keeper::Keeper;
@@ -21,11 +23,9 @@ use crate::tiers::pool::NOBODY;
 use crate::tiers::prefix::{
     BlockHash, Evictions, Handle, Limits, Place, PrefixError, PrefixIndex, PrefixKey, Scope, Tier, chain,
 };
-use crate::tiers::shared::{SharedPage, SharedPages};
-use crate::tiers::store::{ImageId, ImageKind, ImageReader, Manifest, ModelKey, PageTable, StoreError};
-
-/// What an image of blocks says of them.
-const BLOCKS: &str = "prefix";
+use crate::tiers::shared::{SharedBudget, SharedPage, SharedPages};
+use crate::tiers::store::{ImageId, ImageKind, Manifest, ModelKey, PageTable, StoreError};
+use images::{BLOCKS, Blocks, Images, image_of};
 
 /// How many times as much may lie in images as on the host.
 const STORED_SHARE: u64 = 16;
@@ -51,8 +51,18 @@ impl Block {
 /// Why nothing was published or attached to.
 #[derive(Debug, Error)]
 pub enum PrefixFailure {
+    /// No extent for it, although all that nobody uses has gone.
+    #[error(
+        "no room for published prefixes: {wanted_bytes} bytes are needed and {free_bytes} can be had; raise the daemon's `prefixes`, or its arena"
+    )]
+    Full {
+        /// Bytes that were wanted: of blocks, or of whole extents.
+        wanted_bytes: u64,
+        /// Bytes that can be had.
+        free_bytes: u64,
+    },
     /// No memory for it.
-    #[error("no room for published prefixes: {0}; raise the daemon's `prefixes`, or its arena")]
+    #[error("no memory for published prefixes: {0}")]
     Memory(#[from] MemoryError),
     /// The index refused.
     #[error(transparent)]
@@ -60,16 +70,6 @@ pub enum PrefixFailure {
     /// An image could not be read.
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-/// What an image has beside its pages.
-#[derive(Debug, Serialize, Deserialize)]
-struct Blocks {
-    root: [u8; 32],
-    /// Of all blocks from the root on.
-    hashes: Vec<[u8; 32]>,
-    /// The first one whose pages are in this image.
-    first: usize,
 }
 
 /// A prefix that sequences hold on to.
@@ -105,6 +105,8 @@ pub struct Draft {
     block_bytes: u64,
     model: ModelKey,
     blocks: Vec<Arc<Block>>,
+    /// Blocks that were known before: they stay until the others are published.
+    held: Option<Attachment>,
 }
 
 impl Draft {
@@ -132,7 +134,7 @@ impl Draft {
 pub struct Prefixes {
     index: Mutex<PrefixIndex<Arc<Block>>>,
     groups: Mutex<HashMap<(Scope, usize), Arc<SharedPages>>>,
-    budget: Arc<ArenaBudget>,
+    budget: Arc<SharedBudget>,
     host_bytes: u64,
     keeper: Option<Arc<Keeper>>,
     salt: Vec<u8>,
@@ -143,7 +145,8 @@ pub struct Prefixes {
 }
 
 impl Prefixes {
-    /// Those that the keeper has, and none on the host yet. `host_bytes` bounds what all of them take there.
+    /// Those that the keeper has, and none on the host yet. `host_bytes` bounds what all of them take there, in whole extents; they may have
+    /// one in any case.
     ///
     /// # Errors
     /// A folder of images that cannot be read.
@@ -161,7 +164,7 @@ impl Prefixes {
         let prefixes = Arc::new(Self {
             index,
             groups: Mutex::default(),
-            budget,
+            budget: SharedBudget::new(budget, host_bytes),
             host_bytes,
             keeper,
             salt,
@@ -189,10 +192,28 @@ impl Prefixes {
 
     fn group(&self, scope: Scope, page_bytes: usize) -> Arc<SharedPages> {
         let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those of page sizes that nobody has any more.
+        groups.retain(|_, group| Arc::strong_count(group) > 1 || !group.is_empty());
         let group = groups
             .entry((scope, page_bytes))
             .or_insert_with(|| SharedPages::new(Arc::clone(&self.budget), page_bytes));
         Arc::clone(group)
+    }
+
+    /// Takes a page. If there is no extent for it, what nobody uses goes, the oldest first and whoever published it, until one has come free.
+    fn take(&self, group: &Arc<SharedPages>) -> Result<SharedPage, PrefixFailure> {
+        loop {
+            let (wanted_bytes, free_bytes) = match group.take() {
+                Ok(page) => return Ok(page),
+                Err(MemoryError::Budget { wanted, free }) => (wanted, free),
+                Err(error) => return Err(error.into()),
+            };
+            let gone = self.index().evict(Tier::Host, 1);
+            if gone.payloads.is_empty() {
+                return Err(PrefixFailure::Full { wanted_bytes, free_bytes });
+            }
+            self.give_back(gone);
+        }
     }
 
     fn root(&self, key: &PrefixKey, scope: Scope) -> BlockHash {
@@ -207,17 +228,28 @@ impl Prefixes {
     ///
     /// # Errors
     /// No room.
-    pub fn draft(&self, key: &PrefixKey, scope: Scope, tokens: &[u32]) -> Result<Draft, PrefixFailure> {
+    pub fn draft(
+        self: &Arc<Self>,
+        key: &PrefixKey,
+        scope: Scope,
+        tokens: &[u32],
+    ) -> Result<Draft, PrefixFailure> {
         let root = self.root(key, scope);
         let hashes = chain(root, tokens, key.model.page_rows as usize);
-        let known = self.index().known(root, &hashes);
+        let (known, held) = self.hold(root, &hashes)?;
         let (heads, page_bytes) = (key.model.heads().unwrap_or(0), key.model.page_bytes().unwrap_or(0));
         let block_bytes = (heads * page_bytes) as u64;
         let group = self.group(scope, page_bytes);
-        let wanted = (hashes.len() - known) as u64 * block_bytes;
+        let new = hashes.len() - known;
+        let wanted = new as u64 * block_bytes;
+        let (extents, most) = ((new * heads).div_ceil(group.per_extent()), self.budget.most());
+        // Nobody gives way to what will not fit.
         if wanted > self.host_bytes {
-            // Nobody gives way to what will not fit.
-            return Err(MemoryError::Budget { wanted, free: self.host_bytes }.into());
+            return Err(PrefixFailure::Full { wanted_bytes: wanted, free_bytes: self.host_bytes });
+        }
+        if extents > most {
+            let bytes = |extents: usize| extents as u64 * EXTENT_BYTES as u64;
+            return Err(PrefixFailure::Full { wanted_bytes: bytes(extents), free_bytes: bytes(most) });
         }
         let gone = {
             let mut index = self.index();
@@ -227,12 +259,29 @@ impl Prefixes {
         self.give_back(gone);
         let block = || {
             (0..heads)
-                .map(|_| group.take())
+                .map(|_| self.take(&group))
                 .collect::<Result<Vec<_>, _>>()
                 .map(|pages| Arc::new(Block(pages)))
         };
         let blocks = (known..hashes.len()).map(|_| block()).collect::<Result<Vec<_>, _>>()?;
-        Ok(Draft { root, hashes, known, block_bytes, model: key.model.clone(), blocks })
+        Ok(Draft { root, hashes, known, block_bytes, model: key.model.clone(), blocks, held })
+    }
+
+    /// How many leading blocks of a chain are known, and what keeps them: what is published now must not push out what it continues.
+    fn hold(
+        self: &Arc<Self>,
+        root: BlockHash,
+        hashes: &[BlockHash],
+    ) -> Result<(usize, Option<Attachment>), PrefixFailure> {
+        let mut index = self.index();
+        let known = index.known(root, hashes);
+        if known == 0 {
+            return Ok((0, None));
+        }
+        // Nothing is new in it: this only finds them.
+        let handle = index.publish(root, &hashes[..known], Vec::new(), 0)?.handle;
+        index.attach(handle)?;
+        Ok((known, Some(Attachment { prefixes: Arc::clone(self), handle, blocks: Vec::new() })))
     }
 
     /// Publishes blocks that have been filled. How many blocks can be attached to now, and how many of them had been there before.
@@ -240,7 +289,7 @@ impl Prefixes {
     /// # Errors
     /// No room beside what is in use.
     pub fn publish(self: &Arc<Self>, draft: Draft, uid: u32) -> Result<(usize, usize), PrefixFailure> {
-        let Draft { root, hashes, known, block_bytes, model, blocks } = draft;
+        let Draft { root, hashes, known, block_bytes, model, blocks, held } = draft;
         let all = hashes.len();
         if hashes.is_empty() {
             return Ok((0, 0));
@@ -255,6 +304,7 @@ impl Prefixes {
             let places = blocks[now - known..].iter().map(|block| Place::Host(Arc::clone(block))).collect();
             index.publish(root, &hashes, places, block_bytes)?
         };
+        drop(held);
         self.give_back(published.evicted);
         let first = published.known;
         if let (Some(keeper), true) = (self.keeper.clone(), first < all) {
@@ -419,7 +469,7 @@ impl Prefixes {
     ) -> Result<Arc<Block>, PrefixFailure> {
         let (heads, page_bytes) = (key.model.heads().unwrap_or(0), key.model.page_bytes().unwrap_or(0));
         let group = self.group(scope, page_bytes);
-        let pages = (0..heads).map(|_| group.take()).collect::<Result<Vec<_>, _>>()?;
+        let pages = (0..heads).map(|_| self.take(&group)).collect::<Result<Vec<_>, _>>()?;
         let (Some(image), Some(keeper)) = (place.image(), images.keeper) else {
             return Err(PrefixError::Gone.into());
         };
@@ -499,15 +549,6 @@ impl Prefixes {
     }
 }
 
-fn image_of(last: &BlockHash) -> Result<ImageId, StoreError> {
-    let id = format!("prefix.{last}");
-    id.parse().map_err(|error: crate::tiers::store::IdError| StoreError::Io {
-        doing: "name",
-        path: id.into(),
-        source: std::io::Error::other(error),
-    })
-}
-
 /// Blocks that are to be written.
 struct Task {
     root: BlockHash,
@@ -516,44 +557,6 @@ struct Task {
     blocks: Vec<Arc<Block>>,
     model: ModelKey,
     uid: u32,
-}
-
-/// An image's reader, and the numbers of its blocks.
-type OpenImage = (Box<dyn ImageReader>, HashMap<BlockHash, usize>);
-
-/// Images that are read from, opened once each.
-struct Images<'a> {
-    keeper: Option<&'a Keeper>,
-    open: HashMap<ImageId, OpenImage>,
-}
-
-impl Images<'_> {
-    /// An image's reader, and the numbers of its blocks.
-    fn of(
-        &mut self,
-        keeper: &Keeper,
-        id: &Arc<ImageId>,
-        model: &ModelKey,
-    ) -> Result<&mut OpenImage, PrefixFailure> {
-        use std::collections::hash_map::Entry;
-        match self.open.entry((**id).clone()) {
-            Entry::Occupied(open) => Ok(open.into_mut()),
-            Entry::Vacant(place) => {
-                let mut reader = keeper.open(id)?;
-                reader.manifest().expect(id, ImageKind::Prefix, model)?;
-                let blob = reader.blob(BLOCKS)?;
-                let about: Blocks = postcard::from_bytes(&blob).map_err(|_| PrefixError::Gone)?;
-                let counts = reader.manifest().pages.counts();
-                let count = about.hashes.len().saturating_sub(about.first);
-                if counts.iter().any(|pages| *pages as usize != count) {
-                    return Err(PrefixError::Gone.into());
-                }
-                let own = about.hashes.into_iter().skip(about.first).map(BlockHash::from);
-                let numbers = own.enumerate().map(|(number, hash)| (hash, number)).collect();
-                Ok(place.insert((reader, numbers)))
-            }
-        }
-    }
 }
 
 /// A salt that nobody else knows.

@@ -180,7 +180,8 @@ impl FreeKv {
         }
     }
 
-    /// The stored choice for so many tokens, if there is one.
+    /// The stored choice for so many tokens, if there is one. What an image brings may be none: pages must rise, and one that holds no
+    /// candidate gives no row.
     fn stored(&self, tokens: usize, memory: &[u8], ids: &mut Vec<u32>) -> bool {
         if !self.keeps() || words::get(memory, 4) as usize != tokens {
             return false;
@@ -188,7 +189,7 @@ impl FreeKv {
         let (count, pages) = (words::get(memory, 8) as usize, &memory[FRONT + self.query_bytes()..]);
         ids.clear();
         ids.extend(pages.as_chunks().0.iter().take(count).map(|bytes| u32::from_le_bytes(*bytes)));
-        true
+        ids.is_sorted_by(|a, b| a < b)
     }
 }
 

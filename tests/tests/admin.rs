@@ -6,12 +6,12 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvoyant_client::{Error, Hint, Member, Model, SelectedBy, Sequence, Status};
 use kvoyant_daemon::admin::{
-    AdminError, BringOrder, ImageReport, SequencesReport, SuspendOrder, bring_image, fetch_sequences,
-    remove_image, suspend_sequence,
+    AdminError, BringOrder, ImageReport, LanesReport, SequencesReport, SuspendOrder, bring_image,
+    fetch_sequences, remove_image, suspend_sequence,
 };
 use kvoyant_daemon::keeper::Kept;
 use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
@@ -283,6 +283,58 @@ fn what_cannot_be_is_refused_with_its_status_and_what_to_do() {
     let (status, why) = refused(remove_image(&none.admin(), me(), "one"));
     assert!(status == 503 && why.contains("`store`"), "{why}");
     assert!(!list(&none).keeps_images);
+}
+
+const HEALTH: &str = "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+
+#[test]
+fn however_many_ask_for_the_health_lanes_are_asked_a_few_times_a_second() {
+    // Who asks, and how often.
+    const ASK: usize = 16;
+    const TIMES: usize = 40;
+    let daemon = Daemon::start(DAEMON, &["--lanes", "2"]);
+    let model = fake::connect(&daemon, &["full"]);
+    let sequence = open(&model, 3);
+    // The lane without sessions: whatever else it does, it makes ten rounds a second, and some for each command.
+    let rounds = || {
+        let request = "GET /v1/lanes HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+        let (_, answer) = raw(&daemon, request);
+        let report: LanesReport = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+        report.lanes.iter().find(|lane| lane.sessions.is_empty()).unwrap().rounds
+    };
+    let (before, since) = (rounds(), Instant::now());
+    std::thread::scope(|scope| {
+        let ask = || (0..TIMES).filter(|_| raw(&daemon, HEALTH).0 == 200).count();
+        let asking: Vec<_> = (0..ASK).map(|_| scope.spawn(ask)).collect();
+        for _ in 0..10 {
+            check(&model, &sequence, 3);
+        }
+        let answered: usize = asking.into_iter().map(|asks| asks.join().unwrap()).sum();
+        assert_eq!(answered, ASK * TIMES);
+    });
+    let (made, took) = (rounds() - before, since.elapsed());
+    assert!((made as f64) < 40.0 + 40.0 * took.as_secs_f64(), "{made} rounds within {took:?}");
+}
+
+#[test]
+fn a_lane_that_stands_still_is_not_well_whoever_asks_and_an_idle_one_is() {
+    let daemon = Daemon::start(DAEMON, &["--lanes", "2"]);
+    for _ in 0..2 {
+        std::thread::sleep(Duration::from_millis(300));
+        assert_eq!(raw(&daemon, HEALTH).0, 200);
+    }
+    let wedged = Daemon::start_failing(DAEMON, "wedge:1", &["--lanes", "2"]);
+    let since = Instant::now();
+    std::thread::scope(|scope| {
+        let asking: Vec<_> = (0..8).map(|_| scope.spawn(|| raw(&wedged, HEALTH))).collect();
+        for asks in asking {
+            let (status, answer) = asks.join().unwrap();
+            assert!(status == 503 && answer.contains("lanes did not answer within"), "{answer}");
+        }
+    });
+    // They have waited together, and not one after the other.
+    assert!(since.elapsed() < Duration::from_secs(15), "{:?}", since.elapsed());
+    assert_eq!(raw(&wedged, HEALTH).0, 503, "what nobody waited for any more is not taken for an answer");
 }
 
 #[test]

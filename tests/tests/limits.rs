@@ -1,13 +1,17 @@
 //! What does not fit, and what cannot be: a typed refusal of the request, and a session that goes on as if nothing had been asked.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use kvoyant_client::{Client, Error, Hint, Limits, Member, Model, Options, Sequence, Status};
+use kvoyant_kernels::Dtype;
 use kvoyant_methods::{Artifact, ArtifactKind, Fingerprint, Tensor, TensorArtifact};
-use kvoyant_protocol::control::{Failure, ToClient, decode, features};
+use kvoyant_protocol::control::{Failure, ModelSpec, SelectedBy, ToClient, ToDaemon, decode, features};
 use kvoyant_protocol::layout::{c2d, d2c};
-use kvoyant_protocol::wire::{Append, BatchEntry, Operation, Request, Speculate};
+use kvoyant_protocol::wire::{Append, BatchEntry, Operation, Request, Speculate, Stat};
 use kvoyant_tests::noisy::{QUERY, noise, noisy};
 use kvoyant_tests::raw::{self, Raw};
-use kvoyant_tests::{Daemon, PATIENCE, fake};
+use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 
@@ -157,4 +161,69 @@ fn a_position_beyond_what_was_appended_is_refused_though_its_page_has_no_digest_
     let early = ask(75);
     assert!(matches!(early, Err(Error::NotReady { status: Status::NotAppended, .. })), "{early:?}");
     assert!(ask(60).is_ok(), "the session goes on");
+}
+
+/// A model whose rows are as small as can be, so that there are many of them.
+fn small(methods: &[&str]) -> ModelSpec {
+    ModelSpec {
+        layers: 1,
+        query_heads: 1,
+        kv_heads: 1,
+        head_dim: 4,
+        dtype: Dtype::F16.code(),
+        dense_layers: 0,
+        ..fake::spec(methods)
+    }
+}
+
+#[test]
+fn rows_that_take_long_to_digest_hold_up_their_own_session_and_nobody_else() {
+    const MANY: u32 = 150_000;
+    let daemon = Daemon::start(DAEMON, &["--lanes", "1", "--in-place", "true"]);
+    let neighbour = fake::connect(&daemon, &["full"]);
+    let kept = neighbour.open(0, 200).unwrap();
+    fake::fill(&neighbour, &kept, 9, 200).unwrap();
+    let ask = || {
+        let member = Member { sequence: &kept, position: 200, hint: Hint::None };
+        let ready = neighbour.speculate(1, &[member]).unwrap().wait(PATIENCE).unwrap();
+        assert!(fake::check(&ready, 0, 9, 1).unwrap() > 0);
+    };
+    // Each row is compared with the 4,096 before it.
+    let mut raw = Raw::connect(&daemon.socket(), small(&["full", "resv:recent=4096"]));
+    let append =
+        Request { release_through: 0, operation: Operation::Append(Append { layer: None, batch: 1 }) };
+    let rows = |sequence| BatchEntry { sequence, position: 0, value: MANY };
+    let open = ToDaemon::Open { method: 1, tokens: MANY, by: SelectedBy::Lane };
+    let ToClient::Opened { sequence, .. } = raw.call(&open).unwrap() else { panic!("no sequence") };
+    raw.push(&append, &[rows(sequence)]);
+    // A query of four zeros.
+    let speculate = Speculate { layer: 0, hint_bytes: 16, ..raw::speculate(1) };
+    raw.push(
+        &Request { release_through: 0, operation: Operation::Speculate(speculate) },
+        &[BatchEntry { sequence, position: MANY - 1, value: 0 }],
+    );
+    let appended = || raw.d2c.load_u64(d2c::STATS + Stat::RowsAppended as usize * 8);
+    wait_until("the rows are there", || appended() == u64::from(MANY));
+    ask();
+    assert_eq!(raw.timeline(), 0, "its own answer comes after the digests");
+    raw.wait_for_ticket(1);
+    // So does a fork to a method that has digested nothing yet.
+    let open = ToDaemon::Open { method: 0, tokens: MANY, by: SelectedBy::Lane };
+    let ToClient::Opened { sequence, .. } = raw.call(&open).unwrap() else { panic!("no sequence") };
+    raw.push(&append, &[rows(sequence)]);
+    wait_until("the rows are there", || {
+        raw.d2c.load_u64(d2c::STATS + Stat::RowsAppended as usize * 8) == 2 * u64::from(MANY)
+    });
+    let forked = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let fork = ToDaemon::Fork { parent: sequence, method: Some(1), by: SelectedBy::Lane };
+            let answer = raw.call(&fork).unwrap();
+            forked.store(true, Ordering::Relaxed);
+            assert!(matches!(answer, ToClient::Opened { .. }), "{answer:?}");
+        });
+        std::thread::sleep(Duration::from_millis(20));
+        ask();
+        assert!(!forked.load(Ordering::Relaxed), "it waits for the digests");
+    });
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use kvoyant_client::{Client, Hint, Model, ModelSpec, Options, SelectedBy, Sequence};
+use kvoyant_client::{Client, Error, Failure, Hint, Model, ModelSpec, Options, SelectedBy, Sequence};
 use kvoyant_tests::noisy::{QUERY, noise, noisy, tokens_of};
 use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
 use nix::sys::signal::Signal;
@@ -90,7 +90,8 @@ fn the_longest_prefix_is_attached_read_and_left_alone_by_whoever_goes_on_from_it
 
 #[test]
 fn nothing_else_than_the_same_text_and_model_is_attached() {
-    let daemon = Daemon::start(DAEMON, &[]);
+    // An extent for what is a user's own, and one for what is everybody's.
+    let daemon = Daemon::start(DAEMON, &["--prefixes", "128MiB"]);
     let model = fake::connect(&daemon, &["full"]);
     let tokens = text(2, 200);
     let sequence = model.open(0, 0).unwrap();
@@ -171,9 +172,77 @@ fn prefixes_that_nobody_uses_give_way_and_those_that_somebody_reads_do_not() {
     daemon.wait_for("the session to end", |status| status.sessions.is_empty());
 }
 
+/// A session whose pages have so many rows, and which has published two of them.
+fn publish_pages(daemon: &Daemon, rows: usize) -> (Model, Result<usize, Error>) {
+    let spec = ModelSpec { page_rows: rows as u32, ..fake::spec(&["given"]) };
+    let model = Client::connect(&daemon.socket(), Options::default()).unwrap().register(spec, &[]).unwrap();
+    let sequence = model.open(0, 0).unwrap();
+    fill(&model, &sequence, rows, 2 * rows);
+    let published = model.publish(&sequence, &text(rows as u32, 2 * rows), false);
+    drop(sequence);
+    (model, published)
+}
+
+/// A token of a text more than is published of it.
+fn attach_pages(model: &Model, rows: usize) -> Sequence {
+    attach(model, &text(rows as u32, 2 * rows + 1))
+}
+
+#[test]
+fn tiny_prefixes_of_many_page_sizes_take_no_more_than_their_share_of_the_arena() {
+    const EXTENT: u64 = 64 << 20;
+    // Eight extents, of which published prefixes may have two, however small they are.
+    let daemon = Daemon::start(DAEMON, &["--prefixes", "128MiB"]);
+    let sizes: Vec<usize> = (1..=10).map(|pages| 16 * pages).collect();
+    for rows in &sizes {
+        let (model, published) = publish_pages(&daemon, *rows);
+        assert_eq!(published.unwrap(), 2 * rows);
+        let attached = attach_pages(&model, *rows);
+        assert_eq!(attached.tokens(), 2 * rows, "what is new is there");
+        check(&model, &attached, 0..2 * rows, *rows);
+        drop((attached, model));
+        let left = daemon.wait_for("the session to end", |status| status.sessions.is_empty());
+        assert!(left.arena.used_bytes <= 2 * EXTENT, "{:?}", left.arena);
+    }
+    let (model, _) = publish_pages(&daemon, sizes[0]);
+    assert_eq!(
+        attach_pages(&model, sizes[0]).tokens(),
+        2 * sizes[0],
+        "it was forgotten, and is published anew"
+    );
+    drop(model);
+    daemon.wait_for("the session to end", |status| status.sessions.is_empty());
+    // Another client has what is left: six extents.
+    let model = fake::connect(&daemon, &["given"]);
+    let sequence = model.open(0, 0).unwrap();
+    model.reserve(&[(&sequence, 256_000)]).unwrap();
+}
+
+#[test]
+fn an_extent_that_a_session_has_mapped_comes_back_when_the_session_ends() {
+    // One extent for prefixes.
+    let daemon = Daemon::start(DAEMON, &["--prefixes", "64MiB"]);
+    let (reader, published) = publish_pages(&daemon, 16);
+    assert_eq!(published.unwrap(), 32);
+    let attached = attach_pages(&reader, 16);
+    assert_eq!(attached.tokens(), 32);
+    let refused = |published: Result<usize, Error>| match published {
+        Err(Error::Failed(Failure::NotReady(why))) => assert!(why.contains("`prefixes`"), "{why}"),
+        other => panic!("{other:?} although there is no extent"),
+    };
+    refused(publish_pages(&daemon, 32).1);
+    assert_eq!(attach_pages(&reader, 16).tokens(), 32, "what is in use stays");
+    // Nobody uses the prefix any more, but the session still has its extent mapped.
+    attached.close().unwrap();
+    refused(publish_pages(&daemon, 32).1);
+    drop(reader);
+    wait_until("the extent to come back", || publish_pages(&daemon, 32).1.is_ok());
+}
+
 fn start(store: &Path, flags: &[&str]) -> Daemon {
     let store = store.display().to_string();
-    let mut all = vec!["--store", &store];
+    // An extent for what is a user's own, and one for what is everybody's.
+    let mut all = vec!["--store", &store, "--prefixes", "128MiB"];
     all.extend(flags);
     Daemon::start(DAEMON, &all)
 }

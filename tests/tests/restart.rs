@@ -1,6 +1,6 @@
 //! Sessions outlast their daemon: engines go on in the middle of an answer, and no token of it is another one.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -451,6 +451,44 @@ fn a_claim_needs_the_sessions_token_and_its_user_and_a_session_that_waits() {
         assert_eq!((requests, controls, answered), (0, 1, true));
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// What a daemon has open, as this process's own, where the system lets its parent have that.
+fn descriptors_of(daemon: &Supervisor) -> Vec<OwnedFd> {
+    use nix::libc::{SYS_pidfd_getfd, SYS_pidfd_open, syscall};
+    // SAFETY: the kernel gives a descriptor that nobody else has, or fails.
+    let own = |fd: i64| (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as i32) });
+    // SAFETY: two numbers go in, and no memory.
+    let process = own(unsafe { syscall(SYS_pidfd_open, daemon.pid().as_raw(), 0) }).unwrap();
+    // SAFETY: the same.
+    let copy = |fd: i32| own(unsafe { syscall(SYS_pidfd_getfd, process.as_raw_fd(), fd, 0) });
+    (0..1024).filter_map(copy).collect()
+}
+
+#[test]
+fn who_claims_a_session_and_reads_nothing_has_lost_it_before_long() {
+    let mut daemon = Supervisor::start(DAEMON, &[]);
+    let (mut raw, session, token) = claimable(&daemon);
+    raw.open(100);
+    daemon.restart(Signal::SIGKILL);
+    let socket = Raw::socket(&daemon.socket());
+    packet::send(socket.as_fd(), &encode(&ToDaemon::Claim { session, token, extents: 1 }), &[]).unwrap();
+    assert!(matches!(decode(&packet::receive(socket.as_fd()).unwrap().bytes), Ok(ToClient::Claimed { .. })));
+    // Large sessions fill the socket with what is announced of their memory. This one is small, so it is filled from the daemon's end.
+    let us = std::process::id() as i32;
+    let is_ours = |fd: &OwnedFd| packet::peer(fd.as_fd()).is_ok_and(|(pid, _)| pid == us);
+    let ends: Vec<_> = descriptors_of(&daemon).into_iter().filter(is_ours).collect();
+    if ends.is_empty() {
+        return eprintln!("SKIPPED: this system does not let a process have its child's descriptors");
+    }
+    for end in ends {
+        while packet::send(end.as_fd(), &[0; 4096], &[]).is_ok() {}
+    }
+    packet::send(socket.as_fd(), &encode(&ToDaemon::Mapped), &[]).unwrap();
+    daemon.wait_for("its session", |status| status.totals.sessions == 1);
+    daemon.wait_for("no session", |status| status.totals.sessions == 0 && status.arena.used_bytes == 0);
+    assert!(daemon.kinds().is_empty(), "{:?}", daemon.kinds());
+    assert!(claim(&daemon, session, token, 1).unwrap_err().contains("not kept for you"));
 }
 
 #[test]

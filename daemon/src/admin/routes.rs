@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -12,7 +12,7 @@ use kvoyant_protocol::control::Failure;
 use kvoyant_protocol::wire::SequenceId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore, oneshot};
 
 use super::api::{self, Action, For, Found};
 use super::caller::Caller;
@@ -37,10 +37,42 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Images that may be brought or erased at a time.
 const WORK_MAX: usize = 4;
 
+/// How long lanes count as alive once they were asked and have answered: whoever asks for the health again and again costs each of them a
+/// command in this time, and no more.
+const ALIVE_FOR: Duration = Duration::from_millis(200);
+
+/// What lanes have said of whether they live.
+#[derive(Debug, Default)]
+struct Signs {
+    /// When they were asked last.
+    asked: Option<Instant>,
+    /// Lanes that have not been heard since. They stay here when nobody waits any more, so that no second question comes behind the first.
+    missing: Vec<oneshot::Receiver<()>>,
+}
+
+impl Signs {
+    /// Waits until every lane has answered what was asked shortly before this moment, or later.
+    async fn wait(&mut self, plane: &Plane, moment: Instant) {
+        loop {
+            while let Some(answer) = self.missing.last_mut() {
+                // A lane that does not answer has ended, and so does the daemon.
+                let _ = answer.await;
+                self.missing.pop();
+            }
+            if self.asked.is_some_and(|asked| moment.saturating_duration_since(asked) < ALIVE_FOR) {
+                return;
+            }
+            (self.asked, self.missing) = (Some(Instant::now()), plane.ping());
+        }
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Routes {
     pub(super) plane: Arc<Plane>,
+    /// One look at the lanes at a time; who waits for it has its answer, too.
+    signs: Mutex<Signs>,
     /// One list at a time: it costs lanes a moment, and the remote store more.
     listing: Arc<Semaphore>,
     /// Images that are worked on beside the control thread.
@@ -57,7 +89,7 @@ fn is_for_machines(method: &str, path: &str) -> bool {
 impl Routes {
     pub(super) fn new(plane: Arc<Plane>) -> Self {
         let (listing, works) = (Arc::new(Semaphore::new(1)), Arc::new(Semaphore::new(WORK_MAX)));
-        Self { plane, listing, works, token: None }
+        Self { plane, signs: Mutex::default(), listing, works, token: None }
     }
 
     /// The same, over TCP, where whoever sends this token is the daemon's user.
@@ -161,8 +193,10 @@ impl Routes {
 
     /// Whether lanes answer, and what keeps new sessions out or slows them down.
     async fn health(&self) -> Result<Health, Refusal> {
-        let lanes = tokio::time::timeout(LANES_TIMEOUT, self.plane.open_sequences()).await;
-        lanes.map_err(|_| Refusal::Lanes { within: LANES_TIMEOUT })?;
+        let came = Instant::now();
+        let alive = async { self.signs.lock().await.wait(&self.plane, came).await };
+        let alive = tokio::time::timeout(LANES_TIMEOUT, alive).await;
+        alive.map_err(|_| Refusal::Lanes { within: LANES_TIMEOUT })?;
         Ok(Health::of(&self.plane.registry().report()))
     }
 

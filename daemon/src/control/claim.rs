@@ -310,7 +310,7 @@ async fn greet(
     };
     let mut fds = Vec::from(rings.fds()?);
     fds.extend(slab_fds);
-    socket.send(&message, &fds).await?;
+    step(socket.send(&message, &fds)).await?;
     let (message, _) = step(socket.receive()).await?;
     if message != ToDaemon::Mapped {
         return Err(Ended::Protocol(
@@ -370,20 +370,27 @@ async fn attach(
         _place: place,
     };
     let welcomed = async {
-        socket.send(&ToClient::Sealed, &[]).await?;
+        step(socket.send(&ToClient::Sealed, &[])).await?;
         let (reply, announced) = oneshot::channel();
         plane.lanes[lane].send(Command::Resume(id, keeping, reply));
         let announced = announced.await.map_err(|_| Ended::Protocol("the session has ended".into()))?;
-        for announcement in announced? {
-            socket.send(&announcement.message, &announcement.fds).await?;
-        }
-        socket.send(&ToClient::Done, &[]).await?;
-        if !answer.is_empty() {
-            socket.send_bytes(&answer, &[]).await?;
-        }
-        Ok(())
+        let announced = announced?;
+        // All of it is one step of the client's: with one for each message, a client could take hours.
+        step(async {
+            for announcement in &announced {
+                socket.send(&announcement.message, &announcement.fds).await?;
+            }
+            socket.send(&ToClient::Done, &[]).await?;
+            if !answer.is_empty() {
+                socket.send_bytes(&answer, &[]).await?;
+            }
+            Ok(())
+        })
+        .await
     };
-    match welcomed.await {
+    // Whoever does not read, or has ended while a child of theirs holds the socket, has left, as at any other moment of a session.
+    let welcomed = peer::while_there(&session, welcomed).await;
+    match welcomed {
         Ok(()) => {
             plane.lanes[lane].send(Command::Claimed(id));
             tracing::info!(

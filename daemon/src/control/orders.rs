@@ -199,6 +199,16 @@ impl Plane {
         self.lanes.iter().map(|lane| lane.pulse().count()).collect()
     }
 
+    /// Asks each lane for a sign of life.
+    pub(crate) fn ping(&self) -> Vec<oneshot::Receiver<()>> {
+        let ask = |lane: &crate::lane::LaneHandle| {
+            let (reply, answer) = oneshot::channel();
+            lane.send(Command::Ping(reply));
+            answer
+        };
+        self.lanes.iter().map(ask).collect()
+    }
+
     /// The open sequences of all sessions, as their lanes say.
     pub(crate) async fn open_sequences(&self) -> Vec<OpenSequence> {
         let ask = |lane: &crate::lane::LaneHandle| {

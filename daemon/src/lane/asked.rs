@@ -20,7 +20,7 @@ impl LaneSession {
                     return Ok(Outcome::Image(ImageOutcome::Failed(failure)));
                 };
                 let before = model.before_image(&request);
-                if before == Before::Later || self.waits_for_pages {
+                if before != Before::Ready || self.waits_for_pages {
                     model.submit_pages();
                     return Ok(Outcome::Later(Asked::Image(request)));
                 }
@@ -41,7 +41,7 @@ impl LaneSession {
         };
         let before = model.before_control(&message);
         model.submit_pages();
-        if before == Before::Later || self.waits_for_pages {
+        if before != Before::Ready || self.waits_for_pages {
             return Ok(Outcome::Later(Asked::Message(message)));
         }
         let Some(model) = &mut self.model else { return Ok(Outcome::Later(Asked::Message(message))) };

@@ -38,6 +38,9 @@ impl DigestPool {
 /// No block yet.
 const NO_BLOCK: u32 = DigestSet::NO_BLOCK;
 
+/// Rows of a layer's heads that are digested in one piece, to whole pages.
+const ROWS_AT_ONCE: usize = 1024;
+
 /// What one method keeps of one sequence.
 #[derive(Debug, Clone)]
 pub struct DigestSet {
@@ -250,7 +253,7 @@ impl ModelState {
             if needs.observe && self.sequence(id).is_ok_and(|sequence| sequence.observed[layer]) {
                 self.apply_observation(id, index, layer)?;
             }
-            self.build(id, index, layer)?;
+            self.falls_behind(id, layer);
         }
         Ok(())
     }
@@ -361,8 +364,8 @@ impl ModelState {
         let sets = sequence.digests.len();
         for index in 0..sets {
             self.apply_observation(id, index, layer)?;
-            self.build(id, index, layer)?;
         }
+        self.falls_behind(id, layer);
         Ok(())
     }
 
@@ -393,31 +396,31 @@ impl ModelState {
         Ok(())
     }
 
-    /// Digests the rows of a layer that have been appended since it was last called.
-    pub(crate) fn build_layer(&mut self, id: SequenceId, layer: usize) -> Result<(), MemoryError> {
-        let sets = self.sequence(id).map_or(0, |sequence| sequence.digests.len());
-        (0..sets).try_for_each(|index| self.build(id, index, layer))
-    }
-
-    fn build(&mut self, id: SequenceId, index: usize, layer: usize) -> Result<(), MemoryError> {
+    /// Digests some of a set's rows that have been appended since it was last called; true if it could go on with more of them.
+    fn build(&mut self, id: SequenceId, index: usize, layer: usize) -> Result<bool, MemoryError> {
         if !self.speculates(layer) {
-            return Ok(());
+            return Ok(false);
         }
-        let Ok(sequence) = self.sequence(id) else { return Ok(()) };
+        let Ok(sequence) = self.sequence(id) else { return Ok(false) };
         let set = &sequence.digests[index];
         let needs = self.methods[set.method].needs();
         let rows = self.shape.page_rows;
-        let (from, to) = (set.built[layer] as usize, needs.digestible(sequence.lens[layer] as usize));
-        // What lies on disk is digested when somebody asks for it.
-        let to = self.in_memory_to(sequence, layer, from, to);
-        if !set.ready[layer] || from >= to {
-            return Ok(());
+        let (from, end) = (set.built[layer] as usize, needs.digestible(sequence.lens[layer] as usize));
+        if !set.ready[layer] || from >= end {
+            return Ok(false);
         }
+        let some = (from / rows + (ROWS_AT_ONCE / (rows * self.shape.kv_heads)).max(1)) * rows;
+        // What lies on disk is digested when somebody asks for it.
+        let to = self.in_memory_to(sequence, layer, from, some.min(end));
+        if from >= to {
+            return Ok(false);
+        }
+        let more = to == some && to < end;
         let (key, table, state, method) = (set.key, set.table, set.state, set.method);
         let (pages, capacity, set) = (sequence.table, sequence.capacity, set.clone());
         let (heads, total) = (self.shape.kv_heads, self.total_heads());
         let marks = sequence.marks.filter(|_| needs.marks);
-        let Some(pool) = self.pools.iter_mut().find(|pool| pool.key == key) else { return Ok(()) };
+        let Some(pool) = self.pools.iter_mut().find(|pool| pool.key == key) else { return Ok(false) };
         let method: &dyn Method = &*self.methods[method];
         let state_bytes = method.head_state_bytes();
         let buffers = &mut self.buffers;
@@ -480,8 +483,11 @@ impl ModelState {
         if let Ok(sequence) = self.sequence_mut(id) {
             sequence.digests[index].built[layer] = to as u32;
         }
-        self.admit(id, index, layer, to);
-        Ok(())
+        // Once for all of them: what a pool gives up must not depend on the pieces.
+        if !more {
+            self.admit(id, index, layer, to);
+        }
+        Ok(more)
     }
 
     /// Tells pools that the sequence grew, and gives up pages of which every row has left the pool.
@@ -548,9 +554,9 @@ impl ModelState {
                     sequence.digests[index].built[layer] = if rebuild { 0 } else { kept };
                 }
             }
-            for layer in 0..self.shape.layers {
-                self.build(id, index, layer)?;
-            }
+        }
+        if sets > 0 {
+            (0..self.shape.layers).for_each(|layer| self.falls_behind(id, layer));
         }
         Ok(())
     }

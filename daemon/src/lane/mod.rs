@@ -168,6 +168,8 @@ pub enum Command {
     Evict(u64, Option<SequenceId>, usize, oneshot::Sender<Result<Evicted, Failure>>),
     /// Which sequences are open, in all of its sessions.
     List(oneshot::Sender<Vec<OpenSequence>>),
+    /// Nothing but a sign of life.
+    Ping(oneshot::Sender<()>),
     /// The client is gone. Answered once all its memory has been given back.
     Detach(u64, oneshot::Sender<()>),
     /// End the lane once every session's transfers have ended.
@@ -495,6 +497,7 @@ impl Lane {
                 }
             }
             Command::List(reply) => drop(reply.send(self.list())),
+            Command::Ping(reply) => drop(reply.send(())),
             Command::Detach(id, done) => {
                 if let Some(attached) = self.find(id) {
                     attached.session.hear();
@@ -556,7 +559,9 @@ impl Attached {
         self.session.count_pages();
         self.session.refresh_status();
         match self.check(answer) {
-            Some(Outcome::Later(asked)) => self.parked = Some((asked, reply)),
+            Some(Outcome::Later(asked)) => {
+                (self.parked, self.retries) = (Some((asked, reply)), self.session.is_behind());
+            }
             Some(answer) => drop(reply.send(answer)),
             None => {}
         }

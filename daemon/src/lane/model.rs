@@ -152,6 +152,8 @@ pub struct ModelState {
     pub open: Vec<u32>,
     /// Which of them have changed since they were last kept.
     pub(crate) touched: Touched,
+    /// Sequences and layers with rows that are not digested yet, in the order in which they came.
+    pub(crate) behind: VecDeque<(SequenceId, usize)>,
     /// The device's slab; `None` in place.
     pub slab: Option<SlabState>,
     /// Graph mode, if the session wants it.
@@ -284,6 +286,7 @@ impl ModelState {
             sequences,
             open: Vec::new(),
             touched: Touched::default(),
+            behind: VecDeque::new(),
             slab,
             graph,
             spill: spill.map(|to| SpillState::new(to, geometry.page_bytes(), &account)),

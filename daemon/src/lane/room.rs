@@ -6,7 +6,16 @@ use kvoyant_protocol::wire::SequenceId;
 
 use crate::lane::digests::DigestSet;
 use crate::lane::model::{HEAP_FILE_BYTES, ModelState};
-use crate::lane::sequences::{RESERVE_MAX, check_tokens};
+use crate::lane::sequences::{LayerSlots, RESERVE_MAX, Sequence, check_tokens};
+use crate::quota::Charge;
+use crate::tiers::purse::Beside;
+
+/// What a sequence counts for with its user, for as long as it is open.
+#[derive(Debug)]
+pub struct Charges {
+    _sequence: Charge,
+    _memory: Beside,
+}
 
 impl ModelState {
     /// Extents that must be added before a request can be met; 0 if it can be met at once, or never.
@@ -96,6 +105,36 @@ impl ModelState {
         let per_head = kept.saturating_add((4 * capacity + slots + self.shape.head_dim * 4) as u64);
         let marks = (capacity * self.shape.page_rows) as u64;
         per_head.saturating_mul(self.heads() as u64).saturating_add(marks)
+    }
+
+    /// One sequence more, of its user's, with what a lane keeps of each of its layers.
+    pub(super) fn charge_sequence(&self) -> Result<Charges, Failure> {
+        let layer = size_of::<LayerSlots>() + size_of::<u32>() + size_of::<bool>();
+        let bytes = (size_of::<Sequence>() + self.shape.layers * layer) as u64;
+        self.check_tables(bytes)?;
+        let purse = self.arena.purse();
+        let sequence = purse.account().charge(Quota::Sequences, 1).map_err(Failure::Quota)?;
+        Ok(Charges { _sequence: sequence, _memory: purse.beside(bytes)? })
+    }
+
+    /// Whether a sequence may be forked to a method.
+    pub(crate) fn check_fork(
+        &self,
+        parent: SequenceId,
+        method: usize,
+        by: SelectedBy,
+    ) -> Result<(), Failure> {
+        self.check_selector(method, by)?;
+        let from = self.sequence(parent)?.method;
+        if from != method && (self.drops_rows(from) || self.drops_rows(method)) {
+            return Err(Failure::BadMethod(format!(
+                "sequence {parent} cannot be forked from {} to {}: a method with a pool drops rows, so it neither takes \
+                 over a sequence nor hands one on; open one with it",
+                self.methods[from].spec(),
+                self.methods[method].spec()
+            )));
+        }
+        Ok(())
     }
 
     /// Whether the daemon's memory for tables and digests would hold so many bytes more. What follows relies on it: an

@@ -9,15 +9,15 @@ use std::sync::Arc;
 use kvoyant_methods::Selection;
 use kvoyant_protocol::control::{Failure, NO_PAGE, PageWord, SelectedBy, TableRef};
 use kvoyant_protocol::memory::MemoryError;
-use kvoyant_protocol::quota::{OverQuota, Quota};
+use kvoyant_protocol::quota::OverQuota;
 use kvoyant_protocol::wire::SequenceId;
 
 use crate::device::rows::LayerPages;
 use crate::lane::background::is_flying;
 use crate::lane::digests::DigestSet;
 use crate::lane::model::{Limbo, ModelState, RECORD_BYTES};
+use crate::lane::room::Charges;
 use crate::prefixes::Attachment;
-use crate::quota::Charge;
 use crate::tiers::heap::Region;
 use crate::tiers::residency::SlotSet;
 
@@ -83,7 +83,7 @@ pub struct Sequence {
     /// Its slot of the records, in graph mode.
     pub graph: Option<u32>,
     /// Its user has one sequence more.
-    pub _charge: Charge,
+    pub _charge: Charges,
 }
 
 impl Sequence {
@@ -160,11 +160,6 @@ impl ModelState {
         self.shape.layers * self.shape.kv_heads
     }
 
-    /// One sequence more, of its user's.
-    pub(super) fn charge_sequence(&self) -> Result<Charge, Failure> {
-        self.arena.purse().account().charge(Quota::Sequences, 1).map_err(Failure::Quota)
-    }
-
     pub(super) fn free_slot(&self) -> Result<usize, Failure> {
         let max = self.sequences.len() as u32;
         self.sequences
@@ -199,7 +194,7 @@ impl ModelState {
     }
 
     /// What drops rows for good is the daemon's to decide.
-    fn check_selector(&self, method: usize, by: SelectedBy) -> Result<(), Failure> {
+    pub(super) fn check_selector(&self, method: usize, by: SelectedBy) -> Result<(), Failure> {
         if by == SelectedBy::Lane || !self.drops_rows(method) {
             return Ok(());
         }
@@ -209,7 +204,7 @@ impl ModelState {
         )))
     }
 
-    fn drops_rows(&self, method: usize) -> bool {
+    pub(super) fn drops_rows(&self, method: usize) -> bool {
         self.methods[method].needs().drops_rows
     }
 
@@ -271,16 +266,7 @@ impl ModelState {
             Some(method) => self.method_index(method)?,
             None => self.sequence(parent)?.method,
         };
-        self.check_selector(method, by)?;
-        let from = self.sequence(parent)?.method;
-        if from != method && (self.drops_rows(from) || self.drops_rows(method)) {
-            return Err(Failure::BadMethod(format!(
-                "sequence {parent} cannot be forked from {} to {}: a method with a pool drops rows, so it neither takes \
-                 over a sequence nor hands one on; open one with it",
-                self.methods[from].spec(),
-                self.methods[method].spec()
-            )));
-        }
+        self.check_fork(parent, method, by)?;
         let slot = self.free_slot()?;
         // The parent may get digests that it had no need of, and the child has those of its method alone.
         let capacity = self.sequence(parent)?.capacity;
@@ -325,29 +311,29 @@ impl ModelState {
         self.sequence_mut(parent)?.room = room;
         let mut residency = Vec::new();
         residency.resize_with(self.shape.layers, LayerSlots::default);
-        Ok(self.install(
-            slot,
-            Sequence {
-                method,
-                by,
-                seed,
-                table,
-                capacity,
-                slots,
-                stays: false,
-                pages,
-                room,
-                lens,
-                observation,
-                observed,
-                marks,
-                digests,
-                prefix,
-                residency,
-                graph: None,
-                _charge: charge,
-            },
-        ))
+        let sequence = Sequence {
+            method,
+            by,
+            seed,
+            table,
+            capacity,
+            slots,
+            stays: false,
+            pages,
+            room,
+            lens,
+            observation,
+            observed,
+            marks,
+            digests,
+            prefix,
+            residency,
+            graph: None,
+            _charge: charge,
+        };
+        let child = self.install(slot, sequence);
+        (0..self.shape.layers).for_each(|layer| self.falls_behind(child, layer));
+        Ok(child)
     }
 
     /// Gives sequences room to write: private pages up to so many tokens each. All of them or none.

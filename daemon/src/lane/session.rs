@@ -224,12 +224,15 @@ impl LaneSession {
         if self.streams {
             self.release_by_stream()?;
         }
+        let since = Instant::now();
+        if !self.work_off(since)? {
+            return Ok(true);
+        }
         if self.must_rest() {
             return Ok(false);
         }
         let available = self.requests.available(&self.c2d)?;
         let mut handled = 0;
-        let since = Instant::now();
         while handled < available.min(most) {
             if handled > 0 && since.elapsed() > TURN_MAX {
                 break;
@@ -267,6 +270,9 @@ impl LaneSession {
             self.requests.advance(&self.d2c);
             self.requests_done += 1;
             handled += 1;
+            if !self.work_off(since)? {
+                return Ok(true);
+            }
         }
         let prepared = self.prepare(tools, since);
         Ok(self.reports(tools, most)? | (handled > 0) | prepared)
@@ -288,6 +294,12 @@ impl LaneSession {
                 self.draining = Some(end);
                 return Ok(false);
             }
+        } else {
+            self.work_off(Instant::now())?;
+        }
+        if self.is_behind() {
+            self.draining = Some(end);
+            return Ok(false);
         }
         self.reports(tools, u32::MAX)?;
         Ok(true)

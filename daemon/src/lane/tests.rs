@@ -8,6 +8,7 @@ use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Failure, Mode, ModelSpec, SelectedBy, ToDaemon};
 use kvoyant_protocol::layout::{Layout, Limits};
 use kvoyant_protocol::memory::Memfd;
+use kvoyant_protocol::quota::Quota;
 use kvoyant_protocol::wire::{BatchEntry, SequenceId};
 
 use crate::device::host::{HostDevice, Shape as Link};
@@ -15,6 +16,7 @@ use crate::device::{Importer, SlabRequest};
 use crate::lane::background::Background;
 use crate::lane::model::{HEAP_FILE_BYTES, ModelState, Placement};
 use crate::lane::select::{Answer, Turn};
+use crate::lane::sequences::LayerSlots;
 use crate::quota::Ledger;
 use crate::tiers::arena::ArenaBudget;
 use crate::tiers::pool::{ExtentPool, PoolSettings};
@@ -177,4 +179,17 @@ fn room_for_tables_is_asked_for_by_what_a_sequences_own_method_keeps_and_before_
     assert!(matches!(fork, Err(Failure::TablesFull { .. })), "{fork:?}");
     served.model.close(plain).unwrap();
     served.model.reserve(&[(kept, 200)]).unwrap();
+}
+
+#[test]
+fn what_a_lane_keeps_of_a_sequence_counts_with_its_users_tables_until_it_is_closed() {
+    let mut lane = Served::new(&["full"]);
+    let tables = |lane: &Served| lane.model.arena.purse().account().held(Quota::Tables);
+    let first = lane.open(0, 10).unwrap();
+    let before = tables(&lane);
+    let more: Vec<_> = (0..10).map(|_| lane.open(0, 10).unwrap()).collect();
+    let each = LAYERS * size_of::<LayerSlots>();
+    assert!(tables(&lane) >= before + 10 * each as u64, "{before} and then {}", tables(&lane));
+    more.into_iter().chain([first]).for_each(|id| lane.model.close(id).unwrap());
+    assert!(tables(&lane) < before);
 }

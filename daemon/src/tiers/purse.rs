@@ -16,6 +16,19 @@ pub struct Purse {
     account: Arc<Account>,
 }
 
+/// Memory that counts with tables and lies elsewhere ([`Purse::beside`]).
+#[derive(Debug)]
+pub(crate) struct Beside {
+    purse: Purse,
+    bytes: u64,
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        self.purse.give_tables_back(self.bytes);
+    }
+}
+
 impl Purse {
     /// A user's.
     #[must_use]
@@ -104,6 +117,15 @@ impl Purse {
             Err(_) => self.account.give(Quota::Tables, bytes),
         }
         taken
+    }
+
+    /// Counts memory that lies elsewhere with tables, for as long as what comes back lives.
+    ///
+    /// # Errors
+    /// As for [`Purse::take_tables`].
+    pub(crate) fn beside(&self, bytes: u64) -> Result<Beside, MemoryError> {
+        self.take_tables(bytes)?;
+        Ok(Beside { purse: self.clone(), bytes })
     }
 
     /// Gives memory for tables back.

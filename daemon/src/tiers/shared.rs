@@ -1,27 +1,82 @@
 //! Pages that belong to no session: rows of published prefixes, which sessions read where they lie.
 //!
 //! They are in extents of the daemon's own, of which clients get descriptors that can only be mapped for reading. Whoever maps an extent
-//! sees all of it, so one extent holds pages of one *group*: those that the same clients may read.
+//! sees all of it, so one extent holds pages of one *group*: those that the same clients may read. An extent is there for as long as one of
+//! its pages is in use, or a session has it mapped; what all groups have of them together is bounded by a [`SharedBudget`].
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
 
 use crate::tiers::arena::ArenaBudget;
 
+/// What all groups may have of the arena together, in whole extents.
+#[derive(Debug)]
+pub struct SharedBudget {
+    arena: Arc<ArenaBudget>,
+    most: usize,
+    held: AtomicUsize,
+}
+
+impl SharedBudget {
+    /// As many extents as so many bytes have, and at least one: with none nothing could be published.
+    #[must_use]
+    pub fn new(arena: Arc<ArenaBudget>, bytes: u64) -> Arc<Self> {
+        let most = usize::try_from(bytes / EXTENT_BYTES as u64).unwrap_or(usize::MAX).max(1);
+        Arc::new(Self { arena, most, held: AtomicUsize::new(0) })
+    }
+
+    /// Extents that there may be.
+    #[must_use]
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
+    /// Extents that there are.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of extents that could still be had.
+    #[must_use]
+    pub fn free_bytes(&self) -> u64 {
+        let left = self.most.saturating_sub(self.held()) as u64;
+        left.saturating_mul(EXTENT_BYTES as u64).min(self.arena.free_bytes())
+    }
+
+    fn take(&self) -> bool {
+        let one_more = |held| (held < self.most).then_some(held + 1);
+        if self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_err() {
+            return false;
+        }
+        let taken = self.arena.take_extents(1, 0);
+        if !taken {
+            self.held.fetch_sub(1, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    fn give(&self) {
+        self.arena.give_extents(1);
+        self.held.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// 64 MiB that clients can only read.
 #[derive(Debug)]
 pub struct SharedExtent {
     memory: Arc<SharedMapping>,
     file: Memfd,
-    budget: Arc<ArenaBudget>,
+    budget: Arc<SharedBudget>,
 }
 
 impl SharedExtent {
-    fn new(budget: &Arc<ArenaBudget>) -> Result<Self, MemoryError> {
-        if !budget.take_extents(1, 0) {
+    fn new(budget: &Arc<SharedBudget>) -> Result<Self, MemoryError> {
+        if !budget.take() {
             return Err(MemoryError::Budget { wanted: EXTENT_BYTES as u64, free: budget.free_bytes() });
         }
         let made = Memfd::create("kvoyant-shared", EXTENT_BYTES).and_then(|file| {
@@ -33,7 +88,7 @@ impl SharedExtent {
         match made {
             Ok((file, memory)) => Ok(Self { memory, file, budget: Arc::clone(budget) }),
             Err(error) => {
-                budget.give_extents(1);
+                budget.give();
                 Err(error)
             }
         }
@@ -53,23 +108,21 @@ impl SharedExtent {
 
 impl Drop for SharedExtent {
     fn drop(&mut self) {
-        self.budget.give_extents(1);
+        self.budget.give();
     }
 }
 
-/// Who has an extent that nobody else has: its group, and the page that is just given back.
-const ITS_OWN: usize = 2;
-
 #[derive(Debug, Default)]
 struct Free {
-    /// Extents with pages in use, and which of their pages are free.
-    extents: Vec<(Arc<SharedExtent>, Vec<u32>)>,
+    /// Extents, and which of their pages are free. What is in use keeps them, and so do sessions that have them mapped: an empty one that a
+    /// session has is used again, and goes with that session otherwise.
+    extents: Vec<(Weak<SharedExtent>, Vec<u32>)>,
 }
 
 /// Pages of one size that the same clients may read.
 #[derive(Debug)]
 pub struct SharedPages {
-    budget: Arc<ArenaBudget>,
+    budget: Arc<SharedBudget>,
     page_bytes: usize,
     free: Mutex<Free>,
 }
@@ -77,12 +130,20 @@ pub struct SharedPages {
 impl SharedPages {
     /// None yet.
     #[must_use]
-    pub fn new(budget: Arc<ArenaBudget>, page_bytes: usize) -> Arc<Self> {
+    pub fn new(budget: Arc<SharedBudget>, page_bytes: usize) -> Arc<Self> {
         Arc::new(Self { budget, page_bytes: page_bytes.max(1), free: Mutex::default() })
     }
 
-    fn per_extent(&self) -> usize {
+    /// Pages of an extent. What does not divide is left over at its end.
+    #[must_use]
+    pub fn per_extent(&self) -> usize {
         EXTENT_BYTES / self.page_bytes
+    }
+
+    /// Whether there is no extent of it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.free().extents.iter().all(|(extent, _)| extent.strong_count() == 0)
     }
 
     fn free(&self) -> MutexGuard<'_, Free> {
@@ -92,29 +153,28 @@ impl SharedPages {
     /// Takes a page, in an extent that has one free or in a new one. What it holds is whatever it was.
     ///
     /// # Errors
-    /// [`MemoryError::Budget`] if the arena has no extent left.
+    /// [`MemoryError::Budget`] if the groups have all extents that they may have, or the arena has none left.
     pub fn take(self: &Arc<Self>) -> Result<SharedPage, MemoryError> {
         let mut free = self.free();
-        let at = match free.extents.iter().position(|(_, pages)| !pages.is_empty()) {
-            Some(at) => at,
-            None => {
-                let extent = Arc::new(SharedExtent::new(&self.budget)?);
-                free.extents.push((extent, (0..self.per_extent() as u32).rev().collect()));
-                free.extents.len() - 1
+        free.extents.retain(|(extent, _)| extent.strong_count() > 0);
+        for (extent, pages) in &mut free.extents {
+            let Some(index) = pages.pop() else { continue };
+            // Whoever had it last may have let go of it just now.
+            if let Some(extent) = extent.upgrade() {
+                return Ok(SharedPage { group: Arc::clone(self), extent, index });
             }
-        };
-        let (extent, pages) = &mut free.extents[at];
-        let index = pages.pop().unwrap_or_else(|| unreachable!("an extent with free pages was looked for"));
-        Ok(SharedPage { group: Arc::clone(self), extent: Arc::clone(extent), index })
+        }
+        let extent = Arc::new(SharedExtent::new(&self.budget)?);
+        // The first page is taken.
+        free.extents.push((Arc::downgrade(&extent), (1..self.per_extent() as u32).rev().collect()));
+        Ok(SharedPage { group: Arc::clone(self), extent, index: 0 })
     }
 
     fn give(&self, extent: &Arc<SharedExtent>, index: u32) {
         let mut free = self.free();
-        let Some(at) = free.extents.iter().position(|(known, _)| Arc::ptr_eq(known, extent)) else { return };
-        free.extents[at].1.push(index);
-        // What is empty goes: somebody else may need the memory. But while sessions have it mapped that would free nothing.
-        if free.extents[at].1.len() == self.per_extent() && Arc::strong_count(extent) <= ITS_OWN {
-            free.extents.swap_remove(at);
+        let same = |known: &Weak<SharedExtent>| known.as_ptr() == Arc::as_ptr(extent);
+        if let Some((_, pages)) = free.extents.iter_mut().find(|(known, _)| same(known)) {
+            pages.push(index);
         }
     }
 }
@@ -174,10 +234,51 @@ impl Drop for SharedPage {
 mod tests {
     use super::*;
 
+    fn budgets(arena: u64, shared: u64) -> (Arc<ArenaBudget>, Arc<SharedBudget>) {
+        let arena = Arc::new(ArenaBudget::new(arena * EXTENT_BYTES as u64));
+        (Arc::clone(&arena), SharedBudget::new(arena, shared * EXTENT_BYTES as u64))
+    }
+
+    #[test]
+    fn groups_never_have_more_extents_together_than_their_share() {
+        let (arena, shared) = budgets(8, 2);
+        let groups: Vec<_> = (1..9).map(|kib| SharedPages::new(Arc::clone(&shared), kib << 10)).collect();
+        let mut pages: Vec<_> = groups.iter().flat_map(SharedPages::take).collect();
+        assert_eq!((pages.len(), shared.held()), (2, 2));
+        assert_eq!(arena.free_bytes(), 6 * EXTENT_BYTES as u64, "the rest is there for others");
+        assert!(matches!(groups[2].take(), Err(MemoryError::Budget { free: 0, .. })));
+        pages.remove(0);
+        assert!(groups[0].is_empty() && !groups[1].is_empty());
+        pages.push(groups[2].take().unwrap());
+        drop(pages);
+        // What the arena does not have is not counted.
+        assert!(arena.take_extents(8, 0));
+        assert!(groups[0].take().is_err());
+        assert_eq!((shared.held(), shared.free_bytes()), (0, 0));
+        assert_eq!(SharedBudget::new(arena, 5).most(), 1, "something can always be published");
+    }
+
+    #[test]
+    fn an_empty_extent_that_a_session_has_is_used_again_and_goes_with_the_session() {
+        let (arena, shared) = budgets(8, 1);
+        let (group, other) =
+            (SharedPages::new(Arc::clone(&shared), 4096), SharedPages::new(Arc::clone(&shared), 8192));
+        let page = group.take().unwrap();
+        let mapped = Arc::clone(page.extent());
+        drop(page);
+        assert!(other.take().is_err(), "its memory is still there");
+        let again = group.take().unwrap();
+        assert!(Arc::ptr_eq(again.extent(), &mapped));
+        drop(again);
+        drop(mapped);
+        assert_eq!((shared.held(), arena.used_bytes()), (0, 0));
+        other.take().unwrap();
+    }
+
     #[test]
     fn pages_are_apart_come_back_and_can_only_be_read_by_others() {
-        let budget = Arc::new(ArenaBudget::new(2 * EXTENT_BYTES as u64));
-        let group = SharedPages::new(Arc::clone(&budget), 16 << 20);
+        let (budget, shared) = budgets(2, 2);
+        let group = SharedPages::new(shared, 16 << 20);
         let pages: Vec<SharedPage> = (0..8).map(|_| group.take().unwrap()).collect();
         for (i, page) in pages.iter().enumerate() {
             page.write(&[i as u8; 4096]).unwrap();

@@ -12,6 +12,8 @@
 //! | 32.. | `[capacity][64]` f16: per block the rows as a ring |
 //! | … | `[capacity]` i64: sums over the inner rows |
 //! | … | `[capacity]` i64: totals over all rows |
+//!
+//! The bytes may come from an image that somebody else wrote: whatever they hold, rows and blocks are cut to what can be.
 
 use std::ops::Range;
 
@@ -25,6 +27,9 @@ const ROWS: usize = 0;
 const COLUMNS: usize = 8;
 const SCORED_ROWS: usize = 12;
 const SCORED_COLUMNS: usize = 20;
+
+/// No sequence has so many rows; two more are still a number.
+const ROWS_MAX: u64 = 1 << 62;
 
 const COLUMN: usize = HISTORY * 2;
 const SUM: usize = 8;
@@ -92,7 +97,7 @@ impl<'a> History<'a> {
 
     /// Rows ever.
     pub(super) fn rows(&self) -> u64 {
-        words::get_i64(self.header, ROWS) as u64
+        (words::get_i64(self.header, ROWS) as u64).min(ROWS_MAX)
     }
 
     /// Blocks that a row has covered.
@@ -121,7 +126,7 @@ impl<'a> History<'a> {
             columns,
             |at, out| column(kernels, image, at, out),
             |at, z| {
-                add(sums, at, sign * fixed(z));
+                add(sums, at, sign.wrapping_mul(fixed(z)));
             },
         );
     }

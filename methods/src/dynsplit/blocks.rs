@@ -11,6 +11,9 @@
 //! | 16.. | `[waiting][d]` f32: keys of the tokens since then |
 //! | … | `[waiting]` marks of theirs |
 //! | … | per block its end (u32) and its digest |
+//!
+//! The memory may come from an image that somebody else wrote. Numbers are cut, where they are read, to what it can hold; ends of
+//! blocks may still go back and forth, for whoever reads them to expect.
 
 use std::ops::Range;
 
@@ -91,18 +94,31 @@ impl Layout {
         self.records() + max_tokens.div_ceil(self.shortest()) * self.record()
     }
 
-    /// Tokens so far.
+    /// Tokens so far: fewer wait than it takes for the next block's end.
     pub(super) fn tokens(&self, memory: &[u8]) -> usize {
-        word(memory, TOKENS)
+        let end = word(memory, END);
+        word(memory, TOKENS).clamp(end, end + self.waiting() - 1)
+    }
+
+    /// Blocks that a memory can hold.
+    fn places(&self, memory: &[u8]) -> usize {
+        memory.len().saturating_sub(self.records()) / self.record()
+    }
+
+    /// Blocks that have an end.
+    fn closed(&self, memory: &[u8]) -> usize {
+        let blocks = word(memory, BLOCKS);
+        // Nothing is divided where it is as it should be: every block asks.
+        if self.records() + blocks * self.record() <= memory.len() { blocks } else { self.places(memory) }
     }
 
     /// Blocks so far; the last may have no end yet.
     pub(super) fn blocks(&self, memory: &[u8]) -> usize {
-        word(memory, BLOCKS) + usize::from(word(memory, END) < self.tokens(memory))
+        self.closed(memory) + usize::from(word(memory, END) < self.tokens(memory))
     }
 
     fn end(&self, memory: &[u8], block: usize) -> usize {
-        if block < word(memory, BLOCKS) {
+        if block < self.closed(memory) {
             word(memory, self.records() + block * self.record())
         } else {
             self.tokens(memory)
@@ -127,11 +143,11 @@ impl Layout {
 
     /// A block's digest as f32, `[values]`; of the open one it is made from the waiting keys, through `keys`.
     pub(super) fn digest(&self, memory: &[u8], block: usize, keys: &mut Vec<f32>, digest: &mut [f32]) {
-        if block < word(memory, BLOCKS) {
+        if block < self.closed(memory) {
             let at = self.records() + block * self.record() + 4;
             self.kernels.to_f32(self.dtype, &memory[at..at + self.record() - 4], digest);
         } else {
-            let tokens = self.block(memory, block).len();
+            let tokens = self.tokens(memory) - word(memory, END);
             self.waiting_keys(memory, tokens, keys);
             self.summarise(keys, digest);
             // As it would be stored, so that a block's score does not change when it gets its end.
@@ -173,8 +189,10 @@ impl Layout {
     ) {
         let known = self.tokens(memory).saturating_sub(first);
         for (row, key) in keys.chunks_exact(self.d).enumerate().skip(known) {
-            let (tokens, end) = (first + row, word(memory, END));
-            let at = tokens - end;
+            let tokens = first + row;
+            let at = tokens.checked_sub(word(memory, END)).filter(|at| *at < self.waiting());
+            // Another sequence's memory: nothing more can be known of this one's blocks.
+            let Some(at) = at else { return };
             self.kernels.from_f32(Dtype::F32, key, &mut memory[HEADER + at * self.d * 4..][..self.d * 4]);
             memory[self.marks() + at] = marks.get(row).copied().unwrap_or(mark::NONE);
             put(memory, TOKENS, tokens + 1);
@@ -191,11 +209,13 @@ impl Layout {
         let length = self.length(keys, &memory[self.marks()..self.records()]);
         digest.resize(self.values(), 0.0);
         self.summarise(&keys[..length * self.d], digest);
-        let (block, end) = (word(memory, BLOCKS), word(memory, END) + length);
-        let record = &mut memory[self.records() + block * self.record()..][..self.record()];
-        put(record, 0, end);
-        self.kernels.from_f32(self.dtype, digest, &mut record[4..]);
-        put(memory, BLOCKS, block + 1);
+        let (block, end) = (self.closed(memory), word(memory, END) + length);
+        if block < self.places(memory) {
+            let record = &mut memory[self.records() + block * self.record()..][..self.record()];
+            put(record, 0, end);
+            self.kernels.from_f32(self.dtype, digest, &mut record[4..]);
+            put(memory, BLOCKS, block + 1);
+        }
         put(memory, END, end);
         let (marks, records) = (self.marks(), self.records());
         memory.copy_within(HEADER + length * self.d * 4..marks, HEADER);

@@ -131,9 +131,10 @@ impl Method for Dynsplit {
             let last = self.layout.tokens(memory).min(candidates.end);
             let first = self.layout.block_of(memory, candidates.start);
             let count = match last.checked_sub(1) {
-                Some(last) if last >= candidates.start => self.layout.block_of(memory, last) + 1 - first,
+                Some(last) if last >= candidates.start => self.layout.block_of(memory, last) + 1,
                 _ => 0,
             };
+            let count = count.min(self.layout.blocks(memory)).saturating_sub(first);
             let queries = context.group_queries(&self.shape, head, block);
             self.score(memory, first, count, queries, (keys, digest, bounds), scores);
             group.clear();
@@ -180,9 +181,11 @@ impl Method for Dynsplit {
             }
             ids.truncate(taken);
             ids.sort_unstable();
-            for id in ids.iter() {
-                let tokens = tokens(*id);
-                out.push(tokens.start, tokens.end);
+            // Blocks lie one behind the other, but for a memory's that lies.
+            let mut from = candidates.start;
+            for tokens in ids.iter().map(|id| tokens(*id)) {
+                out.push(tokens.start.max(from), tokens.end);
+                from = from.max(tokens.end);
             }
             out.finish_head();
         }

@@ -167,23 +167,22 @@ impl Hetero {
     }
 
     /// Where queries wait: sees whether the choice has drifted from most of them, and makes it anew by the last if so. Gives
-    /// whether it did.
+    /// whether it did. Queries of a longer sequence than the one that is asked for wait on: its rows need not be there.
     fn refresh(
         &self,
-        layer: usize,
+        context: &SelectContext<'_>,
         head: usize,
-        source: &dyn RowSource,
         memory: &mut Memory<'_>,
         scratch: &mut Scratch,
     ) -> bool {
-        let tokens = memory.query_tokens();
-        if tokens == 0 {
+        let (layer, tokens) = (context.layer, memory.query_tokens());
+        if tokens == 0 || tokens > context.tokens || self.looks() == 0 {
             return false;
         }
         let Scratch { scores, pages: pooled, group, top, ids, hits: kept, counts, rows: queries, .. } =
             scratch;
         self.share(layer, tokens, counts);
-        let chooser = self.chooser(layer, head, counts, source);
+        let chooser = self.chooser(layer, head, counts, context.rows);
         memory.take_queries(queries);
         let candidates = self.shape.candidates(tokens);
         kept.clear();
@@ -254,10 +253,12 @@ impl Hetero {
         }
         let recent = self.recent(memory, candidates, rows);
         ids.clear();
-        // What was chosen for a longer sequence may lie beyond the end of this one.
-        let within = memory.ids().filter(|id| candidates.contains(&(*id as usize)));
+        // What was chosen for a longer sequence may lie beyond the end of this one; what an image brings may be anything.
+        let before = candidates.start..recent.start;
+        let within = memory.ids().filter(|id| before.contains(&(*id as usize)));
         ids.extend(within.take(rows - recent.len()));
         ids.sort_unstable();
+        ids.dedup();
         for id in ids.iter() {
             out.push(*id as usize, *id as usize + 1);
         }
@@ -314,13 +315,13 @@ impl Method for Hetero {
             // A choice lasts while the sequence grows, step by step.
             let grows = (memory.chosen_tokens()..=memory.last_tokens() + self.shape.window).contains(&tokens);
             if decode && memory.is_lasting() && grows {
-                self.refresh(layer, chooser, context.rows, &mut memory, scratch);
+                self.refresh(context, chooser, &mut memory, scratch);
                 let (every, looks) = (self.options.every, self.looks());
                 if self.layers[layer][chooser].role != Role::Anchor {
                     let step = memory.count_step();
                     // The last steps before a look.
                     if let Some(number) =
-                        (step + looks).checked_sub(every + 1).filter(|number| *number < looks)
+                        (step + looks).checked_sub(every.saturating_add(1)).filter(|number| *number < looks)
                     {
                         let queries = context.group_queries(&self.shape, chooser, &mut scratch.block);
                         memory.put_query(number, queries);
@@ -366,7 +367,7 @@ impl Method for Hetero {
             if self.place(layer, head, &context.heads) == head {
                 let mut memory = self.memory(store.memory_mut(head));
                 let chooser = self.layers[layer][head].pivot;
-                if self.refresh(layer, chooser, context.rows, &mut memory, scratch) {
+                if self.refresh(context, chooser, &mut memory, scratch) {
                     renewed.push(head as u32);
                 }
             }

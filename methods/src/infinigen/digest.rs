@@ -23,7 +23,8 @@ pub(crate) fn gather(a: Option<&[f32]>, d: usize, state: &[u8], out: &mut Vec<f3
         match a {
             Some(a) => {
                 let row = &a[i * d..(i + 1) * d];
-                chosen.for_each(|(value, column)| *value = row[column]);
+                // A state that lies may name a column that is not there.
+                chosen.for_each(|(value, column)| *value = row.get(column).copied().unwrap_or(0.0));
             }
             None => chosen.for_each(|(value, column)| *value = f32::from(u8::from(column == i))),
         }

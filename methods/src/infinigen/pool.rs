@@ -12,6 +12,9 @@
 //! | 4..8 | tokens alive |
 //! | 8..12 | no live token below this one, sinks aside, has a counter of 0 |
 //! | 12.. | a counter per token; 255: evicted |
+//!
+//! It may also come from an image that somebody else wrote: there are never more tokens than it has counters, nor more alive than
+//! there are tokens.
 
 use crate::budget::Budget;
 use crate::error::MethodError;
@@ -101,13 +104,13 @@ impl<'a> CounterPool<'a> {
     /// Tokens admitted so far, the evicted ones among them.
     #[must_use]
     pub fn tokens(&self) -> usize {
-        self.field(TOKENS)
+        self.field(TOKENS).min(self.bytes.len() - HEADER)
     }
 
     /// Tokens alive.
     #[must_use]
     pub fn alive(&self) -> usize {
-        self.field(ALIVE)
+        self.field(ALIVE).min(self.tokens())
     }
 
     /// How often a token was selected, halvings aside; `None` where it is evicted or was never admitted.
@@ -131,8 +134,9 @@ impl<'a> CounterPool<'a> {
             self.bytes[HEADER + newest] = 0;
             self.set_field(TOKENS, newest + 1);
             self.set_field(ALIVE, self.alive() + 1);
+            let mut passed = None;
             while self.alive() > self.limits.capacity(newest + 1) {
-                let Some(token) = self.smallest() else { break };
+                let Some(token) = self.smallest(&mut passed) else { break };
                 self.bytes[HEADER + token] = EVICTED;
                 self.set_field(ALIVE, self.alive() - 1);
                 victim(token as u32);
@@ -166,15 +170,17 @@ impl<'a> CounterPool<'a> {
             return;
         }
         let cut = self.counters()[tokens..].iter().filter(|counter| **counter != EVICTED).count();
-        self.set_field(ALIVE, self.alive() - cut);
+        self.set_field(ALIVE, self.alive().saturating_sub(cut));
         self.set_field(TOKENS, tokens);
         self.set_field(NO_ZERO_BELOW, self.field(NO_ZERO_BELOW).min(tokens));
         // What lies behind the last token looks new again.
         self.bytes[HEADER + tokens..HEADER + old].fill(0);
     }
 
-    /// The victim: the smallest counter outside sinks and window, of equal ones the lowest id.
-    fn smallest(&mut self) -> Option<usize> {
+    /// The victim: the smallest counter outside sinks and window, of equal ones the lowest id. `passed` is for the same pool's next
+    /// victim: a counter that no candidate is below, and how many candidates before have no such counter any more. Where many have to go
+    /// at once, as an image may have it, they are not all looked at again for each.
+    fn smallest(&mut self, passed: &mut Option<(u8, usize)>) -> Option<usize> {
         let first = self.limits.sinks;
         let end = self.tokens().saturating_sub(self.limits.window).max(first);
         // Most victims were never selected: what is below the mark need not be looked at again for those.
@@ -185,8 +191,14 @@ impl<'a> CounterPool<'a> {
         }
         self.set_field(NO_ZERO_BELOW, end);
         let candidates = &self.counters()[first..end];
-        let least = candidates.iter().copied().min().filter(|counter| *counter != EVICTED)?;
-        candidates.iter().position(|counter| *counter == least).map(|at| first + at)
+        let next = |least: u8, from: usize| {
+            candidates[from..].iter().position(|counter| *counter == least).map(|at| (least, from + at))
+        };
+        let found = passed
+            .and_then(|(least, from)| next(least, from))
+            .or_else(|| next(candidates.iter().copied().min().filter(|counter| *counter != EVICTED)?, 0));
+        *passed = found.map(|(least, at)| (least, at + 1));
+        found.map(|(_, at)| first + at)
     }
 
     fn counters(&self) -> &[u8] {

@@ -81,12 +81,14 @@ impl Resv {
     /// Fills `scratch.sizes` with the candidates of each cluster, and `scratch.skips` with [`NONE`].
     fn count(&self, memory: &[u8], candidates: &std::ops::Range<usize>, scratch: &mut Scratch) {
         let Scratch { sizes, skips, .. } = scratch;
-        let count = Tables::count(memory);
+        let count = self.tables.count(memory);
         sizes.clear();
         sizes.extend((0..count).map(|cluster| self.tables.size(memory, cluster)));
         let held = Tables::tokens(memory);
         for token in (0..candidates.start.min(held)).chain(candidates.end.min(held)..held) {
-            sizes[Tables::cluster_of(memory, token)] -= 1;
+            if let Some(size) = sizes.get_mut(Tables::cluster_of(memory, token)) {
+                *size = size.saturating_sub(1);
+            }
         }
         skips.clear();
         skips.resize(count, NONE);
@@ -205,10 +207,10 @@ impl Method for Resv {
             }
             Self::cut(budget, scratch);
             for token in candidates.start..candidates.end.min(Tables::tokens(memory)) {
-                match &mut scratch.skips[Tables::cluster_of(memory, token)] {
-                    0 => out.push(token, token + 1),
-                    &mut NONE => {}
-                    skip => *skip -= 1,
+                match scratch.skips.get_mut(Tables::cluster_of(memory, token)) {
+                    Some(0) => out.push(token, token + 1),
+                    None | Some(&mut NONE) => {}
+                    Some(skip) => *skip -= 1,
                 }
             }
             out.finish_head();

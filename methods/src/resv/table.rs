@@ -3,6 +3,9 @@
 //! From the front: tokens and clusters held (two u32), then every token's cluster (u32 each). From the *end* backwards: the
 //! clusters, each its size and its hash (u32) and its mean key (`[d]` f32). So either part grows into the middle, and a memory
 //! that is made larger needs no table of where things were.
+//!
+//! A memory may come from an image that somebody else wrote. Numbers are cut, where they are read, to what the memory can hold;
+//! a token's cluster may still be one that is not there, for whoever reads it to pass over.
 
 use kvoyant_kernels::{Dtype, Kernels};
 
@@ -46,15 +49,20 @@ impl Tables {
 
     /// Tokens held.
     pub(super) fn tokens(memory: &[u8]) -> usize {
-        read(memory, 0) as usize
+        (read(memory, 0) as usize).min(memory.len().saturating_sub(HEADER) / WORD)
     }
 
     /// Clusters held.
-    pub(super) fn count(memory: &[u8]) -> usize {
-        read(memory, WORD) as usize
+    pub(super) fn count(&self, memory: &[u8]) -> usize {
+        (read(memory, WORD) as usize).min(self.places(memory))
     }
 
-    /// The cluster of a token that is held.
+    /// Clusters that a memory can hold.
+    fn places(&self, memory: &[u8]) -> usize {
+        memory.len().saturating_sub(HEADER) / self.record()
+    }
+
+    /// The cluster of a token that is held; in a memory that lies it may be any number.
     pub(super) fn cluster_of(memory: &[u8], token: usize) -> usize {
         read(memory, HEADER + token * WORD) as usize
     }
@@ -63,9 +71,9 @@ impl Tables {
         memory.len() - (cluster + 1) * self.record()
     }
 
-    /// Tokens of a cluster.
+    /// Tokens of a cluster, no more than are held.
     pub(super) fn size(&self, memory: &[u8], cluster: usize) -> u32 {
-        read(memory, self.place(memory, cluster))
+        read(memory, self.place(memory, cluster)).min(Self::tokens(memory) as u32)
     }
 
     pub(super) fn hash_of(&self, memory: &[u8], cluster: usize) -> u32 {
@@ -88,17 +96,21 @@ impl Tables {
     /// Takes in the key of the next token: it joins the nearest of the recent clusters (of equally near ones the first), or opens
     /// one where none is near and the limit is not reached.
     pub(super) fn push(&self, key: &[f32], memory: &mut [u8], mean: &mut [f32]) {
-        let (token, count) = (Self::tokens(memory), Self::count(memory));
+        let (token, count, places) = (Self::tokens(memory), self.count(memory), self.places(memory));
+        if HEADER + (token + 1) * WORD > memory.len() || places == 0 {
+            return;
+        }
         let hash = self.hash(key);
         let nearest = (token.saturating_sub(self.recent)..token)
-            .map(|other| {
-                let cluster = Self::cluster_of(memory, other);
-                ((self.hash_of(memory, cluster) ^ hash).count_ones(), cluster)
-            })
+            .map(|other| Self::cluster_of(memory, other))
+            .filter(|cluster| *cluster < count)
+            .map(|cluster| ((self.hash_of(memory, cluster) ^ hash).count_ones(), cluster))
             .min();
-        let full = count >= self.limit(token + 1);
+        let full = count >= self.limit(token + 1).min(places);
         let cluster = match nearest {
             Some((distance, cluster)) if distance < self.distance || full => cluster,
+            // Full, and no recent token has a cluster: only in a memory that lies.
+            None if full => 0,
             _ => count,
         };
         let mut size = 1;
@@ -124,7 +136,7 @@ impl Tables {
     pub(super) fn grow(&self, old: &[u8], new: &mut [u8]) {
         if old.len() >= HEADER {
             let front = HEADER + Self::tokens(old) * WORD;
-            let back = Self::count(old) * self.record();
+            let back = self.count(old) * self.record();
             new[..front].copy_from_slice(&old[..front]);
             let at = new.len() - back;
             new[at..].copy_from_slice(&old[old.len() - back..]);

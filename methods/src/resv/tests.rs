@@ -31,8 +31,8 @@ fn filled(method: &Resv, keys: &[f32], chunk: usize, room: usize) -> Store {
 }
 
 /// Tokens of each cluster of KV head 0.
-fn members(memory: &[u8]) -> Vec<Vec<usize>> {
-    let mut members = vec![Vec::new(); Tables::count(memory)];
+fn members(method: &Resv, memory: &[u8]) -> Vec<Vec<usize>> {
+    let mut members = vec![Vec::new(); method.tables.count(memory)];
     (0..Tables::tokens(memory)).for_each(|token| members[Tables::cluster_of(memory, token)].push(token));
     members
 }
@@ -51,7 +51,7 @@ proptest! {
         let store = filled(&method, &frames(&mut Rng::new(seed), tokens, spread), chunk, tokens);
         let memory = store.memory(0);
         prop_assert_eq!(Tables::tokens(memory), tokens);
-        let members = members(memory);
+        let members = members(&method, memory);
         prop_assert!(members.len() <= method.tables.limit(tokens));
         let mut mean = vec![0.0; 8];
         for (cluster, members) in members.iter().enumerate() {
@@ -82,13 +82,13 @@ proptest! {
         let mut at_once = filled(&method, &keys, 64, tokens);
         let mut grown = filled(&method, &keys[..16], 64, 1);
         keys[16..].chunks(16 * chunk).for_each(|keys| grown.append(&method, keys, chunk));
-        prop_assert_eq!(members(at_once.memory(1)), members(grown.memory(1)));
+        prop_assert_eq!(members(&method, at_once.memory(1)), members(&method, grown.memory(1)));
         let first = at_once.select(&method, &hint, &mut Scratch::new());
         prop_assert_eq!(&first, &grown.select(&method, &hint, &mut Scratch::new()));
 
         let cut = cut.min(tokens);
         grown.truncate(&method, cut);
-        prop_assert_eq!(members(grown.memory(0)), members(filled(&method, &keys[..cut * 16], 64, cut).memory(0)));
+        prop_assert_eq!(members(&method, grown.memory(0)), members(&method, filled(&method, &keys[..cut * 16], 64, cut).memory(0)));
         grown.append(&method, &keys[cut * 16..], chunk);
         prop_assert_eq!(first, grown.select(&method, &hint, &mut Scratch::new()));
     }
@@ -150,7 +150,7 @@ fn equal_keys_share_a_cluster_and_opposite_ones_never_do() {
         .flat_map(|at| key.iter().map(move |value| if at % 2 == 0 { *value } else { -value }))
         .collect();
     let store = filled(&method, &keys, 64, 60);
-    let members = members(store.memory(0));
+    let members = members(&method, store.memory(0));
     assert_eq!(members.len(), 2);
     assert!(members[0].iter().all(|token| token % 2 == 0));
 }
@@ -186,8 +186,8 @@ fn keys_that_never_cluster_fill_the_limit_and_then_join_the_nearest() {
         let method = resv(text, &small());
         let store = filled(&method, &keys, 64, tokens);
         let memory = store.memory(0);
-        assert_eq!(members(memory).iter().map(Vec::len).sum::<usize>(), tokens);
-        Tables::count(memory)
+        assert_eq!(members(&method, memory).iter().map(Vec::len).sum::<usize>(), tokens);
+        method.tables.count(memory)
     };
     assert_eq!(clusters("resv:distance=1,clusters=25%"), 100);
     assert!(clusters("resv:distance=1,clusters=100%") > 390, "almost every key is alone");

@@ -1,4 +1,6 @@
-//! Rows that cannot be digested yet because their pages are on disk: they are when somebody asks for them.
+//! Rows that are not digested yet. Whoever appends may append as many as a sequence holds, and a method may take its time over each: they are
+//! digested in pieces, for a turn at a time, before anything else is done for their session. Those whose pages are on disk are when somebody
+//! asks for them.
 
 use kvoyant_protocol::control::PageWord;
 use kvoyant_protocol::memory::MemoryError;
@@ -8,6 +10,43 @@ use crate::lane::model::ModelState;
 use crate::lane::sequences::Sequence;
 
 impl ModelState {
+    /// Rows of a layer are to be digested.
+    pub(crate) fn falls_behind(&mut self, id: SequenceId, layer: usize) {
+        let digests = self.sequence(id).is_ok_and(|sequence| !sequence.digests.is_empty());
+        if digests && self.speculates(layer) && self.behind.back() != Some(&(id, layer)) {
+            self.behind.push_back((id, layer));
+        }
+    }
+
+    /// Digests rows that have fallen behind, until there are none, which it says, or `enough` says so.
+    pub(crate) fn work_off(&mut self, enough: impl Fn() -> bool) -> Result<bool, MemoryError> {
+        while let Some((id, layer)) = self.behind.front().copied() {
+            if !self.build_some(id, layer)? {
+                self.behind.pop_front();
+            }
+            if !self.behind.is_empty() && enough() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn build_some(&mut self, id: SequenceId, layer: usize) -> Result<bool, MemoryError> {
+        let sets = self.sequence(id).map_or(0, |sequence| sequence.digests.len());
+        for index in 0..sets {
+            if self.build(id, index, layer)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Digests all rows of a layer that can be now.
+    pub(crate) fn build_layer(&mut self, id: SequenceId, layer: usize) -> Result<(), MemoryError> {
+        while self.build_some(id, layer)? {}
+        Ok(())
+    }
+
     /// Tokens of `from..to` before the first of which a page of the layer is on disk.
     pub(super) fn in_memory_to(&self, sequence: &Sequence, layer: usize, from: usize, to: usize) -> usize {
         if self.spill.is_none() {

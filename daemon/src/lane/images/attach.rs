@@ -46,9 +46,7 @@ impl ModelState {
         sequence.room = tokens;
         sequence.lens = vec![tokens as u32; layers];
         sequence.prefix = Some(Arc::clone(prefix));
-        for layer in 0..layers {
-            self.build_layer(*id, layer)?;
-        }
+        (0..layers).for_each(|layer| self.falls_behind(*id, layer));
         self.record(*id);
         Ok(())
     }

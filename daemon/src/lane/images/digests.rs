@@ -137,6 +137,15 @@ impl ModelState {
         if !fits {
             return Err(damaged("their sizes are others"));
         }
+        // What lies in states, memories and blocks the methods expect to be anything; what the lane reads itself is checked here.
+        let (needs, rows) = (self.methods[method].needs(), self.shape.page_rows as u32);
+        if image.built.iter().any(|built| needs.digestible(*built as usize) != *built as usize) {
+            return Err(damaged("they end within a group of rows"));
+        }
+        let gone = |bytes: &[u8; 4]| u32::from_le_bytes(*bytes) <= rows;
+        if image.dead.as_ref().is_some_and(|dead| !dead.as_chunks().0.iter().all(gone)) {
+            return Err(damaged("more rows of a page were dropped than it has"));
+        }
         self.meta.get_mut(set.state).copy_from_slice(&image.state);
         if let (Some(region), Some(bytes)) = (set.sequence, &image.sequence) {
             self.meta.get_mut(region).copy_from_slice(bytes);

@@ -11,6 +11,7 @@ mod taken;
 use std::ops::Range;
 use std::sync::Arc;
 
+use kvoyant_methods::mark;
 use kvoyant_protocol::control::{Failure, PageWord};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::wire::{SequenceId, Status};
@@ -310,6 +311,14 @@ impl ModelState {
         if !fits {
             return Err(Failure::Internal(format!("sequence {id} was filled beyond its room")));
         }
+        if let Some((_, marks)) = &fill.marks
+            && let Some(wrong) = marks.iter().find(|value| **value > mark::LINE)
+        {
+            let most = mark::LINE;
+            return Err(Failure::NotReady(format!(
+                "a mark of the image is {wrong}, and the largest is {most}"
+            )));
+        }
         for (head, page) in &fill.absent {
             self.drop_page(table, slots, head * capacity + page);
         }
@@ -317,9 +326,7 @@ impl ModelState {
             self.mark(id, *first, marks)?;
         }
         self.sequence_mut(id)?.lens.clone_from(&fill.lens);
-        for layer in 0..self.shape.layers {
-            self.build_layer(id, layer)?;
-        }
+        (0..self.shape.layers).for_each(|layer| self.falls_behind(id, layer));
         self.record(id);
         Ok(())
     }

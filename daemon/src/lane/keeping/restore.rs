@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use kvoyant_protocol::control::{Failure, PageWord};
 use kvoyant_protocol::memory::MemoryError;
+use kvoyant_protocol::wire::SequenceId;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
@@ -139,6 +140,8 @@ impl Left {
         for (slot, record) in &self.sequences {
             let open = record.open.as_ref().map(|sequence| model.revive(sequence)).transpose()?;
             model.sequences[*slot as usize] = SequenceSlot { generation: record.generation, sequence: open };
+            let id = SequenceId { slot: *slot, generation: record.generation };
+            (0..model.shape.layers).for_each(|layer| model.falls_behind(id, layer));
         }
         let mut open: Vec<u32> = self.open().map(|(slot, _, _)| slot).collect();
         model.open.clone_from(&self.progress.open);

@@ -1,13 +1,26 @@
 //! What a client tells its lane and waits for no answer: rows appended, statistics, attention rows, marks.
 
+use std::time::Instant;
+
 use kvoyant_methods::mark;
 use kvoyant_protocol::wire::{Append, FeedbackRows, Observe, Stat};
 
-use super::LaneSession;
 use super::limits::FEEDBACK_MAX;
+use super::{LaneSession, TURN_MAX};
 use crate::lane::error::SessionError;
 
 impl LaneSession {
+    /// Digests what has fallen behind, for what is left of this turn; true if nothing is left of it.
+    pub(super) fn work_off(&mut self, since: Instant) -> Result<bool, SessionError> {
+        let Some(model) = &mut self.model else { return Ok(true) };
+        Ok(model.work_off(|| since.elapsed() > TURN_MAX)?)
+    }
+
+    /// Whether rows wait to be digested, before which nothing else is done.
+    pub(in crate::lane) fn is_behind(&self) -> bool {
+        self.model.as_ref().is_some_and(|model| !model.behind.is_empty())
+    }
+
     pub(super) fn append(&mut self, request: &Append, index: u32) -> Result<(), SessionError> {
         self.read_batch(index, request.batch)?;
         let batch = std::mem::take(&mut self.batch);
@@ -38,7 +51,7 @@ impl LaneSession {
                     return Err(SessionError::Append { sequence: id, layer, position, count, len, room });
                 }
                 sequence.lens[layer] = len + count;
-                model.build_layer(id, layer)?;
+                model.falls_behind(id, layer);
             }
             rows += u64::from(count) * (layers.len() * model.shape.kv_heads) as u64;
             if request.layer.is_none() {

@@ -14,6 +14,8 @@ pub(crate) enum Before {
     Ready,
     /// Once operations that are under way have ended.
     Later,
+    /// Once rows that have fallen behind are digested.
+    Again,
 }
 
 impl ModelState {
@@ -151,16 +153,14 @@ impl ModelState {
 
     /// Has everything brought back, and as much room made, as a control request needs.
     pub(crate) fn before_control(&mut self, message: &ToDaemon) -> Before {
-        if self.spill.is_none() {
-            return Before::Ready;
-        }
         match message {
+            ToDaemon::Fork { parent, method, by } => self.before_fork(*parent, *method, *by),
+            _ if self.spill.is_none() => Before::Ready,
             ToDaemon::Truncate { sequence, tokens } => self.before_truncation(*sequence, *tokens as usize),
             ToDaemon::Open { .. } | ToDaemon::Reserve { .. } => match self.pages_for(message) {
                 Ok(pages) if !self.make_frames(pages) => Before::Later,
                 _ => Before::Ready,
             },
-            ToDaemon::Fork { parent, method, by } => self.before_fork(*parent, *method, *by),
             _ => Before::Ready,
         }
     }
@@ -168,16 +168,26 @@ impl ModelState {
     /// The parent gets the digests that the fork will need, layer by layer, so that its other forks find them made.
     fn before_fork(&mut self, parent: SequenceId, method: Option<u16>, by: SelectedBy) -> Before {
         let Ok(sequence) = self.sequence(parent) else { return Before::Ready };
+        let capacity = sequence.capacity;
         let method = match method {
             Some(method) => self.method_index(method),
             None => Ok(sequence.method),
         };
-        let Some(method) = method.ok().and_then(|method| self.digested_here(method, by)) else {
+        // What cannot be is for the fork itself to refuse.
+        let method = method.ok().filter(|method| self.check_fork(parent, *method, by).is_ok());
+        let Some(method) = method.and_then(|method| self.digested_here(method, by)) else {
             return Before::Ready;
         };
-        // What cannot be is for the fork itself to refuse.
-        let room = self.check_tables(self.tables_of([method], sequence.capacity));
-        if room.is_err() || self.ensure_digests(parent, method).is_err() {
+        if !self.has_digests(parent, method) {
+            let room = self.check_tables(self.tables_of([method], capacity));
+            if room.is_err() || self.ensure_digests(parent, method).is_err() {
+                return Before::Ready;
+            }
+        }
+        if !self.behind.is_empty() {
+            return Before::Again;
+        }
+        if self.spill.is_none() {
             return Before::Ready;
         }
         for layer in 0..self.shape.layers {
