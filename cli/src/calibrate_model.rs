@@ -10,6 +10,7 @@ use crate::args::CalibrateModelArgs;
 use crate::artifact_cache::{self, ArtifactError};
 use crate::cache::{self, CacheError};
 use crate::model::{self, ModelError};
+use crate::output;
 use crate::progress::Progress;
 use crate::session;
 
@@ -67,6 +68,10 @@ pub(crate) fn text(args: &CalibrateModelArgs) -> Result<String, CalibrateModelEr
     if args.out.is_some() && folder.is_none() && kinds.len() > 1 {
         let names: Vec<_> = kinds.iter().map(|kind| kind.name()).collect();
         return Err(CalibrateModelError::Several { method, kinds: names.join(", ") });
+    }
+    if let Some(out) = &args.out {
+        let checked = folder.map_or_else(|| output::check_replaced(out), output::check_folder);
+        checked.map_err(|error| ArtifactError::Write { path: out.clone(), error })?;
     }
     let progress = Progress::new();
     let read = |path: &PathBuf| {

@@ -10,6 +10,7 @@ use kvoyant_eval::trace::{Trace, TraceError, TraceShape};
 
 use crate::args::CaptureArgs;
 use crate::model::{self, ModelError};
+use crate::output;
 use crate::progress::Progress;
 use crate::session;
 
@@ -57,6 +58,7 @@ pub(crate) enum CaptureError {
 /// # Errors
 /// If anything is missing or fails.
 pub(crate) fn text(args: &CaptureArgs) -> Result<String, CaptureError> {
+    output::check_written(&args.out).map_err(|error| TraceError::Io { path: args.out.clone(), error })?;
     let progress = Progress::new();
     let read = |path: &PathBuf| {
         std::fs::read_to_string(path).map_err(|error| CaptureError::Read { path: path.clone(), error })

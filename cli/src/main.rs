@@ -18,6 +18,7 @@ mod machine;
 mod manual;
 mod model;
 mod operate;
+mod output;
 mod private_daemon;
 mod progress;
 mod run;

@@ -1,6 +1,8 @@
 //! `kvoyant drain`, `evict`, `log` and `config`: what operators do with a running daemon.
 
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use kvoyant_daemon::admin::{
@@ -8,6 +10,7 @@ use kvoyant_daemon::admin::{
     evict, fetch_config, fetch_draining, fetch_log, reload_config, set_config, set_log,
 };
 use kvoyant_daemon::config::Config;
+use nix::libc;
 use serde::Serialize;
 use serde_json::Value;
 use thiserror::Error;
@@ -17,6 +20,12 @@ use crate::status::{bytes, counted};
 
 /// How often it is looked whether sessions have gone.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// How long a daemon that was started just now may take until its sockets are there.
+const JUST_STARTED: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether they are.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// What cannot be done.
 #[derive(Debug, Error)]
@@ -42,9 +51,49 @@ pub(crate) enum OperateError {
     NoTable(String),
 }
 
-/// The daemon's admin socket.
-pub(crate) fn admin_socket(named: Option<&PathBuf>) -> PathBuf {
-    named.cloned().unwrap_or_else(|| Config::default().admin_socket)
+/// The daemon's admin socket, at which somebody listens. At the usual place that is waited for a moment: the daemon may have been started
+/// just now.
+///
+/// # Errors
+/// Nobody listens there, or it is no admin socket.
+pub(crate) fn admin_socket(named: Option<&PathBuf>) -> Result<PathBuf, AdminError> {
+    let path = named.cloned().unwrap_or_else(|| Config::default().admin_socket);
+    let since = Instant::now();
+    loop {
+        match listened_at(&path) {
+            Err(AdminError::Connect { .. }) if named.is_none() && since.elapsed() < JUST_STARTED => {
+                std::thread::sleep(LOOK_AGAIN);
+            }
+            listened => return listened.map(|()| path),
+        }
+    }
+}
+
+/// Whether somebody listens at an admin socket; who may not connect hears so when asking.
+///
+/// # Errors
+/// Nobody does, or it is no admin socket.
+pub(crate) fn listened_at(path: &Path) -> Result<(), AdminError> {
+    let Err(source) = UnixStream::connect(path) else { return Ok(()) };
+    let no_admin = |what: &str| AdminError::Refused {
+        status: 0,
+        reason: format!(
+            "cannot connect to {}: {what}; name the daemon's admin socket with --admin",
+            path.display()
+        ),
+    };
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => return Err(no_admin("it is a folder and no socket")),
+        Ok(found) if !found.file_type().is_socket() => return Err(no_admin("it is a file and no socket")),
+        _ => {}
+    }
+    match source.raw_os_error() {
+        Some(libc::EPROTOTYPE) => Err(no_admin(
+            "it is the socket for engines, which `kvoyant run --socket` takes, or another program's",
+        )),
+        Some(libc::EACCES) => Ok(()),
+        _ => Err(AdminError::Connect { path: path.to_path_buf(), source }),
+    }
 }
 
 /// An answer as JSON, or in words.
@@ -69,7 +118,7 @@ pub(crate) fn told(
 /// # Errors
 /// See [`OperateError`].
 pub(crate) fn drained(args: &DrainArgs) -> Result<String, OperateError> {
-    let path = admin_socket(args.daemon.admin.as_ref());
+    let path = admin_socket(args.daemon.admin.as_ref())?;
     let mut report = if args.show { fetch_draining(&path)? } else { drain(&path, !args.undo)? };
     if let Some(seconds) = args.wait {
         let since = Instant::now();
@@ -98,7 +147,7 @@ pub(crate) fn drained(args: &DrainArgs) -> Result<String, OperateError> {
 /// # Errors
 /// See [`OperateError`].
 pub(crate) fn evicted(args: &EvictArgs) -> Result<String, OperateError> {
-    let path = admin_socket(args.daemon.admin.as_ref());
+    let path = admin_socket(args.daemon.admin.as_ref())?;
     let order = EvictOrder { session: args.session, sequence: args.sequence.clone() };
     let report = evict(&path, &order)?;
     let EvictReport { pages, page_bytes, extent_bytes, unfinished } = report;
@@ -118,7 +167,7 @@ pub(crate) fn evicted(args: &EvictArgs) -> Result<String, OperateError> {
 /// # Errors
 /// See [`OperateError`].
 pub(crate) fn logged(args: &LogArgs) -> Result<String, OperateError> {
-    let path = admin_socket(args.daemon.admin.as_ref());
+    let path = admin_socket(args.daemon.admin.as_ref())?;
     let report = match &args.filter {
         Some(filter) => set_log(&path, filter)?,
         None => fetch_log(&path)?,
@@ -138,7 +187,7 @@ pub(crate) fn logged(args: &LogArgs) -> Result<String, OperateError> {
 /// See [`OperateError`].
 pub(crate) fn configured(args: &ConfigArgs) -> Result<String, OperateError> {
     let DaemonArgs { json, admin } = &args.daemon;
-    let path = admin_socket(admin.as_ref());
+    let path = admin_socket(admin.as_ref())?;
     let changed = match &args.what {
         None | Some(ConfigWhat::Get { key: None }) => {
             let all = fetch_config(&path)?;

@@ -4,7 +4,7 @@
 //! a chance to do anything, by the kernel (`--die-with-parent`, see `serve`).
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -137,5 +137,33 @@ fn last_words(folder: &Path) -> String {
             let log = console::strip_ansi_codes(&log);
             log.lines().rev().find(|line| !line.trim().is_empty()).map(|line| line.trim().to_owned())
         })
-        .unwrap_or_else(|| "it said nothing".into())
+        .unwrap_or_else(|| match unwritable(folder) {
+            Some(error) => {
+                format!("it could say nothing, for its log in {} cannot be written ({error}); make room there, or set TMPDIR", folder.display())
+            }
+            None => "it said nothing".into(),
+        })
+}
+
+/// Why the log in a folder takes nothing, if it takes nothing.
+fn unwritable(folder: &Path) -> Option<io::Error> {
+    File::options().append(true).open(folder.join(LOG_FILE)).and_then(|mut log| log.write_all(b"\n")).err()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_cannot_be_written_is_told_from_one_that_is_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join(LOG_FILE);
+        std::os::unix::fs::symlink("/dev/full", &log).unwrap();
+        assert!(unwritable(folder.path()).is_some_and(|error| error.kind() == io::ErrorKind::StorageFull));
+        std::fs::remove_file(&log).unwrap();
+        File::create(&log).unwrap();
+        assert_eq!(last_words(folder.path()), "it said nothing");
+        std::fs::write(&log, "first\nlast\n\n").unwrap();
+        assert_eq!(last_words(folder.path()), "last");
+    }
 }

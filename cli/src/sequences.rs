@@ -18,7 +18,7 @@ use crate::status::{bytes, counted, plain};
 /// # Errors
 /// If the daemon cannot be asked, or refuses.
 pub(crate) fn text(args: &SequencesArgs) -> Result<String, AdminError> {
-    let path = admin_socket(args.admin.as_ref());
+    let path = admin_socket(args.admin.as_ref())?;
     let me = nix::unistd::geteuid().as_raw();
     match &args.what {
         None => {

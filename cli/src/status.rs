@@ -18,7 +18,7 @@ use crate::operate::{admin_socket, told};
 /// # Errors
 /// If the daemon cannot be asked.
 pub(crate) fn text(args: &StatusArgs) -> Result<String, AdminError> {
-    let path = admin_socket(args.admin.as_ref());
+    let path = admin_socket(args.admin.as_ref())?;
     let report = fetch_status(&path)?;
     told(args.json, path, &report, || words(&report))
 }

@@ -142,3 +142,29 @@ fn wrong_input_is_refused_in_a_sentence_that_says_what_to_do() {
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("/no/such/admin.sock") && said.contains("--admin"), "{said}");
 }
+
+#[test]
+fn an_answer_that_could_not_be_suspended_is_not_begun() {
+    let holder = Holder::start();
+    let socket = holder.daemon.socket();
+    let run_as = |socket: &Path, more: &[&str]| {
+        let mut command = kvoyant(holder.home.path());
+        command.args(["run", "--model=tiny", "--raw", "--prompt=once upon", "--max-tokens=2", "--socket"]);
+        run(command.arg(socket).args(more))
+    };
+    let (code, out, err) = run_as(&socket, &["--suspend=talk"]);
+    assert!(code == Some(0) && !out.is_empty(), "{err}");
+    let (code, out, err) = run_as(&socket, &["--suspend=talk"]);
+    assert_eq!((code, out.as_str()), (Some(1), ""), "nothing is answered: {err}");
+    assert!(err.contains("\"talk\"") && err.contains("--overwrite"), "{err}");
+    for right in [&["--suspend=talk", "--overwrite"][..], &["--suspend=talk", "--resume=talk"]] {
+        let (code, _, err) = run_as(&socket, right);
+        assert_eq!(code, Some(0), "{err}");
+    }
+    let plain = Daemon::serve(KVOYANT, &[]);
+    let (code, out, err) = run_as(&plain.socket(), &["--suspend=talk"]);
+    assert_eq!((code, out.as_str()), (Some(1), ""), "nothing is answered: {err}");
+    assert!(err.contains("this daemon keeps no images") && !err.contains("\"\""), "{err}");
+    let (code, _, err) = run_as(&plain.socket(), &["--resume=talk"]);
+    assert!(code == Some(1) && err.starts_with("error: this daemon keeps no images"), "{err}");
+}

@@ -2,7 +2,8 @@
 
 use std::process::Command;
 
-use kvoyant_tests::Daemon;
+use kvoyant_tests::{Daemon, wait_until};
+use nix::sys::signal::{Signal, kill};
 
 const KVOYANT: &str = env!("CARGO_BIN_EXE_kvoyant");
 
@@ -63,4 +64,20 @@ fn a_daemon_that_is_not_there_and_an_interval_that_cannot_be_are_one_sentence() 
         let output = Command::new(KVOYANT).args(["top", "--interval", bad]).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{bad}");
     }
+}
+
+#[test]
+fn a_daemon_that_was_killed_is_not_shown_as_if_it_lived() {
+    let daemon = Daemon::serve(KVOYANT, &[]);
+    let top = || {
+        let mut command = Command::new(KVOYANT);
+        command.args(["top", "--once", "--interval", "1", "--admin"]).arg(daemon.admin()).output().unwrap()
+    };
+    let text = String::from_utf8(top().stdout).unwrap();
+    assert!(text.lines().all(|line| !line.is_empty()), "{text}");
+    kill(daemon.pid(), Signal::SIGKILL).unwrap();
+    wait_until("its end", || std::os::unix::net::UnixStream::connect(daemon.admin()).is_err());
+    let output = top();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("is kvoyantd running?"), "{said}");
 }

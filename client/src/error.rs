@@ -1,6 +1,7 @@
 //! What can go wrong, and what to do.
 
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kvoyant_protocol::control::{ControlError, Failure};
@@ -57,7 +58,7 @@ pub enum Kind {
 #[derive(Debug, Error)]
 pub enum Error {
     /// The daemon's socket cannot be connected to.
-    #[error("cannot connect to {}: {source}; {}", path.display(), advice(source))]
+    #[error("cannot connect to {}: {source}; {}", path.display(), advice(path, source))]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -68,7 +69,7 @@ pub enum Error {
     #[error(transparent)]
     Control(#[from] ControlError),
     /// The daemon did not do what was asked. The session goes on unless this is [`Failure::Protocol`].
-    #[error(transparent)]
+    #[error("{}", refusal(.0))]
     Failed(#[from] Failure),
     /// The daemon has gone. What the session's extents hold can still be read.
     #[error("the daemon has gone")]
@@ -234,12 +235,70 @@ impl From<CompletionError> for Error {
     }
 }
 
-fn advice(error: &std::io::Error) -> &'static str {
+/// A failure in words: one of no image in particular names none.
+fn refusal(failure: &Failure) -> String {
+    match failure {
+        Failure::Image { image, reason } if image.is_empty() => reason.clone(),
+        other => other.to_string(),
+    }
+}
+
+fn advice(path: &Path, error: &std::io::Error) -> &'static str {
+    // Whatever the system says of it, nothing but a socket can be connected to.
+    if let Ok(what) = std::fs::metadata(path)
+        && !what.file_type().is_socket()
+    {
+        return if what.is_dir() {
+            "this is a folder and no socket; name the socket of kvoyantd's first log line"
+        } else {
+            "this is a file and no socket; name the socket of kvoyantd's first log line"
+        };
+    }
     match error.kind() {
         std::io::ErrorKind::NotFound => "is kvoyantd running, and is this its socket?",
         std::io::ErrorKind::ConnectionRefused => "a daemon left this socket behind; start kvoyantd",
         std::io::ErrorKind::PermissionDenied => "join the socket's group, or run as its user",
         std::io::ErrorKind::WouldBlock => "the daemon takes no connections; is it stopped or overloaded?",
+        _ if error.raw_os_error() == Some(nix::libc::EPROTOTYPE) => {
+            "this is a daemon's admin socket, which `kvoyant status --admin` takes, or another program's; name the socket of kvoyantd's \
+             first log line"
+        }
         _ => "check the path",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Client, Options};
+
+    fn said(path: &Path) -> String {
+        Client::connect(path, Options::default()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_is_no_control_socket_is_called_what_it_is() {
+        let folder = std::env::temp_dir().join(format!("kvoyant-client-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        assert!(said(&folder).contains("this is a folder and no socket"), "{}", said(&folder));
+        let file = folder.join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(said(&file).contains("this is a file and no socket"), "{}", said(&file));
+        let admin = folder.join("admin.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&admin).unwrap();
+        assert!(said(&admin).contains("`kvoyant status --admin` takes"), "{}", said(&admin));
+        drop(listener);
+        let none = folder.join("none");
+        assert!(said(&none).contains("is kvoyantd running"), "{}", said(&none));
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_failure_of_no_image_in_particular_names_none() {
+        let failed = |image: &str| {
+            Error::from(Failure::Image { image: image.into(), reason: "this daemon keeps no images".into() })
+        };
+        assert_eq!(failed("").to_string(), "this daemon keeps no images");
+        assert_eq!(failed("a").to_string(), "image \"a\": this daemon keeps no images");
     }
 }

@@ -37,7 +37,7 @@ pub mod status;
 mod threads;
 pub mod tiers;
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -109,7 +109,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
             PrintFormat::Toml => document::sample(),
             PrintFormat::Markdown => document::markdown(),
         };
-        return Ok(std::io::stdout().write_all(text.as_bytes())?);
+        return Ok(print(&text)?);
     }
     kvoyant_kernels::Kernels::from_env()?;
     let loaded = Loaded::load(args.config.as_deref(), &args.flags)?;
@@ -117,15 +117,28 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let filter = log::parse(&config.log)
         .map_err(|error| format!("bad configuration: log = {}: {error}", config.log))?;
     if let Some(format) = args.check {
+        config.look_around()?;
         server::check_room(config)?;
+        for doubt in config.doubts() {
+            log::say(&format!("kvoyantd: {doubt}"));
+        }
         let text = match format {
             CheckFormat::Toml => document::effective(&loaded),
             CheckFormat::Json => format!("{:#}\n", document::effective_json(&loaded, true)),
         };
-        return Ok(std::io::stdout().write_all(text.as_bytes())?);
+        return Ok(print(&text)?);
     }
     let filter = log::start(filter, config.log_format);
     let settings = Settings::new(loaded, args.config.clone(), args.flags.clone(), filter);
     server::serve(&Arc::new(settings), args.takeover)?;
     Ok(())
+}
+
+/// Writes to stdout; a reader that has seen enough is no error.
+fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
 }

@@ -224,6 +224,9 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
             "pin = false: extents are not registered with the driver, and every copy goes through staging buffers"
         );
     }
+    for doubt in config.doubts() {
+        tracing::warn!("{doubt}");
+    }
     let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
     // Extents of sessions that are kept are held once more.
     raise_open_files(arena, if keep.is_some() { 2 } else { 1 });
@@ -251,7 +254,8 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
         )?)),
     };
     let prefix_bytes = match config.prefixes.as_u64() {
-        0 => arena / PREFIXES_SHARE,
+        // Pages of each size are in extents of their own: in one alone, there is place for one size.
+        0 => (arena / PREFIXES_SHARE).max((2 * EXTENT_BYTES as u64).min(arena / 2)),
         bytes => bytes.min(arena),
     };
     let prefixes = Prefixes::start(Arc::clone(pool.budget()), prefix_bytes, keeper.clone())?;
@@ -273,6 +277,7 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
         let registry = Arc::clone(&registry);
         Box::new(move || registry.line())
     };
+    let link = Arc::clone(&device);
     let plane = Plane::new(Arc::clone(settings), lanes, device, pool, registry, spill, (keeper, prefixes));
     let patience = Duration::from_secs(u64::from(config.reattach_seconds));
     let plane = Arc::new(plane.keeping(keep.clone(), patience));
@@ -314,6 +319,7 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
         let sessions = tokio::task::LocalSet::new();
         sessions
             .run_until(async {
+                stats_page::sweep();
                 // Before anybody can ask how much the daemon holds.
                 if config.stats_page {
                     let make = {
@@ -391,6 +397,8 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
         manager.stopping();
         Ok(())
     });
+    link.hurry();
+    drop(link);
     // Sessions' tasks end with the runtime, and lanes with the plane, once they have written down what their clients were told.
     plane.leave();
     drop(runtime);
@@ -432,12 +440,7 @@ async fn reload(settings: Arc<Settings>, manager: Rc<Manager>) {
 
 fn tell(changes: &Changes) {
     tracing::info!(changed = changes.made.len(), "the configuration has been read again");
-    for change in &changes.made {
-        tracing::info!("{change}");
-    }
-    for change in &changes.waiting {
-        tracing::warn!("{change} waits for a restart");
-    }
+    changes.log();
 }
 
 /// Shows that the control plane moves.

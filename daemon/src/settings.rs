@@ -39,6 +39,18 @@ pub(crate) struct Changes {
     pub(crate) waiting: Vec<Change>,
 }
 
+impl Changes {
+    /// Says what has changed, and what waits.
+    pub(crate) fn log(&self) {
+        for change in &self.made {
+            tracing::info!("{change}");
+        }
+        for change in &self.waiting {
+            tracing::warn!("{change} waits for a restart");
+        }
+    }
+}
+
 /// Why an operator's values are not taken.
 #[derive(Debug, Error)]
 pub(crate) enum SetError {

@@ -178,7 +178,7 @@ fn small(methods: &[&str]) -> ModelSpec {
 
 #[test]
 fn rows_that_take_long_to_digest_hold_up_their_own_session_and_nobody_else() {
-    const MANY: u32 = 150_000;
+    const MANY: u32 = 60_000;
     let daemon = Daemon::start(DAEMON, &["--lanes", "1", "--in-place", "true"]);
     let neighbour = fake::connect(&daemon, &["full"]);
     let kept = neighbour.open(0, 200).unwrap();

@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::time::Duration;
 
 use kvoyant_client::{Client, Error, Hint, Member, Model, Options, Sequence};
 use kvoyant_daemon::admin::{
@@ -160,6 +161,8 @@ fn an_operator_sets_keys_until_the_next_reload_and_what_cannot_be_is_refused() {
         ("max_sessions", json!("many"), 400, "bad value"),
         ("host_percent", json!(10), 400, "`spill`"),
         ("log", json!("a=b=c"), 400, "log = a=b=c"),
+        ("log", json!("infoo"), 400, "`infoo` is no level: write one of error, warn"),
+        ("log", json!(""), 400, "it is empty"),
         ("allow_users", json!(["nobody-of-that-name"]), 400, "no user `nobody-of-that-name`"),
     ] {
         let (found, why) = refused(set_config(&admin, &patch(key, value.clone())));
@@ -227,6 +230,14 @@ fn what_comes_out_says_where_each_value_came_from_and_misspelt_keys_what_was_mea
         ("keep = \"much\"\n", &["--check"], "bad configuration"),
         ("[quotas]\nhots = 3\n", &["--check"], "did you mean `host`?"),
         ("", &["--check=xml"], "xml"),
+        ("arena = -1\n", &["--check"], "arena (file "),
+        ("lane_cpus = 3\n", &["--check"], "must be a list"),
+        ("lanes = \n", &["--check"], "kvoyantd.toml: "),
+        ("", &["--allow-users", ",,", "--check"], "allow_users.0 (flag --allow-users): "),
+        ("", &["--config", "/", "--check"], "cannot be used multiple times"),
+        ("log = \"infoo\"\n", &["--check"], "`infoo` is no level"),
+        ("spill = [\"/nonexistent/a\"]\n", &["--spill", "/nonexistent/a", "--check"], "make the folder"),
+        ("store = \"/a\"\nremote = \"ftp://x\"\n", &["--check"], "remote = "),
     ] {
         let (code, said, error) = check(text, more);
         assert!(
@@ -234,6 +245,32 @@ fn what_comes_out_says_where_each_value_came_from_and_misspelt_keys_what_was_mea
             "{text}: {code:?} {said} {error}"
         );
     }
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    for what in ["--check", "--print-config"] {
+        let folder = tempfile::tempdir().unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Daemon::command(DAEMON, folder.path(), &[what]);
+        let output = command.stdout(writer).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success() && !said.contains("pipe"), "{what}: {:?} {said}", output.status);
+    }
+}
+
+#[test]
+fn a_daemon_with_a_transfer_on_a_slow_link_ends_without_it() {
+    let daemon = Daemon::start(DAEMON, &["--shape-latency-us", "600000000"]);
+    let model = fake::connect(&daemon, &["full"]);
+    let sequence = model.open(0, 0).unwrap();
+    fake::fill(&model, &sequence, 1, 100).unwrap();
+    let member = Member { sequence: &sequence, position: 100, hint: Hint::None };
+    let pending = model.speculate(1, &[member]).unwrap();
+    assert!(pending.wait(Duration::from_millis(300)).is_err(), "nothing comes over this link");
+    kill(daemon.pid(), Signal::SIGTERM).unwrap();
+    assert!(daemon.wait().0.success());
 }
 
 #[test]

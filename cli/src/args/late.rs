@@ -13,7 +13,7 @@ pub(crate) struct LateArgs {
     #[arg(long, value_enum, default_value_t)]
     pub(crate) fallback: FallbackArg,
     /// When rows are late, in milliseconds after they were asked for; not for `--fallback wait`
-    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "MS", default_value_t = 100, requires = "fallback", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) late_after_ms: u64,
     /// How long the daemon may be silent, in seconds, before the answer goes on without it: with attention to all rows, in this process
     #[arg(long, value_name = "S", default_value_t = 30.0, value_parser = seconds)]

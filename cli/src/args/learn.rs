@@ -37,7 +37,7 @@ pub(crate) struct CalibrateModelArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     /// For which method: infinigen, infinigen:hint_norm=learned, hata, attention-predictor, hetero, …
-    #[arg(long, value_name = "METHOD")]
+    #[arg(long, value_name = "METHOD", value_parser = super::method::parse)]
     pub(crate) method: MethodSpec,
     /// Calibrate on this text instead of our own
     #[arg(long, value_name = "FILE")]

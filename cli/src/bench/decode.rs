@@ -21,7 +21,7 @@ use kvoyant_methods::full::FullSpec;
 use kvoyant_methods::{MethodError, MethodSpec};
 use serde::Serialize;
 
-use crate::args::DecodeArgs;
+use crate::args::{DecodeArgs, method};
 use crate::artifact_cache::ArtifactError;
 use crate::machine::Machine;
 use crate::model::{self, ModelError};
@@ -49,10 +49,10 @@ pub(crate) enum Setting {
 }
 
 impl FromStr for Setting {
-    type Err = <MethodSpec as FromStr>::Err;
+    type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "dense" { Ok(Self::Dense) } else { text.parse().map(Self::Method) }
+        if text == "dense" { Ok(Self::Dense) } else { method::parse(text).map(Self::Method) }
     }
 }
 

@@ -21,6 +21,7 @@ pub(crate) mod spill;
 mod table;
 
 use std::convert::Infallible;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use kvoyant_engine::{DaemonError, ForwardError};
@@ -32,10 +33,11 @@ use kvoyant_kernels::Path as KernelPath;
 use kvoyant_methods::{Budget, MethodError, SpecError};
 use serde::Serialize;
 
-use crate::args::MethodsArgs;
+use crate::args::{MethodsArgs, method};
 use crate::artifact_cache::ArtifactError;
 use crate::machine::Machine;
 use crate::model::{self, ModelError};
+use crate::output;
 use crate::private_daemon;
 use crate::progress::Progress;
 use crate::session::SessionError;
@@ -62,7 +64,7 @@ pub(crate) enum BenchError {
     #[error(transparent)]
     Session(#[from] SessionError),
     /// A method is none, or has no such option.
-    #[error(transparent)]
+    #[error("{}", method::refusal(.0))]
     Spec(#[from] SpecError),
     /// A method cannot be built.
     #[error(transparent)]
@@ -129,6 +131,7 @@ struct Report<'a> {
 /// # Errors
 /// If anything is missing or fails.
 pub(crate) fn methods(args: &MethodsArgs) -> Result<String, BenchError> {
+    check_outputs(args)?;
     let progress = Progress::new();
     let budgets: &[Budget] = &args.budgets;
     let named: Vec<String> = args.methods.iter().chain(&args.specs).cloned().collect();
@@ -159,26 +162,53 @@ pub(crate) fn methods(args: &MethodsArgs) -> Result<String, BenchError> {
         }
     }
     let rows = compared::rows(&samples, args.seed);
+    let text = if args.json {
+        let machine = Machine::this(&KernelPath::best().to_string(), &device);
+        serde_json::to_string_pretty(&Report { machine, seed: args.seed, rows: &rows, skipped: &skipped })?
+            + "\n"
+    } else {
+        table::render(&rows, &skipped)
+    };
+    match write_files(args, &rows) {
+        Ok(()) => Ok(text),
+        Err(error) => {
+            // What took hours is shown all the same, and that the files are missing is said behind it.
+            let mut out = io::stdout().lock();
+            let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+            Err(error)
+        }
+    }
+}
+
+/// Whether what is to be written can be.
+fn check_outputs(args: &MethodsArgs) -> Result<(), BenchError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |error| BenchError::Write { path, error }
+    };
     if let Some(path) = &args.csv {
-        write(path, row::csv(&rows).as_bytes())?;
+        output::check_written(path).map_err(failed(path))?;
     }
     if let Some(folder) = &args.plots {
-        std::fs::create_dir_all(folder).map_err(|error| BenchError::Write { path: folder.clone(), error })?;
-        for (name, chart) in plot::charts(&rows) {
+        std::fs::create_dir_all(folder)
+            .and_then(|()| output::check_folder(folder))
+            .map_err(failed(folder))?;
+    }
+    Ok(())
+}
+
+/// Writes the rows and the pictures of them that were asked for.
+fn write_files(args: &MethodsArgs, rows: &[Row]) -> Result<(), BenchError> {
+    if let Some(path) = &args.csv {
+        write(path, row::csv(rows).as_bytes())?;
+    }
+    if let Some(folder) = &args.plots {
+        for (name, chart) in plot::charts(rows) {
             write(&folder.join(format!("{name}.svg")), chart.svg().as_bytes())?;
             write(&folder.join(format!("{name}.png")), &chart.png()?)?;
         }
     }
-    if args.json {
-        let machine = Machine::this(&KernelPath::best().to_string(), &device);
-        return Ok(serde_json::to_string_pretty(&Report {
-            machine,
-            seed: args.seed,
-            rows: &rows,
-            skipped: &skipped,
-        })? + "\n");
-    }
-    Ok(table::render(&rows, &skipped))
+    Ok(())
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), BenchError> {

@@ -1,5 +1,6 @@
 //! `kvoyant run`: one prompt, one answer.
 
+mod image;
 mod prompt;
 mod stats;
 
@@ -13,8 +14,9 @@ use kvoyant_engine::{
     SamplerOptions, StopReason, generate,
 };
 use kvoyant_methods::infinigen::{Amount, InfinigenSpec};
-use kvoyant_methods::{MethodError, MethodSpec};
+use kvoyant_methods::{HintSource, MethodError, MethodSpec};
 
+use self::image::ImageError;
 use self::prompt::PromptError;
 use self::stats::Times;
 use crate::args::{Attention, Prefill, RunArgs, ShareFor};
@@ -40,6 +42,17 @@ pub(crate) enum RunError {
         /// Which method.
         method: &'static str,
     },
+    /// A method for other engines.
+    #[error(
+        "the method {method} is for engines that name rows themselves, which `run` does not: choose one that `kvoyant run --help` names"
+    )]
+    NamesNone {
+        /// Which method.
+        method: Box<MethodSpec>,
+    },
+    /// It could not be suspended.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// A threshold and a budget.
     #[error(
         "alpha and cap are one rule for how much is selected and --budget is another: leave one of them away"
@@ -92,6 +105,7 @@ pub(crate) enum AnswerError<E: std::error::Error + 'static> {
 pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
     let progress = Progress::on_a_terminal();
     let method = method(args)?;
+    args.suspend.as_deref().map_or(Ok(()), image::check_name)?;
     let text = prompt::text(args)?;
     let model = model::open(&args.model, progress)?.model;
     let tokens = prompt::tokens(text, args.raw, &model)?;
@@ -139,6 +153,9 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
         (None, None) => unreachable!("without a socket there is a daemon of our own"),
     };
     let mut kv = DaemonKv::connect(&socket, shape, options).map_err(SessionError::from)?;
+    if let Some(name) = &args.suspend {
+        image::check_room(&socket, name, overwrites(args))?;
+    }
     let plain = DecoderOptions { hint_norm, ..DecoderOptions::default() };
     let options = match args.prefill {
         Prefill::Dense => plain,
@@ -176,7 +193,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
     let times = answer(args, &mut decoder, &mut kv, &mut sequence, (reading, read), progress)?;
     late::say(&kv);
     if let Some(image) = &args.suspend {
-        kv.suspend(sequence, image, args.resume.as_ref() == Some(image)).map_err(SessionError::from)?;
+        kv.suspend(sequence, image, overwrites(args)).map_err(SessionError::from)?;
     }
     if args.stats {
         let held = kv.shape().token_bytes();
@@ -188,8 +205,16 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
     Ok(())
 }
 
+/// Whether the image that it is suspended as may take another one's place.
+fn overwrites(args: &RunArgs) -> bool {
+    args.overwrite || args.resume == args.suspend
+}
+
 /// The method with its budget.
 fn method(args: &RunArgs) -> Result<MethodSpec, RunError> {
+    if args.method.hint() == HintSource::Ids {
+        return Err(RunError::NamesNone { method: Box::new(args.method.clone()) });
+    }
     match args.budget {
         None => Ok(args.method.clone()),
         Some(budget) => {

@@ -18,6 +18,8 @@ mod view;
 
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use kvoyant_daemon::admin::{AdminError, fetch_status};
@@ -27,17 +29,21 @@ use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use serde::Serialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use thiserror::Error;
 
 use self::rates::{History, Rates};
 use crate::args::TopArgs;
-use crate::operate::admin_socket;
+use crate::operate::{admin_socket, listened_at};
 
 /// A page is written twice a second: differences over less than this are asked for.
 const PAGE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Columns and lines of a screen that is printed instead of drawn.
-const PRINTED: (u16, u16) = (100, 30);
+/// Columns of a screen that is printed instead of drawn.
+const PRINTED_COLUMNS: u16 = 100;
+
+/// How often it is looked whether a signal came.
+const LOOK_FOR_SIGNALS: Duration = Duration::from_millis(100);
 
 /// Why it ended.
 #[derive(Debug, Error)]
@@ -55,15 +61,24 @@ pub(crate) enum TopError {
 /// # Errors
 /// If the daemon cannot be asked at the start, or the terminal fails.
 pub(crate) fn run(args: &TopArgs) -> Result<String, TopError> {
-    let path = admin_socket(args.admin.as_ref());
+    let path = admin_socket(args.admin.as_ref())?;
     let interval = Duration::from_secs_f64(args.interval);
     if args.json || args.once || !io::stdout().is_terminal() {
         return once(&path, interval, args.json);
     }
     let mut watch = Watch::begin(path, interval)?;
+    let told = Arc::new(AtomicUsize::new(0));
+    for signal in [SIGTERM, SIGHUP, SIGINT] {
+        signal_hook::flag::register_usize(signal, Arc::clone(&told), signal as usize)?;
+    }
     let mut terminal = ratatui::try_init()?;
-    let watched = watch.until_told(&mut terminal, interval);
-    ratatui::try_restore()?;
+    let watched = watch.until_told(&mut terminal, interval, &told);
+    let restored = ratatui::try_restore();
+    if let signal @ 1.. = told.load(Ordering::Relaxed) {
+        // The terminal is as it was: now the signal does what it would have done.
+        signal_hook::low_level::emulate_default_handler(signal as i32)?;
+    }
+    restored?;
     watched.map(|()| String::new())
 }
 
@@ -71,6 +86,8 @@ pub(crate) fn run(args: &TopArgs) -> Result<String, TopError> {
 fn once(path: &Path, interval: Duration, json: bool) -> Result<String, TopError> {
     let mut watch = Watch::begin(path.to_path_buf(), interval)?;
     std::thread::sleep(interval);
+    // A page outlasts a daemon that was killed, for seconds.
+    listened_at(path)?;
     watch.look();
     if let Some(error) = watch.error.take() {
         return Err(error.into());
@@ -84,16 +101,19 @@ fn once(path: &Path, interval: Duration, json: bool) -> Result<String, TopError>
         });
         return Ok(format!("{value:#}\n"));
     }
-    let Ok(mut terminal) = Terminal::new(TestBackend::new(PRINTED.0, PRINTED.1));
-    let Ok(frame) = terminal.draw(|frame| view::draw(frame, &watch.shown()));
+    Ok(printed(&watch.shown()))
+}
+
+/// A screen as text: as many lines as there is something in.
+fn printed(shown: &view::Shown<'_>) -> String {
+    let Ok(mut terminal) = Terminal::new(TestBackend::new(PRINTED_COLUMNS, view::printed_lines(shown)));
+    let Ok(frame) = terminal.draw(|frame| view::print(frame, shown));
     let (width, cells) = (usize::from(frame.area.width), frame.buffer.content());
     let lines = cells.chunks(width).map(|line| {
         let text: String = line.iter().map(ratatui::buffer::Cell::symbol).collect();
-        text.trim_end().to_owned()
+        text.trim_end().to_owned() + "\n"
     });
-    let lines: Vec<_> = lines.collect();
-    let used = lines.iter().rposition(|line| !line.is_empty()).map_or(0, |last| last + 1);
-    Ok(lines[..used].join("\n") + "\n")
+    lines.collect()
 }
 
 /// Where a status was had.
@@ -161,13 +181,17 @@ impl Watch {
         &mut self,
         terminal: &mut ratatui::DefaultTerminal,
         interval: Duration,
+        signal: &AtomicUsize,
     ) -> Result<(), TopError> {
         loop {
             terminal.draw(|frame| view::draw(frame, &self.shown()))?;
             let next = Instant::now() + interval;
             while let Some(left) = next.checked_duration_since(Instant::now()) {
-                if !event::poll(left)? {
-                    break;
+                if signal.load(Ordering::Relaxed) != 0 {
+                    return Ok(());
+                }
+                if !event::poll(left.min(LOOK_FOR_SIGNALS))? {
+                    continue;
                 }
                 match event::read()? {
                     Event::Key(key) if key.kind == KeyEventKind::Press => {

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use kvoyant_daemon::status::StatusReport;
+use kvoyant_daemon::status::{SessionReport, StatusReport};
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 
 use super::limits::{self, What};
+use super::printed;
 use super::rates::{History, Rates};
 use super::view::{Shown, draw};
 use crate::status::tests::sample;
@@ -121,6 +122,19 @@ fn everything_is_on_a_screen_of_80_by_24_and_nothing_that_a_client_chose_steers_
     let line =
         text.lines().map(|line| line.trim_matches('"')).find(|line| line.starts_with("arena")).unwrap();
     assert!(line.trim_end().ends_with("digests 941.90 MiB"), "{line}");
+}
+
+#[test]
+fn what_is_printed_has_a_line_for_each_session_and_none_for_nothing() {
+    let mut status = sample();
+    let session = status.sessions[0].clone();
+    status.sessions.extend((8..60).map(|id| SessionReport { id, ..session.clone() }));
+    let (history, none) = (History::default(), Rates::default());
+    let limit = limits::of(&status, &none);
+    let text = printed(&Shown { status: &status, rates: &none, history: &history, limit, error: None });
+    assert_eq!(text.lines().count(), 1 + 2 + 1 + 3 + 1 + 53, "{text}");
+    assert!(text.lines().all(|line| !line.is_empty()) && !text.contains("q: leave"), "{text}");
+    assert!(text.lines().last().unwrap().starts_with("59 "), "{text}");
 }
 
 #[test]

@@ -28,21 +28,8 @@ pub(super) struct Shown<'a> {
 
 /// Draws it.
 pub(super) fn draw(frame: &mut Frame<'_>, shown: &Shown<'_>) {
-    let tiers = tiers(shown.status);
-    let heights = [
-        Constraint::Length(1),
-        Constraint::Length(2),
-        Constraint::Length(tiers.len() as u16),
-        Constraint::Length(3),
-        Constraint::Length(2),
-        Constraint::Min(2),
-        Constraint::Length(1),
-    ];
-    let [head, limit, places, work, line, sessions, foot] = Layout::vertical(heights).areas(frame.area());
-    frame.render_widget(Paragraph::new(title(shown.status)), head);
-    frame.render_widget(Paragraph::new(limits(&shown.limit)), limit);
-    frame.render_widget(Paragraph::new(tiers), places);
-    frame.render_widget(Paragraph::new(rates(shown)), work);
+    const SPARKLINE_AND_FOOT: (u16, u16) = (2, 1);
+    let [line, sessions, foot] = parts(frame, shown, SPARKLINE_AND_FOOT);
     sparkline(frame, shown, line);
     table(frame, shown, sessions);
     let foot_text = match &shown.error {
@@ -50,6 +37,38 @@ pub(super) fn draw(frame: &mut Frame<'_>, shown: &Shown<'_>) {
         None => Span::styled("q: leave", Style::new().add_modifier(Modifier::DIM)),
     };
     frame.render_widget(Paragraph::new(Line::from(foot_text)), foot);
+}
+
+/// Draws what is worth printing: one look has no history, and nobody can press a key.
+pub(super) fn print(frame: &mut Frame<'_>, shown: &Shown<'_>) {
+    let [_, sessions, _] = parts(frame, shown, (0, 0));
+    table(frame, shown, sessions);
+}
+
+/// Lines that [`print`] fills.
+pub(super) fn printed_lines(shown: &Shown<'_>) -> u16 {
+    let (above, head) = (1 + 2 + tiers(shown.status).len() + 3, 1);
+    u16::try_from(above + head + shown.status.sessions.len()).unwrap_or(u16::MAX)
+}
+
+/// Draws what is above the table, and says where the rest goes: a sparkline and a foot of these heights, the table between them.
+fn parts(frame: &mut Frame<'_>, shown: &Shown<'_>, (line, foot): (u16, u16)) -> [Rect; 3] {
+    let tiers = tiers(shown.status);
+    let heights = [
+        Constraint::Length(1),
+        Constraint::Length(2),
+        Constraint::Length(tiers.len() as u16),
+        Constraint::Length(3),
+        Constraint::Length(line),
+        Constraint::Min(1),
+        Constraint::Length(foot),
+    ];
+    let [head, limit, places, work, line, sessions, foot] = Layout::vertical(heights).areas(frame.area());
+    frame.render_widget(Paragraph::new(title(shown.status)), head);
+    frame.render_widget(Paragraph::new(limits(&shown.limit)), limit);
+    frame.render_widget(Paragraph::new(tiers), places);
+    frame.render_widget(Paragraph::new(rates(shown)), work);
+    [line, sessions, foot]
 }
 
 fn bold(text: impl Into<String>) -> Span<'static> {

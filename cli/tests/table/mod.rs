@@ -83,7 +83,13 @@ static OPERATED: &[Command] = &[
     command(
         &["status"],
         &[good(&[ADMIN], "arena "), good(&[ADMIN, "--json"], "\"boot_id\"")],
-        &[fails(&[NOBODY], ASK), fails(&["--json", NOBODY], ASK), line(&["now"], "unexpected argument")],
+        &[
+            fails(&[NOBODY], ASK),
+            fails(&["--json", NOBODY], ASK),
+            fails(&["--admin={socket}"], "the socket for engines, which `kvoyant run --socket` takes"),
+            fails(&["--admin={home}/text"], "it is a file and no socket"),
+            line(&["now"], "unexpected argument"),
+        ],
     ),
     command(
         &["top"],

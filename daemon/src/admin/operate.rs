@@ -15,7 +15,7 @@ use super::reports::{
 use super::routes::{Routes, allow, handle};
 use crate::config::document;
 use crate::control::OrderError;
-use crate::settings::{SetError, Settings};
+use crate::settings::{Changes, SetError, Settings};
 use crate::status::MethodReport;
 
 impl Routes {
@@ -32,7 +32,7 @@ impl Routes {
 
     pub(super) async fn set_config(&self, patch: ConfigPatch, caller: Caller) -> Result<Changed, Refusal> {
         let keys: Vec<_> = patch.keys().cloned().collect();
-        let changed = self.change(move |settings| settings.set(&json!(patch))).await?;
+        let changed: Changed = self.change(move |settings| settings.set(&json!(patch))).await?.into();
         for change in &changed.changed {
             tracing::info!("{} sets {}: {} -> {}", caller.name(), change.key, change.from, change.to);
         }
@@ -41,20 +41,21 @@ impl Routes {
     }
 
     pub(super) async fn reload(&self, caller: Caller) -> Result<Changed, Refusal> {
-        let changed = self.change(Settings::reload).await?;
-        tracing::info!(changed = changed.changed.len(), "{} has the configuration read again", caller.name());
-        Ok(changed)
+        let changes = self.change(Settings::reload).await?;
+        tracing::info!(changed = changes.made.len(), "{} has the configuration read again", caller.name());
+        changes.log();
+        Ok(changes.into())
     }
 
     /// Files and names of users may be on a network, which nobody else waits for.
     async fn change(
         &self,
-        change: impl FnOnce(&Settings) -> Result<crate::settings::Changes, SetError> + Send + 'static,
-    ) -> Result<Changed, Refusal> {
+        change: impl FnOnce(&Settings) -> Result<Changes, SetError> + Send + 'static,
+    ) -> Result<Changes, Refusal> {
         let settings = Arc::clone(self.plane.settings());
         let done = tokio::task::spawn_blocking(move || change(&settings)).await;
         let changes = done.map_err(|error| Refusal::Internal(error.to_string()))?;
-        Ok(changes.map_err(Refusal::Setting)?.into())
+        changes.map_err(Refusal::Setting)
     }
 
     pub(super) fn log(&self) -> LogReport {

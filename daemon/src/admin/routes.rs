@@ -276,14 +276,17 @@ impl Routes {
     async fn remove(&self, owner: u32, name: &str, caller: Caller) -> Result<Done, Refusal> {
         allow(caller, owner)?;
         let id = image_id(owner, name).map_err(Refusal::Name)?;
-        tracing::info!("user {} erases the image {id}", caller.uid);
         let removed = self.work(move |keeper| {
-            keeper.remove(&id).map_err(|error| match error {
+            let removed = keeper.remove(&id).map_err(|error| match error {
                 StoreError::Unreachable { .. } | StoreError::Refused { .. } if !keeper.has_here(&id) => {
                     Refusal::HalfRemoved(error)
                 }
                 error => error.into(),
-            })
+            });
+            if matches!(removed, Ok(_) | Err(Refusal::HalfRemoved(_))) {
+                tracing::info!("user {} has erased the image {id}", caller.uid);
+            }
+            removed
         });
         removed.await??;
         Ok(Done { image: name.to_owned(), uid: owner })

@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use figment::error::{Actual, Kind};
 use figment::providers::{Env, Format, Serialized, Toml};
 use figment::{Figment, Provider};
 use serde::Serialize;
 
-use super::keys::{self, nearest};
+use super::error::number;
+use super::keys::{self, Key, nearest};
 use super::{Config, ConfigError, DEFAULT_FILE};
 
 /// What variables of the environment begin with.
@@ -65,7 +67,6 @@ impl Loaded {
     /// # Errors
     /// The first thing that is wrong.
     pub fn load<F: Serialize>(file: Option<&Path>, flags: F) -> Result<Self, ConfigError> {
-        let parse = |error| ConfigError::Parse(Box::new(error));
         let mut origins: BTreeMap<_, _> = keys::all().map(|key| (key.name, Origin::Default)).collect();
         let mut note = |key: &str, origin: Origin| {
             if let Some(key) = keys::find(key) {
@@ -74,13 +75,16 @@ impl Loaded {
         };
         let mut given = Figment::new();
         let file = match file {
-            Some(file) if !file.exists() => return Err(ConfigError::NoFile(file.to_path_buf())),
             Some(file) => Some(file),
             None => Some(Path::new(DEFAULT_FILE)).filter(|file| file.exists()),
         };
         if let Some(file) = file {
-            let toml = Toml::file_exact(file);
-            for key in toml.data().map_err(parse)?.values().flat_map(|values| values.keys()) {
+            let toml = Toml::string(&read(file)?);
+            let syntax = |error: figment::Error| ConfigError::Syntax {
+                path: file.to_path_buf(),
+                reason: error.to_string().trim_end().to_owned(),
+            };
+            for key in toml.data().map_err(syntax)?.values().flat_map(|values| values.keys()) {
                 if keys::find(key).is_none() {
                     return Err(unknown(key, file.display().to_string()));
                 }
@@ -96,17 +100,80 @@ impl Loaded {
             note(key.as_str(), Origin::Environment(name));
         }
         let flags = Serialized::globals(flags);
-        for key in flags.data().map_err(parse)?.values().flat_map(|values| values.keys()) {
+        for key in flags
+            .data()
+            .map_err(|error| bad(&error, &BTreeMap::new()))?
+            .values()
+            .flat_map(|values| values.keys())
+        {
             note(key, Origin::Flag(format!("--{}", key.replace('_', "-"))));
         }
         let given = given.merge(environment).merge(flags);
-        let mut config: Config =
-            Figment::from(Serialized::defaults(Config::default())).merge(&given).extract().map_err(parse)?;
+        let mut config: Config = Figment::from(Serialized::defaults(Config::default()))
+            .merge(&given)
+            .extract()
+            .map_err(|error| bad(&error, &origins))?;
         if !given.contains("admin_socket") {
             config.admin_socket = config.socket.with_file_name("admin.sock");
         }
         config.check()?;
         Ok(Self { config, origins })
+    }
+}
+
+fn read(file: &Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(file).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => ConfigError::NoFile(file.to_path_buf()),
+        _ => ConfigError::Read { path: file.to_path_buf(), source },
+    })
+}
+
+/// What is said about a value that is none.
+fn bad(error: &figment::Error, origins: &BTreeMap<&'static str, Origin>) -> ConfigError {
+    let path: Vec<_> = error.path.iter().map(|part| part.to_lowercase()).collect();
+    let key = path.first().and_then(|name| keys::find(name));
+    let place = key.and_then(|key| origins.get(key.name)).unwrap_or(&Origin::Default).to_string();
+    ConfigError::Parse { key: path.join("."), place, reason: reason(&error.kind, key) }
+}
+
+fn reason(kind: &Kind, key: Option<&Key>) -> String {
+    match kind {
+        Kind::InvalidType(found, wanted) | Kind::InvalidValue(found, wanted) => {
+            format!("it is {}, and must be {}", shown(found), words(wanted, key))
+        }
+        Kind::UnknownVariant(found, known) => format!("`{found}` is none of {}", known.join(", ")),
+        other => other.to_string(),
+    }
+}
+
+fn shown(found: &Actual) -> String {
+    match found {
+        Actual::Bool(value) => value.to_string(),
+        Actual::Unsigned(value) => value.to_string(),
+        Actual::Signed(value) => value.to_string(),
+        Actual::Float(value) => number(*value),
+        Actual::Str(text) => format!("\"{text}\""),
+        Actual::Seq => "a list".into(),
+        Actual::Map => "a table".into(),
+        other => other.to_string(),
+    }
+}
+
+/// What a value must be, in the words of whoever writes the file.
+fn words(wanted: &str, key: Option<&Key>) -> String {
+    let numbers = ["u8", "u16", "u32", "u64", "usize"];
+    match wanted {
+        _ if key.is_some_and(|key| key.unit.contains("bytes")) => "a number of bytes, as \"64GiB\"".into(),
+        "a sequence" => {
+            let example = key.and_then(|key| key.example);
+            format!("a list, as {}", example.unwrap_or("[1, 2]"))
+        }
+        "path string" => "a path, as \"/a/b\"".into(),
+        "a boolean" => "true or false".into(),
+        "f32" | "f64" => "a number".into(),
+        "u32" => format!("a whole number from 0 to {}", u32::MAX),
+        number if numbers.contains(&number) => "a whole number, 0 or more".into(),
+        other => other.to_owned(),
     }
 }
 

@@ -9,8 +9,8 @@ use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Mode, features};
 use kvoyant_protocol::packet::PATH_BYTES_MAX;
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
+use self::error::number;
 use crate::device::DeviceName;
 use crate::device::cuda;
 use crate::device::cuda::store::default_folder;
@@ -21,12 +21,15 @@ use crate::tiers::host_memory::HugePages;
 use crate::tiers::nvme::{EngineChoice, SpillSettings};
 
 pub mod document;
+mod error;
 mod flags;
 pub mod keys;
 mod load;
 mod newcomers;
 mod pin_ahead;
+mod start;
 
+pub use error::ConfigError;
 pub use flags::Flags;
 pub(crate) use load::unknown;
 pub use load::{Loaded, Origin};
@@ -36,6 +39,15 @@ pub use pin_ahead::PinAhead;
 /// Operations in flight on each device, and how many of them may be writes while reads wait.
 const SPILL_DEPTH: u32 = 128;
 const SPILL_WRITE_DEPTH: u32 = 16;
+
+/// The slowest link that is simulated, in GB/s.
+pub const SHAPE_GBPS_MIN: f64 = 0.001;
+
+/// The longest latency of a simulated link, in µs: an hour.
+pub const SHAPE_LATENCY_US_MAX: u64 = 3_600_000_000;
+
+/// The most bytes of anything: more is mistyped.
+const BYTES_MAX: ByteSize = ByteSize(1 << 60);
 
 /// Everything that can be set. Every key is also an environment variable `KVOYANT_<KEY>` and, with dashes, a flag.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -139,7 +151,12 @@ fn runtime_folder() -> PathBuf {
     if nix::unistd::geteuid().is_root() {
         return "/run/kvoyant".into();
     }
-    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from).join("kvoyant")
+    runtime_folder_in(std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from))
+}
+
+/// A relative path, such as an empty one, counts as none: the XDG base directory specification has it so.
+fn runtime_folder_in(user: Option<PathBuf>) -> PathBuf {
+    user.filter(|folder| folder.is_absolute()).unwrap_or_else(std::env::temp_dir).join("kvoyant")
 }
 
 impl Default for Config {
@@ -198,44 +215,6 @@ impl Default for Config {
     }
 }
 
-/// A configuration that cannot be used.
-#[derive(Debug, Error)]
-pub enum ConfigError {
-    /// A file, variable or flag that does not parse.
-    #[error("bad configuration: {0}")]
-    Parse(Box<figment::Error>),
-    /// A key that there is not.
-    #[error("bad configuration: there is no key `{key}` in {place}{}", meant(.nearest.as_ref()))]
-    Unknown {
-        /// What was written.
-        key: String,
-        /// Where.
-        place: String,
-        /// What may have been meant.
-        nearest: Option<&'static str>,
-    },
-    /// The file is not there.
-    #[error("configuration file {0} does not exist")]
-    NoFile(PathBuf),
-    /// A value that makes no sense.
-    #[error("bad configuration: {key} = {value}: {reason}")]
-    Value {
-        /// Which key.
-        key: &'static str,
-        /// Its value.
-        value: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-}
-
-fn meant(nearest: Option<&&'static str>) -> String {
-    match nearest {
-        Some(name) => format!("; did you mean `{name}`?"),
-        None => "; `kvoyantd --print-config` prints all that there are".into(),
-    }
-}
-
 /// The file that is read when none is named, if it exists.
 pub const DEFAULT_FILE: &str = "/etc/kvoyant/kvoyantd.toml";
 
@@ -252,6 +231,21 @@ impl Config {
     pub fn check(&self) -> Result<(), ConfigError> {
         let bad =
             |key, value: String, reason: &str| Err(ConfigError::Value { key, value, reason: reason.into() });
+        let ahead = match self.pin_ahead {
+            PinAhead::Bytes(bytes) => bytes,
+            _ => ByteSize(0),
+        };
+        for (key, bytes) in [
+            ("arena", self.arena),
+            ("device_memory", self.device_memory),
+            ("spill_bytes", self.spill_bytes),
+            ("prefixes", self.prefixes),
+            ("pin_ahead", ahead),
+        ] {
+            if bytes > BYTES_MAX {
+                return bad(key, bytes.to_string(), "it must be at most 1 EiB");
+            }
+        }
         if self.arena.as_u64() < EXTENT_BYTES as u64 {
             return bad("arena", self.arena.to_string(), "it must hold at least one extent of 64 MiB");
         }
@@ -331,11 +325,15 @@ impl Config {
         if !(1..=64).contains(&self.copy_threads) {
             return bad("copy_threads", self.copy_threads.to_string(), "it must be 1 to 64");
         }
-        if !(self.shape_gbps >= 0.0 && self.shape_gbps.is_finite()) {
-            return bad("shape_gbps", self.shape_gbps.to_string(), "it must be a bandwidth in GB/s, or 0");
+        if self.shape_gbps != 0.0 && !(SHAPE_GBPS_MIN..=1e6).contains(&self.shape_gbps) {
+            return bad("shape_gbps", number(self.shape_gbps), "it must be 0.001 to 1000000 GB/s, or 0");
+        }
+        if self.shape_latency_us > SHAPE_LATENCY_US_MAX {
+            let reason = format!("it must be at most {SHAPE_LATENCY_US_MAX} µs, an hour");
+            return bad("shape_latency_us", self.shape_latency_us.to_string(), &reason);
         }
         if !(1.0..=1e6).contains(&self.keep) {
-            return bad("keep", self.keep.to_string(), "it must be at least 1");
+            return bad("keep", number(self.keep), "it must be 1 to 1000000");
         }
         if !(1 << 20..=1 << 40).contains(&self.slab.as_u64()) {
             return bad("slab", self.slab.to_string(), "it must be 1 MiB to 1 TiB");
@@ -488,6 +486,14 @@ mod tests {
     }
 
     #[test]
+    fn a_runtime_folder_of_the_user_counts_if_it_is_a_whole_path() {
+        assert_eq!(runtime_folder_in(Some("/run/user/7".into())), Path::new("/run/user/7/kvoyant"));
+        for none in [None, Some(""), Some("run")] {
+            assert_eq!(runtime_folder_in(none.map(PathBuf::from)), std::env::temp_dir().join("kvoyant"));
+        }
+    }
+
+    #[test]
     fn who_may_connect_and_have_how_much_is_read_from_names_and_numbers() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("kvoyantd.toml");
@@ -530,6 +536,10 @@ mod tests {
             Flags { lanes: Some(0), ..Flags::default() },
             Flags { lane_cpus: Some(vec![1, 2]), lanes: Some(1), ..Flags::default() },
             Flags { shape_gbps: Some(-1.0), ..Flags::default() },
+            Flags { shape_gbps: Some(1e-300), ..Flags::default() },
+            Flags { shape_latency_us: Some(u64::MAX), ..Flags::default() },
+            Flags { arena: Some(ByteSize(u64::MAX)), ..Flags::default() },
+            Flags { keep: Some(1e300), ..Flags::default() },
             Flags { device: Some("tpu".into()), ..Flags::default() },
             Flags { device: Some("cuda:0".into()), in_place: Some(true), ..Flags::default() },
             Flags { signal: Some("smoke".into()), ..Flags::default() },

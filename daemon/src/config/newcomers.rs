@@ -20,7 +20,7 @@ pub enum Newcomers {
 }
 
 #[derive(Deserialize, Serialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "it must be `auto` or a number of percent")]
 enum Given {
     Percent(f64),
     Text(String),

@@ -63,7 +63,7 @@ impl Serialize for PinAhead {
 impl<'de> Deserialize<'de> for PinAhead {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        #[serde(untagged)]
+        #[serde(untagged, expecting = "it must be `auto`, `all` or a number of bytes, as \"64GiB\"")]
         enum Given {
             Bytes(u64),
             Text(String),

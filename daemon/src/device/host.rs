@@ -5,7 +5,7 @@
 //! shaped to a bandwidth and a latency: how transfers, overlap and stalls are studied without a GPU.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,9 @@ use super::fair::Fair;
 use super::{Device, Slab, SlabError, SlabMemory, SlabRequest, Transfer};
 use crate::quota::Charge;
 
+/// Beyond what any transfer waits for: a year.
+const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// A simulated link: transfers share its bandwidth one after the other, and each arrives a latency later.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Shape {
@@ -34,10 +37,10 @@ pub struct Shape {
 impl Shape {
     /// When a transfer of `bytes` that starts at `now` has arrived, and from when the link is free again.
     fn schedule(&self, now: Instant, free_at: Instant, bytes: u64) -> (Instant, Instant) {
-        let busy =
-            self.gbps.map_or(Duration::ZERO, |gbps| Duration::from_secs_f64(bytes as f64 / (gbps * 1e9)));
-        let free = now.max(free_at) + busy;
-        (free + self.latency, free)
+        let seconds = |gbps: f64| Duration::try_from_secs_f64(bytes as f64 / (gbps * 1e9)).unwrap_or(FAR);
+        let later = |from: Instant, by: Duration| from.checked_add(by.min(FAR)).unwrap_or(from);
+        let free = later(now.max(free_at), self.gbps.map_or(Duration::ZERO, seconds));
+        (later(free, self.latency), free)
     }
 }
 
@@ -78,6 +81,9 @@ struct Waiting {
     /// Where lanes put them, without waiting for anybody.
     inbox: SegQueue<Transfer>,
     sorted: Mutex<Fair<Transfer>>,
+    /// Whether the simulated link is cut short: nobody waits for it any more.
+    hurried: Mutex<bool>,
+    hurry: Condvar,
 }
 
 impl Waiting {
@@ -87,6 +93,22 @@ impl Waiting {
             sorted.push(transfer.memory.uid(), transfer.session, transfer);
         }
         sorted.pop()
+    }
+
+    /// Waits until then, or until nobody may wait any more.
+    fn wait_until(&self, arrives: Instant) {
+        let ahead = arrives.saturating_duration_since(Instant::now());
+        if ahead.is_zero() {
+            return;
+        }
+        let hurried = self.hurried.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whether it is hurried or the time has come, the transfer goes on.
+        let _ = self.hurry.wait_timeout_while(hurried, ahead, |hurried| !*hurried);
+    }
+
+    fn hurry(&self) {
+        *self.hurried.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.hurry.notify_all();
     }
 }
 
@@ -122,10 +144,7 @@ fn copy_loop(waits: &Receiver<()>, waiting: &Waiting, link: &Mutex<Instant>, sha
                 run.dst.write_volatile(!run.dst.read_volatile());
             }
         }
-        let ahead = arrives.saturating_duration_since(Instant::now());
-        if !ahead.is_zero() {
-            std::thread::sleep(ahead);
-        }
+        waiting.wait_until(arrives);
         transfer.end(failed);
     }
 }
@@ -188,10 +207,15 @@ impl Device for HostDevice {
         let _ = tokens.send(());
         Ok(())
     }
+
+    fn hurry(&self) {
+        self.waiting.hurry();
+    }
 }
 
 impl Drop for HostDevice {
     fn drop(&mut self) {
+        self.waiting.hurry();
         self.tokens = None;
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
@@ -218,6 +242,26 @@ mod tests {
         assert_eq!(first - now, Duration::from_micros(1010));
         let (second, _) = shape.schedule(now, free, 1_000_000);
         assert_eq!(second - now, Duration::from_micros(2010));
+    }
+
+    #[test]
+    fn a_link_too_slow_for_any_clock_is_late_and_no_panic() {
+        let now = Instant::now();
+        for (gbps, latency) in [(1e-300, Duration::MAX), (f64::MIN_POSITIVE, Duration::ZERO)] {
+            let (arrives, _) = Shape { gbps: Some(gbps), latency }.schedule(now, now, u64::MAX);
+            assert!(arrives - now >= FAR);
+        }
+    }
+
+    #[test]
+    fn who_waits_for_the_link_is_let_go_when_it_is_cut_short() {
+        let waiting = Arc::new(Waiting::default());
+        let waiter = {
+            let waiting = Arc::clone(&waiting);
+            std::thread::spawn(move || waiting.wait_until(Instant::now() + FAR))
+        };
+        waiting.hurry();
+        waiter.join().unwrap();
     }
 
     #[test]

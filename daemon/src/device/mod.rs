@@ -326,6 +326,9 @@ pub trait Device: Send + Sync + Debug {
     /// Takes a transfer, without blocking. Gives it back if the device is overloaded or stopped.
     fn submit(&self, transfer: Transfer) -> Result<(), Transfer>;
 
+    /// The daemon ends: what waits for a simulated link waits no longer.
+    fn hurry(&self) {}
+
     /// How extents are pinned for it, if that is its business: then no extent is used that could not be.
     fn pin(&self) -> Option<Box<dyn Pin>> {
         None

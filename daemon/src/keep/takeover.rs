@@ -26,7 +26,7 @@ pub enum TakeoverError {
         source: io::Error,
     },
     /// It refused.
-    #[error("the daemon at {} leaves nothing to this one: {failure}", path.display())]
+    #[error("the daemon at {} leaves nothing to this one: {}", path.display(), reason(.failure))]
     Refused {
         /// Its socket.
         path: PathBuf,
@@ -41,6 +41,14 @@ pub enum TakeoverError {
         /// What it is.
         error: ControlError,
     },
+}
+
+/// A daemon that keeps no sessions says so as a failure of another kind.
+fn reason(failure: &Failure) -> String {
+    match failure {
+        Failure::NotReady(reason) => reason.clone(),
+        other => other.to_string(),
+    }
 }
 
 /// Asks the daemon at this socket for all that it has, and waits until it has ended.

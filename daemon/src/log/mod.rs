@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
@@ -60,11 +61,34 @@ impl std::fmt::Debug for Filter {
     }
 }
 
-/// Reads a filter.
+/// What a filter may say.
+const LEVELS: &str = "error, warn, info, debug, trace, off";
+
+/// Reads a filter. A bare word that is neither a level nor ours would silence everything but a module of that name: it is mistyped.
 ///
 /// # Errors
 /// What is wrong with it.
 pub(crate) fn parse(filter: &str) -> Result<EnvFilter, String> {
+    let mut depth = 0_usize;
+    // Commas within `[span{field=value}]` part no directives.
+    let parts = filter.split(|letter| {
+        match letter {
+            '[' | '{' => depth += 1,
+            ']' | '}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        letter == ',' && depth == 0
+    });
+    let parts: Vec<_> = parts.map(str::trim).filter(|part| !part.is_empty()).collect();
+    if parts.is_empty() {
+        return Err(format!("it is empty: write one of {LEVELS}, or kvoyant_daemon=debug"));
+    }
+    for part in parts {
+        let bare = part.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'));
+        if bare && !part.starts_with("kvoyant") && part.parse::<LevelFilter>().is_err() {
+            return Err(format!("`{part}` is no level: write one of {LEVELS}, or {part}=debug for a module"));
+        }
+    }
     EnvFilter::try_new(filter).map_err(|error| error.to_string())
 }
 
@@ -103,4 +127,37 @@ pub(crate) fn start(filter: EnvFilter, format: LogFormat) -> Filter {
         std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
     }
     Filter(started.is_ok().then(|| Arc::new(handle)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mistyped_level_is_refused_and_no_module_of_that_name() {
+        for good in [
+            "info",
+            "WARN",
+            "off",
+            "3",
+            "info,kvoyant_daemon=debug",
+            "kvoyant_daemon",
+            "warn, kvoyant_daemon::lane=trace",
+            "hyper::proto",
+            "hyper=debug",
+            "[span{one,two,three}]=trace,info",
+        ] {
+            assert!(parse(good).is_ok(), "{good}: {:?}", parse(good).err());
+        }
+        for (bad, why) in [
+            ("infoo", "`infoo` is no level: write one of error, warn"),
+            ("info,debugg", "`debugg` is no level"),
+            ("", "it is empty"),
+            (" , ", "it is empty"),
+            ("kvoyant_daemon=loud", ""),
+        ] {
+            let error = parse(bad).map(drop).unwrap_err();
+            assert!(error.contains(why), "{bad}: {error}");
+        }
+    }
 }

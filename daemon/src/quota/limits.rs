@@ -78,7 +78,7 @@ impl FromStr for Group {
 /// A name or a number.
 fn named<'de, D: Deserializer<'de>, T: FromStr<Err = UnknownName>>(from: D) -> Result<T, D::Error> {
     #[derive(Deserialize)]
-    #[serde(untagged)]
+    #[serde(untagged, expecting = "it must be a name or a number")]
     enum Given {
         Number(u32),
         Text(String),
@@ -156,7 +156,7 @@ impl Limits {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "it must be a number, or bytes as \"64GiB\", or `none`")]
 enum Amount {
     Number(u64),
     Text(String),

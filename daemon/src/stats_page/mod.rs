@@ -10,6 +10,7 @@
 //!       then the body: a StatusReport in JSON
 //! ```
 //!
+//! The daemon that writes a page has it locked (flock), so that another one can tell pages that dead ones have left and remove them ([`sweep`]).
 //! Readers copy the object's bytes out of its file and never map it, so nobody can make them fault by cutting it short. Whoever may
 //! connect to the admin socket by its folder's group may read it; where allow-lists say who may, the daemon's user and root alone.
 //!
@@ -26,7 +27,7 @@ mod write;
 use std::path::{Path, PathBuf};
 
 pub use read::{PageError, read};
-pub use write::{StatsPage, keep};
+pub use write::{StatsPage, keep, sweep};
 
 /// What a slot begins with: `KVSTATS1`.
 const MAGIC: u64 = u64::from_le_bytes(*b"KVSTATS1");
@@ -39,6 +40,13 @@ const SLOT_BYTES: u64 = 4 << 20;
 
 /// What stands before a slot's body.
 const HEAD_BYTES: usize = 48;
+
+/// How the names of all pages begin; the rest is a hash of the admin socket's path.
+const PREFIX: &str = "kvoyant-stats-";
+
+/// A page that is older was left behind by a daemon that stands still or is dead: readers ask the socket which, and what sweeps old pages
+/// asks for the lock on it.
+const OLD_S: u64 = 5;
 
 /// Where POSIX shared memory is, on Linux.
 const FOLDER: &str = "/dev/shm";
@@ -93,7 +101,7 @@ impl Head {
 pub fn name_of(admin_socket: &Path) -> String {
     let path = std::path::absolute(admin_socket).unwrap_or_else(|_| admin_socket.to_path_buf());
     let hash = blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex();
-    format!("kvoyant-stats-{}", &hash[..16])
+    format!("{PREFIX}{}", &hash[..16])
 }
 
 /// Where it is.

@@ -8,11 +8,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use thiserror::Error;
 
-use super::{HEAD_BYTES, Head, SLOT_BYTES, file_of};
+use super::{HEAD_BYTES, Head, OLD_S, SLOT_BYTES, file_of};
 use crate::status::StatusReport;
-
-/// A page that is older was left behind by a daemon that stands still or is dead: the socket says which.
-const OLD_S: u64 = 5;
 
 /// Why there is nothing on a page. The admin socket is to be asked then.
 #[derive(Debug, Error)]

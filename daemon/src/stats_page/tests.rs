@@ -103,6 +103,26 @@ fn a_dead_daemons_page_is_replaced_and_a_lost_name_is_noticed() {
 }
 
 #[test]
+fn pages_of_dead_daemons_are_swept_and_those_of_live_ones_stay() {
+    let (_folder, socket, mut live) = page();
+    live.put(b"{}").unwrap();
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(60);
+    file(&socket).set_modified(long_ago).unwrap();
+    // Names of no socket, so that no other test has them.
+    let pid = std::process::id();
+    let [left, young] = [1, 2].map(|number| Path::new(FOLDER).join(format!("{PREFIX}{number:08x}{pid:08x}")));
+    for path in [&left, &young] {
+        std::fs::write(path, "").unwrap();
+    }
+    std::fs::File::options().write(true).open(&left).unwrap().set_modified(long_ago).unwrap();
+    sweep();
+    assert!(!left.exists());
+    assert!(young.exists(), "it may be about to be locked");
+    assert!(!live.is_gone(), "it is locked");
+    std::fs::remove_file(young).unwrap();
+}
+
+#[test]
 fn somebody_elses_page_is_not_believed() {
     let (_folder, socket, mut page) = page();
     page.put(&body(&registry())).unwrap();

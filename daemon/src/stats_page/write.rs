@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use shared_memory::{Shmem, ShmemConf};
 
-use super::{HEAD_BYTES, Head, SLOT_BYTES, file_of, name_of};
+use super::{FOLDER, HEAD_BYTES, Head, OLD_S, PREFIX, SLOT_BYTES, file_of, name_of};
 use crate::status::Registry;
 
 /// How often it is written.
@@ -48,6 +48,8 @@ impl StatsPage {
         let conf = ShmemConf::new().os_id(name_of(admin_socket)).size(slots);
         let object = conf.create().map_err(io::Error::other)?;
         let file = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(&path)?;
+        // For as long as this process has it open: who finds it unlocked may remove it.
+        file.try_lock()?;
         if open_to_group {
             let folder = admin_socket.parent().filter(|folder| !folder.as_os_str().is_empty());
             let group = std::fs::metadata(folder.unwrap_or(Path::new(".")))?.gid();
@@ -80,6 +82,36 @@ impl StatsPage {
     pub(super) fn is_gone(&self) -> bool {
         self.file.metadata().is_ok_and(|found| found.nlink() == 0)
     }
+}
+
+/// Removes the pages that dead daemons of this user have left: nobody has them locked, nor has written to them for a while.
+pub fn sweep() {
+    let Ok(found) = std::fs::read_dir(FOLDER) else { return };
+    for entry in found.flatten() {
+        let name = entry.file_name();
+        let ours = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        let ours =
+            ours.is_some_and(|hash| hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        if ours && is_left(&entry.path()) {
+            match std::fs::remove_file(entry.path()) {
+                Ok(()) => tracing::debug!(
+                    "{} was left by a daemon that is dead; it is gone",
+                    entry.path().display()
+                ),
+                Err(error) => tracing::debug!("{} cannot be removed: {error}", entry.path().display()),
+            }
+        }
+    }
+}
+
+fn is_left(path: &Path) -> bool {
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
+    let Ok(file) = opened else { return false };
+    let Ok(found) = file.metadata() else { return false };
+    // Daemons of versions before this one lock nothing, and write twice a second. A new one's page is young until it is locked.
+    let old = found.modified().ok().and_then(|written| written.elapsed().ok());
+    let old = old.is_some_and(|age| age > Duration::from_secs(OLD_S));
+    found.is_file() && found.uid() == nix::unistd::geteuid().as_raw() && old && file.try_lock().is_ok()
 }
 
 /// Writes the page until the task is dropped. Another one is made where it is gone, and where other people may read it than before, for

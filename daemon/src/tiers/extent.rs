@@ -134,6 +134,10 @@ impl Recipe {
             match self.make_huge() {
                 // Somebody else was quicker.
                 Err(error) if self.huge == HugePages::Auto => tracing::debug!("no huge pages: {error}"),
+                Err(MemoryError::Os { source, .. }) => {
+                    let what = "make an extent of 32 huge pages of 2 MiB, as huge_pages = \"require\" says (`sysctl vm.nr_hugepages=N` sets them aside)";
+                    return Err(MemoryError::Os { what, source });
+                }
                 result => return result,
             }
         }

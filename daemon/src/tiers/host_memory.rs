@@ -35,6 +35,20 @@ fn free_huge_pages_in(folder: &Path) -> u64 {
     count("free_hugepages").saturating_sub(count("resv_hugepages"))
 }
 
+/// Huge pages of 2 MiB that are set aside, whoever has them.
+#[must_use]
+pub fn huge_pages_set_aside() -> u64 {
+    let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+    fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+}
+
+/// Whether the machine has this core and runs on it, as far as the system says.
+#[must_use]
+pub fn is_core_online(core: usize) -> bool {
+    let list = fs::read_to_string("/sys/devices/system/cpu/online");
+    list.map_or(true, |list| u32::try_from(core).is_ok_and(|core| lists(&list, core)))
+}
+
 /// Whether the kernel takes advice to make pages of shared memory huge.
 #[must_use]
 pub fn takes_huge_advice() -> bool {

@@ -63,7 +63,9 @@ impl std::fmt::Display for Status {
         f.write_str(match self {
             Self::Ready => "ready",
             Self::TableFull => "the block table does not fit into the session's table_bytes: split the batch",
-            Self::NoSuchSequence => "a member's sequence is not open",
+            Self::NoSuchSequence => {
+                "a member's sequence is not open: it was closed, or suspended by an operator (`kvoyant sequences` lists images)"
+            }
             Self::NotObserved => "the method needs the prompt's query statistics, which were not sent",
             Self::NotAppended => "a member's position lies beyond the rows that were appended",
             Self::Failed => "the daemon failed on it; its log says how",

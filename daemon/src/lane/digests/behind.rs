@@ -23,6 +23,9 @@ impl ModelState {
         while let Some((id, layer)) = self.behind.front().copied() {
             if !self.build_some(id, layer)? {
                 self.behind.pop_front();
+                if let Some(state) = &mut self.spill {
+                    state.changed();
+                }
             }
             if !self.behind.is_empty() && enough() {
                 return Ok(false);

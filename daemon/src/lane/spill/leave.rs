@@ -83,6 +83,7 @@ impl ModelState {
         end + self.shape.window + rows <= len
             && slots.last_ticket <= state.released_through
             && slots.background.is_none()
+            && !self.behind.contains(&(id, layer))
             && !state.held.contains(&(id, layer))
             && !state.kept.as_ref().is_some_and(|(kept, layers)| *kept == id && layers.contains(&layer))
     }

@@ -12,7 +12,8 @@
 //! | `before` | what has to be in memory before a request can be done at all |
 //!
 //! What stays: sinks and the window with a page of margin, which the client reads itself; pages that are not full; layers
-//! whose last answer is still being read; sequences that their client selects for, or that are served in graph mode.
+//! with rows that are about to be digested, or whose last answer is still being read; sequences that their client selects
+//! for, or that are served in graph mode.
 //!
 //! [`SPILLED`]: kvoyant_protocol::control::SPILLED
 

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -43,6 +43,9 @@ impl Area {
     /// Opens or makes an area with `bytes` bytes for pages, rounded down to chunks; 0 on a block device: all of it.
     pub(super) fn open(path: &Path, bytes: u64) -> Result<Self, SpillError> {
         let path = if path.is_dir() { path.join(NAME) } else { path.to_owned() };
+        if bytes < CHUNK_BYTES && !is_block(&path) {
+            return Err(SpillError::TooSmall { path, bytes });
+        }
         let (file, place) = open_locked(&path)?;
         let wanted = match place {
             Place::File => bytes,
@@ -74,6 +77,9 @@ impl Area {
             let path = path.to_owned();
             move |source| SpillError::Io { path, what, source }
         };
+        if self.place == Place::File {
+            self.check_room()?;
+        }
         // The mark comes first: a daemon that is killed after this leaves an area that the next one takes over.
         self.file
             .write_all_at(&superblock::encode(self.bytes), 0)
@@ -95,12 +101,34 @@ impl Area {
         Ok(())
     }
 
+    /// Refuses what the file system has no room for, before all that it has is taken from others.
+    fn check_room(&self) -> Result<(), SpillError> {
+        let wanted = HEAD_BYTES.saturating_add(self.bytes);
+        let free = match room(&self.file) {
+            Some(free) if free < wanted => {
+                // What an area held that has just been emptied may be free only once that is written down.
+                let _ = nix::unistd::syncfs(&*self.file);
+                room(&self.file)
+            }
+            free => free,
+        };
+        match free {
+            Some(free) if free < wanted => Err(SpillError::NoSpace { path: self.path.clone(), wanted, free }),
+            _ => Ok(()),
+        }
+    }
+
     fn allocate(&mut self) -> Result<(), SpillError> {
         let bytes = HEAD_BYTES + self.bytes;
         match -raw::change_range(&self.file, Kind::Allocate, 0, bytes as usize) {
             0 => Ok(()),
             libc::ENOSPC | libc::EDQUOT | libc::EFBIG => {
-                let free = fstatvfs(&*self.file).map_or(0, |fs| fs.blocks_available() * fs.fragment_size());
+                // What has been set aside so far is free again, and counts as such.
+                let emptied = self.file.set_len(0).and_then(|()| self.file.sync_all());
+                if let Err(error) = emptied {
+                    tracing::warn!("the spill area {} cannot be emptied: {error}", self.path.display());
+                }
+                let free = room(&self.file).unwrap_or(0);
                 Err(SpillError::NoSpace { path: self.path.clone(), wanted: bytes, free })
             }
             libc::EOPNOTSUPP | libc::ENOSYS => {
@@ -144,10 +172,21 @@ impl Area {
     }
 }
 
+fn is_block(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|there| there.file_type().is_block_device())
+}
+
+/// Bytes that a file may have, those that it has already among them. `None`: its file system does not say.
+fn room(file: &File) -> Option<u64> {
+    let (there, has) = (fstatvfs(file).ok()?, file.metadata().ok()?.blocks() * 512);
+    let free = there.blocks_available().saturating_mul(there.fragment_size());
+    (there.blocks() > 0).then(|| free.saturating_add(has))
+}
+
 /// Opens a file, made if it is not there, or a block device, and locks it against other daemons.
 fn open_locked(path: &Path) -> Result<(File, Place), SpillError> {
     let fail = |what| move |source| SpillError::Io { path: path.to_owned(), what, source };
-    let is_block = std::fs::metadata(path).is_ok_and(|there| there.file_type().is_block_device());
+    let is_block = is_block(path);
     for _ in 0..ATTEMPTS {
         let mut options = OpenOptions::new();
         options.read(true).write(true).mode(0o600);

@@ -33,7 +33,7 @@ pub use id::{IdError, ImageId};
 pub use local::LocalStore;
 pub use manifest::{BlobEntry, ImageKind, Manifest, ModelKey};
 pub use pages::PageTable;
-pub use remote::{RemoteImages, RemoteOptions, connect};
+pub use remote::{RemoteImages, RemoteOptions, check_url, connect};
 
 /// Where images are kept. Its calls block, some for long: they are for keeper threads, never for a lane, nor for a task
 /// of an async runtime.

@@ -49,6 +49,14 @@ pub fn connect(url: &str, options: RemoteOptions) -> Result<Box<dyn ImageStore>,
     }
 }
 
+/// Whether an address leads to a store, as far as it says itself. Nothing is made and nothing is connected.
+pub fn check_url(url: &str) -> Result<(), StoreError> {
+    match Url::parse(url) {
+        Ok(parsed) if parsed.scheme() == "file" && parsed.to_file_path().is_ok() => Ok(()),
+        _ => connect(url, RemoteOptions::default()).map(drop),
+    }
+}
+
 /// Images in a folder that several daemons share, as on a network's file system: unlike a [`LocalStore`](super::super::LocalStore), no
 /// daemon has it alone.
 fn folder_of_many(

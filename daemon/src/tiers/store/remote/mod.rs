@@ -35,7 +35,7 @@ use super::{
     Damage, ImageFacts, ImageId, ImageReader, ImageStore, ImageSummary, ImageWriter, Manifest, StoreError,
 };
 use bucket::{Bucket, Found};
-pub use connect::connect;
+pub use connect::{check_url, connect};
 use line::Line;
 
 /// How every manifest in a remote store begins.
