@@ -230,11 +230,11 @@ fn what_comes_out_says_where_each_value_came_from_and_misspelt_keys_what_was_mea
         ("keep = \"much\"\n", &["--check"], "bad configuration"),
         ("[quotas]\nhots = 3\n", &["--check"], "did you mean `host`?"),
         ("", &["--check=xml"], "xml"),
-        ("arena = -1\n", &["--check"], "arena (file "),
+        ("prefixes = -1\n", &["--check"], "prefixes (file "),
         ("lane_cpus = 3\n", &["--check"], "must be a list"),
         ("lanes = \n", &["--check"], "kvoyantd.toml: "),
         ("", &["--allow-users", ",,", "--check"], "allow_users.0 (flag --allow-users): "),
-        ("", &["--config", "/", "--check"], "cannot be used multiple times"),
+        ("", &["--config", "/", "--check"], "configuration file /: "),
         ("log = \"infoo\"\n", &["--check"], "`infoo` is no level"),
         ("spill = [\"/nonexistent/a\"]\n", &["--spill", "/nonexistent/a", "--check"], "make the folder"),
         ("store = \"/a\"\nremote = \"ftp://x\"\n", &["--check"], "remote = "),
@@ -265,6 +265,7 @@ fn a_daemon_with_a_transfer_on_a_slow_link_ends_without_it() {
     let daemon = Daemon::start(DAEMON, &["--shape-latency-us", "600000000"]);
     let model = fake::connect(&daemon, &["full"]);
     let sequence = model.open(0, 0).unwrap();
+    model.reserve(&[(&sequence, 100)]).unwrap();
     fake::fill(&model, &sequence, 1, 100).unwrap();
     let member = Member { sequence: &sequence, position: 100, hint: Hint::None };
     let pending = model.speculate(1, &[member]).unwrap();

@@ -74,6 +74,8 @@ pub(crate) fn run(args: &TopArgs) -> Result<String, TopError> {
     let mut terminal = ratatui::try_init()?;
     let watched = watch.until_told(&mut terminal, interval, &told);
     let restored = ratatui::try_restore();
+    // It shows the cursor again.
+    drop(terminal);
     if let signal @ 1.. = told.load(Ordering::Relaxed) {
         // The terminal is as it was: now the signal does what it would have done.
         signal_hook::low_level::emulate_default_handler(signal as i32)?;

@@ -276,7 +276,7 @@ pub const SECTIONS: &[Section] = &[
                 key(
                     "shape_gbps",
                     "GB/s",
-                    "Bandwidth of a simulated link.",
+                    "Bandwidth of a simulated link, at least 0.001.",
                     "trying what a slower link would do",
                     Restart,
                 ),
@@ -284,7 +284,7 @@ pub const SECTIONS: &[Section] = &[
             key(
                 "shape_latency_us",
                 "µs",
-                "Latency of a simulated link.",
+                "Latency of a simulated link, at most an hour.",
                 "trying what a slower link would do",
                 Restart,
             ),
