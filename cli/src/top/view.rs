@@ -45,7 +45,7 @@ pub(super) fn print(frame: &mut Frame<'_>, shown: &Shown<'_>) {
     table(frame, shown, sessions);
 }
 
-/// Lines that [`print`] fills.
+/// Lines that [`print()`] fills.
 pub(super) fn printed_lines(shown: &Shown<'_>) -> u16 {
     let (above, head) = (1 + 2 + tiers(shown.status).len() + 3, 1);
     u16::try_from(above + head + shown.status.sessions.len()).unwrap_or(u16::MAX)
