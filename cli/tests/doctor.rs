@@ -208,7 +208,7 @@ fn places_that_cannot_be_used_fail_with_what_mends_them() {
     let place = tempfile::tempdir().unwrap();
     let folder = place.path().display();
     let findings = examine_disks(&format!(
-        "spill = [\"/no/such/folder/spill\", \"{folder}\"]\nspill_bytes = \"8EiB\"\n"
+        "spill = [\"/no/such/folder/spill\", \"{folder}\"]\nspill_bytes = \"1PiB\"\n"
     ));
     assert_eq!((findings.code, findings.level("spill")), (Some(1), "fail"), "{:?}", findings.report);
     assert!(findings.fix("spill").contains("install -d -m 700 /no/such/folder"), "{}", findings.fix("spill"));
