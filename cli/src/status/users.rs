@@ -27,16 +27,16 @@ pub(super) fn table(report: &StatusReport, out: &mut String) {
     if users.is_empty() {
         return;
     }
+    let columns: Vec<Column> = QUOTAS.into_iter().filter_map(|quota| Column::of(quota, &users)).collect();
     let _ = write!(out, "\n{:>10}", "user");
-    for quota in QUOTAS {
-        let _ = write!(out, " {:>21}", title(quota));
+    for column in &columns {
+        let _ = write!(out, "  {:>width$}", title(column.quota), width = column.width);
     }
     out.push('\n');
-    for user in users {
+    for (at, user) in users.iter().enumerate() {
         let _ = write!(out, "{:>10}", user.uid);
-        for quota in QUOTAS {
-            let used = user.uses.get(&quota);
-            let _ = write!(out, " {:>21}", used.map(|used| cell(quota, used)).unwrap_or_default());
+        for column in &columns {
+            let _ = write!(out, "  {:>width$}", column.cells[at], width = column.width);
         }
         let refused: Vec<_> = user
             .uses
@@ -48,6 +48,27 @@ pub(super) fn table(report: &StatusReport, out: &mut String) {
         if !refused.is_empty() {
             let _ = writeln!(out, "{:>10}  refused more {}", "", refused.join(", "));
         }
+    }
+}
+
+/// What users have of one kind.
+struct Column {
+    quota: Quota,
+    cells: Vec<String>,
+    width: usize,
+}
+
+impl Column {
+    /// As wide as it has to be; none where nobody has anything of it, nor a quota.
+    fn of(quota: Quota, users: &[&UserReport]) -> Option<Self> {
+        let used = |user: &&UserReport| user.uses.get(&quota).copied();
+        if !users.iter().filter_map(used).any(|used| used.held > 0 || used.limit.is_some()) {
+            return None;
+        }
+        let cells: Vec<_> =
+            users.iter().map(|user| used(user).map(|used| cell(quota, &used)).unwrap_or_default()).collect();
+        let width = cells.iter().map(String::len).chain([title(quota).len()]).max().unwrap_or(0);
+        Some(Self { quota, cells, width })
     }
 }
 
@@ -77,6 +98,21 @@ mod tests {
         assert_eq!(access(&AccessReport::default()), None);
         let lists = AccessReport { allow_users: vec![5, 1001], allow_groups: vec![100], refused: 3 };
         assert_eq!(access(&lists).unwrap(), "users 5, 1001, groups 100; 3 connections refused");
+    }
+
+    #[test]
+    fn a_column_is_as_wide_as_it_has_to_be_and_there_is_none_of_what_nobody_has() {
+        let used = |held, limit| UseReport { held, peak: held, limit, refused: 0 };
+        let uses = [
+            (Quota::Sessions, used(2, None)),
+            (Quota::Host, used(64 << 20, Some(1 << 30))),
+            (Quota::Spill, used(0, None)),
+        ];
+        let user = UserReport { uid: 7, uses: uses.into_iter().collect() };
+        let column = |quota| Column::of(quota, &[&user]).map(|column| (column.cells, column.width));
+        assert_eq!(column(Quota::Sessions), Some((vec!["2".to_owned()], "sessions".len())));
+        assert_eq!(column(Quota::Host), Some((vec!["64.00 MiB of 1.00 GiB".to_owned()], 21)));
+        assert_eq!(column(Quota::Spill), None);
     }
 
     #[test]

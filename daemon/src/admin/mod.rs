@@ -60,5 +60,5 @@ const WORK_TIMEOUT: Duration = Duration::from_secs(600);
 /// How long the remote store's part of a list is waited for.
 const REMOTE_LIST_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// How long lanes may take to list their sequences.
+/// How long lanes may take to list their sequences, or to give a sign of life.
 const LANES_TIMEOUT: Duration = Duration::from_secs(5);
