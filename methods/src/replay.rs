@@ -58,13 +58,19 @@ impl RowSource for Keys {
     }
 }
 
-/// The part of a [`Replay`] that methods see as their store.
-struct View<'a> {
-    pages: &'a [Vec<Vec<u8>>],
-    states: &'a [Vec<u8>],
-    memories: &'a mut [Vec<u8>],
-    sequence: &'a mut [u8],
-    notes: &'a mut [Vec<u8>],
+/// What methods see as their store, over plain memory: of each KV head, but for the sequence's own bytes.
+#[derive(Debug)]
+pub struct View<'a> {
+    /// The digests of its pages.
+    pub pages: &'a [Vec<Vec<u8>>],
+    /// Its state.
+    pub states: &'a [Vec<u8>],
+    /// Its memory.
+    pub memories: &'a mut [Vec<u8>],
+    /// What is kept of the sequence.
+    pub sequence: &'a mut [u8],
+    /// Its note.
+    pub notes: &'a mut [Vec<u8>],
 }
 
 impl Store for View<'_> {

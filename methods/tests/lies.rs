@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use kvoyant_methods::infinigen::SkewArtifact;
 use kvoyant_methods::registry::names;
+use kvoyant_methods::replay::View;
 use kvoyant_methods::{
     Append, Artifact, ArtifactKind, Artifacts, Dtype, FeedbackRow, Fingerprint, InTime, Method, MethodSpec,
-    Rest, RowSource, Scratch, SelectContext, Selection, Shape, Store, Tensor, TensorArtifact, TokenRange,
-    Truncated, build, mark,
+    Rest, RowSource, Scratch, SelectContext, Selection, Shape, Tensor, TensorArtifact, TokenRange, Truncated,
+    build, mark,
 };
 use proptest::prelude::*;
 
@@ -205,29 +206,10 @@ struct Kept {
     notes: Vec<Vec<u8>>,
 }
 
-impl Store for Kept {
-    fn page(&self, kv_head: usize, page: usize) -> &[u8] {
-        &self.pages[kv_head][page]
-    }
-
-    fn state(&self, kv_head: usize) -> &[u8] {
-        &self.states[kv_head]
-    }
-
-    fn memory(&self, kv_head: usize) -> &[u8] {
-        &self.memories[kv_head]
-    }
-
-    fn memory_mut(&mut self, kv_head: usize) -> &mut [u8] {
-        &mut self.memories[kv_head]
-    }
-
-    fn sequence(&mut self) -> &mut [u8] {
-        &mut self.sequence
-    }
-
-    fn note(&mut self, kv_head: usize) -> &mut [u8] {
-        &mut self.notes[kv_head]
+impl Kept {
+    fn view(&mut self) -> View<'_> {
+        let Self { pages, states, memories, sequence, notes } = self;
+        View { pages, states, memories, sequence, notes }
     }
 }
 
@@ -403,23 +385,23 @@ impl<'a> Life<'a> {
             }
         };
         if needs.rest && queries == 1 && rng.below(2) == 0 {
-            method.select_with_rest(&context, kept, scratch, &mut out, &mut rest);
+            method.select_with_rest(&context, &mut kept.view(), scratch, &mut out, &mut rest);
             check(&out);
         } else {
-            method.select(&context, kept, scratch, &mut out);
+            method.select(&context, &mut kept.view(), scratch, &mut out);
             check(&out);
             if needs.rest && queries == 1 {
-                method.rest(&context, &out, kept, scratch, &mut rest);
+                method.rest(&context, &out, &mut kept.view(), scratch, &mut rest);
                 check(rest.exact());
             }
         }
-        method.steer(&context, &out, kept);
+        method.steer(&context, &out, &mut kept.view());
         if needs.drops_rows {
             (0..HEADS).for_each(|head| method.on_selected(out.head(head), &mut kept.memories[head]));
         }
         if needs.prefetch && rng.below(4) > 0 {
             let context = SelectContext { queries: 1, hint: &[], floors: &[], in_time: None, ..context };
-            if method.prefetch(&context, kept, scratch, &mut out) {
+            if method.prefetch(&context, &mut kept.view(), scratch, &mut out) {
                 check(&out);
             }
         }

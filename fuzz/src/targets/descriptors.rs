@@ -3,6 +3,7 @@
 use kvoyant_protocol::graph::{GraphLayout, GraphSpec};
 use kvoyant_protocol::layout::{Layout, Limits, PageGeometry};
 use kvoyant_protocol::wire::{Append, Completion, Operation, Request, Served, Speculate};
+use kvoyant_tests::raw;
 
 use crate::input::Input;
 
@@ -61,18 +62,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
     for limit in [limits.batch_max, limits.hint_bytes, limits.table_bytes, limits.sequences_max] {
         tail.extend_from_slice(&limit.to_le_bytes());
     }
-    let speculate = Operation::Speculate(Speculate {
-        layer: 1,
-        batch: 2,
-        ticket: 1,
-        hint_bytes: 512,
-        queries: 1,
-        deadline_ns: 0,
-        doorbell: false,
-        floors: false,
-        rest: false,
-        fetch: false,
-    });
+    let speculate = Operation::Speculate(Speculate { batch: 2, hint_bytes: 512, ..raw::speculate(1) });
     let operations = [
         speculate,
         Operation::Append(Append { layer: None, batch: 1 }),
