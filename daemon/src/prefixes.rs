@@ -10,6 +10,7 @@
 mod images;
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,7 +24,7 @@ use crate::tiers::pool::NOBODY;
 use crate::tiers::prefix::{
     BlockHash, Evictions, Handle, Limits, Place, PrefixError, PrefixIndex, PrefixKey, Scope, Tier, chain,
 };
-use crate::tiers::shared::{SharedBudget, SharedPage, SharedPages};
+use crate::tiers::shared::{SharedBudget, SharedExtent, SharedPage, SharedPages};
 use crate::tiers::store::{ImageId, ImageKind, Manifest, ModelKey, PageTable, StoreError};
 use images::{BLOCKS, Blocks, Images, image_of};
 
@@ -184,6 +185,15 @@ impl Prefixes {
             }
         }
         Ok(prefixes)
+    }
+
+    /// An extent that another daemon's sessions have attached to. Of what is published in it nothing is known here: it is there to be read, for
+    /// as long as they have it.
+    ///
+    /// # Errors
+    /// A file that is none, or no room for it.
+    pub(crate) fn adopt(&self, file: OwnedFd) -> Result<Arc<SharedExtent>, MemoryError> {
+        SharedExtent::adopt(file, &self.budget)
     }
 
     fn index(&self) -> MutexGuard<'_, PrefixIndex<Arc<Block>>> {

@@ -231,7 +231,9 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
     // Extents of sessions that are kept are held once more.
     raise_open_files(arena, if keep.is_some() { 2 } else { 1 });
     let spill = config.spill().map(|settings| {
-        patiently(|| Spill::start(&settings), |error| matches!(error, SpillError::Busy { .. }))
+        // What those sessions have on disk is theirs until they are here again.
+        let claimed = keep.is_some() && !(left.is_empty() && taken.is_empty());
+        patiently(|| Spill::start_over(&settings, claimed), |error| matches!(error, SpillError::Busy { .. }))
     });
     let spill = spill.transpose()?;
     let disk = spill.as_ref().map_or(0, |spill| spill.report().iter().map(|device| device.total_bytes).sum());
@@ -278,6 +280,7 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
         Box::new(move || registry.line())
     };
     let link = Arc::clone(&device);
+    let disk_of = spill.clone();
     let plane = Plane::new(Arc::clone(settings), lanes, device, pool, registry, spill, (keeper, prefixes));
     let patience = Duration::from_secs(u64::from(config.reattach_seconds));
     let plane = Arc::new(plane.keeping(keep.clone(), patience));
@@ -286,6 +289,9 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
     } else {
         plane.restore(left, true);
         plane.restore(taken, false);
+    }
+    if let Some(spill) = &disk_of {
+        spill.settle();
     }
     let mut successor = None;
     let manager = Rc::new(Manager::start(Subject { line, watched }).map_err(ServerError::Start)?);
@@ -393,6 +399,12 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
                 Ok(())
             })
             .await?;
+        // Before anything of any session is dropped, one that is just being claimed among them.
+        if let (Some(spill), Some(keep)) = (disk_of, &keep)
+            && keep.holds_any()
+        {
+            spill.leave();
+        }
         tracing::info!("stopping");
         manager.stopping();
         Ok(())

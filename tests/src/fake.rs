@@ -69,6 +69,21 @@ pub fn fill(model: &Model, sequence: &Sequence, seed: usize, tokens: usize) -> R
     model.append(&[(sequence, tokens - first)])
 }
 
+/// Tokens of a prompt that are written at once.
+pub const CHUNK: usize = 100;
+
+/// The same as an engine writes a prompt: room for some tokens, then their rows.
+///
+/// # Panics
+/// If the daemon refuses.
+pub fn fill_as_prompt(model: &Model, sequence: &Sequence, seed: usize, tokens: usize) {
+    while sequence.tokens() < tokens {
+        let end = (sequence.tokens() + CHUNK).min(tokens);
+        model.reserve(&[(sequence, end)]).expect("room");
+        fill(model, sequence, seed, end).expect("rows");
+    }
+}
+
 /// Checks every row of one member's answer against what was written, and returns how many there were.
 ///
 /// # Errors
@@ -130,4 +145,31 @@ pub fn ask(model: &Model, sequence: &Sequence, layer: usize) -> Ready {
 pub fn ask_with(model: &Model, sequence: &Sequence, layer: usize, hint: Hint<'_>) -> Ready {
     let member = Member { sequence, position: sequence.tokens(), hint };
     model.speculate(layer, &[member]).expect("a request").wait(PATIENCE).expect("an answer")
+}
+
+/// Tokens of a text.
+#[must_use]
+pub fn text(seed: u32, tokens: usize) -> Vec<u32> {
+    (0..tokens as u32).map(|i| i.wrapping_mul(2_654_435_761).rotate_left(7) ^ seed).collect()
+}
+
+/// Looks at every row of these tokens, wherever its page is.
+///
+/// # Panics
+/// If one is not what was written.
+pub fn check_rows(model: &Model, sequence: &Sequence, tokens: std::ops::Range<usize>, seed: usize) {
+    let mut rows = vec![0; 2 * HEAD_DIM * 4 * tokens.len()];
+    for layer in 0..LAYERS {
+        let lease = model.fetch(layer, &[(sequence, sequence.tokens())]).expect("a request");
+        let lease = lease.wait(PATIENCE).expect("its pages");
+        for head in 0..KV_HEADS {
+            sequence.read_rows(layer, head, tokens.clone(), &mut rows).expect("rows");
+            for (token, found) in tokens.clone().zip(rows.chunks_exact(2 * HEAD_DIM * 4)) {
+                let wanted: Vec<u8> =
+                    row(seed, layer, head, token).into_iter().flat_map(f32::to_le_bytes).collect();
+                assert_eq!(found, wanted, "layer {layer} head {head} token {token}");
+            }
+        }
+        drop(lease);
+    }
 }

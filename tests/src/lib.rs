@@ -2,6 +2,7 @@
 
 pub mod fake;
 pub mod faults;
+pub mod going_on;
 pub mod http;
 pub mod later;
 pub mod manager;

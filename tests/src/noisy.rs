@@ -71,3 +71,21 @@ pub fn ask(model: &Model, sequence: &Sequence, layer: usize, hint: Hint<'_>) -> 
 pub fn tokens_of(ready: &Ready, head: usize) -> Vec<usize> {
     ready.tokens(0, head).flat_map(|run| run.token..run.token + run.rows).collect()
 }
+
+/// `count` tokens of each head in rising order, as ids go over the wire.
+#[must_use]
+pub fn some_ids(seed: usize, count: usize, below: usize) -> Vec<u32> {
+    let mut words = Vec::new();
+    for head in 0..fake::KV_HEADS {
+        let last = (below - fake::WINDOW - 1) as f32;
+        let mut ids: Vec<u32> = noise(count, seed * 7 + head)
+            .iter()
+            .map(|value| fake::SINKS as u32 + ((value.abs() * 1e4) % (last - fake::SINKS as f32)) as u32)
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        words.push(ids.len() as u32);
+        words.extend(ids);
+    }
+    words
+}

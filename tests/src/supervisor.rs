@@ -189,6 +189,11 @@ impl Supervisor {
         (status, words(&mut child))
     }
 
+    /// From its next start on it has these flags.
+    pub fn serve_otherwise(&mut self, flags: &[&str]) {
+        self.flags = flags.iter().map(ToString::to_string).collect();
+    }
+
     /// Starts it again with what is stored, once it has ended.
     ///
     /// # Panics
@@ -199,7 +204,10 @@ impl Supervisor {
 
     /// Ends the daemon by a signal and starts it again with what is stored.
     pub fn restart(&mut self, signal: Signal) {
-        let _ = self.end(signal);
+        let (_, said) = self.end(signal);
+        if said.contains("lost") {
+            eprintln!("{said}");
+        }
         self.again();
     }
 

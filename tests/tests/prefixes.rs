@@ -3,36 +3,17 @@
 use std::path::Path;
 
 use kvoyant_client::{Client, Error, Failure, Hint, Model, ModelSpec, Options, SelectedBy, Sequence};
+use kvoyant_tests::fake::{check_rows as check, text};
 use kvoyant_tests::noisy::{QUERY, noise, noisy, tokens_of};
-use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
+use kvoyant_tests::{Daemon, fake, wait_until};
 use nix::sys::signal::Signal;
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 const PAGE: usize = 32;
 
-fn text(seed: u32, tokens: usize) -> Vec<u32> {
-    (0..tokens as u32).map(|i| i.wrapping_mul(2_654_435_761).rotate_left(7) ^ seed).collect()
-}
-
 fn fill(model: &Model, sequence: &Sequence, seed: usize, tokens: usize) {
     model.reserve(&[(sequence, tokens)]).unwrap();
     fake::fill(model, sequence, seed, tokens).unwrap();
-}
-
-fn check(model: &Model, sequence: &Sequence, tokens: std::ops::Range<usize>, seed: usize) {
-    let mut rows = vec![0; 2 * fake::HEAD_DIM * 4 * tokens.len()];
-    for layer in 0..fake::LAYERS {
-        let lease = model.fetch(layer, &[(sequence, sequence.tokens())]).unwrap().wait(PATIENCE).unwrap();
-        for head in 0..fake::KV_HEADS {
-            sequence.read_rows(layer, head, tokens.clone(), &mut rows).unwrap();
-            for (token, row) in tokens.clone().zip(rows.chunks_exact(2 * fake::HEAD_DIM * 4)) {
-                let wanted: Vec<u8> =
-                    fake::row(seed, layer, head, token).into_iter().flat_map(f32::to_le_bytes).collect();
-                assert_eq!(row, wanted, "layer {layer} head {head} token {token}");
-            }
-        }
-        drop(lease);
-    }
 }
 
 fn attach(model: &Model, tokens: &[u32]) -> Sequence {

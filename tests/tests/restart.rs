@@ -2,254 +2,47 @@
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use kvoyant_engine::{
-    DaemonKv, DaemonOptions, DaemonSequence, Decoder, DecoderOptions, Dtype, KvShape, Model, PrefillOptions,
-    Selects, argmax, synthetic,
-};
+use kvoyant_engine::synthetic;
 use kvoyant_protocol::control::{ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::layout::Limits;
 use kvoyant_protocol::quota::Quota;
 use kvoyant_protocol::{MINOR, packet};
+use kvoyant_tests::going_on::{self, Engine, IN_PLACE, METHODS, SLAB, undisturbed};
 use kvoyant_tests::person::{self, Person};
 use kvoyant_tests::raw::Raw;
-use kvoyant_tests::struck::Struck;
 use kvoyant_tests::supervisor::Supervisor;
 use kvoyant_tests::{Daemon, fake};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 
 const PERSON: &str = env!("CARGO_BIN_EXE_person-under-test");
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
-const PROMPT: usize = 300;
-/// More than a page has rows, so that room runs out that only the daemon can give.
-const STEPS: usize = 80;
-
-/// Digests, digests of an observed prompt, bounds, rows ahead of a step, and memories of several kinds.
-const METHODS: [&str; 6] = ["kvoyant", "quest", "infinigen:skew=off", "freekv", "resv", "dynsplit"];
-
-fn prompt(model: &Model) -> Vec<u32> {
-    (0..PROMPT as u32).map(|i| (i * i * 31 + i * 7 + 3) % model.config().vocabulary as u32).collect()
-}
-
-struct Engine {
-    kv: Struck,
-    decoder: Decoder,
-    sequence: DaemonSequence,
-    logits: Vec<f32>,
-}
-
-impl Engine {
-    fn start(socket: &std::path::Path, model: &Arc<Model>, method: &str) -> Self {
-        Self::struck(socket, model, method, |_| {})
-    }
-
-    fn struck(
-        socket: &std::path::Path,
-        model: &Arc<Model>,
-        method: &str,
-        before: impl FnMut(&'static str) + Send + 'static,
-    ) -> Self {
-        let shape = KvShape::new(model.config(), Dtype::F16);
-        let options = DaemonOptions {
-            methods: vec![method.parse().unwrap()],
-            dense_layers: 1,
-            selects: Selects::Lane,
-            deadline: kvoyant_tests::PATIENCE,
-            ..DaemonOptions::default()
-        };
-        let mut kv = DaemonKv::connect(socket, shape, options).unwrap();
-        let mut decoder = Decoder::new(model.clone(), DecoderOptions::default());
-        let mut sequence = kv.sequence(0).unwrap();
-        let mut kv = Struck { kv, before: Box::new(before) };
-        let prompt = prompt(model);
-        let logits = decoder.prefill(&mut kv, &mut sequence, &prompt, PrefillOptions::default()).unwrap();
-        Self { kv, decoder, sequence, logits }
-    }
-
-    /// One greedy step: its token.
-    fn step(&mut self) -> u32 {
-        let token = argmax(&self.logits);
-        let step = self.decoder.step(&mut self.kv, &mut [&mut self.sequence], &[token]).unwrap();
-        self.logits = step.logits;
-        token
-    }
-
-    fn steps(&mut self, count: usize) -> Vec<u32> {
-        (0..count).map(|_| self.step()).collect()
-    }
-}
-
-/// What an engine says that nothing disturbs.
-fn undisturbed(model: &Arc<Model>, method: &str, flags: &[&str], steps: usize) -> Vec<u32> {
-    let daemon = Daemon::start(DAEMON, flags);
-    Engine::start(&daemon.socket(), model, method).steps(steps)
-}
-
-const IN_PLACE: [&str; 2] = ["--in-place", "true"];
-const SLAB: [&str; 2] = ["--slab", "1MiB"];
-
-/// Tokens that differ, and who went on alone, if anything did.
-fn compare(
-    wrong: &mut Vec<String>,
-    (method, flags): (&str, [&str; 2]),
-    engine: &Engine,
-    (found, expected): (&[u32], &[u32]),
-) {
-    assert_eq!(found.len(), expected.len());
-    let first = found.iter().zip(expected).position(|(a, b)| a != b);
-    let alone = engine.kv.kv.alone();
-    if first.is_some() || alone.is_some() {
-        wrong.push(format!("{method} {flags:?}: token {first:?} differs, alone: {alone:?}"));
-    }
-    assert_eq!(engine.kv.kv.fallbacks(), kvoyant_engine::Fallbacks::default());
-}
 
 #[test]
 fn an_answer_goes_on_over_restarts_between_steps_token_for_token() {
-    let model = synthetic::tiny(7);
-    let mut wrong = Vec::new();
-    for method in METHODS {
-        for flags in [IN_PLACE, SLAB] {
-            let expected = undisturbed(&model, method, &flags, STEPS);
-            let mut daemon = Supervisor::start(DAEMON, &flags);
-            let mut engine = Engine::start(&daemon.socket(), &model, method);
-            let mut found = Vec::new();
-            for step in 0..STEPS {
-                match step {
-                    5 => daemon.restart(Signal::SIGTERM),
-                    // The second one before anything has happened since.
-                    20 => {
-                        daemon.restart(Signal::SIGKILL);
-                        daemon.restart(Signal::SIGKILL);
-                    }
-                    50 => daemon.takeover(),
-                    60 => daemon.restart(Signal::SIGKILL),
-                    _ => {}
-                }
-                found.push(engine.step());
-            }
-            compare(&mut wrong, (method, flags), &engine, (&found, &expected));
-            // Of those that were killed one after the other the first has served nobody.
-            let restarts = engine.kv.kv.take_stats().restarts;
-            if restarts != 4 {
-                wrong.push(format!("{method} {flags:?}: answers told of {restarts} restarts"));
-            }
-        }
-    }
-    assert!(wrong.is_empty(), "{wrong:#?}");
+    going_on::between_steps(DAEMON, &METHODS, &[IN_PLACE, SLAB]);
 }
-
-/// Calls from kill to kill: prime, so that in time each call of a step is the one that follows.
-const CALLS_BETWEEN: usize = 71;
 
 #[test]
 fn an_answer_goes_on_over_kills_before_every_call_of_a_step() {
-    let model = synthetic::tiny(7);
-    let mut wrong = Vec::new();
-    for method in METHODS {
-        for flags in [IN_PLACE, SLAB] {
-            let expected = undisturbed(&model, method, &flags, STEPS);
-            let mut daemon = Supervisor::start(DAEMON, &flags);
-            let socket = daemon.socket();
-            let (mut calls, mut stopped, mut kills) = (0, false, 0);
-            let mut engine = Engine::struck(&socket, &model, method, move |call| {
-                calls += 1;
-                if std::mem::take(&mut stopped) {
-                    daemon.restart(Signal::SIGKILL);
-                } else if calls % CALLS_BETWEEN == 0 {
-                    kills += 1;
-                    // What these ask for, nobody waits for yet: then nothing of it has been done when the daemon dies.
-                    if matches!(call, "hint" | "append" | "end" | "mark") && kills % 2 == 0 {
-                        kill(daemon.pid(), Signal::SIGSTOP).unwrap();
-                        stopped = true;
-                    } else {
-                        daemon.restart(Signal::SIGKILL);
-                    }
-                }
-            });
-            let found = engine.steps(STEPS);
-            compare(&mut wrong, (method, flags), &engine, (&found, &expected));
-        }
-    }
-    assert!(wrong.is_empty(), "{wrong:#?}");
-}
-
-struct SetWhenDropped<'a>(&'a AtomicBool);
-
-impl Drop for SetWhenDropped<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
+    going_on::before_calls(DAEMON, &METHODS, &[IN_PLACE, SLAB]);
 }
 
 #[test]
 fn an_answer_goes_on_over_kills_at_any_moment_of_its_steps() {
-    let model = synthetic::tiny(7);
-    let mut wrong = Vec::new();
-    for method in METHODS {
-        for flags in [IN_PLACE, SLAB] {
-            let mut daemon = Supervisor::start(DAEMON, &flags);
-            let mut engine = Engine::start(&daemon.socket(), &model, method);
-            let (steps, over) = (AtomicUsize::new(0), AtomicBool::new(false));
-            let enough = AtomicBool::new(false);
-            let mut found = Vec::new();
-            std::thread::scope(|scope| {
-                scope.spawn(|| {
-                    let killed = SetWhenDropped(&over);
-                    let before = |step: usize| {
-                        while steps.load(Ordering::Relaxed) < step && !enough.load(Ordering::Relaxed) {
-                            std::thread::sleep(Duration::from_micros(100));
-                        }
-                    };
-                    for (at, signals) in [
-                        &[Signal::SIGKILL][..],
-                        // While the engine still looks for the daemon, or is being let in.
-                        &[Signal::SIGKILL, Signal::SIGKILL, Signal::SIGTERM, Signal::SIGKILL],
-                        &[Signal::SIGTERM],
-                        &[Signal::SIGTERM, Signal::SIGTERM],
-                    ]
-                    .iter()
-                    .enumerate()
-                    {
-                        before(4 + at * 8);
-                        for (turn, signal) in signals.iter().enumerate() {
-                            // No two at the same moment of a step, or of a claim.
-                            std::thread::sleep(Duration::from_micros((311 + 977 * turn + 173 * at) as u64));
-                            daemon.restart(*signal);
-                        }
-                    }
-                    drop(killed);
-                    // The daemon ends with the thread that started it.
-                    while !enough.load(Ordering::Relaxed) {
-                        std::thread::sleep(Duration::from_millis(1));
-                    }
-                });
-                // Also when a step panics: nobody waits for another one then.
-                let _enough = SetWhenDropped(&enough);
-                while !over.load(Ordering::Relaxed) || found.len() < STEPS / 2 {
-                    found.push(engine.step());
-                    steps.store(found.len(), Ordering::Relaxed);
-                }
-            });
-            let expected = undisturbed(&model, method, &flags, found.len());
-            compare(&mut wrong, (method, flags), &engine, (&found, &expected));
-        }
-    }
-    assert!(wrong.is_empty(), "{wrong:#?}");
+    going_on::at_any_moment(DAEMON, &METHODS, &[IN_PLACE, SLAB]);
 }
 
 #[test]
 fn an_engine_whose_session_is_lost_finds_its_rows_as_they_were_and_goes_on_alone() {
     let model = synthetic::tiny(7);
-    let expected = undisturbed(&model, "full", &IN_PLACE, 24);
-    let off = [&IN_PLACE[..], &["--keep-sessions", "off"]].concat();
-    let briefly = [&IN_PLACE[..], &["--reattach-seconds", "1"]].concat();
+    let expected = undisturbed(DAEMON, &model, "full", &IN_PLACE, 24);
+    let off = [&IN_PLACE.flags[..], &["--keep-sessions", "off"]].concat();
+    let briefly = [&IN_PLACE.flags[..], &["--reattach-seconds", "1"]].concat();
     for (what, flags) in [("not kept", &off), ("damaged", &briefly), ("late", &briefly)] {
         let mut daemon = Supervisor::start(DAEMON, flags);
-        let mut engine = Engine::start(&daemon.socket(), &model, "full");
+        let mut engine = Engine::start(&daemon.socket(), &model, "full", IN_PLACE.prompt);
         let mut found = engine.steps(8);
         match what {
             "not kept" => daemon.restart(Signal::SIGTERM),
@@ -280,7 +73,7 @@ fn an_engine_whose_session_is_lost_finds_its_rows_as_they_were_and_goes_on_alone
 
 #[test]
 fn completions_tell_of_every_restart_between_two_requests() {
-    let mut daemon = Supervisor::start(DAEMON, &SLAB);
+    let mut daemon = Supervisor::start(DAEMON, &SLAB.flags);
     let model = fake::connect_at(&daemon.socket(), &["random:budget=50%"]);
     let sequence = model.open(0, 300).unwrap();
     fake::fill(&model, &sequence, 4, 300).unwrap();
@@ -322,7 +115,7 @@ fn completions_tell_of_every_restart_between_two_requests() {
 fn forks_and_several_sessions_are_there_again_and_go_on_apart() {
     use kvoyant_client::Hint;
     use kvoyant_tests::PATIENCE;
-    let mut daemon = Supervisor::start(DAEMON, &SLAB);
+    let mut daemon = Supervisor::start(DAEMON, &SLAB.flags);
     let connect = |daemon: &Supervisor| {
         let options = kvoyant_client::Options::default();
         let client = kvoyant_client::Client::connect(&daemon.socket(), options).unwrap();
@@ -493,10 +286,10 @@ fn who_claims_a_session_and_reads_nothing_has_lost_it_before_long() {
 
 #[test]
 fn what_was_left_and_is_not_right_ends_its_session_alone_with_a_sentence() {
-    let mut daemon = Supervisor::start(DAEMON, &IN_PLACE);
+    let mut daemon = Supervisor::start(DAEMON, &IN_PLACE.flags);
     let model = synthetic::tiny(7);
-    let mut engine = Engine::start(&daemon.socket(), &model, "quest");
-    let expected = undisturbed(&model, "quest", &IN_PLACE, 8);
+    let mut engine = Engine::start(&daemon.socket(), &model, "quest", IN_PLACE.prompt);
+    let expected = undisturbed(DAEMON, &model, "quest", &IN_PLACE, 8);
     let spoilt: Vec<_> = (0..5)
         .map(|_| {
             let (mut raw, session, token) = claimable(&daemon);
@@ -548,7 +341,7 @@ fn what_was_left_and_is_not_right_ends_its_session_alone_with_a_sentence() {
     assert_eq!(engine.kv.kv.alone(), None);
     let (_, said) = daemon.end(Signal::SIGTERM);
     for sentence in [
-        "its journal has version 3 and this daemon reads version 2; a newer daemon wrote it",
+        "its journal has version 4 and this daemon reads version 3; a newer daemon wrote it",
         "its journal is damaged at byte",
         "an extent is missing",
         "the peer's memfd has seals",

@@ -1,15 +1,14 @@
 //! Sequences of which a tenth is in host memory: what is selected, fetched, forked and cut is what was written, through a real daemon.
 
-use kvoyant_client::{Error, Hint, Member, Model, Sequence, Status};
+use kvoyant_client::{Error, Hint, Member, Sequence, Status};
 use kvoyant_protocol::wire::Stat;
-use kvoyant_tests::noisy::{QUERY, noise, noisy, tokens_of};
+use kvoyant_tests::fake::{CHUNK, fill_as_prompt as fill};
+use kvoyant_tests::noisy::{QUERY, noise, noisy, some_ids, tokens_of};
 use kvoyant_tests::{Daemon, PATIENCE, fake};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
 /// Pages of 32 rows: 94 of each head.
 const TOKENS: usize = 3000;
-/// Tokens that are written at once.
-const CHUNK: usize = 100;
 
 /// A daemon that keeps a tenth of each session in host memory.
 struct Spilling {
@@ -25,32 +24,6 @@ impl Spilling {
         all.extend(flags);
         Self { daemon: Daemon::start(DAEMON, &all), folder }
     }
-}
-
-/// Writes as an engine writes a prompt.
-fn fill(model: &Model, sequence: &Sequence, seed: usize, tokens: usize) {
-    while sequence.tokens() < tokens {
-        let end = (sequence.tokens() + CHUNK).min(tokens);
-        model.reserve(&[(sequence, end)]).unwrap();
-        fake::fill(model, sequence, seed, end).unwrap();
-    }
-}
-
-/// `count` tokens of each head in rising order, as ids go over the wire.
-fn some_ids(seed: usize, count: usize, below: usize) -> Vec<u32> {
-    let mut words = Vec::new();
-    for head in 0..fake::KV_HEADS {
-        let last = (below - fake::WINDOW - 1) as f32;
-        let mut ids: Vec<u32> = noise(count, seed * 7 + head)
-            .iter()
-            .map(|value| fake::SINKS as u32 + ((value.abs() * 1e4) % (last - fake::SINKS as f32)) as u32)
-            .collect();
-        ids.sort_unstable();
-        ids.dedup();
-        words.push(ids.len() as u32);
-        words.extend(ids);
-    }
-    words
 }
 
 #[test]

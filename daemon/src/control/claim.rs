@@ -21,16 +21,18 @@ use super::register::placement;
 use super::{Ended, Plane, RingFiles, SLAB_MAX, Session, Socket, peer, step};
 use crate::artifacts;
 use crate::device::{Importer, SlabRequest};
-use crate::journal::{self, Journal, JournalError, VERSION};
-use crate::keep::{Keep, Named, Piece};
-use crate::lane::keeping::{About, Keeping, Left, Progress, Unfit};
+use crate::journal::{self, FrameLog, Journal, JournalError, VERSION};
+use crate::keep::{Keep, Named, Piece, SEVERAL};
+use crate::lane::keeping::{About, HeldExtent, Keeping, Left, Progress, Unfit};
 use crate::lane::model::{ModelState, shape_of};
 use crate::lane::session::LaneSession;
 use crate::lane::{Command, Ending};
+use crate::prefixes::Prefixes;
 use crate::quota::Account;
 use crate::status::SessionStatus;
 use crate::tiers::extent::Extent;
 use crate::tiers::pool::Refusal;
+use crate::tiers::shared::SharedExtent;
 
 /// Why a session that was left cannot go on.
 #[derive(Debug, Error)]
@@ -102,6 +104,34 @@ impl Kept {
     }
 }
 
+/// Extents of prefixes that were left, each of which several sessions may have.
+#[derive(Debug, Default)]
+struct Several {
+    files: BTreeMap<u64, OwnedFd>,
+    adopted: BTreeMap<u64, Arc<SharedExtent>>,
+}
+
+impl Several {
+    fn of(pieces: Vec<(Piece, OwnedFd)>) -> Self {
+        let shared = |(piece, file)| match piece {
+            Piece::Shared(number) => Some((number, file)),
+            _ => None,
+        };
+        Self { files: pieces.into_iter().filter_map(shared).collect(), adopted: BTreeMap::new() }
+    }
+
+    /// The extent with this file's number.
+    fn extent(&mut self, number: u64, prefixes: &Prefixes) -> Result<Arc<SharedExtent>, Lost> {
+        if let Some(extent) = self.adopted.get(&number) {
+            return Ok(Arc::clone(extent));
+        }
+        let file = self.files.remove(&number).ok_or(Lost::Missing("an extent of a published prefix"))?;
+        let extent = prefixes.adopt(file)?;
+        self.adopted.insert(number, Arc::clone(&extent));
+        Ok(extent)
+    }
+}
+
 /// A token that nobody guesses.
 pub(super) fn token() -> std::io::Result<[u64; 2]> {
     use std::io::Read;
@@ -123,10 +153,11 @@ impl Plane {
             }
             sessions.entry(name.session).or_default().push((name.piece, file));
         }
+        let mut several = Several::of(sessions.remove(&SEVERAL).unwrap_or_default());
         let last = sessions.keys().next_back().copied().unwrap_or(0);
         self.next_session.fetch_max(last + 1, Ordering::Relaxed);
         for (session, pieces) in sessions {
-            match self.restore_one(kept, session, pieces) {
+            match self.restore_one(kept, &mut several, session, pieces) {
                 Ok(waiting) => {
                     let (uid, client) = (waiting.about.uid, &waiting.about.client);
                     let sequences = waiting.model.open_sequences();
@@ -144,9 +175,19 @@ impl Plane {
                 }
             }
         }
+        // Those who can have said what they have; of others it is not known.
+        if kept.newer.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            kept.keep.forget(SEVERAL);
+        }
     }
 
-    fn restore_one(&self, kept: &Kept, session: u64, pieces: Vec<(Piece, OwnedFd)>) -> Result<Waiting, Lost> {
+    fn restore_one(
+        &self,
+        kept: &Kept,
+        several: &mut Several,
+        session: u64,
+        pieces: Vec<(Piece, OwnedFd)>,
+    ) -> Result<Waiting, Lost> {
         let mut files: BTreeMap<Piece, OwnedFd> = pieces.into_iter().collect();
         let journals = [0, 1].map(|index| files.remove(&Piece::Journal(index)));
         let [Some(first), Some(second)] = journals else { return Err(Lost::NoJournal) };
@@ -161,10 +202,20 @@ impl Plane {
         let (shape, rows) = shape_of(&about.spec)?;
         let account = self.pool.budget().ledger().account(about.uid);
         let place = Place::take(self, &account, layout.c2d_bytes + layout.d2c_bytes)?;
-        let mut extents = Vec::new();
-        for number in left.held.extents.iter().flatten() {
-            let file = files.remove(&Piece::Extent(*number)).ok_or(Lost::Missing("an extent"))?;
-            extents.push(Extent::adopt(file)?);
+        let (mut extents, mut shared) = (Vec::new(), Vec::new());
+        for held in left.held.extents.iter().flatten() {
+            match held {
+                HeldExtent::Own(_) => {
+                    let file = files.remove(&held.piece()).ok_or(Lost::Missing("an extent"))?;
+                    extents.push(Extent::adopt(file)?);
+                }
+                HeldExtent::Shared(number) => {
+                    let extent = several.extent(*number, &self.prefixes)?;
+                    // It is handed on as long as this session has it.
+                    kept.keep.add(session, held.piece(), extent.fd()?)?;
+                    shared.push(extent);
+                }
+            }
         }
         let artifact =
             |number: &u64| files.remove(&Piece::Artifact(*number)).ok_or(Lost::Missing("an artifact"));
@@ -173,6 +224,7 @@ impl Plane {
             true => Artifacts::none(),
             false => artifacts::read(artifacts::files(&about.spec, artifacts)?, &about.spec)?,
         };
+        let log = files.remove(&Piece::Frames).map(FrameLog::over).transpose()?;
         let supply = self.pool.adopt(about.uid, extents)?;
         // As large as it was, for what is in it depends on that. The host's slab needs neither rings nor a process.
         let page_bytes = (shape.page_rows * rows.row_bytes().unwrap_or(0)) as u64;
@@ -196,7 +248,7 @@ impl Plane {
             slab,
             placement(self),
         )?;
-        left.fill(&mut model, supply)?;
+        left.fill(&mut model, supply, shared, log)?;
         let journal = Journal::over(session, [first, second], current, number);
         let controls = (left.progress.controls, left.answer.clone());
         let keeping =
@@ -224,7 +276,7 @@ impl Plane {
         tokio::time::sleep_until(kept.until.into()).await;
         let late: Vec<_> = kept.waiting().drain().collect();
         let newer = std::mem::take(&mut *kept.newer.lock().unwrap_or_else(PoisonError::into_inner));
-        newer.into_iter().for_each(|session| kept.keep.forget(session));
+        newer.into_iter().chain([SEVERAL]).for_each(|session| kept.keep.forget(session));
         for (session, waiting) in late {
             tracing::warn!(
                 session,

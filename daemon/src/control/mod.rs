@@ -419,7 +419,6 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
             received = socket.receive() => received?,
             order = inbox.next() => {
                 orders::serve(plane, session, order).await?;
-                settle(plane, session, None).await?;
                 continue;
             }
             reason = session.ending.ended() => return Err(Ended::Protocol(reason)),

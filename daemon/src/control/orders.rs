@@ -12,7 +12,7 @@ use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
 use super::images::{self, Stop, Suspend, image};
-use super::{Ended, Plane, Session};
+use super::{Ended, Plane, Session, settle};
 use crate::keeper::Keeper;
 use crate::lane::Command;
 use crate::lane::images::{ImageOutcome, ImageRequest};
@@ -120,7 +120,12 @@ pub(super) async fn serve(
     Order { asked, answer }: Order,
 ) -> Result<(), Ended> {
     let sequence = asked.sequence;
-    match take(plane, session, asked).await {
+    let taken = take(plane, session, asked).await;
+    if !matches!(taken, Err(TakeError::Ended(_))) {
+        // Before anybody hears of it, a session that outlasts this daemon has it so.
+        settle(plane, session, None).await?;
+    }
+    match taken {
         Ok(()) => {
             tracing::info!(session = session.status.id, %sequence, "suspended by an operator");
             let _ = answer.send(Ok(()));

@@ -15,6 +15,7 @@
 //! 96: kind (4) length (4) crc (4) (zero) bytes, padded to 8 by zeros; …
 //! ```
 
+mod frames;
 mod read;
 
 use std::fs::File;
@@ -25,6 +26,7 @@ use std::os::unix::fs::FileExt;
 use kvoyant_protocol::memory::{Memfd, MemoryError};
 use thiserror::Error;
 
+pub use frames::{FrameLog, TakenFrames};
 pub use read::{Found, read};
 
 /// What a journal begins with: `KVJOURNL`.
@@ -32,7 +34,7 @@ const MAGIC: u64 = u64::from_le_bytes(*b"KVJOURNL");
 
 /// Version of the format and of everything that is in it: heaps are kept byte by byte, so that a change of what methods or tables keep
 /// there is a new version too.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const SEAL_AT: u64 = 64;
 const SEAL_BYTES: usize = 32;

@@ -48,12 +48,12 @@ pub(crate) fn choose(config: &Config) -> Result<Option<Keep>, KeepError> {
     if !wanted {
         return Ok(None);
     }
-    let why_not = match () {
-        () if config.device_name() != DeviceName::Host => "their memory is a GPU's",
-        () if !config.spill.is_empty() => "pages of them may lie on disk",
-        () => return Ok(Some(Keep::new(Supervisor::find().map_err(KeepError::Supervisor)?))),
-    };
-    tracing::warn!("open sessions end with this daemon, whatever keep_sessions says: {why_not}");
+    if config.device_name() == DeviceName::Host {
+        return Ok(Some(Keep::new(Supervisor::find().map_err(KeepError::Supervisor)?)));
+    }
+    tracing::warn!(
+        "open sessions end with this daemon, whatever keep_sessions says: their memory is a GPU's"
+    );
     Ok(None)
 }
 
@@ -88,6 +88,10 @@ pub enum Piece {
     Extent(u64),
     /// An artifact, by the number of its file.
     Artifact(u64),
+    /// The log of frames that were taken since its journal was sealed.
+    Frames,
+    /// An extent of published prefixes, by the number of its file. Several sessions may have it, and it is stored once, under no session's name.
+    Shared(u64),
 }
 
 /// What a descriptor of a session is called where it is stored.
@@ -101,14 +105,29 @@ pub struct Name {
 
 const PREFIX: &str = "kvoyant";
 
+/// No session has this number: what is stored under it is several ones'.
+pub(crate) const SEVERAL: u64 = 0;
+
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (kind, number) = match self.piece {
             Piece::Journal(index) => ("journal", u64::from(index)),
             Piece::Extent(number) => ("extent", number),
             Piece::Artifact(number) => ("artifact", number),
+            Piece::Frames => ("frames", 0),
+            Piece::Shared(number) => ("shared", number),
         };
         write!(f, "{PREFIX}.{}.{kind}.{number}", self.session)
+    }
+}
+
+impl Name {
+    /// The name under which it is stored.
+    fn stored(self) -> Self {
+        match self.piece {
+            Piece::Shared(_) => Self { session: SEVERAL, ..self },
+            _ => self,
+        }
     }
 }
 
@@ -123,6 +142,8 @@ impl FromStr for Name {
             "journal" => Piece::Journal(u8::try_from(number).ok().filter(|index| *index < 2).ok_or(())?),
             "extent" => Piece::Extent(number),
             "artifact" => Piece::Artifact(number),
+            "frames" if number == 0 => Piece::Frames,
+            "shared" => Piece::Shared(number),
             _ => return Err(()),
         };
         Ok(Self { session: session.parse().map_err(drop)?, piece })
@@ -156,11 +177,19 @@ impl Keep {
     /// If the supervisor does not take it within a moment.
     pub fn add(&self, session: u64, piece: Piece, file: OwnedFd) -> io::Result<()> {
         let name = Name { session, piece };
-        if let Some(supervisor) = &self.supervisor {
-            supervisor.store(&name.to_string(), file.as_fd())?;
+        if let Some(supervisor) = &self.supervisor
+            && !self.has_stored(name)
+        {
+            supervisor.store(&name.stored().to_string(), file.as_fd())?;
         }
         self.held().insert(name, file);
         Ok(())
+    }
+
+    /// Whether another session has the same file.
+    fn has_stored(&self, name: Name) -> bool {
+        let same = |other: &Name| other.stored() == name.stored() && *other != name;
+        name.stored().session == SEVERAL && self.held().keys().any(same)
     }
 
     /// Holds a file that the supervisor may have already.
@@ -176,8 +205,10 @@ impl Keep {
     pub fn remove(&self, session: u64, piece: Piece) {
         let name = Name { session, piece };
         let held = self.held().remove(&name);
-        if let (Some(_), Some(supervisor)) = (held, &self.supervisor) {
-            supervisor.remove(&name.to_string());
+        if let (Some(_), Some(supervisor)) = (held, &self.supervisor)
+            && !self.has_stored(name)
+        {
+            supervisor.remove(&name.stored().to_string());
         }
     }
 
@@ -190,9 +221,15 @@ impl Keep {
         all.into_iter().for_each(|piece| self.remove(session, piece));
     }
 
+    /// Whether there is anything for the next daemon.
+    pub(crate) fn holds_any(&self) -> bool {
+        !self.held().is_empty()
+    }
+
     /// Takes everything out, to hand it over.
     fn take(&self) -> BTreeMap<Name, OwnedFd> {
-        std::mem::take(&mut *self.held())
+        let held = std::mem::take(&mut *self.held());
+        held.into_iter().map(|(name, file)| (name.stored(), file)).collect()
     }
 }
 
@@ -202,7 +239,9 @@ mod tests {
 
     #[test]
     fn names_are_read_as_they_are_written_and_nothing_else_is_one() {
-        for piece in [Piece::Journal(1), Piece::Extent(77), Piece::Artifact(u64::MAX)] {
+        for piece in
+            [Piece::Journal(1), Piece::Extent(77), Piece::Artifact(u64::MAX), Piece::Frames, Piece::Shared(9)]
+        {
             let name = Name { session: 12, piece };
             assert_eq!(name.to_string().parse(), Ok(name));
         }
@@ -210,6 +249,7 @@ mod tests {
             "",
             "kvoyant",
             "kvoyant.1.journal.2",
+            "kvoyant.1.frames.1",
             "kvoyant.1.extent.-1",
             "other.1.extent.1",
             "kvoyant.1.extent.1.1",
@@ -230,5 +270,23 @@ mod tests {
         keep.forget(1);
         let left: Vec<Name> = keep.take().into_keys().collect();
         assert_eq!(left, [Name { session: 2, piece: Piece::Extent(4) }]);
+    }
+
+    #[test]
+    fn what_several_have_is_handed_over_once_and_let_go_of_with_the_last_of_them() {
+        let keep = Keep::default();
+        let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let shared = Piece::Shared(8);
+        for session in [1, 2, SEVERAL] {
+            keep.add(session, shared, file()).unwrap();
+        }
+        let name = Name { session: 1, piece: shared };
+        keep.forget(SEVERAL);
+        keep.forget(2);
+        assert!(!keep.has_stored(name), "one is left");
+        keep.add(2, shared, file()).unwrap();
+        assert!(keep.has_stored(name));
+        let left: Vec<Name> = keep.take().into_keys().collect();
+        assert_eq!(left, [Name { session: SEVERAL, piece: shared }]);
     }
 }

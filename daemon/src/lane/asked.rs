@@ -78,7 +78,11 @@ impl LaneSession {
             Err(Failure::Internal(reason)) => return Err(SessionError::HalfWay(reason)),
             result => result.unwrap_or_else(ToClient::Failed),
         };
-        Ok(Outcome::Answered(Reply { announcements: model.announce()?, message, fds: Vec::new() }))
+        let reply = Reply { announcements: model.announce()?, message, fds: Vec::new() };
+        if let ToClient::Opened { sequence, .. } = &reply.message {
+            self.has_opened(*sequence);
+        }
+        Ok(Outcome::Answered(reply))
     }
 }
 

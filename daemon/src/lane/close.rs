@@ -22,6 +22,18 @@ pub(crate) struct Remains {
     _prefix: Option<Arc<Attachment>>,
 }
 
+impl Remains {
+    /// As another daemon has left them.
+    pub(crate) fn of(table: Region, read: Vec<u32>) -> Self {
+        Self { table, read, _prefix: None }
+    }
+
+    /// For the next daemon: the table, and the pages that may still be read.
+    pub(crate) fn left(&self) -> (Region, Vec<u32>) {
+        (self.table, self.read.clone())
+    }
+}
+
 impl ModelState {
     /// Closes a sequence and gives back what was its alone.
     pub fn close(&mut self, id: SequenceId) -> Result<(), Failure> {

@@ -434,7 +434,11 @@ impl Lane {
         let tools = Tools { device: &*device, report: &report };
         match command {
             Command::Stop => {}
-            Command::Attach(session, ending) => {
+            Command::Attach(mut session, ending) => {
+                let id = session.id;
+                if let Some(model) = &mut session.model {
+                    model.attach_spill(id, &self.pages);
+                }
                 self.sessions.push(Attached {
                     session,
                     ending,
@@ -560,6 +564,7 @@ impl Attached {
         self.session.refresh_status();
         match self.check(answer) {
             Some(Outcome::Later(asked)) => {
+                self.session.puts_control_off();
                 (self.parked, self.retries) = (Some((asked, reply)), self.session.is_behind());
             }
             Some(answer) => drop(reply.send(answer)),

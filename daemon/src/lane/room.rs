@@ -7,6 +7,7 @@ use kvoyant_protocol::wire::SequenceId;
 use crate::lane::digests::DigestSet;
 use crate::lane::model::{HEAP_FILE_BYTES, ModelState};
 use crate::lane::sequences::{LayerSlots, RESERVE_MAX, Sequence, check_tokens};
+use crate::lane::spill::SLOT_ENTRY;
 use crate::quota::Charge;
 use crate::tiers::purse::Beside;
 
@@ -101,7 +102,7 @@ impl ModelState {
             (per_page * capacity + method.head_state_bytes()).saturating_add(memory) as u64
         };
         let kept = methods.into_iter().map(kept).fold(0, u64::saturating_add);
-        let slots = if self.spill.is_some() { 4 * capacity } else { 0 };
+        let slots = if self.spill.is_some() { SLOT_ENTRY * capacity } else { 0 };
         let per_head = kept.saturating_add((4 * capacity + slots + self.shape.head_dim * 4) as u64);
         let marks = (capacity * self.shape.page_rows) as u64;
         per_head.saturating_mul(self.heads() as u64).saturating_add(marks)

@@ -17,6 +17,7 @@ use crate::lane::background::is_flying;
 use crate::lane::digests::DigestSet;
 use crate::lane::model::{Limbo, ModelState, RECORD_BYTES};
 use crate::lane::room::Charges;
+use crate::lane::spill::SLOT_ENTRY;
 use crate::prefixes::Attachment;
 use crate::tiers::heap::Region;
 use crate::tiers::residency::SlotSet;
@@ -373,6 +374,7 @@ impl ModelState {
                         let own = self.take_page(id, head, page);
                         let filled =
                             (lens[head / self.shape.kv_heads] as usize).saturating_sub(page * rows).min(rows);
+                        self.about_to_fill(own);
                         self.arena.copy_rows(shared, own, filled, &mut buffer)?;
                         self.drop_page(table, slots, index);
                         self.tables.set_word(table, index, own);
@@ -417,7 +419,7 @@ impl ModelState {
         self.tables.release(old);
         let slots = self.new_slot_table(capacity)?;
         if let (Some(old), Some(new)) = (old_slots, slots) {
-            self.move_parts(old, new, heads, old_capacity * 4, capacity * 4);
+            self.move_parts(old, new, heads, old_capacity * SLOT_ENTRY, capacity * SLOT_ENTRY);
         }
         if let Ok(sequence) = self.sequence_mut(id) {
             (sequence.table, sequence.capacity, sequence.slots) = (table, capacity, slots);
@@ -541,9 +543,7 @@ impl ModelState {
 
     /// Moves slab pages that nobody reads or writes any more from limbo to the free ones.
     pub fn settle(&mut self, released_through: u64) {
-        if let Some(state) = &mut self.spill {
-            state.released(released_through);
-        }
+        self.pages_released(released_through);
         let Some(slab) = &mut self.slab else { return };
         if slab.limbo.is_empty() {
             return;

@@ -74,7 +74,7 @@ pub struct LaneSession {
     pub waits_for_pages: bool,
     /// The request that waited, and whether a page has come since.
     waited_for: Option<u32>,
-    page_news: bool,
+    pub(super) page_news: bool,
     in_transfer: usize,
     link: Link,
     pub(super) stats: [u64; STATS],
@@ -90,7 +90,7 @@ pub struct LaneSession {
     spare_copies: Vec<Vec<kvoyant_kernels::CopyRun>>,
     /// Whether a request waits for its doorbell, or an answer for room in the ring, so that the lane must poll.
     pub armed: bool,
-    dirty: bool,
+    pub(super) dirty: bool,
     seen: Option<(u32, Instant)>,
     /// Up to where requests come before a control request that waits for them.
     draining: Option<u32>,

@@ -149,6 +149,26 @@ enum Place {
     Gone,
 }
 
+/// An extent that another process had.
+#[derive(Debug)]
+pub enum LeftExtent {
+    /// The session's, by its index in the supply.
+    Own(usize),
+    /// Somebody else's, whose pages are only read.
+    Shared(Arc<SharedExtent>),
+    /// It was given back.
+    Gone,
+}
+
+/// An extent's file.
+#[derive(Debug)]
+pub enum ExtentFile<'a> {
+    /// The session's own.
+    Own(&'a Extent),
+    /// Somebody else's.
+    Shared(&'a SharedExtent),
+}
+
 /// The extents and pages of one session.
 #[derive(Debug)]
 pub struct SessionArena {
@@ -178,34 +198,42 @@ impl SessionArena {
         arena
     }
 
-    /// The arena that another process had: for each extent in the order in which they came its index in the supply, or that it is gone, and
-    /// pages in use as often as they are owned. `None` if these do not fit together.
+    /// The arena that another process had: its extents in the order in which they came, and pages in use as often as they are owned. `None` if
+    /// these do not fit together.
     #[must_use]
     pub fn restore(
         supply: Supply,
         geometry: PageGeometry,
-        extents: &[Option<usize>],
+        extents: Vec<LeftExtent>,
         owners: impl IntoIterator<Item = u32>,
     ) -> Option<Self> {
         let per_extent = geometry.pages_per_extent();
         let mut seen = vec![false; supply.extents().len()];
         let mut references = vec![0_u32; extents.len().checked_mul(per_extent)?];
         let mut places = Vec::with_capacity(extents.len());
+        let (mut foreign, mut gone) = (0, 0);
         for extent in extents {
             places.push(match extent {
-                None => Place::Gone,
-                Some(index) => {
-                    let seen = seen.get_mut(*index)?;
+                LeftExtent::Gone => {
+                    gone += per_extent;
+                    Place::Gone
+                }
+                LeftExtent::Shared(extent) => {
+                    foreign += per_extent;
+                    Place::Foreign(extent)
+                }
+                LeftExtent::Own(index) => {
+                    let seen = seen.get_mut(index)?;
                     if std::mem::replace(seen, true) {
                         return None;
                     }
-                    Place::Own(*index)
+                    Place::Own(index)
                 }
             });
         }
         for page in owners {
             let extent = places.get(page as usize / per_extent)?;
-            if !matches!(extent, Place::Own(_)) {
+            if matches!(extent, Place::Gone) {
                 return None;
             }
             references[page as usize] += 1;
@@ -214,35 +242,29 @@ impl SessionArena {
             references[*page as usize] == 0 && matches!(places[*page as usize / per_extent], Place::Own(_))
         };
         let free = (0..references.len() as u32).rev().filter(is_free).collect();
-        let gone = extents.iter().filter(|extent| extent.is_none()).count() * per_extent;
         seen.iter().all(|seen| *seen).then_some(Self {
             geometry,
             supply,
             places,
-            foreign: 0,
+            foreign,
             gone,
             references,
             free,
         })
     }
 
-    /// Files of its own extents, in the order in which they came; `None` for one that is gone, or somebody else's.
-    pub fn own_files(&self) -> impl ExactSizeIterator<Item = Option<&Extent>> {
+    /// Its extents, in the order in which they came; `None` for one that is gone.
+    pub fn files(&self) -> impl ExactSizeIterator<Item = Option<ExtentFile<'_>>> {
         self.places.iter().map(|place| match place {
-            Place::Own(index) => self.supply.extents().get(*index),
-            Place::Foreign(_) | Place::Gone => None,
+            Place::Own(index) => self.supply.extents().get(*index).map(ExtentFile::Own),
+            Place::Foreign(extent) => Some(ExtentFile::Shared(extent)),
+            Place::Gone => None,
         })
     }
 
     /// The client whose they are is here: from now on they are given back as all others.
     pub fn claimed(&mut self) {
         self.supply.claimed();
-    }
-
-    /// Whether pages of somebody else's are among its pages.
-    #[must_use]
-    pub fn has_foreign(&self) -> bool {
-        self.foreign > 0
     }
 
     /// Sizes of its pages.
@@ -282,6 +304,12 @@ impl SessionArena {
             Place::Foreign(extent) => extent.fd(),
             Place::Gone => Err(MemoryError::OutOfBounds { offset: extent, bytes: 1, len: 0 }),
         }
+    }
+
+    /// Whether an extent has not been given back.
+    #[must_use]
+    pub fn is_there(&self, extent: usize) -> bool {
+        !matches!(self.places[extent], Place::Gone)
     }
 
     /// Whether an extent is the session's own, so that its client may write to it.

@@ -94,6 +94,27 @@ impl SharedExtent {
         }
     }
 
+    /// One that another daemon made, for sessions that it has left: its size and seals are checked, and nobody can write to it any more.
+    ///
+    /// # Errors
+    /// A file that is none, or [`MemoryError::Budget`].
+    pub fn adopt(file: OwnedFd, budget: &Arc<SharedBudget>) -> Result<Arc<Self>, MemoryError> {
+        let file = Memfd::from_peer(file, EXTENT_BYTES, Seals::frozen_for_readers())?;
+        let memory = Arc::new(file.map_read_only()?);
+        if !budget.take() {
+            return Err(MemoryError::Budget { wanted: EXTENT_BYTES as u64, free: budget.free_bytes() });
+        }
+        Ok(Arc::new(Self { memory, file, budget: Arc::clone(budget) }))
+    }
+
+    /// What tells its file from all others while it is there.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn number(&self) -> std::io::Result<u64> {
+        Ok(nix::sys::stat::fstat(&self.file)?.st_ino)
+    }
+
     /// Its memory.
     #[must_use]
     pub fn memory(&self) -> &Arc<SharedMapping> {
@@ -295,6 +316,18 @@ mod tests {
         let theirs = theirs.unwrap();
         assert!(theirs.map(false).is_err(), "nobody else can write");
         assert!(theirs.map_read_only().is_ok());
+        // The next daemon has it to read, and within its own share.
+        let file = pages[2].extent().fd().unwrap();
+        let (_, next) = budgets(2, 1);
+        let adopted = SharedExtent::adopt(file.try_clone().unwrap(), &next).unwrap();
+        assert_eq!(adopted.number().unwrap(), pages[2].extent().number().unwrap());
+        adopted.memory().read(2 * (16 << 20), &mut bytes).unwrap();
+        assert_eq!(bytes, [2; 4096]);
+        assert!(matches!(SharedExtent::adopt(file, &next), Err(MemoryError::Budget { .. })));
+        drop(adopted);
+        assert_eq!(next.held(), 0);
+        let unsealed = Memfd::create("unsealed", EXTENT_BYTES).unwrap();
+        assert!(SharedExtent::adopt(unsealed.try_clone().unwrap(), &next).is_err());
         drop(pages);
         assert_eq!(budget.used_bytes(), 0);
     }

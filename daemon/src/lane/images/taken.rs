@@ -9,6 +9,7 @@ use kvoyant_protocol::control::{Failure, SelectedBy};
 use kvoyant_protocol::wire::SequenceId;
 
 use crate::lane::close::Remains;
+use crate::lane::keeping::TakenRecord;
 use crate::lane::model::ModelState;
 
 /// A sequence that was taken.
@@ -59,6 +60,26 @@ impl ModelState {
             self.taken.retain(|taken| taken.sequence != id);
         }
         !missed
+    }
+
+    /// Those that their clients cannot go on with, for the session's journal.
+    pub(crate) fn taken_for_good(&self) -> Vec<TakenRecord> {
+        let for_good = self.taken.iter().filter(|taken| taken.missed || taken.remains.is_some());
+        let record = |taken: &Taken| {
+            let (table, read) = taken.remains.as_ref().map(Remains::left).unzip();
+            TakenRecord { sequence: taken.sequence, table, read: read.unwrap_or_default() }
+        };
+        for_good.map(record).collect()
+    }
+
+    /// Takes over what another daemon's operator had taken. One that was not closed yet is closed now: nobody else will.
+    pub(crate) fn takes_again(&mut self, record: &TakenRecord) {
+        let remains = record.table.map(|table| Remains::of(table, record.read.clone()));
+        let open = remains.is_none();
+        self.taken.push(Taken { sequence: record.sequence, missed: true, remains });
+        if open && self.retire_taken(record.sequence).is_err() {
+            self.taken.pop();
+        }
     }
 
     /// Closes a sequence that was taken.

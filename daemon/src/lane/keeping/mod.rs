@@ -8,7 +8,8 @@
 //! - a control message is covered, with its answer, before it is answered;
 //! - what comes before a control message is covered before it is done: pages change hands then.
 //!
-//! A session that has something that cannot be left to another daemon (rows of published prefixes, a sequence that an operator has taken) gives up.
+//! What an operator does with a sequence of a session that lives is a control message too. A sequence whose image is being written when the
+//! daemon ends is its client's again, unless its client has told something since, which the image does not have: then it is closed.
 
 mod records;
 mod restore;
@@ -16,23 +17,30 @@ mod restore;
 use std::sync::Arc;
 
 use kvoyant_protocol::layout::d2c;
+use kvoyant_protocol::wire::SequenceId;
 use serde::Serialize;
 use tokio::sync::oneshot;
 
-pub use records::{About, Held, Progress, SequenceRecord, SlotRecord};
+pub(crate) use records::TakenRecord;
+pub use records::{About, Held, HeldExtent, Progress, SequenceRecord, SlotRecord};
 pub use restore::{Left, Unfit};
 
-use crate::journal::{Group, Journal, JournalError, Kind};
+use crate::journal::{FrameLog, Group, Journal, JournalError, Kind};
 use crate::keep::{Keep, Piece};
 use crate::lane::keeping::records::{PoolRecord, SlabRecord};
 use crate::lane::model::ModelState;
 use crate::lane::session::LaneSession;
+use crate::lane::spill::SpillState;
+use crate::tiers::arena::ExtentFile;
 
 /// So many requests are covered together at least, where nothing but answers was asked for.
 const TOGETHER: u64 = 64;
 
 /// With more of them than this the lane has answers on their way come in first.
 const UNCOVERED_MAX: u64 = 128;
+
+/// … or than this where pages wait to leave host memory until they are covered.
+const UNCOVERED_PAGES: u64 = 16;
 
 /// Which heap is which in a journal.
 const TABLES: u32 = 0;
@@ -55,10 +63,14 @@ pub struct Keeping {
     answered: bool,
     /// Whether a control message is being done.
     asked: bool,
+    /// Sequences that it has opened, and of which its client has not heard.
+    opened: Vec<SequenceId>,
+    /// Seeds given to sequences before it.
+    seeds: Option<u64>,
     /// Who waits for a control message to be covered.
     settling: Option<oneshot::Sender<()>>,
     /// Files of extents that others know of.
-    extents: Vec<Option<u64>>,
+    extents: Vec<Option<HeldExtent>>,
     held: Vec<u8>,
     group: Group,
     given_up: bool,
@@ -87,7 +99,7 @@ impl Keeping {
         journal: Journal,
         about: &About,
         (controls, answer): (u64, Vec<u8>),
-        extents: Vec<Option<u64>>,
+        extents: Vec<Option<HeldExtent>>,
     ) -> Self {
         Self {
             keep,
@@ -100,6 +112,8 @@ impl Keeping {
             answered: !answer.is_empty(),
             answer,
             asked: false,
+            opened: Vec::new(),
+            seeds: None,
             settling: None,
             extents,
             held: Vec::new(),
@@ -116,19 +130,21 @@ impl Keeping {
     }
 
     /// Hands new extents over, and takes note of those that were given back, which are let go of once that is covered.
-    fn follow_extents(&mut self, model: &ModelState) -> std::io::Result<Vec<u64>> {
+    fn follow_extents(&mut self, model: &ModelState) -> std::io::Result<Vec<HeldExtent>> {
         let mut gone = Vec::new();
-        for (index, extent) in model.arena.own_files().enumerate() {
+        for (index, extent) in model.arena.files().enumerate() {
             match (self.extents.get(index).copied(), extent) {
                 (None, Some(extent)) => {
-                    let number = extent.number()?;
-                    let file = extent.fd().map_err(std::io::Error::other)?;
-                    self.keep.add(self.session, Piece::Extent(number), file)?;
-                    self.extents.push(Some(number));
+                    let (held, file) = match extent {
+                        ExtentFile::Own(extent) => (HeldExtent::Own(extent.number()?), extent.fd()),
+                        ExtentFile::Shared(extent) => (HeldExtent::Shared(extent.number()?), extent.fd()),
+                    };
+                    self.keep.add(self.session, held.piece(), file.map_err(std::io::Error::other)?)?;
+                    self.extents.push(Some(held));
                 }
                 (None, None) => self.extents.push(None),
-                (Some(Some(number)), None) => {
-                    gone.push(number);
+                (Some(Some(held)), None) => {
+                    gone.push(held);
                     self.extents[index] = None;
                 }
                 (Some(_), _) => {}
@@ -138,6 +154,11 @@ impl Keeping {
     }
 
     fn write(&mut self, model: &mut ModelState, progress: &Progress) -> Result<(), JournalError> {
+        if model.needs_frame_log() {
+            let (log, file) = FrameLog::create()?;
+            self.keep.add(self.session, Piece::Frames, file)?;
+            model.logs_frames(log);
+        }
         let gone = self.follow_extents(model)?;
         let all = self.journal.wants_all();
         let group = &mut self.group;
@@ -177,8 +198,8 @@ impl Keeping {
         } else {
             self.journal.add(&self.group)?;
         }
-        for number in gone {
-            self.keep.remove(self.session, Piece::Extent(number));
+        for held in gone {
+            self.keep.remove(self.session, held.piece());
         }
         Ok(())
     }
@@ -186,7 +207,7 @@ impl Keeping {
 
 impl ModelState {
     /// Its memory, as another daemon finds it.
-    fn held(&self, extents: &[Option<u64>]) -> Held {
+    fn held(&self, extents: &[Option<HeldExtent>]) -> Held {
         let lens = |heap: &crate::tiers::heap::Heap| {
             (0..heap.files()).map(|file| heap.file_len(file) as u64).collect()
         };
@@ -205,6 +226,7 @@ impl ModelState {
                 keep: self.keep,
                 device_share: self.device_share,
             }),
+            chunks: self.spill.as_ref().map(SpillState::chunks).unwrap_or_default(),
         }
     }
 
@@ -276,10 +298,18 @@ impl LaneSession {
         if begins && !self.cover() {
             return false;
         }
-        if let Some(keeping) = &mut self.keeping {
+        if let (Some(keeping), Some(model)) = (&mut self.keeping, &self.model) {
             keeping.asked = true;
+            keeping.seeds.get_or_insert(model.seeds);
         }
         true
+    }
+
+    /// A control message has opened a sequence, and may not be done yet.
+    pub(super) fn has_opened(&mut self, sequence: SequenceId) {
+        if let Some(keeping) = &mut self.keeping {
+            keeping.opened.push(sequence);
+        }
     }
 
     /// A control message has been done, with this answer for its client if it came from there. `done` hears once that is covered.
@@ -288,7 +318,8 @@ impl LaneSession {
             let _ = done.send(());
             return;
         };
-        keeping.asked = false;
+        (keeping.asked, keeping.seeds) = (false, None);
+        keeping.opened.clear();
         if let Some(answer) = answer {
             keeping.controls += 1;
             (keeping.answer, keeping.answered) = (answer, true);
@@ -300,7 +331,8 @@ impl LaneSession {
     /// Whether the session takes nothing new until what is on its way has come.
     pub(super) fn must_rest(&self) -> bool {
         let Some(keeping) = &self.keeping else { return false };
-        let behind = self.requests_done - keeping.covered > UNCOVERED_MAX && !keeping.asked;
+        let most = if self.pages_want_cover() { UNCOVERED_PAGES } else { UNCOVERED_MAX };
+        let behind = self.requests_done - keeping.covered > most && !keeping.asked;
         (behind || keeping.settling.is_some()) && self.has_answers_under_way()
     }
 
@@ -308,7 +340,8 @@ impl LaneSession {
     pub(super) fn cover_if_due(&mut self, idle: bool) {
         let Some(keeping) = &self.keeping else { return };
         let uncovered = self.requests_done - keeping.covered;
-        let due = keeping.settling.is_some() || uncovered >= TOGETHER || idle && keeping.told;
+        let pages = self.pages_want_cover();
+        let due = keeping.settling.is_some() || uncovered >= TOGETHER || pages || idle && keeping.told;
         if due
             && self.cover()
             && let Some(done) = self.keeping.as_mut().and_then(|keeping| keeping.settling.take())
@@ -333,6 +366,19 @@ impl LaneSession {
         self.keeping.as_ref().is_none_or(|keeping| !keeping.asked)
     }
 
+    /// Whether pages wait to leave host memory, or frames to be used again, until that is covered.
+    fn pages_want_cover(&self) -> bool {
+        self.model.as_ref().is_some_and(|model| model.pages_want_cover())
+    }
+
+    /// A control message waits for pages. What was done before it, and of it, may be covered meanwhile: if the daemon ends then, the next one
+    /// closes what it has opened, and the client asks again.
+    pub(super) fn puts_control_off(&mut self) {
+        if let Some(keeping) = &mut self.keeping {
+            keeping.asked = false;
+        }
+    }
+
     /// Covers what has been done; false if that cannot be now.
     pub(super) fn cover(&mut self) -> bool {
         let on_their_way = self.has_answers_under_way();
@@ -348,20 +394,23 @@ impl LaneSession {
                 tickets: self.last_ticket,
                 released_through: self.released_through,
                 stats: self.stats.to_vec(),
-                seeds: model.seeds,
+                seeds: keeping.seeds.unwrap_or(model.seeds),
+                unsettled: keeping.opened.clone(),
                 planned: model.planned.iter().map(|(id, layer)| (*id, *layer as u32)).collect(),
                 open: model.open.clone(),
                 limbo: model.limbo(),
+                taken: model.taken_for_good(),
             };
-            let why = match () {
-                () if model.arena.has_foreign() => Some("it has begun with a published prefix".to_owned()),
-                () if !model.taken.is_empty() => {
-                    Some("an operator has suspended a sequence of it".to_owned())
+            match keeping.write(model, &progress) {
+                Ok(()) => model.pages_covered(),
+                Err(error) => {
+                    keeping.give_up(&error.to_string());
+                    model.pages_not_kept();
                 }
-                () => keeping.write(model, &progress).err().map(|error| error.to_string()),
-            };
-            if let Some(why) = why {
-                keeping.give_up(&why);
+            }
+            if model.spill.is_some() {
+                // What waited for pages may find some, and those that were given up count no more.
+                (self.page_news, self.dirty) = (true, true);
             }
         }
         (keeping.covered, keeping.told) = (self.requests_done, false);

@@ -6,9 +6,11 @@ use kvoyant_protocol::layout::Limits;
 use kvoyant_protocol::wire::SequenceId;
 use serde::{Deserialize, Serialize};
 
+use crate::keep::Piece;
 use crate::lane::digests::DigestSet;
 use crate::lane::sequences::{LayerSlots, Sequence};
 use crate::tiers::heap::Region;
+use crate::tiers::nvme::LeftChunk;
 use crate::tiers::residency::{Residents, SlotSet};
 
 /// What never changes while the session lives.
@@ -47,14 +49,18 @@ pub struct Progress {
     pub released_through: u64,
     /// The session's counters.
     pub stats: Vec<u64>,
-    /// Seeds given to sequences.
+    /// Seeds given to sequences, but for those of a control message that is not done yet.
     pub seeds: u64,
+    /// Sequences that such a message has opened.
+    pub unsettled: Vec<SequenceId>,
     /// Layers that wait to be prepared for their next step.
     pub planned: Vec<(SequenceId, u32)>,
     /// Slots of open sequences, in the order in which they were opened.
     pub open: Vec<u32>,
     /// Pages of the slab that will be free: so many, once answers up to this ticket are not read any more.
     pub limbo: Vec<(u64, u32)>,
+    /// Sequences that an operator has taken, and whose clients have told something about them since.
+    pub taken: Vec<TakenRecord>,
 }
 
 /// Digest blocks of one kind.
@@ -66,11 +72,42 @@ pub struct PoolRecord {
     pub regions: Vec<Region>,
 }
 
+/// An extent, by the number of its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HeldExtent {
+    /// The session's own.
+    Own(u64),
+    /// One of published prefixes.
+    Shared(u64),
+}
+
+impl HeldExtent {
+    /// What it is among the files that are held for it.
+    #[must_use]
+    pub fn piece(self) -> Piece {
+        match self {
+            Self::Own(number) => Piece::Extent(number),
+            Self::Shared(number) => Piece::Shared(number),
+        }
+    }
+}
+
+/// A sequence that an operator has taken out of its client's hands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakenRecord {
+    /// Which one it was.
+    pub sequence: SequenceId,
+    /// The page table of what its client may still read and write, once it is closed.
+    pub table: Option<Region>,
+    /// Pages that are in the table no more, and may still be read.
+    pub read: Vec<u32>,
+}
+
 /// Which memory it has.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Held {
-    /// Numbers of its extents' files, in the order in which they came; `None` for one that was given back.
-    pub extents: Vec<Option<u64>>,
+    /// Its extents' files, in the order in which they came; `None` for one that was given back.
+    pub extents: Vec<Option<HeldExtent>>,
     /// Lengths of the files of page tables.
     pub tables: Vec<u64>,
     /// Lengths of the files of digests and all else.
@@ -81,6 +118,8 @@ pub struct Held {
     pub pools: Vec<PoolRecord>,
     /// Its slab, if it has one.
     pub slab: Option<SlabRecord>,
+    /// Chunks of the disk, in the order in which slots are numbered; `None` for numbers without one.
+    pub chunks: Vec<Option<LeftChunk>>,
 }
 
 /// A slab of host memory, whose contents are copies of what lies in extents.
@@ -114,6 +153,8 @@ pub struct SequenceRecord {
     pub seed: u64,
     /// Its page table.
     pub table: Region,
+    /// Where its pages lie on disk, if they may.
+    pub slots: Option<Region>,
     /// Pages that each head's part of the table can hold.
     pub capacity: u32,
     /// Pages that each head has.
@@ -223,6 +264,7 @@ impl SequenceRecord {
             by: sequence.by,
             seed: sequence.seed,
             table: sequence.table,
+            slots: sequence.slots,
             capacity: sequence.capacity as u32,
             pages: sequence.pages as u32,
             room: sequence.room as u32,
@@ -240,6 +282,6 @@ impl SequenceRecord {
         let sets = self.digests.iter().flat_map(|set| {
             [Some(set.table), Some(set.state), set.memory, set.sequence, set.dead].into_iter().flatten()
         });
-        [self.observation, self.marks].into_iter().flatten().chain(sets)
+        [self.observation, self.marks, self.slots].into_iter().flatten().chain(sets)
     }
 }

@@ -1,6 +1,7 @@
 //! The model of a session whose daemon has ended, from what that left. Nothing of it is believed before it is checked.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use kvoyant_protocol::control::{Failure, PageWord};
 use kvoyant_protocol::memory::MemoryError;
@@ -8,17 +9,19 @@ use kvoyant_protocol::wire::SequenceId;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use super::records::{About, Held, LayerRecord, Progress, SequenceRecord, SetRecord, SlotRecord};
-use crate::journal::Found;
+use super::records::{About, Held, HeldExtent, LayerRecord, Progress, SequenceRecord, SetRecord, SlotRecord};
+use crate::journal::{Found, FrameLog, TakenFrames};
 use crate::lane::digests::{DigestPool, DigestSet};
 use crate::lane::model::{HEAP_FILE_BYTES, Limbo, ModelState, RECORD_BYTES};
 use crate::lane::place::moved_part;
 use crate::lane::sequences::{LayerSlots, Sequence, SequenceSlot, TOKENS_MAX};
-use crate::tiers::arena::SessionArena;
+use crate::tiers::arena::{LeftExtent, SessionArena};
 use crate::tiers::blocks::Blocks;
 use crate::tiers::heap::{Heap, Region, RestoreError};
+use crate::tiers::nvme::PageError;
 use crate::tiers::pool::Supply;
 use crate::tiers::residency::SlotSet;
+use crate::tiers::shared::SharedExtent;
 
 /// Why a session cannot go on.
 #[derive(Debug, Error)]
@@ -35,10 +38,16 @@ pub enum Unfit {
     /// Rows cannot be copied to its slab.
     #[error("its slab cannot be filled: {0}")]
     Memory(#[from] MemoryError),
+    /// A row of its slab lies on disk, and cannot be read.
+    #[error("its slab cannot be filled: {0}")]
+    Page(#[from] PageError),
     /// It could not be served even if it were new.
     #[error("{0}")]
     Refused(#[from] Failure),
 }
+
+/// What of a session lies on disk.
+const ON_DISK: &str = "its pages on disk";
 
 /// What a daemon has left of a session.
 #[derive(Debug)]
@@ -112,12 +121,19 @@ impl Left {
         self.sequences.iter().filter_map(|(slot, record)| Some((*slot, record, record.open.as_ref()?)))
     }
 
-    /// Fills a model that has just been made with what was left; `extents` are those of [`Held::extents`] that are not gone, in their order.
+    /// Fills a model that has just been made with what was left; `extents` are the session's own of [`Held::extents`], in their order, `shared`
+    /// those of prefixes, and `log` says which frames were taken since the journal was sealed.
     ///
     /// # Errors
     /// Whatever does not fit together.
-    pub fn fill(&self, model: &mut ModelState, extents: Supply) -> Result<(), Unfit> {
-        let heads = model.shape.layers * model.shape.kv_heads;
+    pub fn fill(
+        &self,
+        model: &mut ModelState,
+        extents: Supply,
+        shared: Vec<Arc<SharedExtent>>,
+        log: Option<(FrameLog, TakenFrames)>,
+    ) -> Result<(), Unfit> {
+        let (log, taken) = log.unzip();
         let max = model.sequences.len();
         for (slot, _, sequence) in self.open() {
             ensure((slot as usize) < max, "a sequence's slot")?;
@@ -128,14 +144,24 @@ impl Left {
         // What the model began with makes room first.
         model.tables = Heap::new("kvoyant-tables", extents.purse().clone(), HEAP_FILE_BYTES);
         model.meta = Heap::new("kvoyant-meta", extents.purse().clone(), HEAP_FILE_BYTES);
-        let tables = self.open().map(|(_, _, sequence)| sequence.table).collect();
+        let remains = self.progress.taken.iter().filter_map(|taken| taken.table);
+        let tables = self.open().map(|(_, _, sequence)| sequence.table).chain(remains).collect();
         model.tables = self.heap((0, "kvoyant-tables"), &extents, &self.held.tables, tables)?;
         let pools = self.held.pools.iter().flat_map(|pool| &pool.regions).copied();
         let own = self.open().flat_map(|(_, _, sequence)| sequence.regions());
         let meta = std::iter::once(self.held.directory).chain(pools).chain(own).collect();
         model.meta = self.heap((1, "kvoyant-meta"), &extents, &self.held.meta, meta)?;
         model.directory = self.held.directory;
-        model.arena = self.arena(model, extents, heads)?;
+        let its =
+            |(_, _, sequence): (u32, &SlotRecord, &SequenceRecord)| Some((sequence.table, sequence.slots?));
+        let tables: Vec<_> = self.open().filter_map(its).collect();
+        // A session that had nothing on disk has nothing to claim there.
+        ensure(
+            model.spill.is_none() || model.claim_pages(&tables, &self.held.chunks, taken.as_ref()),
+            ON_DISK,
+        )?;
+        let (arena, wary) = self.arena(model, extents, shared, taken.as_ref())?;
+        model.arena = arena;
         model.pools = self.pools(model)?;
         for (slot, record) in &self.sequences {
             let open = record.open.as_ref().map(|sequence| model.revive(sequence)).transpose()?;
@@ -149,16 +175,23 @@ impl Left {
         open.sort_unstable();
         sorted.sort_unstable();
         ensure(open == sorted, "which sequences are open")?;
+        model.pages_go_on(log, taken.map_or(0, |taken| taken.ticket), wary);
+        model.pages_released(self.progress.released_through);
         self.slab(model)?;
         model.seeds = self.progress.seeds;
         for (id, layer) in &self.progress.planned {
             ensure((*layer as usize) < model.shape.layers, "a layer")?;
             model.planned.push_back((*id, *layer as usize));
         }
-        for extent in 0..model.arena.extents() {
-            if model.arena.is_own(extent) {
-                model.memory.keep(std::sync::Arc::clone(model.arena.memory(extent)) as _);
-            }
+        self.progress.taken.iter().for_each(|taken| model.takes_again(taken));
+        for sequence in &self.progress.unsettled {
+            // Its client has not heard of it, and asks for another one.
+            model.close(*sequence).map_err(|_| Unfit::Impossible("which sequences are open"))?;
+        }
+        for extent in
+            (0..model.arena.extents()).filter(|extent| model.arena.is_there(*extent)).collect::<Vec<_>>()
+        {
+            model.memory.keep(Arc::clone(model.arena.memory(extent)) as _);
         }
         Ok(())
     }
@@ -186,10 +219,24 @@ impl Left {
         Ok(())
     }
 
-    fn arena(&self, model: &ModelState, extents: Supply, heads: usize) -> Result<SessionArena, Unfit> {
-        let mut next = 0..;
-        let places: Vec<Option<usize>> =
-            self.held.extents.iter().map(|extent| extent.and_then(|_| next.next())).collect();
+    /// The arena, and those of its frames that nobody may have yet.
+    fn arena(
+        &self,
+        model: &ModelState,
+        extents: Supply,
+        shared: Vec<Arc<SharedExtent>>,
+        taken: Option<&TakenFrames>,
+    ) -> Result<(SessionArena, Vec<u32>), Unfit> {
+        let what = "its extents";
+        let (mut own, mut shared) = (0.., shared.into_iter());
+        let place = |extent: &Option<HeldExtent>| match extent {
+            None => Some(LeftExtent::Gone),
+            Some(HeldExtent::Own(_)) => own.next().map(LeftExtent::Own),
+            Some(HeldExtent::Shared(_)) => shared.next().map(LeftExtent::Shared),
+        };
+        let places: Option<Vec<_>> = self.held.extents.iter().map(place).collect();
+        let places = places.ok_or(Unfit::Impossible(what))?;
+        let heads = model.heads();
         let mut owners = Vec::new();
         for (_, _, sequence) in self.open() {
             let (capacity, pages) = (sequence.capacity as usize, sequence.pages as usize);
@@ -199,13 +246,34 @@ impl Left {
                     match word {
                         PageWord::None => {}
                         PageWord::Page(id) if page < pages => owners.push(id),
+                        PageWord::Spilled | PageWord::Lost if page < pages && sequence.slots.is_some() => {}
                         _ => return Err(Unfit::Impossible("a page table")),
                     }
                 }
             }
         }
-        SessionArena::restore(extents, model.arena.geometry(), &places, owners)
-            .ok_or(Unfit::Impossible("its pages"))
+        let geometry = model.arena.geometry();
+        let per_extent = geometry.pages_per_extent();
+        for left in &self.progress.taken {
+            let Some(table) = left.table else { continue };
+            let words = (0..table.len / 4).map(|word| PageWord::of(model.tables.word(table, word)));
+            for word in words {
+                match word {
+                    PageWord::None => {}
+                    PageWord::Page(page) => owners.push(page),
+                    _ => return Err(Unfit::Impossible("a page table")),
+                }
+            }
+            owners.extend(&left.read);
+        }
+        let its = |place: &LeftExtent| matches!(place, LeftExtent::Own(_));
+        let frames = |(at, _): (usize, &LeftExtent)| at * per_extent..(at + 1) * per_extent;
+        let own = places.iter().enumerate().filter(|(_, place)| its(place));
+        let all = own.flat_map(frames).map(|frame| frame as u32);
+        let wary = taken.map(|taken| ModelState::wary_frames(taken, &owners, all)).unwrap_or_default();
+        owners.extend(&wary);
+        let arena = SessionArena::restore(extents, geometry, places, owners);
+        Ok((arena.ok_or(Unfit::Impossible("its pages"))?, wary))
     }
 
     fn pools(&self, model: &ModelState) -> Result<Vec<DigestPool>, Unfit> {
@@ -252,6 +320,10 @@ impl ModelState {
             record.lens.iter().all(|len| *len as usize <= record.pages as usize * rows),
             "a sequence's rows",
         )?;
+        // Where there was no disk, there may be one now.
+        let slots =
+            record.slots.is_none() || record.slots.map(|slots| slots.len) == self.slot_table_bytes(capacity);
+        ensure(slots, ON_DISK)?;
         ensure(is(record.observation, heads * shape.head_dim * 4), "statistics of a prompt")?;
         ensure(is(record.marks, tokens), "marks")?;
         record.digests.iter().try_for_each(|set| self.check_set(set, record))?;
@@ -290,6 +362,7 @@ impl ModelState {
         let Some(slab) = &mut self.slab else { return Err(Unfit::Impossible(what)) };
         let part = moved_part(self.methods[sequence.method].needs().part, geometry.row_bytes);
         let mut bytes = vec![0; part.len()];
+        let (mut rows, mut on_disk) = (Vec::new(), None);
         ensure(sequence.residency[layer].heads.is_empty(), what)?;
         for (kv_head, residents) in record.heads.iter().enumerate() {
             let set = SlotSet::restore(residents, sequence.lens[layer], &mut slab.pages);
@@ -299,10 +372,22 @@ impl ModelState {
                 let page = entry.token as usize / geometry.page_rows;
                 // Rows whose page a pool has given up are named by no answer.
                 let word = PageWord::of(self.tables.word(sequence.table, base + page));
-                let Some(page) = word.page() else { continue };
-                let row = page * geometry.page_rows as u32 + entry.token % geometry.page_rows as u32;
-                let (extent, offset) = geometry.locate(row);
-                self.arena.memory(extent).read(offset + part.start, &mut bytes)?;
+                let row = entry.token as usize % geometry.page_rows;
+                match (word, sequence.slots) {
+                    (PageWord::Page(page), _) => {
+                        let (extent, offset) = geometry.locate(page * geometry.page_rows as u32 + row as u32);
+                        self.arena.memory(extent).read(offset + part.start, &mut bytes)?;
+                    }
+                    (PageWord::Spilled, Some(slots)) => {
+                        if on_disk.replace(base + page) != Some(base + page) {
+                            let spill = self.spill.as_ref().ok_or(Unfit::Impossible(what))?;
+                            spill.read_now(&self.meta, (slots, base + page), &mut rows)?;
+                        }
+                        let at = row * geometry.row_bytes;
+                        bytes.copy_from_slice(&rows[at..at + geometry.row_bytes][part.clone()]);
+                    }
+                    _ => continue,
+                }
                 slab.slab.0.write(entry.slot as usize * geometry.row_bytes + part.start, &bytes)?;
             }
             sequence.residency[layer].heads.push(set);
@@ -313,6 +398,7 @@ impl ModelState {
     /// A sequence that was checked.
     fn revive(&mut self, record: &SequenceRecord) -> Result<Sequence, Unfit> {
         let charge = self.charge_sequence()?;
+        let slots = self.slot_table_for(record.slots, record.capacity as usize)?;
         let mut residency = Vec::new();
         residency.resize_with(self.shape.layers, LayerSlots::default);
         for layer in &record.layers {
@@ -341,7 +427,7 @@ impl ModelState {
             seed: record.seed,
             table: record.table,
             capacity: record.capacity as usize,
-            slots: None,
+            slots,
             stays: false,
             pages: record.pages as usize,
             room: record.room as usize,

@@ -115,6 +115,9 @@ impl LaneSession {
             let completion = flight.completion;
             self.note_deadline(completion.layer, flight.deadline_ns);
             self.posted = completion.ticket;
+            if let Some(model) = &mut self.model {
+                model.about_to_answer(completion.ticket);
+            }
             self.completions.stage(&self.d2c, &completion.encode());
             self.d2c.store_u64(d2c::TIMELINE, completion.timeline());
             self.count(Stat::Speculations, 1);

@@ -48,7 +48,7 @@ impl ModelState {
     ) -> Result<u32, Status> {
         let sequence = self.sequence(id).map_err(|_| Status::NoSuchSequence)?;
         let slots = sequence.slots.ok_or(Status::Failed)?;
-        let slot = self.meta.word(slots, head * sequence.capacity + page);
+        let slot = self.slot_at(slots, head * sequence.capacity + page);
         if slot == NO_SLOT {
             return Err(Status::RowsLost);
         }
@@ -65,6 +65,7 @@ impl ModelState {
         let report = state.report.clone().ok_or(Status::Failed)?;
         let frame = self.free_frame().ok_or(Status::HostFull)?;
         self.fill_frame(frame, (id.slot, head, page), Content::Reading);
+        self.about_to_fill(frame);
         let (extent, offset) = self.arena.geometry().locate(frame * self.shape.page_rows as u32);
         let memory = std::sync::Arc::clone(self.arena.memory(extent));
         let state = self.spill.as_mut().ok_or(Status::Failed)?;
@@ -158,7 +159,7 @@ impl ModelState {
             .filter(|sequence| page < sequence.capacity)
             .filter_map(|sequence| Some((sequence.table, sequence.slots?, head * sequence.capacity + page)))
             .filter(|(table, slots, index)| {
-                self.tables.word(*table, *index) == SPILLED && self.meta.word(*slots, *index) == slot
+                self.tables.word(*table, *index) == SPILLED && self.slot_at(*slots, *index) == slot
             })
             .collect();
         if lost {

@@ -48,7 +48,7 @@ enum Step {
 
 impl ModelState {
     /// The tables of the open sequences that have a frame's page.
-    fn owners(&self, frame: u32, Frame { head, page, sequence, .. }: Frame) -> Vec<SequenceId> {
+    pub(super) fn owners(&self, frame: u32, Frame { head, page, sequence, .. }: Frame) -> Vec<SequenceId> {
         let has = |id: &SequenceId| {
             self.sequence(*id).is_ok_and(|sequence| {
                 (page as usize) < sequence.capacity
@@ -81,6 +81,7 @@ impl ModelState {
         let Some(state) = &self.spill else { return false };
         let slots = &sequence.residency[layer];
         end + self.shape.window + rows <= len
+            && state.wary.is_none()
             && slots.last_ticket <= state.released_through
             && slots.background.is_none()
             && !self.behind.contains(&(id, layer))
@@ -166,6 +167,10 @@ impl ModelState {
     fn pass(&mut self, at: u32, only: Option<SequenceId>, compared: &mut usize) -> bool {
         let Some(state) = &self.spill else { return false };
         let Some(frame) = state.frames.get(at as usize).copied() else { return false };
+        if frame.content == Content::Written {
+            self.wants_cover();
+            return false;
+        }
         if !matches!(frame.content, Content::Dirty | Content::Clean)
             || frame.content == Content::Dirty && !state.takes_writes()
         {
@@ -221,7 +226,7 @@ impl ModelState {
             evicted.pages += u64::from(self.pass(at as u32, only, &mut 0));
         }
         evicted.next = self.spill.as_ref().filter(|state| end < state.frames.len()).map(|_| end);
-        evicted.writing = self.spill.as_ref().is_some_and(SpillState::is_writing);
+        evicted.writing = self.spill.as_ref().is_some_and(|state| state.is_writing() || state.awaits_cover());
         evicted
     }
 
@@ -230,7 +235,7 @@ impl ModelState {
         owners.iter().all(|id| {
             self.sequence(*id).is_ok_and(|sequence| {
                 let index = frame.head as usize * sequence.capacity + frame.page as usize;
-                sequence.slots.is_some_and(|slots| self.meta.word(slots, index) != NO_SLOT)
+                sequence.slots.is_some_and(|slots| self.slot_at(slots, index) != NO_SLOT)
             })
         })
     }
@@ -246,7 +251,7 @@ impl ModelState {
         let Some((table, base, capacity)) = tables.first().copied() else { return };
         let group = page / GROUP_PAGES * GROUP_PAGES;
         let sibling = (group..(group + GROUP_PAGES).min(capacity))
-            .map(|page| self.meta.word(table, base + page))
+            .map(|page| self.slot_at(table, base + page))
             .find(|slot| *slot != NO_SLOT);
         let (extent, offset) = self.arena.geometry().locate(at * self.shape.page_rows as u32);
         let Some(state) = &mut self.spill else { return };
@@ -284,7 +289,7 @@ impl ModelState {
         for (table, base, _) in tables {
             // Whoever still knows another place lets go of that.
             self.drop_slot(table, base + page);
-            self.meta.set_word(table, base + page, slot);
+            self.set_slot(table, base + page, slot);
         }
     }
 
@@ -296,8 +301,8 @@ impl ModelState {
         let found = state.frames.get(frame as usize).copied();
         let Some(found) = found.filter(|frame| frame.content == Content::Writing(token)) else { return };
         if !failed {
-            state.frames[frame as usize].content = Content::Clean;
             state.counts.written += 1;
+            self.page_is_on_disk(frame, slot);
             return;
         }
         state.frames[frame as usize].content = Content::Dirty;
@@ -305,7 +310,7 @@ impl ModelState {
             let Ok(sequence) = self.sequence(id) else { continue };
             let (slots, index) =
                 (sequence.slots, found.head as usize * sequence.capacity + found.page as usize);
-            if let Some(slots) = slots.filter(|slots| self.meta.word(*slots, index) == slot) {
+            if let Some(slots) = slots.filter(|slots| self.slot_at(*slots, index) == slot) {
                 self.drop_slot(slots, index);
             }
         }

@@ -10,6 +10,7 @@
 //! | `leave` | which pages may leave, which leave first, and when they are written |
 //! | `bring` | pages on their way back, and who waits for them |
 //! | `before` | what has to be in memory before a request can be done at all |
+//! | `kept` | pages of a session that outlasts its daemon |
 //!
 //! What stays: sinks and the window with a page of margin, which the client reads itself; pages that are not full; layers
 //! with rows that are about to be digested, or whose last answer is still being read; sequences that their client selects
@@ -19,6 +20,7 @@
 
 mod before;
 mod bring;
+mod kept;
 mod leave;
 
 use std::collections::HashMap;
@@ -40,6 +42,9 @@ use crate::tiers::nvme::{Job, Slots, Spill, SpillReport};
 /// A page without a slot on disk.
 pub(crate) const NO_SLOT: u32 = u32::MAX;
 
+/// Bytes of an entry of a table of slots: the slot, and the checksum of what has been written there, or 0.
+pub(crate) const SLOT_ENTRY: usize = 8;
+
 /// Where pages may go, and how many may stay.
 #[derive(Debug, Clone)]
 pub struct SpillTo {
@@ -59,6 +64,8 @@ enum Content {
     Dirty,
     /// A page on its way there, by this operation.
     Writing(u64),
+    /// A page that is on disk too, which the session's journal does not say yet.
+    Written,
     /// A page that is on disk too.
     Clean,
     /// A page on its way back.
@@ -140,6 +147,10 @@ pub(crate) struct SpillState {
     most: usize,
     /// Whether it has been said that the disk takes no more.
     said_full: bool,
+    /// What a journal has to do with it, if there is one.
+    journaled: Option<kept::Journaled>,
+    /// What the client may be reading that another daemon has named to it.
+    wary: Option<kept::Wary>,
 }
 
 impl SpillState {
@@ -167,6 +178,8 @@ impl SpillState {
             peak: 0,
             most: 0,
             said_full: false,
+            journaled: None,
+            wary: None,
         }
     }
 
@@ -250,9 +263,10 @@ impl ModelState {
     pub(crate) fn submit_pages(&mut self) {
         let Some(state) = &mut self.spill else { return };
         for extent in state.registered.len()..self.arena.extents() {
-            let memory = self.arena.memory(extent);
-            state.spill.register(memory);
-            state.registered.push(Some(Arc::clone(memory)));
+            // Another daemon may have given it back; pages of others' extents are never moved.
+            let memory = self.arena.is_own(extent).then(|| Arc::clone(self.arena.memory(extent)));
+            memory.iter().for_each(|memory| state.spill.register(memory));
+            state.registered.push(memory);
         }
         let used = self.arena.used_pages();
         state.peak = state.peak.max(used);
@@ -267,9 +281,20 @@ impl ModelState {
         if self.spill.is_none() {
             return Ok(None);
         }
-        let table = self.meta.allocate(self.heads() * capacity * 4)?;
+        let table = self.meta.allocate(self.heads() * capacity * SLOT_ENTRY)?;
         self.meta.get_mut(table).fill(0xff);
         Ok(Some(table))
+    }
+
+    /// Where a page lies on disk, or is about to, by its index in a sequence's table.
+    pub(crate) fn slot_at(&self, slots: Region, index: usize) -> u32 {
+        self.meta.word(slots, 2 * index)
+    }
+
+    /// A page is about to lie in a slot, or in none.
+    fn set_slot(&mut self, slots: Region, index: usize, slot: u32) {
+        self.meta.set_word(slots, 2 * index, slot);
+        self.meta.set_word(slots, 2 * index + 1, 0);
     }
 
     /// A fork's own table over the same slots, of its first `pages` pages.
@@ -281,12 +306,13 @@ impl ModelState {
     ) -> Result<Option<Region>, MemoryError> {
         let Some(from) = table else { return Ok(None) };
         let table = self.meta.copy(from)?;
-        let Some(state) = &mut self.spill else { return Ok(Some(table)) };
-        for word in 0..table.len / 4 {
-            let slot = self.meta.word(table, word);
-            if word % capacity >= pages {
-                self.meta.set_word(table, word, NO_SLOT);
-            } else if slot != NO_SLOT {
+        for index in 0..table.len / SLOT_ENTRY {
+            let slot = self.slot_at(table, index);
+            if index % capacity >= pages {
+                self.set_slot(table, index, NO_SLOT);
+            } else if slot != NO_SLOT
+                && let Some(state) = &mut self.spill
+            {
                 state.slots.share(slot);
             }
         }
@@ -312,6 +338,9 @@ impl ModelState {
 
     /// Drops one owner of a frame.
     pub(crate) fn release_frame(&mut self, frame: u32) {
+        if self.waits_for_journal(frame) {
+            return;
+        }
         if self.arena.release(frame)
             && let Some(state) = &mut self.spill
             && let Some(frame) = state.frames.get_mut(frame as usize)
@@ -338,11 +367,11 @@ impl ModelState {
 
     /// Drops one owner of a page's slot; true if it was the last one.
     fn drop_slot(&mut self, slots: Region, index: usize) -> bool {
-        let slot = self.meta.word(slots, index);
+        let slot = self.slot_at(slots, index);
         if slot == NO_SLOT {
             return false;
         }
-        self.meta.set_word(slots, index, NO_SLOT);
+        self.set_slot(slots, index, NO_SLOT);
         self.spill.as_mut().is_some_and(|state| state.slots.release(slot))
     }
 

@@ -11,7 +11,7 @@ use nix::sys::statvfs::fstatvfs;
 
 use super::operation::Kind;
 use super::recovery::{self, Place};
-use super::superblock::{self, SUPERBLOCK_BYTES};
+use super::superblock::{self, AreaId, SUPERBLOCK_BYTES};
 use super::{CHUNK_BYTES, SpillError, raw};
 
 /// Bytes before the first chunk.
@@ -36,12 +36,17 @@ pub(super) struct Area {
     pub(super) direct: bool,
     /// Whether its space is set aside.
     pub(super) allocated: bool,
+    /// Which one it is.
+    pub(super) id: AreaId,
+    /// Whether it still holds what another daemon has left.
+    pub(super) left: bool,
     place: Place,
 }
 
 impl Area {
-    /// Opens or makes an area with `bytes` bytes for pages, rounded down to chunks; 0 on a block device: all of it.
-    pub(super) fn open(path: &Path, bytes: u64) -> Result<Self, SpillError> {
+    /// Opens or makes an area with `bytes` bytes for pages, rounded down to chunks; 0 on a block device: all of it. What another daemon has
+    /// left there stays if it is yet to be claimed, and is erased otherwise.
+    pub(super) fn open(path: &Path, bytes: u64, claimed: bool) -> Result<Self, SpillError> {
         let path = if path.is_dir() { path.join(NAME) } else { path.to_owned() };
         if bytes < CHUNK_BYTES && !is_block(&path) {
             return Err(SpillError::TooSmall { path, bytes });
@@ -58,15 +63,24 @@ impl Area {
         if bytes == 0 {
             return Err(SpillError::TooSmall { path, bytes: wanted });
         }
-        recovery::take_over(&file, &path, place)?;
-        let made = Self { path, file: Arc::new(file), bytes, direct: false, allocated: true, place };
+        let found = recovery::take_over(&file, &path, place, claimed)?;
+        let id = match found {
+            Some(id) => id,
+            None => AreaId::fresh().map_err(|source| SpillError::Io {
+                path: path.clone(),
+                what: "name",
+                source,
+            })?,
+        };
+        let (file, left) = (Arc::new(file), found.is_some());
+        let made = Self { path, file, bytes, direct: false, allocated: true, id, left, place };
         made.fill()
     }
 
-    /// Marks it as ours and sets its space aside. What could not be made is removed.
+    /// Marks it as ours and sets its space aside. What could not be made is removed, unless somebody has left something there.
     fn fill(mut self) -> Result<Self, SpillError> {
         let prepared = self.prepare();
-        if prepared.is_err() {
+        if prepared.is_err() && !self.left {
             self.close();
         }
         prepared.map(|()| self)
@@ -82,7 +96,7 @@ impl Area {
         }
         // The mark comes first: a daemon that is killed after this leaves an area that the next one takes over.
         self.file
-            .write_all_at(&superblock::encode(self.bytes), 0)
+            .write_all_at(&superblock::encode(self.bytes, self.id), 0)
             .and_then(|()| self.file.sync_data())
             .map_err(fail(&self.path, "mark"))?;
         if self.place == Place::File {
@@ -120,6 +134,14 @@ impl Area {
 
     fn allocate(&mut self) -> Result<(), SpillError> {
         let bytes = HEAD_BYTES + self.bytes;
+        if self.left && self.file.metadata().is_ok_and(|there| there.len() > bytes) {
+            // It is to have less than it had.
+            self.file.set_len(bytes).map_err(|source| SpillError::Io {
+                path: self.path.clone(),
+                what: "shorten",
+                source,
+            })?;
+        }
         match -raw::change_range(&self.file, Kind::Allocate, 0, bytes as usize) {
             0 => Ok(()),
             libc::ENOSPC | libc::EDQUOT | libc::EFBIG => {

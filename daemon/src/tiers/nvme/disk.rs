@@ -1,7 +1,8 @@
 //! What lanes and the I/O thread of a device share.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crossbeam::queue::SegQueue;
 use kvoyant_protocol::futex::publish_before_looking;
@@ -36,6 +37,10 @@ pub(super) struct Disk {
     /// Chunks that nobody has any more and that hold somebody's text.
     pub(super) returned: SegQueue<u32>,
     pub(super) free: FreeMap,
+    /// Chunks that another daemon has left and nobody has claimed yet.
+    unclaimed: Mutex<BTreeSet<u32>>,
+    /// What is in it stays for the next daemon.
+    leaving: AtomicBool,
     pub(super) stopping: AtomicBool,
     pub(super) registered: AtomicU64,
     pub(super) engine: OnceLock<(&'static str, Arc<dyn Wake>)>,
@@ -47,13 +52,19 @@ pub(super) struct Disk {
 impl Disk {
     pub(super) fn new(number: usize, area: Area) -> Self {
         let chunks = u32::try_from(area.bytes / CHUNK_BYTES).unwrap_or(u32::MAX);
+        let (free, unclaimed) = match area.left {
+            true => (FreeMap::none(chunks), (0..chunks).collect()),
+            false => (FreeMap::new(chunks), BTreeSet::new()),
+        };
         Self {
             number,
             area,
             counters: Counters::default(),
             inbox: SegQueue::new(),
             returned: SegQueue::new(),
-            free: FreeMap::new(chunks),
+            free,
+            unclaimed: Mutex::new(unclaimed),
+            leaving: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             registered: AtomicU64::new(0),
             engine: OnceLock::new(),
@@ -72,10 +83,40 @@ impl Disk {
         self.free.take()
     }
 
-    /// A chunk's last owner is gone. It is erased before anybody else gets it.
+    /// A chunk's last owner is gone. It is erased before anybody else gets it, or stays for the next daemon.
     pub(super) fn give_back(&self, chunk: u32) {
-        self.returned.push(chunk);
+        if !self.leaving.load(Ordering::Acquire) {
+            self.returned.push(chunk);
+            self.wake();
+        }
+    }
+
+    fn unclaimed(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a chunk that another daemon has left; false if it has left none of that number, or somebody has it already.
+    pub(super) fn claim(&self, chunk: u32) -> bool {
+        self.unclaimed().remove(&chunk)
+    }
+
+    /// What has not been claimed is nobody's.
+    pub(super) fn settle(&self) {
+        let nobodys = std::mem::take(&mut *self.unclaimed());
+        nobodys.into_iter().for_each(|chunk| self.returned.push(chunk));
         self.wake();
+    }
+
+    /// From here on nothing is erased: the next daemon finds it.
+    pub(super) fn leave(&self) {
+        self.leaving.store(true, Ordering::Release);
+    }
+
+    /// Makes an end of the area, unless it is left.
+    pub(super) fn close(&self) {
+        if !self.leaving.load(Ordering::Acquire) {
+            self.area.close();
+        }
     }
 
     pub(super) fn free_bytes(&self) -> u64 {

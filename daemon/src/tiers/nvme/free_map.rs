@@ -20,6 +20,12 @@ impl FreeMap {
         Self { words: words.collect(), chunks, free: AtomicU32::new(chunks) }
     }
 
+    /// None of so many chunks is free.
+    pub(super) fn none(chunks: u32) -> Self {
+        let words = (0..chunks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Self { words, chunks, free: AtomicU32::new(0) }
+    }
+
     /// How many there are.
     pub(super) fn chunks(&self) -> u32 {
         self.chunks

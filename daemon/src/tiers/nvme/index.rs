@@ -1,12 +1,9 @@
 //! What is known of each slot of a chunk: the checksum of what it holds, and what is under way in it.
 //!
 //! The index lives in memory only, beside no data: a block that was torn, flipped, written elsewhere or left over from
-//! an earlier owner does not match it. 16 bytes for each slot.
+//! an earlier owner does not match it. 12 bytes for each slot.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// In a checksum word: the slot holds a page.
-const VALID: u64 = 1 << 32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// In a mark: one [`SlotRef`](super::SlotRef).
 const HELD: u64 = 1;
@@ -19,29 +16,35 @@ const WRITING: u64 = 1 << 48;
 /// In a mark: one read in flight.
 const READING: u64 = 1 << 49;
 
+/// A page's checksum where 0 means none: one page in four thousand millions shares its own with another one.
+pub(super) fn never_zero(checksum: u32) -> u32 {
+    checksum.max(1)
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Index {
-    sums: Box<[AtomicU64]>,
+    /// 0: the slot holds nothing.
+    sums: Box<[AtomicU32]>,
     marks: Box<[AtomicU64]>,
 }
 
 impl Index {
     /// Of so many empty slots.
     pub(super) fn new(slots: usize) -> Self {
-        let zeros = || (0..slots).map(|_| AtomicU64::new(0)).collect();
-        Self { sums: zeros(), marks: zeros() }
+        let sums = (0..slots).map(|_| AtomicU32::new(0)).collect();
+        Self { sums, marks: (0..slots).map(|_| AtomicU64::new(0)).collect() }
     }
 
     /// The checksum of what the slot holds, if anything.
     pub(super) fn checksum(&self, slot: u32) -> Option<u32> {
-        let word = self.sums[slot as usize].load(Ordering::Acquire);
-        (word & VALID != 0).then_some(word as u32)
+        let sum = self.sums[slot as usize].load(Ordering::Acquire);
+        (sum != 0).then_some(sum)
     }
 
-    /// The slot holds this.
+    /// The slot holds a page with this checksum.
     pub(super) fn set(&self, slot: u32, checksum: u32) {
-        self.sums[slot as usize].store(VALID | u64::from(checksum), Ordering::Release);
+        self.sums[slot as usize].store(checksum, Ordering::Release);
     }
 
     /// The slot holds nothing.
@@ -117,8 +120,8 @@ mod tests {
     fn a_slot_has_a_checksum_once_it_was_written_and_none_after_it_was_cleared() {
         let index = Index::new(2);
         assert_eq!(index.checksum(1), None);
-        index.set(1, 0);
-        assert_eq!((index.checksum(0), index.checksum(1)), (None, Some(0)));
+        index.set(1, never_zero(0));
+        assert_eq!((index.checksum(0), index.checksum(1)), (None, Some(1)));
         index.clear(1);
         assert_eq!(index.checksum(1), None);
     }

@@ -7,6 +7,7 @@
 //! | `index` | checksums of what was written, and what is under way where |
 //! | `free_map` | which chunks are free |
 //! | `device`, `superblock`, `recovery` | the file or block device, its first block, what is done with one that is found |
+//! | `left` | what one daemon leaves there for the next |
 //! | `disk` | what lanes and a device's thread share |
 //! | `queue`, `worker` | what waits and in which order; the thread that moves it |
 //! | `operation`, `raw` | adjacent pages that go at once; their frames' addresses and checksums |
@@ -25,6 +26,7 @@ mod faulty;
 mod free_map;
 mod index;
 mod job;
+mod left;
 #[cfg(test)]
 mod noop;
 mod operation;
@@ -56,6 +58,7 @@ use self::worker::{Depths, Worker};
 use crate::lane::Bomb;
 
 pub use self::job::{Direction, Ended, Job, PageError, SpillReport};
+pub use self::left::LeftChunk;
 pub use self::slots::{GROUP_PAGES, SlotRef, Slots, SpillFull};
 pub use self::stats::{DeviceReport, DeviceState, LATENCY_BUCKETS_US, Latency};
 
@@ -183,7 +186,7 @@ pub enum SpillError {
 }
 
 /// See the module. Dropping it waits for what is in flight, ends the rest with [`PageError::Failed`], and removes the
-/// areas.
+/// areas, unless they are [left](Spill::leave).
 #[derive(Debug)]
 pub struct Spill {
     disks: Arc<[Arc<Disk>]>,
@@ -196,16 +199,26 @@ impl Spill {
     /// # Errors
     /// See [`SpillError`]. Nothing is left behind then.
     pub fn start(settings: &SpillSettings) -> Result<Arc<Self>, SpillError> {
-        match settings.engine {
-            EngineChoice::Psync => Self::start_with(settings, "psync", &psync()),
-            EngineChoice::Uring => Self::start_with(settings, "io_uring", &uring()),
-            EngineChoice::Auto => Self::start_with(settings, "psync", &or_threads(uring())),
-        }
+        Self::start_over(settings, false)
     }
 
-    /// As [`Spill::start`], with an engine of one's own.
+    /// The same; if what another daemon has left there is yet to be claimed ([`Slots::claim`]), it stays until [`Spill::settle`].
+    ///
+    /// # Errors
+    /// As [`Spill::start`].
+    pub fn start_over(settings: &SpillSettings, claimed: bool) -> Result<Arc<Self>, SpillError> {
+        let (name, make) = match settings.engine {
+            EngineChoice::Psync => ("psync", psync()),
+            EngineChoice::Uring => ("io_uring", uring()),
+            EngineChoice::Auto => ("psync", or_threads(uring())),
+        };
+        Self::start_with(settings, claimed, name, &make)
+    }
+
+    /// As [`Spill::start_over`], with an engine of one's own.
     fn start_with(
         settings: &SpillSettings,
+        claimed: bool,
         name: &'static str,
         make: &Make,
     ) -> Result<Arc<Self>, SpillError> {
@@ -216,7 +229,7 @@ impl Spill {
         let depths = Depths { all: depth, writes: settings.write_depth.clamp(1, depth) };
         let mut spill = Self { disks: Arc::new([]), threads: Vec::new() };
         for (number, path) in settings.paths.iter().enumerate() {
-            let disk = Arc::new(Disk::new(number, Area::open(path, settings.bytes)?));
+            let disk = Arc::new(Disk::new(number, Area::open(path, settings.bytes, claimed)?));
             // From here on dropping it leaves nothing behind.
             spill.disks = spill.disks.iter().cloned().chain([Arc::clone(&disk)]).collect();
             let setup = Setup {
@@ -240,6 +253,16 @@ impl Spill {
     #[must_use]
     pub fn slots(self: &Arc<Self>, page_bytes: usize) -> Slots {
         Slots::new(Arc::clone(&self.disks), page_bytes)
+    }
+
+    /// All have claimed what another daemon had left them: the rest is erased.
+    pub fn settle(&self) {
+        self.disks.iter().for_each(|disk| disk.settle());
+    }
+
+    /// The areas stay, with what is in them, for the next daemon.
+    pub fn leave(&self) {
+        self.disks.iter().for_each(|disk| disk.leave());
     }
 
     /// Hands jobs in, all of them. It never blocks, and wakes each device's thread at most once.
@@ -302,7 +325,7 @@ impl Drop for Spill {
             let _ = thread.join();
         }
         for disk in self.disks.iter() {
-            disk.area.close();
+            disk.close();
         }
     }
 }

@@ -1,7 +1,8 @@
 //! What is done with what is found where an area is to be.
 //!
 //! An area is a cache, and its index was in the memory of a daemon that has gone: whatever is found in one of ours
-//! counts as free, and is erased. Anything else is left alone.
+//! counts as free, and is erased, unless that daemon has left sessions whose journals say what lies where: then it stays until it has been
+//! claimed. Anything else is left alone.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +13,7 @@ use super::SpillError;
 use super::device::HEAD_BYTES;
 use super::operation::Kind;
 use super::raw;
-use super::superblock::{Found, SUPERBLOCK_BYTES, look};
+use super::superblock::{AreaId, Found, SUPERBLOCK_BYTES, look};
 
 /// Of which kind the place is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,26 +24,38 @@ pub(super) enum Place {
     Block(u64),
 }
 
-/// Looks at an open and locked area: if it may be used it holds nothing afterwards.
-pub(super) fn take_over(file: &File, path: &Path, place: Place) -> Result<(), SpillError> {
+/// Looks at an open and locked area: if it may be used it holds nothing afterwards, or else is this one, whose contents somebody has yet to claim.
+pub(super) fn take_over(
+    file: &File,
+    path: &Path,
+    place: Place,
+    claimed: bool,
+) -> Result<Option<AreaId>, SpillError> {
     let fail = |what| move |source| SpillError::Io { path: path.to_owned(), what, source };
     let mut first = vec![0; SUPERBLOCK_BYTES];
     let length = read_up_to(file, &mut first, 0).map_err(fail("read"))?;
     let found = look(&first[..length]);
     match (found, place) {
-        (Found::Ours { version }, _) => {
+        (Found::Ours { id: Some(id), .. }, _) if claimed => {
+            tracing::info!("{} is the spill area of the daemon that has left its sessions", path.display());
+            Ok(Some(id))
+        }
+        (Found::Ours { version, .. }, _) => {
             tracing::info!(
                 "{} is a spill area (layout {version}) of a daemon that has gone; its contents are dropped",
                 path.display()
             );
-            erase(file, path, place)
+            erase(file, path, place).map(|()| None)
         }
         (Found::Nothing, Place::File) => {
             let length = file.metadata().map_err(fail("look at"))?.len();
             // A file of nothing but a block of zeros is no area that a daemon ever left.
-            if length == 0 { Ok(()) } else { Err(foreign(path, "it begins with zeros and is not empty")) }
+            match length {
+                0 => Ok(None),
+                _ => Err(foreign(path, "it begins with zeros and is not empty")),
+            }
         }
-        (Found::Nothing, Place::Block(bytes)) => look_at_ends(file, path, bytes),
+        (Found::Nothing, Place::Block(bytes)) => look_at_ends(file, path, bytes).map(|()| None),
         (Found::Damaged, _) => Err(foreign(path, "it begins as a spill area does, but is damaged")),
         (Found::Foreign, _) => Err(foreign(path, "it holds something else")),
     }

@@ -21,7 +21,7 @@ use crate::quota::{Account, Charge};
 pub const GROUP_PAGES: usize = 16;
 
 /// Pages and devices are addressed in steps of so many bytes.
-const SECTOR: usize = 4096;
+pub(super) const SECTOR: usize = 4096;
 
 /// No slot could be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -106,34 +106,36 @@ impl Drop for SlotRef {
 
 /// A chunk as its session sees it.
 #[derive(Debug)]
-struct Held {
-    chunk: Arc<Chunk>,
+pub(super) struct Held {
+    pub(super) chunk: Arc<Chunk>,
     device: usize,
     /// Owners of each slot; 0: free.
-    owners: Box<[u32]>,
+    pub(super) owners: Box<[u32]>,
     /// Slots of each group that have owners.
-    taken: Box<[u8]>,
+    pub(super) taken: Box<[u8]>,
     /// Groups without any, the next one last.
-    free: Vec<u32>,
+    pub(super) free: Vec<u32>,
 }
 
 /// A session's slots.
 #[derive(Debug)]
 pub struct Slots {
-    disks: Arc<[Arc<Disk>]>,
+    pub(super) disks: Arc<[Arc<Disk>]>,
     page_bytes: usize,
     /// Slots of a group.
-    group: u32,
+    pub(super) group: u32,
     /// Slots of a chunk, a multiple of those.
-    per_chunk: u32,
+    pub(super) per_chunk: u32,
     /// Chunks by the number that slots have them by.
-    chunks: Vec<Option<Held>>,
+    pub(super) chunks: Vec<Option<Held>>,
     /// Numbers without a chunk.
-    vacant: Vec<u32>,
+    pub(super) vacant: Vec<u32>,
     /// For each device, chunks with free groups.
-    open: Vec<Vec<u32>>,
-    used: usize,
-    account: Option<Arc<Account>>,
+    pub(super) open: Vec<Vec<u32>>,
+    pub(super) used: usize,
+    /// Slots that nobody owns any more, and that the session's journal still knows as somebody's; `None`: there is no journal.
+    ended: Option<Vec<u32>>,
+    pub(super) account: Option<Arc<Account>>,
     /// Why the user got no chunk when one was last asked for, if that was a quota or a share.
     refused: Option<OverQuota>,
 }
@@ -158,6 +160,7 @@ impl Slots {
             vacant: Vec::new(),
             open,
             used: 0,
+            ended: None,
             account: None,
             refused: None,
         }
@@ -202,15 +205,37 @@ impl Slots {
         held.owners[index] += 1;
     }
 
-    /// Drops an owner; true if that was the last one. The slot may be given out again once no job refers to it.
+    /// Drops an owner; true if that was the last one. The slot may be given out again once no job refers to it, and no journal.
     pub fn release(&mut self, slot: u32) -> bool {
-        let group_slots = self.group;
         let (held, index) = self.held_mut(slot);
         debug_assert!(held.owners[index] > 0, "slot {slot} is released but not owned");
-        held.owners[index] -= 1;
-        if held.owners[index] > 0 {
+        if held.owners[index] > 1 {
+            held.owners[index] -= 1;
             return false;
         }
+        match &mut self.ended {
+            Some(ended) => ended.push(slot),
+            None => self.free(slot),
+        }
+        true
+    }
+
+    /// From here on what is given up is kept until the journal has been [written](Self::settle), if there `is` one.
+    pub fn journaled(&mut self, is: bool) {
+        self.settle();
+        self.ended = is.then(Vec::new);
+    }
+
+    /// The journal says where everything is now: what was given up before is free.
+    pub fn settle(&mut self) {
+        let ended = self.ended.as_mut().map(std::mem::take).unwrap_or_default();
+        ended.into_iter().for_each(|slot| self.free(slot));
+    }
+
+    fn free(&mut self, slot: u32) {
+        let group_slots = self.group;
+        let (held, index) = self.held_mut(slot);
+        held.owners[index] = 0;
         let group = index as u32 / group_slots;
         held.taken[group as usize] -= 1;
         if held.taken[group as usize] == 0 {
@@ -227,7 +252,6 @@ impl Slots {
             }
         }
         self.used -= 1;
-        true
     }
 
     /// Slots that have owners.
@@ -345,28 +369,33 @@ impl Slots {
             }
             return None;
         };
-        let slots = self.per_chunk as usize;
-        let groups = self.per_chunk / self.group;
-        let chunk = Arc::new(Chunk {
-            disk: Arc::clone(&self.disks[device]),
-            number: taken,
-            page_bytes: self.page_bytes,
-            index: Index::new(slots),
-            _charge: charge,
-        });
-        let held = Held {
-            chunk,
-            device,
-            owners: vec![0; slots].into(),
-            taken: vec![0; groups as usize].into(),
-            free: (0..groups).rev().collect(),
-        };
+        let held = self.hold(device, taken, charge);
         if number as usize == self.chunks.len() {
             self.chunks.push(Some(held));
         } else {
             self.chunks[number as usize] = Some(held);
         }
         Some(number)
+    }
+
+    /// A chunk of a device with nothing in it.
+    pub(super) fn hold(&self, device: usize, number: u32, charge: Option<Charge>) -> Held {
+        let slots = self.per_chunk as usize;
+        let groups = self.per_chunk / self.group;
+        let chunk = Arc::new(Chunk {
+            disk: Arc::clone(&self.disks[device]),
+            number,
+            page_bytes: self.page_bytes,
+            index: Index::new(slots),
+            _charge: charge,
+        });
+        Held {
+            chunk,
+            device,
+            owners: vec![0; slots].into(),
+            taken: vec![0; groups as usize].into(),
+            free: (0..groups).rev().collect(),
+        }
     }
 
     fn take(&mut self, slot: u32) {

@@ -49,7 +49,7 @@ fn maker(engine: EngineChoice) -> Make {
 fn with_faults(settings: &SpillSettings, plan: &Plan) -> Arc<Spill> {
     let (inner, plan) = (maker(settings.engine), plan.clone());
     let make: Make = Arc::new(move |setup| Ok(Box::new(Faulty::new(inner(setup)?, plan.clone())) as _));
-    Spill::start_with(settings, "faulty", &make).unwrap()
+    Spill::start_with(settings, false, "faulty", &make).unwrap()
 }
 
 /// A lane with some memory.

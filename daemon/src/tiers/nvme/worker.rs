@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use kvoyant_protocol::futex::now_ns;
-use kvoyant_protocol::memory::SharedMapping;
+use kvoyant_protocol::memory::{MemoryError, SharedMapping};
 
 use super::CHUNK_BYTES;
 use super::disk::{Disk, Message};
 use super::engine::Engine;
+use super::index::never_zero;
 use super::job::{Direction, Ended, Job, PageError, SpillReport};
 use super::operation::{Completed, Kind, Operation, Queued};
 use super::queue::Queue;
@@ -432,10 +433,15 @@ fn objection(job: &Job) -> Option<PageError> {
     empty.then(|| PageError::NeverWritten { offset: slot.offset() })
 }
 
+/// CRC-32C of a frame, which is never 0, so that 0 may mean that there is none.
+fn checksum(memory: &SharedMapping, offset: usize, bytes: usize) -> Result<u32, MemoryError> {
+    raw::checksum(memory, offset, bytes).map(never_zero)
+}
+
 /// Notes the checksum of what is about to be written.
 fn note_checksum(job: &Job) {
     let Job { slot, memory, offset, .. } = job;
-    match raw::checksum(memory, *offset, slot.page_bytes()) {
+    match checksum(memory, *offset, slot.page_bytes()) {
         Ok(sum) => slot.chunk.index.set(slot.index, sum),
         // It has been looked at when it was handed in. Without a checksum it is not read.
         Err(_) => slot.chunk.index.clear(slot.index),
@@ -447,7 +453,7 @@ fn verify(job: &Job) -> Result<(), PageError> {
     let Job { slot, memory, offset: frame, .. } = job;
     let offset = slot.offset();
     let expected = slot.chunk.index.checksum(slot.index).ok_or(PageError::NeverWritten { offset })?;
-    let found = raw::checksum(memory, *frame, slot.page_bytes());
+    let found = checksum(memory, *frame, slot.page_bytes());
     let found = found.map_err(|_| failed(job, Some(libc::EFAULT), 0))?;
     if found == expected { Ok(()) } else { Err(PageError::Checksum { offset, expected, found }) }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 /// A device without a thread: what is given back is free once [`settle`] was called.
 fn disk(number: usize, chunks: u64) -> (tempfile::TempDir, Arc<Disk>) {
     let folder = tempfile::tempdir().unwrap();
-    let area = Area::open(folder.path(), chunks * CHUNK_BYTES).unwrap();
+    let area = Area::open(folder.path(), chunks * CHUNK_BYTES, false).unwrap();
     (folder, Arc::new(Disk::new(number, area)))
 }
 

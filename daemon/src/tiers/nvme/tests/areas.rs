@@ -79,7 +79,7 @@ fn what_is_not_ours_is_refused_and_left_as_it_is() {
 fn an_area_that_a_killed_daemon_left_is_taken_over_empty() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("kvoyant-spill-0");
-    let mut left = superblock::encode(1 << 30);
+    let mut left = superblock::encode(1 << 30, superblock::AreaId::fresh().unwrap());
     left.resize(3 * MIB, 0x55);
     std::fs::write(&path, left).unwrap();
     let spill = Spill::start(&settings(folder.path(), 2, EngineChoice::Auto)).unwrap();
@@ -108,10 +108,10 @@ fn without_io_uring_threads_take_over_or_the_reason_is_said() {
     let folder = tempfile::tempdir().unwrap();
     let refused: Make = Arc::new(|_| Err(io::Error::from_raw_os_error(libc::EPERM)));
     let settings = settings(folder.path(), 1, EngineChoice::Uring);
-    let error = Spill::start_with(&settings, "io_uring", &refused).unwrap_err();
+    let error = Spill::start_with(&settings, false, "io_uring", &refused).unwrap_err();
     assert!(error.to_string().contains("psync works everywhere"), "{error}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
-    let spill = Spill::start_with(&settings, "psync", &or_threads(refused)).unwrap();
+    let spill = Spill::start_with(&settings, false, "psync", &or_threads(refused)).unwrap();
     assert_eq!(spill.report()[0].engine, "psync");
 }
 

@@ -112,7 +112,8 @@ fn dropping_the_tier_ends_every_job_and_removes_the_area() {
 fn the_twin_that_moves_nothing_ends_every_job() {
     let folder = tempfile::tempdir().unwrap();
     let make: Make = Arc::new(|_| Ok(Box::new(Noop::new()) as _));
-    let spill = Spill::start_with(&settings(folder.path(), 1, EngineChoice::Auto), "noop", &make).unwrap();
+    let spill =
+        Spill::start_with(&settings(folder.path(), 1, EngineChoice::Auto), false, "noop", &make).unwrap();
     let mut lane = Lane::new(&spill, MIB);
     let slots = lane.spill_pages(64);
     assert!(lane.wait(64).iter().all(|ended| ended.result == Ok(())));
