@@ -19,7 +19,7 @@ use kvoyant_protocol::memory::MemoryError;
 use thiserror::Error;
 
 use crate::keeper::Keeper;
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::budget::ArenaBudget;
 use crate::tiers::pool::NOBODY;
 use crate::tiers::prefix::{
     BlockHash, Evictions, Handle, Limits, Place, PrefixError, PrefixIndex, PrefixKey, Scope, Tier, chain,

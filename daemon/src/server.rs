@@ -32,7 +32,7 @@ use crate::quota::Ledger;
 use crate::settings::{Changes, Settings};
 use crate::stats_page::{self, StatsPage};
 use crate::status::Registry;
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::budget::ArenaBudget;
 use crate::tiers::cgroup::{Limits, TooLarge};
 use crate::tiers::host_memory::{HUGE_PAGE_BYTES, HugePages, free_huge_pages};
 use crate::tiers::nvme::{Spill, SpillError};

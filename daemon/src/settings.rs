@@ -14,7 +14,7 @@ use crate::config::keys::{self, Reload};
 use crate::config::{Config, ConfigError, Flags, Loaded, Origin};
 use crate::log::Filter;
 use crate::quota::Access;
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::budget::ArenaBudget;
 
 /// A value that is another one than before, as text.
 #[derive(Debug, Clone, PartialEq, Eq)]

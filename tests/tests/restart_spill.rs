@@ -2,13 +2,16 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use kvoyant_client::{Hint, Model, Sequence, Status};
+use kvoyant_client::{Hint, Model, SelectedBy, Sequence, Status};
 use kvoyant_engine::synthetic;
 use kvoyant_protocol::wire::Stat;
 use kvoyant_tests::fake::fill_as_prompt as fill;
 use kvoyant_tests::going_on::{self, Engine, IN_PLACE, METHODS, SPILLED, Served, Way, undisturbed};
 use kvoyant_tests::noisy::some_ids;
+use kvoyant_tests::supervisor::Supervisor;
 use kvoyant_tests::{PATIENCE, fake};
 use nix::sys::signal::Signal;
 
@@ -270,4 +273,49 @@ fn sessions_go_on_where_there_was_no_disk_and_is_one_now() {
     served.daemon.restart(Signal::SIGKILL);
     look(&model, &sequence, 9, 20..40);
     assert_eq!(model.generation(), 2);
+}
+
+#[test]
+fn an_image_larger_than_what_is_free_comes_back_while_daemons_come_and_go() {
+    let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let [store, spill] = folders.each_ref().map(|folder| folder.path().display().to_string());
+    let flags = ["--arena", "64MiB", "--store", &store, "--spill", &spill, "--spill-bytes", "512MiB"];
+    let mut daemon = Supervisor::start(DAEMON, &flags);
+    let model = fake::connect_at(&daemon.socket(), &["given"]);
+    // Each has 46 MiB.
+    let tokens = 30_000;
+    let [first, second] = [21, 22].map(|seed| {
+        let sequence = model.open(0, 0).unwrap();
+        fill(&model, &sequence, seed, tokens);
+        sequence
+    });
+    second.suspend("large", false, "").map_err(|(_, error)| error).unwrap();
+    let resumed: Vec<Sequence> = (0..4)
+        .map(|turn| {
+            let over = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                let resuming = scope.spawn(|| {
+                    let resumed = model.resume("large", None, SelectedBy::Lane).unwrap().0;
+                    over.store(true, Ordering::Relaxed);
+                    resumed
+                });
+                // The daemon ends with the thread that started it.
+                for kill in 0..turn {
+                    std::thread::sleep(Duration::from_millis(40 + 60 * kill));
+                    if !over.load(Ordering::Relaxed) {
+                        daemon.restart(Signal::SIGKILL);
+                    }
+                }
+                resuming.join().unwrap()
+            })
+        })
+        .collect();
+    for (sequence, seed) in resumed.iter().map(|sequence| (sequence, 22)).chain([(&first, 21)]) {
+        assert_eq!(sequence.tokens(), tokens);
+        let ids = some_ids(seed, 40, tokens);
+        let ready = fake::ask_with(&model, sequence, 1, Hint::Ids(&ids));
+        assert_eq!(fake::check(&ready, 0, seed, 1).unwrap(), ids.len() - fake::KV_HEADS);
+    }
+    // What was opened for a resumption that its daemon did not live to end is nobody's.
+    assert_eq!(daemon.status().sessions[0].sequences, 5);
 }

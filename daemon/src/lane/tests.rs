@@ -18,7 +18,7 @@ use crate::lane::model::{HEAP_FILE_BYTES, ModelState, Placement};
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::LayerSlots;
 use crate::quota::Ledger;
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::budget::ArenaBudget;
 use crate::tiers::pool::{ExtentPool, PoolSettings};
 
 const LAYERS: usize = 3;

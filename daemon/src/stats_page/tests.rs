@@ -8,7 +8,7 @@ use kvoyant_protocol::control::Mode;
 use super::*;
 use crate::device::host::{HostDevice, Shape};
 use crate::status::Registry;
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::budget::ArenaBudget;
 use crate::tiers::pool::{ExtentPool, PoolSettings};
 
 /// A folder with an admin socket of ours, and the page that belongs to it.

@@ -134,7 +134,7 @@ impl Blocks {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tiers::arena::ArenaBudget;
+    use crate::tiers::budget::ArenaBudget;
     use crate::tiers::purse::Purse;
     use std::sync::Arc;
 

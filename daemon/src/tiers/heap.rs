@@ -295,7 +295,7 @@ impl Drop for Heap {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tiers::arena::ArenaBudget;
+    use crate::tiers::budget::ArenaBudget;
     use proptest::prelude::*;
     use std::sync::Arc;
 

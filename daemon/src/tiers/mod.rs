@@ -5,6 +5,7 @@
 //! | [`pool`] | extents: made ahead of time and on demand, given to sessions, taken back |
 //! | [`extent`], [`pin`] | what an extent is made of, and how it is kept where it is |
 //! | [`cgroup`], [`host_memory`] | how much memory may be had, and of which kind |
+//! | [`budget`] | what all sessions may have together |
 //! | [`arena`] | refcounted pages of rows in a session's extents |
 //! | [`heap`] | regions of daemon-owned files, by offset: page tables, digests, counters |
 //! | [`blocks`] | refcounted digest blocks in such regions |
@@ -16,6 +17,7 @@
 
 pub mod arena;
 pub mod blocks;
+pub mod budget;
 pub mod cgroup;
 pub mod extent;
 pub mod heap;

@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 
 use crate::lane::Bomb;
 use crate::status::{PoolReport, PoolState};
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::budget::ArenaBudget;
 use crate::tiers::cgroup::Limits;
 use crate::tiers::extent::{Extent, Recipe};
 use crate::tiers::host_memory::{HugePages, node_has_memory, takes_huge_advice};

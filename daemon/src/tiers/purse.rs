@@ -7,7 +7,7 @@ use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::quota::{OverQuota, Quota};
 
 use crate::quota::Account;
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::budget::ArenaBudget;
 
 /// See the module.
 #[derive(Debug, Clone)]

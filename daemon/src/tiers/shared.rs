@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::memory::{Memfd, MemoryError, Seals, SharedMapping};
 
-use crate::tiers::arena::ArenaBudget;
+use crate::tiers::budget::ArenaBudget;
 
 /// What all groups may have of the arena together, in whole extents.
 #[derive(Debug)]
