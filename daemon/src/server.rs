@@ -401,7 +401,7 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
             .await?;
         // Before anything of any session is dropped, one that is just being claimed among them.
         if let (Some(spill), Some(keep)) = (disk_of, &keep)
-            && keep.holds_any()
+            && keep.leaves_any(successor.is_some())
         {
             spill.leave();
         }

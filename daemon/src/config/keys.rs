@@ -455,7 +455,7 @@ pub const SECTIONS: &[Section] = &[
                     "keep_sessions",
                     "\"auto\", \"on\" or \"off\"",
                     "Whether open sessions outlast the daemon; auto: where the service manager says that it stores descriptors, as systemd does \
-                     since 254. Not on a GPU, and not with `spill`.",
+                     since 254. Not on a GPU.",
                     "an older systemd stores them, or for `kvoyantd --takeover`: on",
                     Restart,
                 ),

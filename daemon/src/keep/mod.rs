@@ -221,9 +221,9 @@ impl Keep {
         all.into_iter().for_each(|piece| self.remove(session, piece));
     }
 
-    /// Whether there is anything for the next daemon.
-    pub(crate) fn holds_any(&self) -> bool {
-        !self.held().is_empty()
+    /// Whether there is anything for a daemon that comes after this one has ended: one that takes over has it anyway.
+    pub(crate) fn leaves_any(&self, successor: bool) -> bool {
+        (successor || self.supervisor.is_some()) && !self.held().is_empty()
     }
 
     /// Takes everything out, to hand it over.
