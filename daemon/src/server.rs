@@ -284,14 +284,13 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
     let plane = Plane::new(Arc::clone(settings), lanes, device, pool, registry, spill, (keeper, prefixes));
     let patience = Duration::from_secs(u64::from(config.reattach_seconds));
     let plane = Arc::new(plane.keeping(keep.clone(), patience));
+    // Also where this daemon cannot start: what clients have mapped stays as it is for the next one.
+    let leaves = Leaves(Arc::clone(&plane));
     if keep.is_none() {
         keep::discard(&left);
     } else {
         plane.restore(left, true);
         plane.restore(taken, false);
-    }
-    if let Some(spill) = &disk_of {
-        spill.settle();
     }
     let mut successor = None;
     let manager = Rc::new(Manager::start(Subject { line, watched }).map_err(ServerError::Start)?);
@@ -357,6 +356,8 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
                         manager.ready();
                     });
                 }
+                // From here on nothing keeps this daemon from serving those whose pages these are.
+                plane.has_restored();
                 loop {
                     tokio::select! {
                         _ = terminate.recv() => break,
@@ -412,7 +413,7 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
     link.hurry();
     drop(link);
     // Sessions' tasks end with the runtime, and lanes with the plane, once they have written down what their clients were told.
-    plane.leave();
+    drop(leaves);
     drop(runtime);
     drop(plane);
     if let (Some(socket), Some(keep)) = (successor, keep)
@@ -423,6 +424,15 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
     ended
     // Leaving drops every session's socket, then (with the last reference to the plane) the lanes, which wait for
     // transfers under way, then the device, and at last the sockets' names.
+}
+
+/// Has sessions' memory left as it is when this is dropped.
+struct Leaves(Arc<Plane>);
+
+impl Drop for Leaves {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
 }
 
 /// Tries again for a while what a daemon that has just been killed still holds: the kernel lets go of its files some time after its end.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use kvoyant_client::{Hint, Model, SelectedBy, Sequence, Status};
 use kvoyant_engine::synthetic;
+use kvoyant_protocol::memory::Memfd;
 use kvoyant_protocol::wire::Stat;
 use kvoyant_tests::fake::fill_as_prompt as fill;
 use kvoyant_tests::going_on::{self, Engine, IN_PLACE, METHODS, SPILLED, Served, Way, undisturbed};
@@ -196,7 +197,7 @@ fn an_area_that_is_not_the_same_any_more_ends_its_sessions_alone_with_a_sentence
     let model = synthetic::tiny(7);
     let way = SPILLED[0];
     let expected = undisturbed(DAEMON, &model, "full", &way, 4);
-    for what in ["removed", "another's", "not asked for"] {
+    for what in ["removed", "another's", "not asked for", "without a log", "a log of nothing"] {
         let mut served = Served::start(DAEMON, &way);
         let area = served.folder.path().join(AREA);
         let mut engine = Engine::start(&served.daemon.socket(), &model, "full", way.prompt);
@@ -214,7 +215,14 @@ fn an_area_that_is_not_the_same_any_more_ends_its_sessions_alone_with_a_sentence
                     .unwrap();
                 std::fs::OpenOptions::new().write(true).open(&area).unwrap().write_all_at(&block, 0).unwrap();
             }
-            _ => served.daemon.serve_otherwise(&IN_PLACE.flags),
+            "not asked for" => served.daemon.serve_otherwise(&IN_PLACE.flags),
+            _ => served.daemon.with_stored(|stored| {
+                let log = stored.iter_mut().find(|(name, _)| name.contains(".frames.")).unwrap();
+                log.1 = Memfd::create("other", 4096).unwrap().try_clone().unwrap();
+                if what == "without a log" {
+                    stored.retain(|(name, _)| !name.contains(".frames."));
+                }
+            }),
         }
         served.daemon.again();
         assert_eq!(found, expected, "{what}");
@@ -222,7 +230,12 @@ fn an_area_that_is_not_the_same_any_more_ends_its_sessions_alone_with_a_sentence
         assert!(error.contains("compute them again"), "{what}: {error}");
         assert!(engine.kv.kv.alone().is_some(), "{what}");
         let (_, said) = served.daemon.end(Signal::SIGTERM);
-        assert!(said.contains("what its journal says of its pages on disk cannot be"), "{what}: {said}");
+        let sentence = match what {
+            "without a log" => "the log of its frames is missing",
+            "a log of nothing" => "the peer's memfd has seals",
+            _ => "what its journal says of its pages on disk cannot be",
+        };
+        assert!(said.contains(sentence), "{what}: {said}");
     }
 }
 
@@ -312,9 +325,7 @@ fn an_image_larger_than_what_is_free_comes_back_while_daemons_come_and_go() {
         .collect();
     for (sequence, seed) in resumed.iter().map(|sequence| (sequence, 22)).chain([(&first, 21)]) {
         assert_eq!(sequence.tokens(), tokens);
-        let ids = some_ids(seed, 40, tokens);
-        let ready = fake::ask_with(&model, sequence, 1, Hint::Ids(&ids));
-        assert_eq!(fake::check(&ready, 0, seed, 1).unwrap(), ids.len() - fake::KV_HEADS);
+        fake::check_rows(&model, sequence, 0..tokens, seed);
     }
     // What was opened for a resumption that its daemon did not live to end is nobody's.
     assert_eq!(daemon.status().sessions[0].sequences, 5);

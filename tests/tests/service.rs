@@ -6,6 +6,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kvoyant_client::{Client, Error, Failure, Hint, Limits, Member, Options, Sequence};
+use kvoyant_protocol::control::{ToClient, ToDaemon, encode, features};
+use kvoyant_protocol::wire::SequenceId;
+use kvoyant_tests::raw::Raw;
 use kvoyant_tests::{Daemon, PATIENCE, fake, words};
 use nix::sys::signal::Signal;
 use proptest::prelude::*;
@@ -49,6 +52,34 @@ fn every_row_that_comes_back_is_the_row_that_was_written() {
             }
         }
     }
+}
+
+#[test]
+fn thousands_of_sequences_are_closed_by_one_message_while_others_are_served_and_nothing_of_them_stays() {
+    let daemon = Daemon::start(DAEMON, &["--lanes", "1"]);
+    let other = fake::connect(&daemon, &["full"]);
+    let sequence = other.open(0, 300).unwrap();
+    fake::fill(&other, &sequence, 1, 300).unwrap();
+    let limits = Limits { sequences_max: 6_000, ..Limits::default() };
+    let mut raw = Raw::greet_with(&daemon.socket(), features::COMMON, limits);
+    raw.register(fake::spec(&["quest"]), &[]).unwrap();
+    let mut sequences: Vec<_> = (0..6_000).map(|_| raw.open(0)).collect();
+    daemon.wait_for("all of them", |status| status.totals.sequences == 6_001 && status.totals.tokens == 300);
+    // A handle of nobody's among them keeps none of the others open.
+    let nobody = SequenceId { slot: 5, generation: 77 };
+    sequences.insert(100, nobody);
+    raw.say(&encode(&ToDaemon::Close { sequences }));
+    for _ in 0..50 {
+        fake::check(&fake::ask(&other, &sequence, 1), 0, 1, 1).unwrap();
+    }
+    assert_eq!(raw.hear(), Ok(ToClient::Failed(Failure::NoSuchSequence(nobody))));
+    daemon.wait_for("their end", |status| {
+        let gone =
+            status.sessions.iter().filter(|session| session.sequences == 0 && session.digest_bytes == 0);
+        gone.count() == 1 && status.totals.tokens == 300
+    });
+    assert_eq!(raw.open(0).slot, 0);
+    fake::check(&fake::ask(&other, &sequence, 1), 0, 1, 1).unwrap();
 }
 
 #[test]

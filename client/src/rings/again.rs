@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kvoyant_protocol::layout::d2c;
 use kvoyant_protocol::ring::{Consumer, Producer};
-use kvoyant_protocol::wire::Request;
+use kvoyant_protocol::wire::{Operation, Request};
 
 use super::{Maps, Receive, Rings, Submit, lock};
 use crate::error::Error;
@@ -112,7 +112,13 @@ impl Rings {
             )))
         };
         submit.uncovered = Some(uncovered);
-        repeated
+        repeated?;
+        // Until the daemon hears what is not read any more, it keeps all that may be.
+        submit.follow_streams(&maps.c2d);
+        if submit.producer.room(&maps.d2c)? > 0 {
+            self.push(&maps, &mut submit, Operation::Release, (0, 0));
+        }
+        Ok(())
     }
 
     fn repeat(

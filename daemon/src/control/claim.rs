@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvoyant_methods::Artifacts;
@@ -90,13 +90,22 @@ pub(super) struct Kept {
     newer: Mutex<Vec<u64>>,
     /// How long sessions wait.
     pub(super) patience: Duration,
-    until: Instant,
+    /// Until when they wait, once somebody is let in.
+    until: OnceLock<Instant>,
 }
 
 impl Kept {
     pub(super) fn new(keep: Arc<Keep>, patience: Duration) -> Self {
         let (waiting, newer) = (Mutex::default(), Mutex::default());
-        Self { keep, waiting, newer, patience, until: Instant::now() + patience }
+        Self { keep, waiting, newer, patience, until: OnceLock::new() }
+    }
+
+    fn until(&self) -> Instant {
+        *self.until.get_or_init(|| Instant::now() + self.patience)
+    }
+
+    fn newer(&self) -> std::sync::MutexGuard<'_, Vec<u64>> {
+        self.newer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Waiting>> {
@@ -157,6 +166,9 @@ impl Plane {
         let last = sessions.keys().next_back().copied().unwrap_or(0);
         self.next_session.fetch_max(last + 1, Ordering::Relaxed);
         for (session, pieces) in sessions {
+            let is_journal = |(piece, _): &&(Piece, OwnedFd)| matches!(piece, Piece::Journal(_));
+            let journals: Vec<_> =
+                pieces.iter().filter(is_journal).filter_map(|(_, file)| file.try_clone().ok()).collect();
             match self.restore_one(kept, &mut several, session, pieces) {
                 Ok(waiting) => {
                     let (uid, client) = (waiting.about.uid, &waiting.about.client);
@@ -167,16 +179,22 @@ impl Plane {
                 }
                 Err(Lost::Journal(error @ JournalError::OtherVersion { theirs })) if theirs > VERSION => {
                     tracing::warn!("session {session} cannot go on here: {error}");
-                    kept.newer.lock().unwrap_or_else(PoisonError::into_inner).push(session);
+                    kept.newer().push(session);
                 }
                 Err(error) => {
                     tracing::warn!("session {session} cannot go on, and its client begins anew: {error}");
+                    // Whoever holds these files longer than they should finds nothing in them: what they name may be another's then.
+                    for journal in journals {
+                        if let Err(error) = std::fs::File::from(journal).set_len(0) {
+                            tracing::warn!("a journal of session {session} cannot be erased: {error}");
+                        }
+                    }
                     kept.keep.forget(session);
                 }
             }
         }
         // Those who can have said what they have; of others it is not known.
-        if kept.newer.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+        if kept.newer().is_empty() {
             kept.keep.forget(SEVERAL);
         }
     }
@@ -224,7 +242,8 @@ impl Plane {
             true => Artifacts::none(),
             false => artifacts::read(artifacts::files(&about.spec, artifacts)?, &about.spec)?,
         };
-        let log = files.remove(&Piece::Frames).map(FrameLog::over).transpose()?;
+        let log = files.remove(&Piece::Frames).ok_or(Lost::Missing("the log of its frames"))?;
+        let log = FrameLog::over(log)?;
         let supply = self.pool.adopt(about.uid, extents)?;
         // As large as it was, for what is in it depends on that. The host's slab needs neither rings nor a process.
         let page_bytes = (shape.page_rows * rows.row_bytes().unwrap_or(0)) as u64;
@@ -273,19 +292,28 @@ impl Plane {
     /// Lets go of sessions whose clients have not come.
     pub(crate) async fn expire(&self) {
         let Some(kept) = &self.kept else { return };
-        tokio::time::sleep_until(kept.until.into()).await;
+        tokio::time::sleep_until(kept.until().into()).await;
         let late: Vec<_> = kept.waiting().drain().collect();
-        let newer = std::mem::take(&mut *kept.newer.lock().unwrap_or_else(PoisonError::into_inner));
+        let newer = std::mem::take(&mut *kept.newer());
         newer.into_iter().chain([SEVERAL]).for_each(|session| kept.keep.forget(session));
-        for (session, waiting) in late {
+        for (session, mut waiting) in late {
             tracing::warn!(
                 session,
                 uid = waiting.about.uid,
                 "nobody came back for it within {:?}",
                 kept.patience
             );
-            kept.keep.forget(session);
+            waiting.keeping.let_go();
             let _ = tokio::task::spawn_blocking(move || drop(waiting)).await;
+        }
+        self.settle_disk();
+    }
+
+    /// All who could claim what another daemon has left on disk have done so, unless it is not known who that is: of a newer daemon's sessions,
+    /// which may go on with that one as long as sessions wait.
+    pub(crate) fn has_restored(&self) {
+        if self.kept.as_ref().is_none_or(|kept| kept.newer().is_empty()) {
+            self.settle_disk();
         }
     }
 }
@@ -325,10 +353,10 @@ pub(super) async fn claim(
         Ok(rings) => rings,
         Err(error) => {
             // It may come again.
-            if Instant::now() < kept.until {
+            if Instant::now() < kept.until() {
                 kept.waiting().insert(session, waiting);
             } else {
-                kept.keep.forget(session);
+                waiting.keeping.let_go();
             }
             return Err(error);
         }

@@ -176,6 +176,13 @@ impl Plane {
     }
 
     /// Where pages of a session that registers now go, if they can leave host memory.
+    /// What nobody has claimed on disk is nobody's.
+    fn settle_disk(&self) {
+        if let Some(spill) = &self.spill {
+            spill.settle();
+        }
+    }
+
     fn spill(&self, config: &Config) -> Option<SpillTo> {
         let spill = Arc::clone(self.spill.as_ref()?);
         Some(SpillTo { spill, host_share: config.host_percent / 100.0 })

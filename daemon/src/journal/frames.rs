@@ -22,6 +22,8 @@ const ENTRIES_AT: usize = 64;
 /// Frames that there is room for.
 const ENTRIES: u32 = 1 << 15;
 const BYTES: usize = ENTRIES_AT + ENTRIES as usize * 4;
+/// So few are never too many.
+const ENTRIES_LEAST: u32 = 64;
 /// There were more.
 const MANY: u32 = u32::MAX;
 
@@ -77,10 +79,11 @@ impl FrameLog {
         self.memory.store_u32(COUNT_AT, self.count);
     }
 
-    /// Whether it should be emptied soon.
+    /// Whether it should be emptied soon, where so many frames are free: the next daemon cannot use those that are written down until answers of
+    /// before are let go of.
     #[must_use]
-    pub fn is_filling(&self) -> bool {
-        self.count > ENTRIES / 2
+    pub fn is_filling(&self, free: usize) -> bool {
+        self.count > ENTRIES / 2 || self.count > ENTRIES_LEAST && self.count as usize > free / 2
     }
 
     /// An answer is about to be given. One that another daemon has given already is nothing new.
@@ -91,10 +94,11 @@ impl FrameLog {
         }
     }
 
-    /// The journal has been sealed: it knows of everything but these.
+    /// The journal has been sealed: it knows of everything but these, of which those that are written down already come first and as they
+    /// follow one another there.
     pub fn clear_but(&mut self, frames: &[u32]) {
         self.count = if frames.len() > ENTRIES as usize { MANY } else { frames.len() as u32 };
-        // Until the new count is there, these are among more that were taken.
+        // None of them is overwritten before it is where it comes to stand.
         for (at, frame) in (0..ENTRIES).zip(frames) {
             self.memory.store_u32(entry(at), *frame);
         }
@@ -131,7 +135,7 @@ mod tests {
         let (mut log, file) = FrameLog::create().unwrap();
         (0..ENTRIES).for_each(|frame| log.take(frame));
         let next = || FrameLog::over(file.try_clone().unwrap()).unwrap().1.frames;
-        assert!(log.is_filling() && next().is_some_and(|frames| frames.len() == ENTRIES as usize));
+        assert!(log.is_filling(usize::MAX) && next().is_some_and(|frames| frames.len() == ENTRIES as usize));
         for _ in 0..2 {
             log.take(3);
             assert_eq!(next(), None);
@@ -139,7 +143,9 @@ mod tests {
         log.clear_but(&(0..ENTRIES + 1).collect::<Vec<_>>());
         assert_eq!(next(), None);
         log.clear_but(&[]);
-        assert!(!log.is_filling() && next() == Some(Vec::new()));
+        assert!(!log.is_filling(0) && next() == Some(Vec::new()));
+        (0..=ENTRIES_LEAST).for_each(|frame| log.take(frame));
+        assert!(log.is_filling(10) && !log.is_filling(1000));
     }
 
     #[test]

@@ -177,19 +177,15 @@ impl Keep {
     /// If the supervisor does not take it within a moment.
     pub fn add(&self, session: u64, piece: Piece, file: OwnedFd) -> io::Result<()> {
         let name = Name { session, piece };
+        // In one step: whoever lets go of a file that several have looks whether it is the last one.
+        let mut held = self.held();
         if let Some(supervisor) = &self.supervisor
-            && !self.has_stored(name)
+            && !has_stored(&held, name)
         {
             supervisor.store(&name.stored().to_string(), file.as_fd())?;
         }
-        self.held().insert(name, file);
+        held.insert(name, file);
         Ok(())
-    }
-
-    /// Whether another session has the same file.
-    fn has_stored(&self, name: Name) -> bool {
-        let same = |other: &Name| other.stored() == name.stored() && *other != name;
-        name.stored().session == SEVERAL && self.held().keys().any(same)
     }
 
     /// Holds a file that the supervisor may have already.
@@ -204,9 +200,9 @@ impl Keep {
     /// Lets go of a session's file.
     pub fn remove(&self, session: u64, piece: Piece) {
         let name = Name { session, piece };
-        let held = self.held().remove(&name);
-        if let (Some(_), Some(supervisor)) = (held, &self.supervisor)
-            && !self.has_stored(name)
+        let mut held = self.held();
+        if let (Some(_), Some(supervisor)) = (held.remove(&name), &self.supervisor)
+            && !has_stored(&held, name)
         {
             supervisor.remove(&name.stored().to_string());
         }
@@ -231,6 +227,12 @@ impl Keep {
         let held = std::mem::take(&mut *self.held());
         held.into_iter().map(|(name, file)| (name.stored(), file)).collect()
     }
+}
+
+/// Whether another session has the same file.
+fn has_stored(held: &BTreeMap<Name, OwnedFd>, name: Name) -> bool {
+    let same = |other: &Name| other.stored() == name.stored() && *other != name;
+    name.stored().session == SEVERAL && held.keys().any(same)
 }
 
 #[cfg(test)]
@@ -283,9 +285,9 @@ mod tests {
         let name = Name { session: 1, piece: shared };
         keep.forget(SEVERAL);
         keep.forget(2);
-        assert!(!keep.has_stored(name), "one is left");
+        assert!(!has_stored(&keep.held(), name), "one is left");
         keep.add(2, shared, file()).unwrap();
-        assert!(keep.has_stored(name));
+        assert!(has_stored(&keep.held(), name));
         let left: Vec<Name> = keep.take().into_keys().collect();
         assert_eq!(left, [Name { session: SEVERAL, piece: shared }]);
     }

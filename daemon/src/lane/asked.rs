@@ -1,19 +1,43 @@
 //! What the control plane asks of a session: done at once, or once pages have come or gone.
 
+use std::time::Instant;
+
 use kvoyant_protocol::control::{Failure, ToClient, ToDaemon};
 use kvoyant_protocol::wire::SequenceId;
 
-use super::{Asked, Outcome, Reply};
+use super::{Outcome, Reply};
+use crate::lane::close::Closing;
 use crate::lane::error::SessionError;
-use crate::lane::images::ImageOutcome;
+use crate::lane::images::{Drawing, ImageOutcome, ImageRequest};
 use crate::lane::model::ModelState;
-use crate::lane::session::LaneSession;
+use crate::lane::session::{LaneSession, TURN_MAX};
 use crate::lane::spill::Before;
+
+/// What the control plane asks of a lane.
+#[derive(Debug)]
+pub enum Asked {
+    /// What a client's control message asks.
+    Message(ToDaemon),
+    /// Something for an image.
+    Image(ImageRequest),
+    /// The rest of what has been begun, before which nothing else is done for its session. Only the lane itself asks.
+    Begun(Begun),
+}
+
+/// What takes more than one turn.
+#[derive(Debug)]
+pub enum Begun {
+    /// Sequences are being closed.
+    Closing(Closing),
+    /// One is being described.
+    Drawing(Drawing),
+}
 
 impl LaneSession {
     pub(super) fn asked(&mut self, asked: Asked) -> Result<Outcome, SessionError> {
         match asked {
             Asked::Message(message) => self.control(message),
+            Asked::Begun(begun) => self.go_on_with(begun),
             Asked::Image(request) => {
                 let Some(model) = &mut self.model else {
                     let failure = Failure::BadModel("a model must be registered first".into());
@@ -24,9 +48,18 @@ impl LaneSession {
                     model.submit_pages();
                     return Ok(Outcome::Later(Asked::Image(request)));
                 }
+                let whole = match &request {
+                    ImageRequest::Describe { sequence, digests: true } => Some(*sequence),
+                    _ => None,
+                };
                 let outcome = model.image(request);
                 model.submit_pages();
-                Ok(Outcome::Image(outcome))
+                match (whole, outcome) {
+                    (Some(sequence), ImageOutcome::Portrait(portrait)) => {
+                        self.go_on_with(Begun::Drawing(Drawing::of(sequence, portrait)))
+                    }
+                    (_, outcome) => Ok(Outcome::Image(outcome)),
+                }
             }
         }
     }
@@ -49,6 +82,9 @@ impl LaneSession {
         if extents > 0 {
             return Ok(Outcome::Needs { extents, message });
         }
+        if let ToDaemon::Close { sequences } = message {
+            return self.go_on_with(Begun::Closing(Closing::of(sequences)));
+        }
         let result = match &message {
             ToDaemon::Open { method, tokens, by } => {
                 model.open(*method, *tokens, *by).and_then(|id| model.opened(id))
@@ -66,27 +102,46 @@ impl LaneSession {
             ToDaemon::Graph { sequence, slot } => {
                 model.serve_graph(*sequence, *slot).map(|()| ToClient::Done)
             }
-            ToDaemon::Close { sequences } => {
-                // One bad handle must not keep the others open.
-                let closed = sequences.iter().map(|id| model.close(*id));
-                closed.fold(Ok(()), Result::and).map(|()| ToClient::Done)
-            }
             other => Err(Failure::BadModel(format!("{other:?} is not a request about sequences"))),
         };
         model.settle(released);
-        let message = match result {
-            Err(Failure::Internal(reason)) => return Err(SessionError::HalfWay(reason)),
-            result => result.unwrap_or_else(ToClient::Failed),
-        };
-        let reply = Reply { announcements: model.announce()?, message, fds: Vec::new() };
-        if let ToClient::Opened { sequence, .. } = &reply.message {
+        let answered = model.answered(result)?;
+        if let Outcome::Answered(Reply { message: ToClient::Opened { sequence, .. }, .. }) = &answered {
             self.has_opened(*sequence);
         }
-        Ok(Outcome::Answered(reply))
+        Ok(answered)
+    }
+
+    /// Goes on for a turn: a message names thousands of sequences, or one of millions of pages.
+    fn go_on_with(&mut self, mut begun: Begun) -> Result<Outcome, SessionError> {
+        let (since, released) = (Instant::now(), self.released_through());
+        let enough = || since.elapsed() > TURN_MAX;
+        let Some(model) = &mut self.model else { return Err(SessionError::NoModel) };
+        let done = match &mut begun {
+            Begun::Closing(closing) => {
+                let done = model.close_some(closing, enough);
+                model.settle(released);
+                done
+            }
+            Begun::Drawing(drawing) => model.draw_some(drawing, enough),
+        };
+        match begun {
+            begun if !done => Ok(Outcome::GoesOn(Asked::Begun(begun))),
+            Begun::Closing(closing) => model.answered(closing.result().map(|()| ToClient::Done)),
+            Begun::Drawing(drawing) => Ok(Outcome::Image(drawing.done())),
+        }
     }
 }
 
 impl ModelState {
+    fn answered(&mut self, result: Result<ToClient, Failure>) -> Result<Outcome, SessionError> {
+        let message = match result {
+            Err(Failure::Internal(reason)) => return Err(SessionError::HalfWay(reason)),
+            result => result.unwrap_or_else(ToClient::Failed),
+        };
+        Ok(Outcome::Answered(Reply { announcements: self.announce()?, message, fds: Vec::new() }))
+    }
+
     fn opened(&self, sequence: SequenceId) -> Result<ToClient, Failure> {
         let (table, room) = self.table_of(sequence)?;
         Ok(ToClient::Opened { sequence, table, room })

@@ -127,6 +127,7 @@ impl ModelState {
         if let Ok(sequence) = self.sequence_mut(id) {
             sequence.residency[layer] = slots;
         }
+        self.note_age(id, layer);
         true
     }
 

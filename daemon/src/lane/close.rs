@@ -34,16 +34,92 @@ impl Remains {
     }
 }
 
+/// Entries of a sequence's tables between two looks at the clock.
+const ENTRIES: usize = 1 << 10;
+
+/// What is left of a message that closes sequences.
+#[derive(Debug)]
+pub struct Closing {
+    left: std::vec::IntoIter<SequenceId>,
+    /// How far the first of them has been emptied.
+    emptied: usize,
+    /// Those that lists still name.
+    closed: Vec<SequenceId>,
+    /// What went wrong first. One bad handle must not keep the others open.
+    failed: Option<Failure>,
+}
+
+impl Closing {
+    pub(super) fn of(sequences: Vec<SequenceId>) -> Self {
+        Self { left: sequences.into_iter(), emptied: 0, closed: Vec::new(), failed: None }
+    }
+
+    /// How it went.
+    pub(super) fn result(self) -> Result<(), Failure> {
+        self.failed.map_or(Ok(()), Err)
+    }
+}
+
 impl ModelState {
     /// Closes a sequence and gives back what was its alone.
     pub fn close(&mut self, id: SequenceId) -> Result<(), Failure> {
+        let mut closing = Closing::of(vec![id]);
+        self.close_some(&mut closing, || false);
+        closing.result()
+    }
+
+    /// Closes one sequence after the other until all are closed, which it says, or `enough` says so.
+    pub(crate) fn close_some(&mut self, closing: &mut Closing, enough: impl Fn() -> bool) -> bool {
+        while let Some(id) = closing.left.as_slice().first().copied() {
+            if !self.empty_some(id, &mut closing.emptied, &enough) {
+                break;
+            }
+            closing.left.next();
+            closing.emptied = 0;
+            match self.close_emptied(id) {
+                Ok(()) => closing.closed.push(id),
+                Err(failure) => drop(closing.failed.get_or_insert(failure)),
+            }
+            if enough() {
+                break;
+            }
+        }
+        self.forget_closed(&closing.closed);
+        closing.closed.clear();
+        closing.left.len() == 0
+    }
+
+    /// Gives a sequence's pages and digest blocks back, from one entry of its tables on, until `enough` says so; true once there are none. What is
+    /// gone of them reads as what a pool has given up.
+    fn empty_some(&mut self, id: SequenceId, entry: &mut usize, enough: impl Fn() -> bool) -> bool {
+        let Ok(sequence) = self.sequence(id) else { return true };
+        let (table, slots) = (sequence.table, sequence.slots);
+        let (pages, capacity) = (sequence.pages, sequence.capacity);
+        let sets: Vec<_> = sequence.digests.iter().map(|set| (set.key, set.table)).collect();
+        let (in_pages, in_set) = (self.heads() * pages, self.heads() * capacity);
+        let all = in_pages + sets.len() * in_set;
+        while *entry < all {
+            match entry.checked_sub(in_pages) {
+                None => self.drop_page(table, slots, *entry / pages * capacity + *entry % pages),
+                Some(at) => {
+                    let (key, blocks) = sets[at / in_set];
+                    self.release_block(key, blocks, at % in_set);
+                }
+            }
+            *entry += 1;
+            if entry.is_multiple_of(ENTRIES) && enough() {
+                break;
+            }
+        }
+        *entry >= all
+    }
+
+    /// Closes a sequence that has been emptied. Lists still name it.
+    fn close_emptied(&mut self, id: SequenceId) -> Result<(), Failure> {
         if self.bury(id) {
             return Ok(());
         }
         let sequence = self.take_out(id)?;
-        for index in pages_of(&sequence, self.heads()) {
-            self.drop_page(sequence.table, sequence.slots, index);
-        }
         self.tables.release(sequence.table);
         self.give_up(sequence);
         Ok(())
@@ -53,6 +129,7 @@ impl ModelState {
     /// [`forget_read`](Self::forget_read) a little later, the rest when its client closes it, or its session ends.
     pub(crate) fn retire(&mut self, id: SequenceId) -> Result<Remains, Failure> {
         let sequence = self.take_out(id)?;
+        self.forget_closed(&[id]);
         let (rows, heads) = (self.shape.page_rows, self.shape.kv_heads);
         let mut remains =
             Remains { table: sequence.table, read: Vec::new(), _prefix: sequence.prefix.clone() };
@@ -71,13 +148,16 @@ impl ModelState {
                 _ => self.drop_page(sequence.table, sequence.slots, index),
             }
         }
+        for set in &sequence.digests {
+            (0..set.table.len / 4).for_each(|entry| self.release_block(set.key, set.table, entry));
+        }
         self.give_up(sequence);
         Ok(remains)
     }
 
     /// Gives pages back that a client may have been reading when its sequence was retired.
     pub(crate) fn forget_read(&mut self, remains: &mut Remains) {
-        remains.read.drain(..).for_each(|frame| self.release_frame(frame));
+        remains.read.drain(..).for_each(|frame| self.let_go_of_frame(frame));
     }
 
     /// Gives back what is left of a retired sequence.
@@ -89,21 +169,41 @@ impl ModelState {
         self.tables.release(remains.table);
     }
 
-    /// Takes a sequence out of its slot: from here on its handle means nothing.
+    /// Takes a sequence out of its slot: from here on its handle means nothing. Lists name it until [`forget_closed`](Self::forget_closed).
     fn take_out(&mut self, id: SequenceId) -> Result<Sequence, Failure> {
         self.sequence(id)?;
         self.touched.mark(id.slot as usize);
         let slot = &mut self.sequences[id.slot as usize];
         slot.generation = slot.generation.wrapping_add(1);
         let Some(sequence) = slot.sequence.take() else { return Err(Failure::NoSuchSequence(id)) };
-        self.open.retain(|slot| *slot != id.slot);
-        self.planned.retain(|(planned, _)| *planned != id);
+        self.forgets_plans |= sequence.residency.iter().any(|layer| layer.prefetch.is_some());
         let record = id.slot as usize * RECORD_BYTES;
         self.meta.get_mut(self.directory)[record..record + RECORD_BYTES].fill(0);
         Ok(sequence)
     }
 
-    /// Gives back everything of a sequence but its pages and their table.
+    /// Takes closed sequences out of the lists, once for all that were closed together: each list is passed over.
+    fn forget_closed(&mut self, closed: &[SequenceId]) {
+        let sequences = &self.sequences;
+        match closed {
+            [] => return,
+            [one] => {
+                if let Some(at) = self.open.iter().position(|slot| *slot == one.slot) {
+                    self.open.remove(at);
+                }
+            }
+            _ => self.open.retain(|slot| sequences[*slot as usize].sequence.is_some()),
+        }
+        if std::mem::take(&mut self.forgets_plans) {
+            let is_open = |id: SequenceId| {
+                let slot = &sequences[id.slot as usize];
+                slot.generation == id.generation && slot.sequence.is_some()
+            };
+            self.planned.retain(|(planned, _)| is_open(*planned));
+        }
+    }
+
+    /// Gives back everything of a sequence but its pages and their table, and its digest blocks.
     fn give_up(&mut self, sequence: Sequence) {
         if let (Some(slot), Some(graph)) = (sequence.graph, &mut self.graph) {
             graph.close(slot);

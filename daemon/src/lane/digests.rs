@@ -561,16 +561,18 @@ impl ModelState {
         Ok(())
     }
 
-    /// Gives a closed sequence's digests back.
-    pub(crate) fn release_digests(&mut self, set: &DigestSet) {
-        if let Some(pool) = self.pools.iter_mut().find(|pool| pool.key == set.key) {
-            for word in 0..set.table.len / 4 {
-                let block = self.meta.word(set.table, word);
-                if block != NO_BLOCK {
-                    pool.blocks.release(block);
-                }
-            }
+    /// Gives back the block of an entry of a set's table, if there is one.
+    pub(crate) fn release_block(&mut self, key: DigestKey, table: Region, entry: usize) {
+        let block = self.meta.word(table, entry);
+        if block != NO_BLOCK {
+            self.meta.set_word(table, entry, NO_BLOCK);
+            let pool = self.pools.iter_mut().find(|pool| pool.key == key);
+            pool.into_iter().for_each(|pool| pool.blocks.release(block));
         }
+    }
+
+    /// Gives a closed sequence's digests back, but for their blocks.
+    pub(crate) fn release_digests(&mut self, set: &DigestSet) {
         let regions = [Some(set.table), Some(set.state), set.memory, set.sequence, set.dead];
         regions.into_iter().flatten().for_each(|region| self.meta.release(region));
     }

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use kvoyant_methods::Method;
 
 use crate::lane::model::ModelState;
+use crate::lane::sequences::Sequence;
 use crate::status::{KeptBytes, SessionStatus};
 
 /// Under which names things are shown.
@@ -54,28 +55,36 @@ impl Keepers {
 }
 
 impl ModelState {
-    /// Writes what methods keep to the status that others read.
-    pub(super) fn show_kept(&self, status: &SessionStatus) {
-        let names = &self.keepers.names;
-        let shown = status.kept.get_or_init(|| names.iter().cloned().map(KeptBytes::new).collect());
-        let mut bytes = vec![(0, 0); names.len()];
+    /// What is kept for nobody's sake alone: blocks, by the names that things are shown under.
+    pub(super) fn begin_kept(&self, bytes: &mut Vec<(usize, usize)>) {
+        bytes.clear();
+        bytes.resize(self.keepers.names.len(), (0, 0));
         for pool in &self.pools {
             let reader = self.methods.iter().position(|method| method.digest_key() == Some(pool.key()));
             if let Some((digests, _)) = reader.and_then(|method| self.keepers.places[method]) {
                 bytes[digests].0 += pool.blocks.used_bytes();
             }
         }
-        let open = self.open_handles().filter_map(|id| self.sequence(id).ok());
-        for set in open.flat_map(|sequence| &sequence.digests) {
+    }
+
+    /// Adds what is kept for a sequence.
+    pub(super) fn add_kept(&self, sequence: &Sequence, bytes: &mut [(usize, usize)]) {
+        for set in &sequence.digests {
             if let Some((digests, memories)) = self.keepers.places[set.method()] {
                 bytes[digests].0 += set.table_bytes();
                 bytes[memories].1 += set.memory_bytes();
             }
         }
+    }
+
+    /// Writes what methods keep to the status that others read.
+    pub(super) fn show_kept(&self, bytes: &[(usize, usize)], status: &SessionStatus) {
+        let names = &self.keepers.names;
+        let shown = status.kept.get_or_init(|| names.iter().cloned().map(KeptBytes::new).collect());
         let mut all = 0;
         for (shown, (digests, memories)) in shown.iter().zip(bytes) {
-            shown.digest_bytes.store(digests as u64, Ordering::Relaxed);
-            shown.memory_bytes.store(memories as u64, Ordering::Relaxed);
+            shown.digest_bytes.store(*digests as u64, Ordering::Relaxed);
+            shown.memory_bytes.store(*memories as u64, Ordering::Relaxed);
             all += digests + memories;
         }
         status.digest_bytes.store(all as u64, Ordering::Relaxed);

@@ -4,12 +4,14 @@
 //! the request rings of its sessions, its queue of commands from the control plane and its queue of ended
 //! transfers; when all are empty it polls a little longer, then sleeps on all of them at once.
 
+mod ages;
 mod asked;
 pub mod background;
 mod bomb;
 mod check;
 mod close;
 pub mod digests;
+mod ending;
 pub mod error;
 pub mod graph;
 pub mod images;
@@ -36,7 +38,7 @@ mod yields;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 use kvoyant_protocol::control::{Failure, ToClient, ToDaemon};
@@ -44,12 +46,14 @@ use kvoyant_protocol::faults::{self, Point};
 use kvoyant_protocol::futex::{Bell, Word, publish_before_looking, spin, wait_any};
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 
+pub use self::asked::Asked;
 pub(crate) use self::bomb::Bomb;
+pub use self::ending::Ending;
 use crate::device::{Device, Report};
 use crate::lane::error::SessionError;
-use crate::lane::images::{ImageOutcome, ImageRequest};
+use crate::lane::images::ImageOutcome;
 use crate::lane::keeping::Keeping;
 use crate::lane::list::{Looks, OpenSequence};
 use crate::lane::model::{Announcement, ModelState};
@@ -67,6 +71,9 @@ const FAIR_SHARE: u32 = 32;
 
 /// Commands of the control plane that a lane does before it looks at its rings again.
 const COMMANDS_AT_ONCE: usize = 8;
+
+/// How often a lane that never sleeps writes what others may read of its sessions, a piece at a time.
+const REFRESH_EVERY: Duration = Duration::from_millis(10);
 
 /// How long a lane sleeps at most, so that a lost wake-up could only ever cost this much.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
@@ -107,41 +114,8 @@ pub enum Outcome {
     Image(ImageOutcome),
     /// Pages have to come or go first. The lane does the request itself then; nobody else gets to see this.
     Later(Asked),
-}
-
-/// What the control plane asks of a lane.
-#[derive(Debug)]
-pub enum Asked {
-    /// What a client's control message asks.
-    Message(ToDaemon),
-    /// Something for an image.
-    Image(ImageRequest),
-}
-
-/// How a lane tells the control plane that a session has to end.
-#[derive(Debug, Default)]
-pub struct Ending {
-    reason: std::sync::OnceLock<String>,
-    notify: Notify,
-}
-
-impl Ending {
-    fn end(&self, error: &SessionError) {
-        if self.reason.set(error.to_string()).is_ok() {
-            self.notify.notify_one();
-        }
-    }
-
-    /// Waits until the session has to end, and says why.
-    pub async fn ended(&self) -> String {
-        loop {
-            // Whoever asks again is told again.
-            if let Some(reason) = self.reason.get() {
-                return reason.clone();
-            }
-            self.notify.notified().await;
-        }
-    }
+    /// A part is done, and the rest is in the session's next turn. Nobody else gets to see this either.
+    GoesOn(Asked),
 }
 
 /// From the control plane to a lane.
@@ -213,6 +187,7 @@ impl LaneHandle {
             reaper,
             spin_for,
             naps: Naps::default(),
+            refreshed: Instant::now(),
         };
         let thread = crate::threads::start(format!("lane-{index}"), move || {
             let _bomb = Bomb;
@@ -267,6 +242,8 @@ struct Attached {
     broken: bool,
     /// A control request that waits for pages to come or go.
     parked: Option<(Asked, oneshot::Sender<Outcome>)>,
+    /// Whether all requests before that one are done: those that came since are after it.
+    drained: bool,
     /// Whether something has come that it may have waited for.
     retries: bool,
     detaching: Option<oneshot::Sender<()>>,
@@ -301,6 +278,7 @@ struct Lane {
     reaper: Reaper,
     spin_for: Duration,
     naps: Naps,
+    refreshed: Instant,
 }
 
 impl Lane {
@@ -356,6 +334,9 @@ impl Lane {
             for attached in self.sessions.iter_mut().filter(|attached| attached.is_served()) {
                 attached.session.cover_if_due(!busy);
             }
+            if self.refreshed.elapsed() > REFRESH_EVERY {
+                self.refresh();
+            }
             let armed = !stopping && self.sessions.iter().any(Attached::is_armed);
             self.reap();
             if stopping && self.sessions.iter().all(|attached| !attached.session.in_transfer()) {
@@ -369,7 +350,10 @@ impl Lane {
                 // A write from a GPU wakes nobody, so an armed doorbell is polled.
                 std::thread::yield_now();
             } else if !busy && !self.spin(rung) {
-                self.sleep(rung);
+                // Between two pieces there may be something to do.
+                if !self.refresh() {
+                    self.sleep(rung);
+                }
             } else {
                 self.naps.found();
             }
@@ -391,10 +375,15 @@ impl Lane {
         spin(self.spin_for, || self.anything_new(rung))
     }
 
+    /// Goes on with what others read of its sessions; true if that was not all.
+    fn refresh(&mut self) -> bool {
+        self.refreshed = Instant::now();
+        self.sessions.iter_mut().fold(false, |more, attached| attached.session.refresh_if_dirty() | more)
+    }
+
     fn sleep(&mut self, rung: u32) {
         for attached in &mut self.sessions {
             attached.session.hear();
-            attached.session.refresh_if_dirty();
         }
         self.bell.say_sleeping(true);
         for attached in &self.sessions {
@@ -444,6 +433,7 @@ impl Lane {
                     ending,
                     broken: false,
                     parked: None,
+                    drained: false,
                     retries: false,
                     detaching: None,
                     last_turn: 0,
@@ -545,28 +535,39 @@ impl Attached {
         if self.broken || self.detaching.is_some() {
             return;
         }
-        let drained = self.session.drain(tools, FAIR_SHARE);
-        match self.check(drained) {
-            None => return,
-            // The rest has to wait for its turn, as everybody's does.
-            Some(false) => {
-                (self.parked, self.retries) = (Some((asked, reply)), true);
-                return;
+        if matches!(asked, Asked::Begun(_)) {
+            return self.ask(asked, reply);
+        }
+        if !self.drained {
+            let drained = self.session.drain(tools, FAIR_SHARE);
+            match self.check(drained) {
+                None => return,
+                // The rest has to wait for its turn, as everybody's does.
+                Some(false) => {
+                    (self.parked, self.retries) = (Some((asked, reply)), true);
+                    return;
+                }
+                Some(true) => self.drained = true,
             }
-            Some(true) => {}
         }
         if !self.session.begins_control() {
             (self.parked, self.retries) = (Some((asked, reply)), true);
             return;
         }
+        self.ask(asked, reply);
+    }
+
+    fn ask(&mut self, asked: Asked, reply: oneshot::Sender<Outcome>) {
+        self.drained = false;
         let answer = self.session.asked(asked);
-        self.session.count_pages();
         self.session.refresh_status();
         match self.check(answer) {
             Some(Outcome::Later(asked)) => {
                 self.session.puts_control_off();
                 (self.parked, self.retries) = (Some((asked, reply)), self.session.is_behind());
             }
+            // Only then is it kept, with its answer: what is half done is known to no other daemon.
+            Some(Outcome::GoesOn(asked)) => (self.parked, self.retries) = (Some((asked, reply)), true),
             Some(answer) => drop(reply.send(answer)),
             None => {}
         }

@@ -17,6 +17,8 @@ use kvoyant_protocol::wire::SequenceId;
 
 use crate::device::rows::RowScratch;
 use crate::device::{Device, SessionMemory, Slab, SlabRequest};
+use crate::journal::FrameLog;
+use crate::lane::ages::Ages;
 use crate::lane::background::Flying;
 use crate::lane::digests::DigestPool;
 use crate::lane::graph::GraphState;
@@ -156,10 +158,14 @@ pub struct ModelState {
     pub(crate) behind: VecDeque<(SequenceId, usize)>,
     /// The device's slab; `None` in place.
     pub slab: Option<SlabState>,
+    /// Layers with slots of the slab by age; `None` until there are too few.
+    pub(crate) ages: Option<Ages>,
     /// Graph mode, if the session wants it.
     pub graph: Option<GraphState>,
     /// Where pages may go that leave host memory.
     pub(crate) spill: Option<SpillState>,
+    /// What stands beside the journal of a session that outlasts its daemon.
+    pub(crate) frame_log: Option<FrameLog>,
     /// What transfers hold on to.
     pub memory: Arc<SessionMemory>,
     /// How many times as many rows as are selected a head keeps on the device.
@@ -172,6 +178,8 @@ pub struct ModelState {
     pub estimating: bool,
     /// Layers of sequences that wait to be prepared for their next step, once their answer is not read any more.
     pub(crate) planned: VecDeque<(SequenceId, usize)>,
+    /// Whether some of them are of sequences that have just been closed.
+    pub(crate) forgets_plans: bool,
     /// Background transfers under way.
     pub(crate) flying: Vec<Flying>,
     /// See [`Buffers`].
@@ -288,14 +296,17 @@ impl ModelState {
             touched: Touched::default(),
             behind: VecDeque::new(),
             slab,
+            ages: None,
             graph,
             spill: spill.map(|to| SpillState::new(to, geometry.page_bytes(), &account)),
+            frame_log: None,
             memory,
             keep,
             device_share,
             attends,
             estimating,
             planned: VecDeque::new(),
+            forgets_plans: false,
             flying: Vec::new(),
             buffers: Buffers::default(),
             speculated,

@@ -7,6 +7,7 @@ use kvoyant_methods::RowPart;
 use kvoyant_protocol::control::PageWord;
 use kvoyant_protocol::wire::{HeadEntry, SequenceId, Status};
 
+use crate::lane::ages::Ages;
 use crate::lane::background::Background;
 use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
@@ -58,6 +59,7 @@ impl ModelState {
                     self.bring(id, layer, turn.released_through, evict, &mut slots, background)
                 });
             self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer] = slots;
+            self.note_age(id, layer);
             return result;
         }
         self.make_room(self.pages_short(&slots), turn);
@@ -73,6 +75,7 @@ impl ModelState {
             self.clear_slots(&mut slots);
         }
         self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer] = slots;
+        self.note_age(id, layer);
         result
     }
 
@@ -185,32 +188,39 @@ impl ModelState {
     /// Takes slab pages from the layers that were used longest ago until `pages` are free, or nobody has any that
     /// no unread answer names. Those of graph mode stay where they are: kernels read them whenever they like.
     pub(super) fn make_room(&mut self, pages: usize, turn: Turn) {
-        loop {
-            let Some(slab) = &mut self.slab else { return };
-            if slab.pages.free() >= pages {
-                return;
+        let Self { slab: Some(slab), ages, sequences, touched, .. } = self else { return };
+        if slab.pages.free() >= pages {
+            return;
+        }
+        let ages = ages.get_or_insert_with(|| Ages::of(sequences, slab.pages.total()));
+        while slab.pages.free() < pages {
+            let Some(oldest) = ages.take(turn.released_through) else { break };
+            let (ticket, slot, layer) = oldest;
+            let sequence = sequences[slot as usize].sequence.as_mut();
+            let sequence = sequence.filter(|sequence| sequence.graph.is_none());
+            let slots = sequence.map(|sequence| &mut sequence.residency[layer as usize]);
+            // It may have given them up, or have been closed; or it is the one that room is made for, and is put in again.
+            let Some(slots) = slots.filter(|slots| slots.has_pages()) else { continue };
+            let last = slots.last_ticket;
+            if last != ticket {
+                ages.put((last, slot, layer), sequences);
+            } else if slots.background.is_some() {
+                ages.lay_aside(oldest);
+            } else {
+                touched.mark(slot as usize);
+                slab.pages.give_back(slots.heads.iter_mut().flat_map(SlotSet::clear));
             }
-            let sequences = &self.sequences;
-            let oldest = self
-                .open
-                .iter()
-                .filter_map(|slot| Some((*slot, sequences[*slot as usize].sequence.as_ref()?)))
-                .filter(|(_, sequence)| sequence.graph.is_none())
-                .flat_map(|(slot, sequence)| {
-                    sequence.residency.iter().enumerate().map(move |(layer, slots)| (slot, layer, slots))
-                })
-                .filter(|(_, _, layer)| {
-                    layer.last_ticket <= turn.released_through
-                        && layer.background.is_none()
-                        && layer.heads.iter().any(|head| head.pages() > 0)
-                })
-                .min_by_key(|(_, _, layer)| layer.last_ticket)
-                .map(|(slot, layer, _)| (slot, layer));
-            let Some((slot, layer)) = oldest else { return };
-            self.touched.mark(slot as usize);
-            let sequence = self.sequences[slot as usize].sequence.as_mut();
-            let Some(layer) = sequence.map(|sequence| &mut sequence.residency[layer]) else { return };
-            slab.pages.give_back(layer.heads.iter_mut().flat_map(SlotSet::clear));
+        }
+        ages.put_back();
+    }
+
+    /// A layer has been placed.
+    pub(super) fn note_age(&mut self, id: SequenceId, layer: usize) {
+        let Self { ages: Some(ages), sequences, .. } = self else { return };
+        let sequence = sequences.get(id.slot as usize).and_then(|slot| slot.sequence.as_ref());
+        let slots = sequence.and_then(|sequence| sequence.residency.get(layer));
+        if let Some(slots) = slots.filter(|slots| slots.has_pages()) {
+            ages.put((slots.last_ticket, id.slot, layer as u32), sequences);
         }
     }
 }

@@ -11,6 +11,13 @@ use crate::lane::spill::SLOT_ENTRY;
 use crate::quota::Charge;
 use crate::tiers::purse::Beside;
 
+/// Most sequences that a full arena's answer names. A list that is too long for a message would help nobody either.
+const CLOSING_MAX: usize = 256;
+
+/// Sequences that are compared for it, and entries of page tables that are looked at: a millisecond or two.
+const COMPARED_MAX: usize = 1 << 12;
+const LOOKS_MAX: usize = 1 << 20;
+
 /// What a sequence counts for with its user, for as long as it is open.
 #[derive(Debug)]
 pub struct Charges {
@@ -82,6 +89,49 @@ impl ModelState {
             self.check_tables(wanted)?;
         }
         Ok(needed)
+    }
+
+    /// What to tell a client when `needed` pages cannot be had: sequences that, closed, would free what is missing.
+    /// Those that ask are not among them.
+    pub(super) fn backpressure(&self, needed: usize, missing: usize, asking: &[SequenceId]) -> Failure {
+        let closing = self.would_free(missing, asking).unwrap_or_default();
+        if let Some(over) = self.refused_by(needed) {
+            return Failure::Quota(OverQuota { closing, ..over });
+        }
+        let page_bytes = self.arena.geometry().page_bytes() as u64;
+        Failure::Backpressure {
+            needed_bytes: (needed as u64).saturating_mul(page_bytes),
+            free_bytes: ((needed - missing) as u64).saturating_mul(page_bytes),
+            arena_bytes: self.arena.budget().total_bytes(),
+            closing,
+        }
+    }
+
+    /// Sequences that, closed, would free so many pages, the largest first; `None` if there are none, or they are too many, or to find them would
+    /// take too long.
+    fn would_free(&self, missing: usize, asking: &[SequenceId]) -> Option<Vec<SequenceId>> {
+        if missing > self.arena.used_pages() {
+            return None;
+        }
+        let others = self.open_handles().take(COMPARED_MAX).filter(|id| asking.binary_search(id).is_err());
+        let mut owners: Vec<_> = others.map(|id| (self.sequence(id).map_or(0, |of| of.pages), id)).collect();
+        owners.sort_unstable_by(|a, b| b.cmp(a));
+        let (mut freed, mut closing, mut looks) = (0, Vec::new(), LOOKS_MAX);
+        for (pages, id) in owners {
+            let sequence = self.sequence(id).ok()?;
+            looks = looks.checked_sub(self.heads() * pages)?;
+            let words = self.tables.get(sequence.table).chunks_exact((sequence.capacity * 4).max(4));
+            let words = words.flat_map(|head| head.as_chunks::<4>().0.iter().take(pages));
+            let alone = |page: &u32| !self.arena.is_shared(*page);
+            let own =
+                words.filter_map(|word| PageWord::of(u32::from_le_bytes(*word)).page()).filter(alone).count();
+            freed += own;
+            closing.extend((own > 0).then_some(id));
+            if freed >= missing {
+                return (closing.len() <= CLOSING_MAX).then_some(closing);
+            }
+        }
+        None
     }
 
     /// The quota, or the share, that keeps `pages` free pages from the session's user; none if host memory is just full.

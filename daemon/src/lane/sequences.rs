@@ -9,7 +9,6 @@ use std::sync::Arc;
 use kvoyant_methods::Selection;
 use kvoyant_protocol::control::{Failure, NO_PAGE, PageWord, SelectedBy, TableRef};
 use kvoyant_protocol::memory::MemoryError;
-use kvoyant_protocol::quota::OverQuota;
 use kvoyant_protocol::wire::SequenceId;
 
 use crate::device::rows::LayerPages;
@@ -27,9 +26,6 @@ pub const TOKENS_MAX: u32 = 1 << 26;
 
 /// Most sequences that one reservation may name.
 pub const RESERVE_MAX: usize = 1024;
-
-/// Most sequences that a full arena's answer names.
-const CLOSING_MAX: usize = 256;
 
 /// What one layer of a sequence has on the device.
 #[derive(Debug, Default)]
@@ -374,7 +370,6 @@ impl ModelState {
                         let own = self.take_page(id, head, page);
                         let filled =
                             (lens[head / self.shape.kv_heads] as usize).saturating_sub(page * rows).min(rows);
-                        self.about_to_fill(own);
                         self.arena.copy_rows(shared, own, filled, &mut buffer)?;
                         self.drop_page(table, slots, index);
                         self.tables.set_word(table, index, own);
@@ -425,48 +420,6 @@ impl ModelState {
             (sequence.table, sequence.capacity, sequence.slots) = (table, capacity, slots);
         }
         self.grow_digests(id, old_capacity, capacity)
-    }
-
-    /// What to tell a client when `needed` pages cannot be had: sequences that, closed, would free what is missing.
-    /// Those that ask are not among them.
-    fn backpressure(&self, needed: usize, missing: usize, asking: &[SequenceId]) -> Failure {
-        let kept = 0..self.heads();
-        let mut owners: Vec<(usize, SequenceId)> = Vec::new();
-        for id in self.open_handles().filter(|id| asking.binary_search(id).is_err()) {
-            let Ok(sequence) = self.sequence(id) else { continue };
-            let own = kept
-                .clone()
-                .flat_map(|head| (0..sequence.pages).map(move |page| head * sequence.capacity + page))
-                .filter_map(|index| self.page_word(sequence.table, index).page())
-                .filter(|page| !self.arena.is_shared(*page))
-                .count();
-            owners.push((own, id));
-        }
-        owners.sort_unstable_by(|a, b| b.cmp(a));
-        let mut freed = 0;
-        let mut closing: Vec<_> = owners
-            .into_iter()
-            .take_while(|(own, _)| {
-                let more = freed < missing;
-                freed += own;
-                more
-            })
-            .map(|(_, id)| id)
-            .collect();
-        // A list that is too long for a message would help nobody either.
-        if freed < missing || closing.len() > CLOSING_MAX {
-            closing.clear();
-        }
-        if let Some(over) = self.refused_by(needed) {
-            return Failure::Quota(OverQuota { closing, ..over });
-        }
-        let page_bytes = self.arena.geometry().page_bytes() as u64;
-        Failure::Backpressure {
-            needed_bytes: (needed as u64).saturating_mul(page_bytes),
-            free_bytes: ((needed - missing) as u64).saturating_mul(page_bytes),
-            arena_bytes: self.arena.budget().total_bytes(),
-            closing,
-        }
     }
 
     /// Drops every row from token `tokens` on.

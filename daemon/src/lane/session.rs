@@ -10,6 +10,7 @@ mod release;
 mod reports;
 mod seen;
 mod told;
+mod totals;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,18 +31,17 @@ use crate::lane::link::Link;
 use crate::lane::mailbox::Report as GraphReport;
 use crate::lane::model::ModelState;
 use crate::lane::select::{Answer, Turn};
-use crate::lane::sequences::Sequence;
 use crate::lane::session::flights::{Flight, Flights};
 use crate::lane::session::held::Held;
 use crate::lane::session::hints::HintArea;
 use crate::lane::session::limits::{WORK_MAX, charge};
+use crate::lane::session::totals::Totals;
 use crate::lane::spill::SpillState;
 use crate::quota::Account;
 use crate::status::SessionStatus;
-use crate::tiers::heap::Heap;
 
 /// How long a session may keep its lane before another one gets its turn; one request may take longer.
-const TURN_MAX: Duration = Duration::from_millis(1);
+pub(super) const TURN_MAX: Duration = Duration::from_millis(1);
 
 /// See the module.
 #[derive(Debug)]
@@ -91,6 +91,7 @@ pub struct LaneSession {
     /// Whether a request waits for its doorbell, or an answer for room in the ring, so that the lane must poll.
     pub armed: bool,
     pub(super) dirty: bool,
+    totals: Totals,
     seen: Option<(u32, Instant)>,
     /// Up to where requests come before a control request that waits for them.
     draining: Option<u32>,
@@ -151,6 +152,7 @@ impl LaneSession {
             spare_copies: Vec::new(),
             armed: false,
             dirty: true,
+            totals: Totals::default(),
             seen: None,
             draining: None,
         }
@@ -231,6 +233,8 @@ impl LaneSession {
         if self.must_rest() {
             return Ok(false);
         }
+        // What has come may have been the last answer that a seal waited for: before there are others under way.
+        self.cover_if_due(false);
         let available = self.requests.available(&self.c2d)?;
         let mut handled = 0;
         while handled < available.min(most) {
@@ -560,37 +564,5 @@ impl LaneSession {
         self.stats[stat as usize] = value;
         self.d2c.store_u64(d2c::STATS + stat as usize * 8, value);
         self.status.stats[stat as usize].store(value, Ordering::Relaxed);
-    }
-
-    /// As [`LaneSession::refresh_status`], if anything was appended since.
-    pub fn refresh_if_dirty(&mut self) {
-        if self.dirty {
-            self.count_pages();
-            self.dirty = false;
-            self.refresh_status();
-        }
-    }
-
-    /// Writes what is open and used to the status that others read.
-    pub fn refresh_status(&self) {
-        let Some(model) = &self.model else { return };
-        let set =
-            |cell: &std::sync::atomic::AtomicU64, value: usize| cell.store(value as u64, Ordering::Relaxed);
-        set(&self.status.sequences, model.open_sequences());
-        set(&self.status.pages, model.arena.used_pages());
-        set(&self.status.page_bytes, model.arena.geometry().page_bytes());
-        set(&self.status.extents, model.arena.held_extents());
-        model.show_kept(&self.status);
-        set(&self.status.slab_pages, model.slab.as_ref().map_or(0, |slab| slab.pages.used()));
-        let tokens =
-            model.open_handles().filter_map(|id| model.sequence(id).ok()).map(Sequence::tokens).sum();
-        set(&self.status.tokens, tokens);
-        let heaps = [&model.tables, &model.meta];
-        let room = |heap: &&Heap| heap.free_bytes();
-        set(&self.status.table_room[0], heaps.iter().map(room).sum());
-        set(
-            &self.status.table_room[1],
-            heaps.iter().map(|heap| heap.longest_span() as usize).max().unwrap_or(0),
-        );
     }
 }

@@ -14,12 +14,15 @@ use kvoyant_protocol::wire::{BatchEntry, SequenceId};
 use crate::device::host::{HostDevice, Shape as Link};
 use crate::device::{Importer, SlabRequest};
 use crate::lane::background::Background;
+use crate::lane::close::Closing;
+use crate::lane::images::{Drawing, ImageOutcome, ImageRequest};
 use crate::lane::model::{HEAP_FILE_BYTES, ModelState, Placement};
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::LayerSlots;
 use crate::quota::Ledger;
 use crate::tiers::budget::ArenaBudget;
 use crate::tiers::pool::{ExtentPool, PoolSettings};
+use crate::tiers::residency::SlotSet;
 
 const LAYERS: usize = 3;
 const QUERY_HEADS: usize = 4;
@@ -192,4 +195,130 @@ fn what_a_lane_keeps_of_a_sequence_counts_with_its_users_tables_until_it_is_clos
     assert!(tables(&lane) >= before + 6 * each as u64, "{before} and then {}", tables(&lane));
     more.into_iter().chain([first]).for_each(|id| lane.model.close(id).unwrap());
     assert!(tables(&lane) < before);
+}
+
+#[test]
+fn a_close_of_many_goes_on_where_it_was_left_and_tells_of_the_first_bad_handle_in_the_end() {
+    let mut lane = Served::new(&["quest"]);
+    let before = (lane.model.meta.used_bytes(), lane.model.tables.used_bytes());
+    let [first, kept, last] = [3000, 0, 100].map(|tokens| lane.filled(tokens));
+    let nobody = SequenceId { slot: 7, generation: 9 };
+    let mut closing = Closing::of(vec![first, nobody, first, last]);
+    let mut pieces = 1;
+    while !lane.model.close_some(&mut closing, || true) {
+        pieces += 1;
+        // Whatever is half closed is either open or not.
+        let open = lane.model.open_handles().filter(|id| lane.model.sequence(*id).is_ok()).count();
+        assert_eq!(open, lane.model.open_sequences());
+    }
+    assert!(pieces >= 4, "{pieces}");
+    assert_eq!(closing.result(), Err(Failure::NoSuchSequence(nobody)));
+    assert!(lane.model.open_handles().eq([kept]));
+    assert_eq!(lane.model.arena.used_pages(), 0);
+    lane.model.close(kept).unwrap();
+    assert!(lane.model.pools.iter().all(|pool| pool.blocks.used() == 0));
+    // Digest blocks stay with their pool.
+    let blocks: usize =
+        lane.model.pools.iter().flat_map(|pool| pool.blocks.regions()).map(|region| region.len).sum();
+    assert_eq!((lane.model.meta.used_bytes() - blocks, lane.model.tables.used_bytes()), before);
+}
+
+#[test]
+fn layers_give_way_in_the_order_in_which_they_were_used_and_none_that_is_still_read() {
+    let mut lane = Served::new(&["quest:budget=40"]);
+    let mut ids: Vec<_> = (0..6).map(|_| lane.filled(400)).collect();
+    let mut random = fastrand::Rng::with_seed(7);
+    let (mut ticket, mut released, mut gone) = (0, 0, 0);
+    for round in 0..600 {
+        let (id, layer) = (ids[random.usize(..ids.len())], random.usize(1..LAYERS));
+        match random.u8(..20) {
+            0 => {
+                lane.model.close(id).unwrap();
+                ids.retain(|open| *open != id);
+                ids.push(lane.filled(400));
+            }
+            1 => lane.model.truncate(id, 300, released).unwrap(),
+            _ if lane.model.sequence(id).is_ok_and(|sequence| sequence.lens[layer] >= 201) => {
+                ticket += 1;
+                lane.speculate(id, layer, ticket);
+            }
+            _ => {}
+        }
+        released = released.max(ticket.saturating_sub(random.u64(..8)));
+        lane.model.settle(released);
+        let mut having: Vec<(u64, SequenceId, usize, usize)> = Vec::new();
+        for id in lane.model.open_handles() {
+            for (layer, slots) in lane.model.sequence(id).unwrap().residency.iter().enumerate() {
+                let pages = slots.heads.iter().map(SlotSet::pages).sum();
+                having.extend((pages > 0).then_some((slots.last_ticket, id, layer, pages)));
+            }
+        }
+        having.sort_unstable();
+        let free = lane.model.slab.as_ref().unwrap().pages.free();
+        let wanted = if round % 3 == 0 { free + random.usize(..20) } else { 0 };
+        let mut left = free;
+        let mut stay = having.clone();
+        stay.retain(|(last, _, _, pages)| {
+            let goes = left < wanted && *last <= released;
+            left += if goes { *pages } else { 0 };
+            !goes
+        });
+        gone += having.len() - stay.len();
+        lane.model.make_room(wanted, Turn { ticket: 0, released_through: released, room: None });
+        for (_, id, layer, pages) in having {
+            let heads = &lane.model.sequence(id).unwrap().residency[layer].heads;
+            let has: usize = heads.iter().map(SlotSet::pages).sum();
+            let stays = stay.iter().any(|(_, of, at, _)| (*of, *at) == (id, layer));
+            assert_eq!(has, if stays { pages } else { 0 }, "round {round}: layer {layer} of {id}");
+        }
+    }
+    assert!(gone > 100, "{gone} layers gave way");
+}
+
+#[test]
+fn a_full_arena_names_who_would_free_what_is_missing_and_no_more_than_that() {
+    let mut lane = Served::new(&["full"]);
+    let [small, large, fork] = {
+        let (small, large) = (lane.filled(100), lane.open(0, 40_000).unwrap());
+        [small, large, lane.model.fork(small, None, SelectedBy::Lane).unwrap()]
+    };
+    let named = |lane: &Served, missing, asking: &[SequenceId]| match lane
+        .model
+        .backpressure(missing, missing, asking)
+    {
+        Failure::Backpressure { closing, .. } => closing,
+        other => panic!("{other}"),
+    };
+    let all = lane.model.arena.used_pages();
+    assert_eq!(named(&lane, 1, &[]), [large]);
+    assert_eq!(named(&lane, 1, &[large]), [], "what forks share is freed by none of them");
+    lane.model.close(fork).unwrap();
+    assert_eq!(named(&lane, 1, &[large]), [small]);
+    assert_eq!(named(&lane, all, &[]), [large, small]);
+    assert_eq!(named(&lane, all + 1, &[]), []);
+}
+
+#[test]
+fn digests_that_are_described_in_pieces_are_those_that_are_described_at_once() {
+    let mut lane = Served::new(&["quest"]);
+    let sequence = lane.filled(5000);
+    let mut described = |at_once: bool| {
+        let ImageOutcome::Portrait(portrait) =
+            lane.model.image(ImageRequest::Describe { sequence, digests: true })
+        else {
+            panic!("no portrait")
+        };
+        let (mut drawing, mut pieces) = (Drawing::of(sequence, portrait), 1);
+        while !lane.model.draw_some(&mut drawing, || !at_once) {
+            pieces += 1;
+        }
+        let ImageOutcome::Portrait(portrait) = drawing.done() else { panic!("no portrait") };
+        (portrait.digests, pieces)
+    };
+    let ((whole, once), (parts, pieces)) = (described(true), described(false));
+    assert_eq!((once, whole.len()), (1, 1));
+    assert!(pieces > 2, "{pieces}");
+    // One block of each page of the two layers that rows are selected in.
+    assert_eq!(whole[0].pages.len(), 5000_usize.div_ceil(lane.model.shape.page_rows) * 2 * (LAYERS - 1));
+    assert_eq!(whole, parts);
 }

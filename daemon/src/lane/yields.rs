@@ -43,7 +43,6 @@ impl LaneSession {
         if evicted.next.is_none() && idle && !self.in_transfer() && self.may_yield() && !on_device {
             evicted.extents = self.give_back(usize::MAX) as u64;
         }
-        self.count_pages();
         self.refresh_status();
         Ok(evicted)
     }

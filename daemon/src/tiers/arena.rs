@@ -220,6 +220,18 @@ impl SessionArena {
         self.references.len() - self.free.len() - self.foreign - self.gone
     }
 
+    /// Pages that are free and there.
+    #[must_use]
+    pub fn free_pages(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Whether a page is the session's own.
+    #[must_use]
+    pub fn is_own_page(&self, page: u32) -> bool {
+        !self.is_foreign(page)
+    }
+
     /// Pages that could still be had.
     #[must_use]
     pub fn obtainable_pages(&self) -> usize {

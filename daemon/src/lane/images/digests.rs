@@ -4,7 +4,8 @@ use kvoyant_protocol::control::{Failure, SelectedBy};
 use kvoyant_protocol::wire::SequenceId;
 use serde::{Deserialize, Serialize};
 
-use crate::lane::digests::DigestSet;
+use super::{ImageOutcome, Portrait};
+use crate::lane::digests::{DigestPool, DigestSet};
 use crate::lane::model::ModelState;
 
 /// One method's digests of one sequence.
@@ -32,24 +33,42 @@ pub struct DigestImage {
     pub blocks: Vec<u8>,
 }
 
+/// Entries of a table between two looks at the clock.
+const ENTRIES: usize = 1 << 8;
+
+/// A portrait whose blocks are being added: there may be gigabytes of them.
+#[derive(Debug)]
+pub struct Drawing {
+    sequence: SequenceId,
+    portrait: Box<Portrait>,
+    /// Entry of the digests' table that it has come to.
+    entry: usize,
+}
+
+impl Drawing {
+    pub(in crate::lane) fn of(sequence: SequenceId, portrait: Box<Portrait>) -> Self {
+        Self { sequence, portrait, entry: 0 }
+    }
+
+    pub(in crate::lane) fn done(self) -> ImageOutcome {
+        ImageOutcome::Portrait(self.portrait)
+    }
+}
+
 impl ModelState {
     /// What the sequence's own method keeps.
+    fn kept_of(&self, id: SequenceId) -> Option<(&DigestSet, &DigestPool)> {
+        let sequence = self.sequence(id).ok()?;
+        let key = self.methods[sequence.method].digest_key()?;
+        let set = sequence.digests.iter().find(|set| set.serves(key, sequence.method))?;
+        Some((set, self.pools.iter().find(|pool| pool.key() == key)?))
+    }
+
+    /// What the sequence's own method keeps, without its blocks.
     pub(super) fn digest_images(&self, id: SequenceId) -> Result<Vec<DigestImage>, Failure> {
         let sequence = self.sequence(id)?;
-        let Some(key) = self.methods[sequence.method].digest_key() else { return Ok(Vec::new()) };
-        let Some(set) = sequence.digests.iter().find(|set| set.serves(key, sequence.method)) else {
-            return Ok(Vec::new());
-        };
-        let Some(pool) = self.pools.iter().find(|pool| pool.key() == key) else { return Ok(Vec::new()) };
+        let Some((set, _)) = self.kept_of(id) else { return Ok(Vec::new()) };
         let bytes = |region| self.meta.get(region).to_vec();
-        let (mut pages, mut blocks) = (Vec::new(), Vec::new());
-        for index in 0..set.table.len / 4 {
-            let block = self.meta.word(set.table, index);
-            if block != DigestSet::NO_BLOCK {
-                pages.push(index as u32);
-                blocks.extend_from_slice(pool.blocks.get(&self.meta, block));
-            }
-        }
         Ok(vec![DigestImage {
             method: self.methods[sequence.method].spec().to_string(),
             capacity: sequence.capacity as u32,
@@ -59,9 +78,28 @@ impl ModelState {
             memory: set.memory.map(bytes),
             sequence: set.sequence.map(bytes),
             dead: set.dead.map(bytes),
-            pages,
-            blocks,
+            pages: Vec::new(),
+            blocks: Vec::new(),
         }])
+    }
+
+    /// Adds blocks until all are there, which it says, or `enough` says so.
+    pub(crate) fn draw_some(&self, drawing: &mut Drawing, enough: impl Fn() -> bool) -> bool {
+        let Some(image) = drawing.portrait.digests.first_mut() else { return true };
+        let Some((set, pool)) = self.kept_of(drawing.sequence) else { return true };
+        let entries = set.table.len / 4;
+        while drawing.entry < entries {
+            let block = self.meta.word(set.table, drawing.entry);
+            if block != DigestSet::NO_BLOCK {
+                image.pages.push(drawing.entry as u32);
+                image.blocks.extend_from_slice(pool.blocks.get(&self.meta, block));
+            }
+            drawing.entry += 1;
+            if drawing.entry.is_multiple_of(ENTRIES) && enough() {
+                break;
+            }
+        }
+        drawing.entry >= entries
     }
 
     /// Whether an image has a block for every page that it says is digested, and says so of no rows that there are not.

@@ -17,7 +17,7 @@ use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::wire::{SequenceId, Status};
 
 pub use attach::Attach;
-pub use digests::DigestImage;
+pub use digests::{DigestImage, Drawing};
 pub(crate) use taken::Taken;
 
 use crate::lane::model::ModelState;
@@ -183,7 +183,7 @@ impl ModelState {
         before
     }
 
-    /// Does what is asked.
+    /// Does what is asked; of a portrait's digests the blocks are [drawn](Self::draw_some) afterwards.
     pub fn image(&mut self, request: ImageRequest) -> ImageOutcome {
         let result = match request {
             ImageRequest::Describe { sequence, digests } => {

@@ -129,6 +129,14 @@ impl Keeping {
         self.given_up = true;
     }
 
+    /// Nobody goes on with the session.
+    pub(crate) fn let_go(&mut self) {
+        if !std::mem::replace(&mut self.given_up, true) {
+            self.journal.erase();
+            self.keep.forget(self.session);
+        }
+    }
+
     /// Hands new extents over, and takes note of those that were given back, which are let go of once that is covered.
     fn follow_extents(&mut self, model: &ModelState) -> std::io::Result<Vec<HeldExtent>> {
         let mut gone = Vec::new();
@@ -352,11 +360,8 @@ impl LaneSession {
 
     /// The session ends: nobody goes on with it. Its memory comes back only after that is known.
     pub(super) fn let_go(&mut self) {
-        if let Some(keeping) = &mut self.keeping
-            && !std::mem::replace(&mut keeping.given_up, true)
-        {
-            keeping.journal.erase();
-            keeping.keep.forget(keeping.session);
+        if let Some(keeping) = &mut self.keeping {
+            keeping.let_go();
         }
     }
 

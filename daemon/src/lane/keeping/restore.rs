@@ -15,10 +15,10 @@ use crate::lane::digests::{DigestPool, DigestSet};
 use crate::lane::model::{HEAP_FILE_BYTES, Limbo, ModelState, RECORD_BYTES};
 use crate::lane::place::moved_part;
 use crate::lane::sequences::{LayerSlots, Sequence, SequenceSlot, TOKENS_MAX};
+use crate::lane::spill::SLOT_ENTRY;
 use crate::tiers::arena::{LeftExtent, SessionArena};
 use crate::tiers::blocks::Blocks;
 use crate::tiers::heap::{Heap, Region, RestoreError};
-use crate::tiers::nvme::PageError;
 use crate::tiers::pool::Supply;
 use crate::tiers::residency::SlotSet;
 use crate::tiers::shared::SharedExtent;
@@ -38,9 +38,6 @@ pub enum Unfit {
     /// Rows cannot be copied to its slab.
     #[error("its slab cannot be filled: {0}")]
     Memory(#[from] MemoryError),
-    /// A row of its slab lies on disk, and cannot be read.
-    #[error("its slab cannot be filled: {0}")]
-    Page(#[from] PageError),
     /// It could not be served even if it were new.
     #[error("{0}")]
     Refused(#[from] Failure),
@@ -131,9 +128,8 @@ impl Left {
         model: &mut ModelState,
         extents: Supply,
         shared: Vec<Arc<SharedExtent>>,
-        log: Option<(FrameLog, TakenFrames)>,
+        (log, taken): (FrameLog, TakenFrames),
     ) -> Result<(), Unfit> {
-        let (log, taken) = log.unzip();
         let max = model.sequences.len();
         for (slot, _, sequence) in self.open() {
             ensure((slot as usize) < max, "a sequence's slot")?;
@@ -155,12 +151,8 @@ impl Left {
         let its =
             |(_, _, sequence): (u32, &SlotRecord, &SequenceRecord)| Some((sequence.table, sequence.slots?));
         let tables: Vec<_> = self.open().filter_map(its).collect();
-        // A session that had nothing on disk has nothing to claim there.
-        ensure(
-            model.spill.is_none() || model.claim_pages(&tables, &self.held.chunks, taken.as_ref()),
-            ON_DISK,
-        )?;
-        let (arena, wary) = self.arena(model, extents, shared, taken.as_ref())?;
+        ensure(model.spill.is_none() || model.claim_pages(&tables, &self.held.chunks, &taken), ON_DISK)?;
+        let (arena, wary) = self.arena(model, extents, shared, &taken)?;
         model.arena = arena;
         model.pools = self.pools(model)?;
         for (slot, record) in &self.sequences {
@@ -175,7 +167,7 @@ impl Left {
         open.sort_unstable();
         sorted.sort_unstable();
         ensure(open == sorted, "which sequences are open")?;
-        model.pages_go_on(log, taken.map_or(0, |taken| taken.ticket), wary);
+        model.pages_go_on(log, taken.ticket, wary);
         model.pages_released(self.progress.released_through);
         self.slab(model)?;
         model.seeds = self.progress.seeds;
@@ -225,7 +217,7 @@ impl Left {
         model: &ModelState,
         extents: Supply,
         shared: Vec<Arc<SharedExtent>>,
-        taken: Option<&TakenFrames>,
+        taken: &TakenFrames,
     ) -> Result<(SessionArena, Vec<u32>), Unfit> {
         let what = "its extents";
         let (mut own, mut shared) = (0.., shared.into_iter());
@@ -246,7 +238,9 @@ impl Left {
                     match word {
                         PageWord::None => {}
                         PageWord::Page(id) if page < pages => owners.push(id),
-                        PageWord::Spilled | PageWord::Lost if page < pages && sequence.slots.is_some() => {}
+                        PageWord::Spilled | PageWord::Lost if page < pages && sequence.slots.is_some() => {
+                            ensure(model.spill.is_some(), ON_DISK)?;
+                        }
                         _ => return Err(Unfit::Impossible("a page table")),
                     }
                 }
@@ -270,7 +264,10 @@ impl Left {
         let frames = |(at, _): (usize, &LeftExtent)| at * per_extent..(at + 1) * per_extent;
         let own = places.iter().enumerate().filter(|(_, place)| its(place));
         let all = own.flat_map(frames).map(|frame| frame as u32);
-        let wary = taken.map(|taken| ModelState::wary_frames(taken, &owners, all)).unwrap_or_default();
+        let wary = match model.spill {
+            Some(_) => ModelState::wary_frames(taken, &owners, all),
+            None => Vec::new(),
+        };
         owners.extend(&wary);
         let arena = SessionArena::restore(extents, geometry, places, owners);
         Ok((arena.ok_or(Unfit::Impossible("its pages"))?, wary))
@@ -320,10 +317,8 @@ impl ModelState {
             record.lens.iter().all(|len| *len as usize <= record.pages as usize * rows),
             "a sequence's rows",
         )?;
-        // Where there was no disk, there may be one now.
-        let slots =
-            record.slots.is_none() || record.slots.map(|slots| slots.len) == self.slot_table_bytes(capacity);
-        ensure(slots, ON_DISK)?;
+        // Where there was no disk, there may be one now, or the other way round.
+        ensure(is(record.slots, heads * capacity * SLOT_ENTRY), ON_DISK)?;
         ensure(is(record.observation, heads * shape.head_dim * 4), "statistics of a prompt")?;
         ensure(is(record.marks, tokens), "marks")?;
         record.digests.iter().try_for_each(|set| self.check_set(set, record))?;
@@ -362,7 +357,7 @@ impl ModelState {
         let Some(slab) = &mut self.slab else { return Err(Unfit::Impossible(what)) };
         let part = moved_part(self.methods[sequence.method].needs().part, geometry.row_bytes);
         let mut bytes = vec![0; part.len()];
-        let (mut rows, mut on_disk) = (Vec::new(), None);
+        let (mut rows, mut on_disk, mut lost) = (Vec::new(), None, false);
         ensure(sequence.residency[layer].heads.is_empty(), what)?;
         for (kv_head, residents) in record.heads.iter().enumerate() {
             let set = SlotSet::restore(residents, sequence.lens[layer], &mut slab.pages);
@@ -381,16 +376,32 @@ impl ModelState {
                     (PageWord::Spilled, Some(slots)) => {
                         if on_disk.replace(base + page) != Some(base + page) {
                             let spill = self.spill.as_ref().ok_or(Unfit::Impossible(what))?;
-                            spill.read_now(&self.meta, (slots, base + page), &mut rows)?;
+                            if let Err(error) = spill.read_now(&self.meta, (slots, base + page), &mut rows) {
+                                tracing::warn!("rows of layer {layer} are not in the slab any more: {error}");
+                                lost = true;
+                                break;
+                            }
                         }
                         let at = row * geometry.row_bytes;
                         bytes.copy_from_slice(&rows[at..at + geometry.row_bytes][part.clone()]);
+                    }
+                    // In the slab it still was what it had been. Here it is nothing.
+                    (PageWord::Lost, _) => {
+                        lost = true;
+                        break;
                     }
                     _ => continue,
                 }
                 slab.slab.0.write(entry.slot as usize * geometry.row_bytes + part.start, &bytes)?;
             }
             sequence.residency[layer].heads.push(set);
+        }
+        if lost {
+            // The layer begins without any, as it does when a page is found to be lost.
+            let heads = std::mem::take(&mut sequence.residency[layer].heads);
+            for mut head in heads {
+                slab.pages.give_back(head.clear());
+            }
         }
         Ok(())
     }

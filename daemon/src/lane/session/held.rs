@@ -100,6 +100,7 @@ impl LaneSession {
                 self.go_on(held, tools);
             }
         }
+        self.dirty = true;
         self.count_pages();
         self.post_ready()
     }
@@ -186,8 +187,7 @@ impl LaneSession {
     }
 
     /// Shows how many pages are where.
-    pub fn count_pages(&mut self) {
-        self.dirty = true;
+    pub(super) fn count_pages(&mut self) {
         let Some(state) = self.model.as_mut().and_then(|model| model.spill.as_mut()) else { return };
         let (counts, [spilled, peak, most]) = (state.take_counts(), state.pages());
         self.show(Stat::PagesSpilled, spilled as u64);

@@ -16,16 +16,15 @@ use std::collections::BTreeSet;
 use kvoyant_protocol::control::{PageWord, SPILLED};
 use kvoyant_protocol::memory::MemoryError;
 
-use super::{Content, NO_SLOT, SLOT_ENTRY, SpillState};
+use super::{Content, Io, NO_SLOT, SpillState};
 use crate::journal::{FrameLog, TakenFrames};
 use crate::lane::model::ModelState;
 use crate::tiers::heap::{Heap, Region};
 use crate::tiers::nvme::{LeftChunk, PageError};
 
 /// What waits for the journal's next seal.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Journaled {
-    log: FrameLog,
     /// Frames whose pages have been written.
     written: Vec<u32>,
     /// Frames that nobody owns any more.
@@ -68,25 +67,32 @@ impl SpillState {
 impl ModelState {
     /// Whether the session's journal has no log of its frames yet, and needs one.
     pub(crate) fn needs_frame_log(&self) -> bool {
-        self.spill.as_ref().is_some_and(|state| state.journaled.is_none())
+        self.frame_log.is_none()
     }
 
     /// From here on a journal says where pages are.
     pub(crate) fn logs_frames(&mut self, log: FrameLog) {
+        self.frame_log = Some(log);
         if let Some(state) = &mut self.spill {
             state.slots.journaled(true);
-            let (written, ended) = (Vec::new(), Vec::new());
-            state.journaled = Some(Journaled { log, written, ended, wants_cover: false });
+            state.journaled = Some(Journaled::default());
         }
     }
 
     /// The journal has been sealed.
     pub(crate) fn pages_covered(&mut self) {
-        let Some(state) = &mut self.spill else { return };
-        let Some(kept) = &mut state.journaled else { return };
-        kept.log.clear_but(state.wary.as_ref().map_or(&[], |wary| &wary.frames));
-        kept.wants_cover = false;
-        for frame in kept.written.drain(..) {
+        let Some(log) = &mut self.frame_log else { return };
+        let Some(state) = &mut self.spill else { return log.clear_but(&[]) };
+        let Some(journaled) = &mut state.journaled else { return };
+        // Pages that come now are in their frames only later, and the journal says that these are free.
+        let reading = state.ios.values().filter_map(|io| match io {
+            Io::Read { frame, .. } => Some(*frame),
+            Io::Write { .. } => None,
+        });
+        let wary = state.wary.iter().flat_map(|wary| &wary.frames).copied();
+        log.clear_but(&wary.chain(reading).collect::<Vec<_>>());
+        journaled.wants_cover = false;
+        for frame in journaled.written.drain(..) {
             if let Some(frame) = state.frames.get_mut(frame as usize)
                 && frame.content == Content::Written
             {
@@ -94,7 +100,7 @@ impl ModelState {
             }
         }
         state.slots.settle();
-        for frame in kept.ended.drain(..) {
+        for frame in journaled.ended.drain(..) {
             self.arena.release(frame);
         }
         state.changed();
@@ -103,6 +109,7 @@ impl ModelState {
     /// There is no journal any more.
     pub(crate) fn pages_not_kept(&mut self) {
         self.pages_covered();
+        self.frame_log = None;
         if let Some(state) = &mut self.spill {
             state.slots.journaled(false);
             state.journaled = None;
@@ -111,56 +118,82 @@ impl ModelState {
 
     /// Whether the journal should be sealed soon.
     pub(crate) fn pages_want_cover(&self) -> bool {
-        let kept = self.spill.as_ref().and_then(|state| state.journaled.as_ref());
-        kept.is_some_and(|kept| kept.wants_cover || kept.log.is_filling())
+        let journaled = self.spill.as_ref().and_then(|state| state.journaled.as_ref());
+        let Some((journaled, log)) = journaled.zip(self.frame_log.as_ref()) else { return false };
+        journaled.wants_cover || log.is_filling(self.arena.free_pages())
     }
 
     pub(super) fn wants_cover(&mut self) {
-        if let Some(kept) = self.spill.as_mut().and_then(|state| state.journaled.as_mut()) {
-            kept.wants_cover = true;
+        if let Some(journaled) = self.spill.as_mut().and_then(|state| state.journaled.as_mut()) {
+            journaled.wants_cover = true;
         }
     }
 
     /// A frame will hold something else than the journal may say.
-    pub(crate) fn about_to_fill(&mut self, frame: u32) {
-        if let Some(kept) = self.spill.as_mut().and_then(|state| state.journaled.as_mut()) {
-            kept.log.take(frame);
+    pub(super) fn about_to_fill(&mut self, frame: u32) {
+        if let (Some(log), Some(_)) = (&mut self.frame_log, &self.spill) {
+            log.take(frame);
         }
     }
 
     /// An answer is about to be given, and its rows read from then on.
     pub(crate) fn about_to_answer(&mut self, ticket: u64) {
-        if let Some(kept) = self.spill.as_mut().and_then(|state| state.journaled.as_mut()) {
-            kept.log.answers(ticket);
+        if let Some(log) = &mut self.frame_log {
+            log.answers(ticket);
         }
     }
 
-    /// Whether a frame whose owner lets go of it stays until the journal says so: its last owner, of a page that may be nowhere else.
-    pub(super) fn waits_for_journal(&mut self, frame: u32) -> bool {
-        if self.arena.is_shared(frame) {
-            return false;
+    /// Drops one owner of a frame whose page is elsewhere for that owner, as the journal says, or never was anything.
+    pub(crate) fn release_frame(&mut self, frame: u32) {
+        if self.arena.release(frame)
+            && let Some(state) = &mut self.spill
+            && let Some(frame) = state.frames.get_mut(frame as usize)
+        {
+            frame.content = Content::Free;
         }
-        let Some(state) = &mut self.spill else { return false };
-        let (Some(kept), Some(found)) = (&mut state.journaled, state.frames.get_mut(frame as usize)) else {
-            return false;
-        };
-        if matches!(found.content, Content::Clean | Content::Free) {
-            return false;
+    }
+
+    /// Drops one owner of a frame, which may be that owner's only place for the page as the journal knows it: nothing else comes there
+    /// before the journal is sealed again.
+    pub(crate) fn let_go_of_frame(&mut self, frame: u32) {
+        let shared = self.arena.is_shared(frame);
+        let state = self.spill.as_mut();
+        let found =
+            state.and_then(|state| Some((state.journaled.as_mut()?, state.frames.get_mut(frame as usize)?)));
+        match found {
+            Some((journaled, found)) if shared => {
+                // The others may know a place on disk.
+                if found.content == Content::Clean {
+                    found.content = Content::Written;
+                    journaled.written.push(frame);
+                }
+                self.release_frame(frame);
+            }
+            Some((journaled, found)) => {
+                found.content = Content::Free;
+                journaled.ended.push(frame);
+            }
+            None => self.release_frame(frame),
         }
-        found.content = Content::Free;
-        kept.ended.push(frame);
-        true
+    }
+
+    /// Whether the journal says where a page in memory lies on disk, by its index in a sequence's tables.
+    pub(super) fn is_known_on_disk(&self, frame: u32, slots: Option<Region>, index: usize) -> bool {
+        let found = self.spill.as_ref().and_then(|state| state.frames.get(frame as usize));
+        let written =
+            |slots| self.slot_at(slots, index) != NO_SLOT && self.meta.word(slots, 2 * index + 1) != 0;
+        found.is_some_and(|found| found.content == Content::Clean) && slots.is_some_and(written)
     }
 
     /// A page has been written: it may leave, if a journal says so first.
     pub(super) fn page_is_on_disk(&mut self, at: u32, slot: u32) {
         let Some(state) = &mut self.spill else { return };
         let found = state.frames[at as usize];
-        let Some(kept) = &mut state.journaled else {
+        let Some(journaled) = &mut state.journaled else {
             state.frames[at as usize].content = Content::Clean;
             return;
         };
-        kept.written.push(at);
+        journaled.written.push(at);
         state.frames[at as usize].content = Content::Written;
         let Some(sum) = state.slots.checksum(slot) else { return };
         for id in self.owners(at, found) {
@@ -190,12 +223,10 @@ impl ModelState {
         &mut self,
         tables: &[(Region, Region)],
         chunks: &[Option<LeftChunk>],
-        taken: Option<&TakenFrames>,
+        taken: &TakenFrames,
     ) -> bool {
-        let logged: Option<BTreeSet<u32>> = match taken {
-            None => Some(BTreeSet::new()),
-            Some(taken) => taken.frames.as_ref().map(|frames| frames.iter().copied().collect()),
-        };
+        let logged: Option<BTreeSet<u32>> =
+            taken.frames.as_ref().map(|frames| frames.iter().copied().collect());
         let mut owners = Vec::new();
         for (table, slots) in tables {
             for index in 0..table.len / 4 {
@@ -224,24 +255,24 @@ impl ModelState {
         state.slots.claim(chunks, owners).is_some()
     }
 
-    /// Frames that were written down and have no owner, which nobody may have yet: all but those that are `owned`.
+    /// Frames that were written down and have no owner, which nobody may have yet, as they follow one another in the log: of `all`, those that
+    /// are not `owned`.
     pub(crate) fn wary_frames(
         taken: &TakenFrames,
         owned: &[u32],
         all: impl Iterator<Item = u32>,
     ) -> Vec<u32> {
         let owned: BTreeSet<u32> = owned.iter().copied().collect();
-        let logged: Option<BTreeSet<u32>> =
-            taken.frames.as_ref().map(|frames| frames.iter().copied().collect());
-        all.filter(|frame| {
-            !owned.contains(frame) && logged.as_ref().is_none_or(|logged| logged.contains(frame))
-        })
-        .collect()
+        let mut free: BTreeSet<u32> = all.filter(|frame| !owned.contains(frame)).collect();
+        match &taken.frames {
+            None => free.into_iter().collect(),
+            Some(frames) => frames.iter().copied().filter(|frame| free.remove(frame)).collect(),
+        }
     }
 
     /// Goes on with pages as another daemon has left them, once they have frames and slots: `wary` are frames that nobody may have before
     /// answers up to `ticket` are let go of.
-    pub(crate) fn pages_go_on(&mut self, log: Option<FrameLog>, ticket: u64, wary: Vec<u32>) {
+    pub(crate) fn pages_go_on(&mut self, log: FrameLog, ticket: u64, wary: Vec<u32>) {
         let mut on_disk = BTreeSet::new();
         let open: Vec<_> = self.open_handles().collect();
         for id in open {
@@ -252,6 +283,8 @@ impl ModelState {
                 for page in 0..pages {
                     let slot = self.slot_at(slots, head * capacity + page);
                     match self.page_word(table, head * capacity + page) {
+                        // Published pages are never moved.
+                        PageWord::Page(frame) if !self.arena.is_own_page(frame) => {}
                         PageWord::Page(frame) => {
                             let content = if slot == NO_SLOT { Content::Dirty } else { Content::Clean };
                             self.fill_frame(frame, (id.slot, head, page), content);
@@ -266,23 +299,20 @@ impl ModelState {
             state.spilled = on_disk.len();
             state.wary = Some(Wary { ticket, frames: wary });
         }
-        if let Some(log) = log {
-            self.logs_frames(log);
-        }
+        self.logs_frames(log);
     }
 
-    /// Bytes of a sequence's table of slots, for so many pages of each head, if it needs one.
-    pub(crate) fn slot_table_bytes(&self, capacity: usize) -> Option<usize> {
-        self.spill.is_some().then_some(self.heads() * capacity * SLOT_ENTRY)
-    }
-
-    /// A table of slots for a sequence that another daemon has had none for.
+    /// A sequence's table of slots, if it needs one here: as another daemon has left it, or an empty one.
     pub(crate) fn slot_table_for(
         &mut self,
         left: Option<Region>,
         capacity: usize,
     ) -> Result<Option<Region>, MemoryError> {
         match left {
+            Some(left) if self.spill.is_none() => {
+                self.meta.release(left);
+                Ok(None)
+            }
             Some(left) => Ok(Some(left)),
             None => self.new_slot_table(capacity),
         }

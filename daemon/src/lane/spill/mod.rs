@@ -324,6 +324,7 @@ impl ModelState {
     pub(crate) fn take_page(&mut self, id: SequenceId, head: usize, page: usize) -> u32 {
         let Some(own) = self.arena.take() else { unreachable!("pages were reserved") };
         self.fill_frame(own, (id.slot, head, page), Content::Dirty);
+        self.about_to_fill(own);
         own
     }
 
@@ -336,25 +337,16 @@ impl ModelState {
             Frame { content, head: head as u32, page: page as u32, sequence, chances: 0 };
     }
 
-    /// Drops one owner of a frame.
-    pub(crate) fn release_frame(&mut self, frame: u32) {
-        if self.waits_for_journal(frame) {
-            return;
-        }
-        if self.arena.release(frame)
-            && let Some(state) = &mut self.spill
-            && let Some(frame) = state.frames.get_mut(frame as usize)
-        {
-            frame.content = Content::Free;
-        }
-    }
-
     /// Drops one owner of a page, wherever it is, and leaves the entry empty.
     pub(crate) fn drop_page(&mut self, table: Region, slots: Option<Region>, index: usize) {
         let word = PageWord::of(self.tables.word(table, index));
         self.tables.set_word(table, index, NO_PAGE);
         if let PageWord::Page(page) = word {
-            self.release_frame(page);
+            if self.is_known_on_disk(page, slots, index) {
+                self.release_frame(page);
+            } else {
+                self.let_go_of_frame(page);
+            }
         }
         let last = slots.is_some_and(|slots| self.drop_slot(slots, index));
         if word == PageWord::Spilled

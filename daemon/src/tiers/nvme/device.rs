@@ -134,7 +134,8 @@ impl Area {
 
     fn allocate(&mut self) -> Result<(), SpillError> {
         let bytes = HEAD_BYTES + self.bytes;
-        if self.left && self.file.metadata().is_ok_and(|there| there.len() > bytes) {
+        let before = self.file.metadata().map_or(0, |there| there.len());
+        if self.left && before > bytes {
             // It is to have less than it had.
             self.file.set_len(bytes).map_err(|source| SpillError::Io {
                 path: self.path.clone(),
@@ -145,8 +146,9 @@ impl Area {
         match -raw::change_range(&self.file, Kind::Allocate, 0, bytes as usize) {
             0 => Ok(()),
             libc::ENOSPC | libc::EDQUOT | libc::EFBIG => {
-                // What has been set aside so far is free again, and counts as such.
-                let emptied = self.file.set_len(0).and_then(|()| self.file.sync_all());
+                // What has been set aside so far is free again, and counts as such. What was left there stays.
+                let rest = if self.left { before } else { 0 };
+                let emptied = self.file.set_len(rest).and_then(|()| self.file.sync_all());
                 if let Err(error) = emptied {
                     tracing::warn!("the spill area {} cannot be emptied: {error}", self.path.display());
                 }

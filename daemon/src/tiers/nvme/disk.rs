@@ -15,6 +15,9 @@ use super::free_map::FreeMap;
 use super::operation::Queued;
 use super::stats::{Counters, DeviceReport, DeviceState};
 
+/// Most chunks that are erased by one call: the daemon's end waits for it.
+const ERASED_AT_ONCE: u32 = 64;
+
 /// What the I/O thread is asked to do.
 #[derive(Debug)]
 pub(super) enum Message {
@@ -34,12 +37,12 @@ pub(super) struct Disk {
     pub(super) area: Area,
     pub(super) counters: Counters,
     pub(super) inbox: SegQueue<Message>,
-    /// Chunks that nobody has any more and that hold somebody's text.
-    pub(super) returned: SegQueue<u32>,
+    /// Chunks that nobody has any more and that hold somebody's text: the first of them, and how many.
+    pub(super) returned: SegQueue<(u32, u32)>,
     pub(super) free: FreeMap,
     /// Chunks that another daemon has left and nobody has claimed yet.
     unclaimed: Mutex<BTreeSet<u32>>,
-    /// What is in it stays for the next daemon.
+    /// What is in it stays, for those who have yet to claim it, or for the next daemon.
     leaving: AtomicBool,
     pub(super) stopping: AtomicBool,
     pub(super) registered: AtomicU64,
@@ -52,7 +55,8 @@ pub(super) struct Disk {
 impl Disk {
     pub(super) fn new(number: usize, area: Area) -> Self {
         let chunks = u32::try_from(area.bytes / CHUNK_BYTES).unwrap_or(u32::MAX);
-        let (free, unclaimed) = match area.left {
+        let left = area.left;
+        let (free, unclaimed) = match left {
             true => (FreeMap::none(chunks), (0..chunks).collect()),
             false => (FreeMap::new(chunks), BTreeSet::new()),
         };
@@ -64,7 +68,7 @@ impl Disk {
             returned: SegQueue::new(),
             free,
             unclaimed: Mutex::new(unclaimed),
-            leaving: AtomicBool::new(false),
+            leaving: AtomicBool::new(left),
             stopping: AtomicBool::new(false),
             registered: AtomicU64::new(0),
             engine: OnceLock::new(),
@@ -85,8 +89,10 @@ impl Disk {
 
     /// A chunk's last owner is gone. It is erased before anybody else gets it, or stays for the next daemon.
     pub(super) fn give_back(&self, chunk: u32) {
-        if !self.leaving.load(Ordering::Acquire) {
-            self.returned.push(chunk);
+        if self.leaving.load(Ordering::Acquire) {
+            self.unclaimed().insert(chunk);
+        } else {
+            self.returned.push((chunk, 1));
             self.wake();
         }
     }
@@ -102,8 +108,19 @@ impl Disk {
 
     /// What has not been claimed is nobody's.
     pub(super) fn settle(&self) {
+        if !self.leaving.swap(false, Ordering::AcqRel) {
+            return;
+        }
         let nobodys = std::mem::take(&mut *self.unclaimed());
-        nobodys.into_iter().for_each(|chunk| self.returned.push(chunk));
+        // Many at once, where many lie side by side: most of them nobody has ever had.
+        let mut runs: Vec<(u32, u32)> = Vec::new();
+        for chunk in nobodys {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == chunk && *count < ERASED_AT_ONCE => *count += 1,
+                _ => runs.push((chunk, 1)),
+            }
+        }
+        runs.into_iter().for_each(|run| self.returned.push(run));
         self.wake();
     }
 

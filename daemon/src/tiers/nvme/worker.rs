@@ -40,8 +40,8 @@ pub(super) struct Worker {
     queue: Queue,
     reads: u32,
     writes: u32,
-    /// The chunk that is being erased.
-    erasing: Option<u32>,
+    /// The chunks that are being erased: the first of them, and how many.
+    erasing: Option<(u32, u32)>,
     /// Whether the area can be zeroed in place.
     can_zero: bool,
     failures: u32,
@@ -233,27 +233,27 @@ impl Worker {
         if self.erasing.is_some() || stopping {
             return;
         }
-        let Some(chunk) = self.disk.returned.pop() else { return };
-        self.erasing = Some(chunk);
-        self.change(chunk, if self.can_zero { Kind::Zero } else { Kind::Punch });
+        let Some(chunks) = self.disk.returned.pop() else { return };
+        self.erasing = Some(chunks);
+        self.change(chunks, if self.can_zero { Kind::Zero } else { Kind::Punch });
     }
 
-    fn change(&mut self, chunk: u32, kind: Kind) {
+    fn change(&mut self, (first, count): (u32, u32), kind: Kind) {
         let mut operation = self.spare.pop().unwrap_or_else(Operation::empty);
-        operation.set_range(kind, self.disk.chunk_offset(chunk), CHUNK_BYTES as usize);
+        operation.set_range(kind, self.disk.chunk_offset(first), count as usize * CHUNK_BYTES as usize);
         self.engine.push(operation);
     }
 
     /// A step of erasing has ended: zeros in place, or else a hole that is filled up again.
     fn erased(&mut self, kind: Kind, result: i32) {
-        let Some(chunk) = self.erasing else { return };
+        let Some(chunks) = self.erasing else { return };
         match (kind, result) {
             (Kind::Zero, 0..) | (Kind::Allocate, _) => {}
             (Kind::Zero, _) => {
                 self.can_zero = result != -libc::EOPNOTSUPP;
-                return self.change(chunk, Kind::Punch);
+                return self.change(chunks, Kind::Punch);
             }
-            (Kind::Punch, 0..) if self.disk.area.allocated => return self.change(chunk, Kind::Allocate),
+            (Kind::Punch, 0..) if self.disk.area.allocated => return self.change(chunks, Kind::Allocate),
             (_, 0..) => {}
             (_, errno) => {
                 if !self.said_unerased {
@@ -268,7 +268,7 @@ impl Worker {
             }
         }
         self.erasing = None;
-        self.disk.free.give(chunk);
+        (chunks.0..chunks.0 + chunks.1).for_each(|chunk| self.disk.free.give(chunk));
     }
 
     /// Goes on with, or reports, what has ended.

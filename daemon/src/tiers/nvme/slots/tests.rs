@@ -13,7 +13,7 @@ fn disk(number: usize, chunks: u64) -> (tempfile::TempDir, Arc<Disk>) {
 
 fn settle(disk: &Disk) {
     while let Some(chunk) = disk.returned.pop() {
-        disk.free.give(chunk);
+        (chunk.0..chunk.0 + chunk.1).for_each(|chunk| disk.free.give(chunk));
     }
 }
 
