@@ -240,6 +240,43 @@ fn an_area_that_is_not_the_same_any_more_ends_its_sessions_alone_with_a_sentence
 }
 
 #[test]
+fn a_start_that_fails_or_has_to_wait_takes_nothing_of_what_was_left() {
+    let others = tempfile::tempdir().unwrap();
+    let way = TENTH[0];
+    let mut served = Served::start(DAEMON, &way);
+    let mut flags = way.flags(served.folder.path());
+    // Two areas, so that one is open when the other one is found to be in use.
+    flags.extend(["--spill".into(), others.path().display().to_string()]);
+    let strs = |flags: &[String]| -> Vec<&'static str> {
+        flags.iter().map(|flag| &*String::leak(flag.clone())).collect()
+    };
+    let _ = served.daemon.end(Signal::SIGTERM);
+    served.daemon.serve_otherwise(&strs(&flags));
+    served.daemon.again();
+    let model = fake::connect_at(&served.daemon.socket(), &["given"]);
+    let sequence = model.open(0, 0).unwrap();
+    fill(&model, &sequence, 13, TOKENS);
+    assert!(served.daemon.status().spill.iter().all(|area| area.used_bytes > 0), "both are in use");
+    let _ = served.daemon.end(Signal::SIGKILL);
+    let wrong = [&flags[..], &["--store".into(), "/dev/null/nothing".into()]].concat();
+    served.daemon.serve_otherwise(&strs(&wrong));
+    let failed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| served.daemon.again()));
+    assert!(failed.is_err(), "there is no such folder");
+    served.daemon.serve_otherwise(&strs(&flags));
+    let second = std::fs::File::open(others.path().join(AREA)).unwrap();
+    second.lock().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(300));
+            second.unlock().unwrap();
+        });
+        served.daemon.again();
+    });
+    look(&model, &sequence, 13, 0..40);
+    assert_eq!((model.stat(Stat::PagesLost), model.generation()), (0, 1));
+}
+
+#[test]
 fn a_page_that_was_spoilt_meanwhile_is_lost_and_nothing_else() {
     let mut served = Served::start(DAEMON, &TENTH[0]);
     let model = fake::connect_at(&served.daemon.socket(), &["given"]);
