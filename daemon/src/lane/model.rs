@@ -332,6 +332,11 @@ impl ModelState {
         (geometry.pages_per_extent() * geometry.page_rows) as u32
     }
 
+    /// Extents that the client has got.
+    pub(crate) fn announced_extents(&self) -> usize {
+        self.announced_extents
+    }
+
     /// The client has so many extents, and no tables. False if it cannot have so many.
     pub fn has_announced(&mut self, extents: usize) -> bool {
         (self.announced_extents, self.announced_tables) = (extents, 0);

@@ -15,7 +15,8 @@ use crate::tiers::pool::Supply;
 impl ModelState {
     /// Gives back extents in which no page is in use, up to so many. Nothing is being copied, and no page is on its way from or to disk.
     fn give_up_free(&mut self, most: usize) -> Supply {
-        let given = self.arena.give_up_free(most);
+        // Its client learns of extents in their order, and of each.
+        let given = self.arena.give_up_free(self.announced_extents(), most);
         for extent in given.extents() {
             self.memory.forget(extent.memory());
             if let Some(state) = &mut self.spill {

@@ -275,9 +275,9 @@ impl SessionArena {
         self.supply.append(supply);
     }
 
-    /// Gives up its own extents in which no page is in use, up to so many. Their pages are never taken again: whoever knows them by number finds nobody else's.
+    /// Gives up its own extents in which no page is in use, of the first `known` and up to so many. Their pages are never taken again: whoever knows them by number finds nobody else's.
     #[must_use]
-    pub fn give_up_free(&mut self, most: usize) -> Supply {
+    pub fn give_up_free(&mut self, known: usize, most: usize) -> Supply {
         let per_extent = self.geometry.pages_per_extent();
         let mut given = self.supply.empty();
         // Numbers have an end; a session that comes near it keeps what it has.
@@ -286,7 +286,7 @@ impl SessionArena {
         }
         let mut free = vec![0; self.places.len()];
         self.free.iter().for_each(|page| free[*page as usize / per_extent] += 1);
-        for (at, free) in free.into_iter().enumerate() {
+        for (at, free) in free.into_iter().enumerate().take(known) {
             let Place::Own(index) = self.places[at] else { continue };
             if free < per_extent || given.extents().len() >= most {
                 continue;
@@ -459,8 +459,8 @@ mod tests {
         for page in &pages[..2 * 64 - 1] {
             arena.release(*page);
         }
-        assert_eq!(arena.give_up_free(0).extents().len(), 0);
-        let given = arena.give_up_free(usize::MAX);
+        assert_eq!(arena.give_up_free(usize::MAX, 0).extents().len(), 0);
+        let given = arena.give_up_free(usize::MAX, usize::MAX);
         assert_eq!((given.extents().len(), arena.held_extents(), arena.used_pages()), (1, 2, 65));
         assert_eq!(given.extents()[0].memory().load_u64(5 << 20), 5, "the first one");
         drop(given);
@@ -472,11 +472,11 @@ mod tests {
         let more = take(&mut arena, 63 + 64);
         assert!(more.iter().all(|page| *page >= 64), "numbers are not used again");
         assert!(arena.extent_fd(0).is_err() && arena.extent_fd(3).is_ok());
-        assert_eq!(arena.give_up_free(9).extents().len(), 0);
+        assert_eq!(arena.give_up_free(usize::MAX, 9).extents().len(), 0);
         for page in more.iter().chain(&pages[2 * 64 - 1..]) {
             arena.release(*page);
         }
-        assert_eq!(arena.give_up_free(9).extents().len(), 3);
+        assert_eq!(arena.give_up_free(usize::MAX, 9).extents().len(), 3);
         assert_eq!((arena.budget().used_bytes(), arena.purse().account().held(Quota::Host)), (0, 0));
     }
 
