@@ -223,7 +223,7 @@ impl Keep {
     }
 
     /// Takes everything out, to hand it over.
-    fn take(&self) -> BTreeMap<Name, OwnedFd> {
+    pub(crate) fn take(&self) -> BTreeMap<Name, OwnedFd> {
         let held = std::mem::take(&mut *self.held());
         held.into_iter().map(|(name, file)| (name.stored(), file)).collect()
     }

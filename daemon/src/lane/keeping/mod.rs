@@ -425,4 +425,6 @@ impl LaneSession {
 }
 
 #[cfg(test)]
+mod crash;
+#[cfg(test)]
 mod tests;

@@ -1,0 +1,606 @@
+//! A session's pages over many ends of its daemon, at any moment between two of its steps: what the journal, the log of frames, the extents and
+//! the disk say together is what was promised.
+//!
+//! Steps are those of a lane, by chance: requests that read pages, pages that are written and leave, appends, and control messages, each covered
+//! before and after. Rows are marked at both ends of their page. After each end the model is made again of what is left, and every
+//! row that was covered is looked at; what the client was told of and has not let go of stays as it is while the next daemon works.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use kvoyant_kernels::Dtype;
+use kvoyant_methods::Artifacts;
+use kvoyant_protocol::EXTENT_BYTES;
+use kvoyant_protocol::control::{Mode, ModelSpec, PageWord, SelectedBy, ToDaemon};
+use kvoyant_protocol::futex::Bell;
+use kvoyant_protocol::layout::{Layout, Limits};
+use kvoyant_protocol::memory::Memfd;
+use kvoyant_protocol::wire::SequenceId;
+
+use super::{About, HeldExtent, Keeping, Left, Progress};
+use crate::device::host::{HostDevice, Shape as Link};
+use crate::device::{Importer, SlabRequest};
+use crate::journal::{self, FrameLog};
+use crate::keep::{Keep, Piece};
+use crate::lane::model::{ModelState, Placement};
+use crate::lane::select::Answer;
+use crate::lane::spill::{Before, SpillTo};
+use crate::quota::Ledger;
+use crate::tiers::budget::ArenaBudget;
+use crate::tiers::extent::Extent;
+use crate::tiers::nvme::{CHUNK_BYTES, EngineChoice, Spill, SpillError, SpillReport, SpillSettings};
+use crate::tiers::pool::{ExtentPool, PoolSettings, Supply};
+
+const SESSION: u64 = 7;
+const LAYERS: usize = 2;
+const KV_HEADS: usize = 2;
+/// Pages of 256 KiB: 256 of an extent, of which there is one.
+const ROWS: usize = 1024;
+const ROW_BYTES: usize = 256;
+const SEQUENCES: usize = 6;
+/// Steps of a daemon, at most.
+const STEPS: u64 = 60;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Marks at both ends of each page, `[head][page]`, and the rows that there are.
+#[derive(Debug, Clone, Default)]
+struct Rows {
+    len: usize,
+    marks: Vec<Vec<[u64; 2]>>,
+}
+
+/// An answer that its client has not let go of: frames, and what is in them.
+#[derive(Debug, Clone)]
+struct Told {
+    ticket: u64,
+    sequence: SequenceId,
+    frames: Vec<(u32, [u64; 2])>,
+}
+
+struct Daemon {
+    model: ModelState,
+    keeping: Keeping,
+    progress: Progress,
+    pool: ExtentPool,
+    spill: Arc<Spill>,
+    report: Arc<SpillReport>,
+}
+
+struct World {
+    folder: tempfile::TempDir,
+    keep: Arc<Keep>,
+    about: About,
+    daemon: Option<Daemon>,
+    rows: BTreeMap<SequenceId, Rows>,
+    /// As of the last seal.
+    sealed: BTreeMap<SequenceId, Rows>,
+    told: Vec<Told>,
+    ticket: u64,
+    random: u64,
+    /// What has happened, to see that it has.
+    seen: BTreeMap<&'static str, u64>,
+}
+
+fn spec() -> ModelSpec {
+    ModelSpec {
+        name: "small".into(),
+        fingerprint: "0".repeat(32),
+        adapter: String::new(),
+        rope: String::new(),
+        layers: LAYERS as u32,
+        query_heads: KV_HEADS as u32,
+        kv_heads: KV_HEADS as u32,
+        head_dim: 32,
+        latent_values: 0,
+        dtype: Dtype::F32.code(),
+        page_rows: ROWS as u32,
+        sinks: 4,
+        window: 16,
+        dense_layers: 0,
+        sliding_layers: Vec::new(),
+        methods: vec!["given".into()],
+        slab_bytes: 0,
+        graph: None,
+        artifacts: Vec::new(),
+    }
+}
+
+fn about() -> About {
+    About {
+        session: SESSION,
+        uid: 1,
+        client: "test".into(),
+        token: [1, 2],
+        limits: Limits { sequences_max: 16, ..Limits::default() },
+        features: 0,
+        spec: spec(),
+        artifacts: Vec::new(),
+    }
+}
+
+/// A model without anything in it.
+fn model(spill: &Arc<Spill>, extents: Supply) -> ModelState {
+    let device = HostDevice::new(Mode::InPlace, 1, Link::default()).unwrap();
+    let slab = SlabRequest {
+        session: SESSION,
+        bytes: 0,
+        records: 0,
+        layout: Layout::new(Limits::default()).unwrap(),
+        d2c: Arc::new(Memfd::create("crash-test", 4096).unwrap().map(true).unwrap()),
+        features: 0,
+        importer: Arc::new(Importer { process: None, closed: AtomicBool::new(false) }),
+        account: Ledger::default().account(1),
+    };
+    let spill = Some(SpillTo { spill: Arc::clone(spill), host_share: 0.4 });
+    let placement = Placement { keep: 1.0, device_share: 1.0, spill, check_every: 0 };
+    ModelState::new(spec(), &Artifacts::none(), 16, extents, &device, slab, placement).unwrap()
+}
+
+impl Daemon {
+    fn parts(world: &World, claimed: bool) -> (ExtentPool, Arc<Spill>, Arc<SpillReport>) {
+        let budget = Arc::new(ArenaBudget::new(EXTENT_BYTES as u64));
+        let pool = ExtentPool::start(budget, PoolSettings::unpinned()).unwrap();
+        let settings = SpillSettings {
+            paths: vec![world.folder.path().to_path_buf()],
+            bytes: 24 * CHUNK_BYTES,
+            engine: if world.random % 2 == 0 { EngineChoice::Auto } else { EngineChoice::Psync },
+            ..SpillSettings::default()
+        };
+        let since = Instant::now();
+        // The kernel lets go of a dead daemon's files some time after its end.
+        let spill = loop {
+            match Spill::start_over(&settings, claimed) {
+                Err(SpillError::Busy { .. }) if since.elapsed() < PATIENCE => std::thread::yield_now(),
+                started => break started.unwrap(),
+            }
+        };
+        (pool, spill, Arc::new(SpillReport::new(Arc::new(Bell::default()))))
+    }
+
+    fn new(world: &World) -> Self {
+        let (pool, spill, report) = Self::parts(world, false);
+        let mut model = model(&spill, pool.supply(1));
+        model.attach_spill(SESSION, &report);
+        let keeping = Keeping::begin(Arc::clone(&world.keep), &world.about).unwrap();
+        let progress = Progress {
+            requests: 0,
+            generation: 0,
+            controls: 0,
+            tickets: 0,
+            released_through: 0,
+            stats: Vec::new(),
+            seeds: 0,
+            unsettled: Vec::new(),
+            planned: Vec::new(),
+            open: Vec::new(),
+            limbo: Vec::new(),
+            taken: Vec::new(),
+        };
+        model.tables.watch();
+        model.meta.watch();
+        Self { model, keeping, progress, pool, spill, report }
+    }
+
+    /// The daemon after the one that has just died.
+    fn again(world: &World) -> Self {
+        let (pool, spill, report) = Self::parts(world, true);
+        let mut files: BTreeMap<Piece, _> =
+            world.keep.take().into_iter().map(|(name, file)| (name.piece, file)).collect();
+        for (piece, file) in &files {
+            world.keep.add(SESSION, *piece, file.try_clone().unwrap()).unwrap();
+        }
+        let journals = [0, 1].map(|index| files.remove(&Piece::Journal(index)).unwrap());
+        let found = journal::read([&journals[0], &journals[1]].map(AsFd::as_fd)).unwrap();
+        let (current, number) = (found.current, found.number);
+        let left = Left::of(found).unwrap();
+        let own =
+            left.held.extents.iter().flatten().map(|held: &HeldExtent| files.remove(&held.piece()).unwrap());
+        let extents = pool.adopt(1, own.map(|file| Extent::adopt(file).unwrap()).collect()).unwrap();
+        let log = FrameLog::over(files.remove(&Piece::Frames).unwrap()).unwrap();
+        let mut model = model(&spill, extents.empty());
+        left.fill(&mut model, extents, Vec::new(), log).unwrap();
+        spill.settle();
+        model.attach_spill(SESSION, &report);
+        let journal = journal::Journal::over(SESSION, journals, current, number);
+        let controls = (left.progress.controls, left.answer.clone());
+        let keeping =
+            Keeping::over(Arc::clone(&world.keep), journal, &left.about, controls, left.held.extents.clone());
+        model.tables.watch();
+        model.meta.watch();
+        Self { model, keeping, progress: left.progress, pool, spill, report }
+    }
+
+    fn marks(&self, frame: u32) -> [u64; 2] {
+        let (extent, offset) = self.model.arena.geometry().locate(frame * ROWS as u32);
+        let memory = self.model.arena.memory(extent);
+        [offset, offset + (ROWS - 1) * ROW_BYTES].map(|at| memory.load_u64(at))
+    }
+
+    fn word(&self, id: SequenceId, head: usize, page: usize) -> PageWord {
+        let sequence = self.model.sequence(id).unwrap();
+        self.model.page_word(sequence.table, head * sequence.capacity + page)
+    }
+
+    /// What is in a page, wherever it is.
+    fn read(&self, id: SequenceId, head: usize, page: usize) -> [u64; 2] {
+        let sequence = self.model.sequence(id).unwrap();
+        match self.word(id, head, page) {
+            PageWord::Page(frame) => self.marks(frame),
+            PageWord::Spilled => {
+                let mut bytes = Vec::new();
+                let index = head * sequence.capacity + page;
+                let state = self.model.spill.as_ref().unwrap();
+                state.read_now(&self.model.meta, (sequence.slots.unwrap(), index), &mut bytes).unwrap();
+                [0, (ROWS - 1) * ROW_BYTES]
+                    .map(|at| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()))
+            }
+            word => panic!("page {page} of head {head} of {id} is {word:?}"),
+        }
+    }
+
+    fn is_busy(&self) -> bool {
+        self.model.spill.as_ref().is_some_and(|state| state.is_busy())
+    }
+
+    /// Takes up to so many ends of operations in.
+    fn take_ended(&mut self, most: u64) {
+        self.model.submit_pages();
+        for _ in 0..most {
+            let Some(ended) = self.report.pop() else { break };
+            let arrived = self.model.page_ended(&ended);
+            assert!(!arrived.lost, "{ended:?}");
+        }
+    }
+
+    /// Waits for all operations.
+    fn quiet(&mut self) {
+        let since = Instant::now();
+        while self.is_busy() {
+            self.take_ended(u64::MAX);
+            std::thread::yield_now();
+            assert!(since.elapsed() < PATIENCE, "operations do not end");
+        }
+    }
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut world = Self {
+            folder: tempfile::tempdir().unwrap(),
+            keep: Arc::new(Keep::new(None)),
+            about: about(),
+            daemon: None,
+            rows: BTreeMap::new(),
+            sealed: BTreeMap::new(),
+            told: Vec::new(),
+            ticket: 0,
+            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            seen: BTreeMap::new(),
+        };
+        world.daemon = Some(Daemon::new(&world));
+        world.cover();
+        world
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random % end.max(1)
+    }
+
+    fn saw(&mut self, what: &'static str) {
+        *self.seen.entry(what).or_default() += 1;
+    }
+
+    fn daemon(&mut self) -> &mut Daemon {
+        self.daemon.as_mut().unwrap()
+    }
+
+    fn any(&mut self) -> Option<SequenceId> {
+        let all: Vec<_> = self.rows.keys().copied().collect();
+        let at = self.below(all.len() as u64) as usize;
+        all.get(at).copied()
+    }
+
+    fn cover(&mut self) {
+        let ticket = self.ticket;
+        let daemon = self.daemon();
+        let (model, progress) = (&mut daemon.model, &mut daemon.progress);
+        (progress.tickets, progress.seeds) = (ticket, model.seeds);
+        progress.open.clone_from(&model.open);
+        daemon.keeping.write(model, progress).unwrap();
+        model.pages_covered();
+        self.sealed.clone_from(&self.rows);
+    }
+
+    /// What comes before a control message is covered, then pages are brought or have left that it needs.
+    fn begins(&mut self, message: &ToDaemon) {
+        let since = Instant::now();
+        loop {
+            self.cover();
+            let before = self.daemon().model.before_control(message);
+            if before == Before::Ready {
+                break;
+            }
+            self.daemon().take_ended(u64::MAX);
+            assert!(since.elapsed() < PATIENCE, "{message:?} waits for ever");
+        }
+        let daemon = self.daemon();
+        let extents = daemon.model.missing_extents(message);
+        if extents > 0 {
+            let supply = daemon.pool.request(1, extents).unwrap().blocking_recv().unwrap().unwrap();
+            daemon.model.arena.add(supply);
+        }
+    }
+
+    /// It is done; others' requests may be handled before that is covered.
+    fn ends(&mut self) {
+        if self.below(3) == 0 {
+            self.ask();
+        }
+        self.cover();
+    }
+
+    /// A client does not close, cut or write what it reads.
+    fn reads_no_more(&mut self, id: SequenceId) {
+        self.told.retain(|told| told.sequence != id);
+    }
+
+    fn open(&mut self) {
+        let message = ToDaemon::Open { method: 0, tokens: 0, by: SelectedBy::Lane };
+        self.begins(&message);
+        if let Ok(id) = self.daemon().model.open(0, 0, SelectedBy::Lane) {
+            self.rows.insert(id, Rows { len: 0, marks: vec![Vec::new(); LAYERS * KV_HEADS] });
+        }
+        self.ends();
+    }
+
+    /// Room for some more pages, which are filled and appended, a part of them before anybody covers that.
+    fn grow(&mut self, id: SequenceId) {
+        let len = self.rows[&id].len;
+        if len % ROWS > 0 {
+            self.reads_no_more(id);
+        }
+        let end = (len / ROWS + 1 + self.below(4) as usize) * ROWS;
+        let message = ToDaemon::Reserve { sequences: vec![(id, end as u32)] };
+        self.begins(&message);
+        if self.daemon().model.reserve(&[(id, end as u32)]).is_err() {
+            self.saw("refused");
+            return self.ends();
+        }
+        // A daemon may end here: nothing was written yet.
+        if self.below(20) == 0 {
+            return;
+        }
+        self.cover();
+        let first = self.below(u64::MAX);
+        for head in 0..LAYERS * KV_HEADS {
+            for page in len / ROWS..end / ROWS {
+                let daemon = self.daemon.as_mut().unwrap();
+                let PageWord::Page(frame) = daemon.word(id, head, page) else { panic!("no room after all") };
+                let mark = first.wrapping_add((head * 1000 + page) as u64) | 1;
+                let (extent, offset) = daemon.model.arena.geometry().locate(frame * ROWS as u32);
+                let memory = Arc::clone(daemon.model.arena.memory(extent));
+                let marks = &mut self.rows.get_mut(&id).unwrap().marks[head];
+                marks.resize(marks.len().max(page + 1), [0; 2]);
+                // Of a page that was cut, what was before the cut stays.
+                if page * ROWS >= len {
+                    memory.store_u64(offset, mark);
+                    marks[page][0] = mark;
+                }
+                memory.store_u64(offset + (ROWS - 1) * ROW_BYTES, !mark);
+                marks[page][1] = !mark;
+            }
+        }
+        let sequence = self.daemon().model.sequence_mut(id).unwrap();
+        sequence.lens.fill(end as u32);
+        self.daemon().model.touched.mark(id.slot as usize);
+        self.rows.get_mut(&id).unwrap().len = end;
+        if self.below(2) == 0 {
+            self.cover();
+        }
+    }
+
+    fn fork(&mut self, parent: SequenceId) {
+        let message = ToDaemon::Fork { parent, method: None, by: SelectedBy::Lane };
+        self.begins(&message);
+        if let Ok(id) = self.daemon().model.fork(parent, None, SelectedBy::Lane) {
+            let rows = self.rows[&parent].clone();
+            self.rows.insert(id, rows);
+            self.saw("forked");
+        }
+        self.ends();
+    }
+
+    fn cut(&mut self, id: SequenceId) {
+        let len = self.rows[&id].len;
+        // In the middle of a page, more often than not.
+        let tokens =
+            (len / ROWS).saturating_sub(1 + self.below(2) as usize) * ROWS + self.below(3) as usize * 300;
+        if tokens == 0 || tokens >= len {
+            return;
+        }
+        self.reads_no_more(id);
+        let message = ToDaemon::Truncate { sequence: id, tokens: tokens as u32 };
+        self.begins(&message);
+        let released = self.daemon().progress.released_through;
+        if self.daemon().model.truncate(id, tokens as u32, released).is_ok() {
+            let rows = self.rows.get_mut(&id).unwrap();
+            rows.len = tokens;
+            rows.marks.iter_mut().for_each(|marks| marks.truncate(tokens.div_ceil(ROWS)));
+            self.saw("cut");
+        }
+        self.ends();
+    }
+
+    fn close(&mut self, id: SequenceId) {
+        self.reads_no_more(id);
+        self.begins(&ToDaemon::Close { sequences: vec![id] });
+        self.daemon().model.close(id).unwrap();
+        self.rows.remove(&id);
+        self.ends();
+    }
+
+    /// A request that names pages, some of which have to come.
+    fn ask(&mut self) {
+        let Some(id) = self.any() else { return };
+        let (pages, layer) = (self.rows[&id].len / ROWS, self.below(LAYERS as u64) as usize);
+        let first = self.below(pages as u64) as usize;
+        let end = first + 1 + self.below(3) as usize;
+        let key = self.ticket + 1;
+        let mut answer = Answer { key, ..Answer::default() };
+        let daemon = self.daemon();
+        daemon.model.spill.as_mut().unwrap().hold(id, layer);
+        let named = daemon.model.fetch_layer(id, layer, first..end.min(pages), &mut answer);
+        daemon.model.wait_for_pages(key, &answer.reads);
+        daemon.quiet();
+        if named.is_ok() {
+            daemon.model.sequence_mut(id).unwrap().residency[layer].last_ticket = key;
+            daemon.model.about_to_answer(key);
+            let heads = layer * KV_HEADS..(layer + 1) * KV_HEADS;
+            let all = heads.flat_map(|head| (first..end.min(pages)).map(move |page| (head, page)));
+            let frames: Vec<_> = all
+                .map(|(head, page)| match daemon.word(id, head, page) {
+                    PageWord::Page(frame) => (frame, daemon.marks(frame)),
+                    word => panic!("{word:?} was named"),
+                })
+                .collect();
+            self.ticket = key;
+            self.told.push(Told { ticket: key, sequence: id, frames });
+            let came = !answer.reads.is_empty();
+            self.saw(if came { "read from disk" } else { "found in memory" });
+        } else {
+            self.saw("no frame");
+        }
+        let daemon = self.daemon();
+        daemon.model.after_request();
+        daemon.model.keep_within();
+        daemon.model.submit_pages();
+    }
+
+    /// The client lets go of its answers, but for the last ones.
+    fn release(&mut self) {
+        let through = self.ticket.saturating_sub(self.below(3));
+        self.told.retain(|told| told.ticket > through);
+        let daemon = self.daemon();
+        daemon.progress.released_through = daemon.progress.released_through.max(through);
+        let through = daemon.progress.released_through;
+        daemon.model.settle(through);
+    }
+
+    fn step(&mut self) {
+        match self.below(14) {
+            0 if self.rows.len() < SEQUENCES => self.open(),
+            1..=3 => {
+                if let Some(id) = self.any() {
+                    self.grow(id);
+                }
+            }
+            4 if self.rows.len() < SEQUENCES => {
+                if let Some(id) = self.any() {
+                    self.fork(id);
+                }
+            }
+            5 => {
+                if let Some(id) = self.any() {
+                    self.cut(id);
+                }
+            }
+            6 if self.rows.len() > 2 => {
+                if let Some(id) = self.any() {
+                    self.close(id);
+                }
+            }
+            7 => {
+                self.daemon().model.evict(None, 0);
+                self.daemon().model.submit_pages();
+            }
+            8 => self.release(),
+            9 => self.cover(),
+            10 => {
+                let most = self.below(4);
+                self.daemon().take_ended(most);
+            }
+            _ => self.ask(),
+        }
+    }
+
+    /// What the client was told of is as it was.
+    fn look_at_told(&self) {
+        let daemon = self.daemon.as_ref().unwrap();
+        for told in &self.told {
+            for (frame, marks) in &told.frames {
+                assert_eq!(daemon.marks(*frame), *marks, "ticket {}, frame {frame}", told.ticket);
+            }
+        }
+    }
+
+    /// What was covered is there, and nothing else.
+    fn look_at_rows(&self) {
+        let daemon = self.daemon.as_ref().unwrap();
+        let open: Vec<_> = daemon.model.open_handles().collect();
+        assert_eq!(open.len(), self.rows.len());
+        for (id, rows) in &self.rows {
+            let sequence = daemon.model.sequence(*id).unwrap();
+            assert_eq!(sequence.lens, vec![rows.len as u32; LAYERS], "{id}");
+            for (head, marks) in rows.marks.iter().enumerate() {
+                for (page, marks) in marks.iter().enumerate().filter(|(page, _)| page * ROWS < rows.len) {
+                    let found = daemon.read(*id, head, page);
+                    assert_eq!(found[0], marks[0], "{id}, head {head}, page {page}: its first row");
+                    if (page + 1) * ROWS <= rows.len {
+                        assert_eq!(found[1], marks[1], "{id}, head {head}, page {page}: its last row");
+                    }
+                }
+            }
+        }
+    }
+
+    /// The daemon ends now, and another one goes on.
+    fn crash(&mut self) {
+        let daemon = self.daemon.take().unwrap();
+        // Nothing is given back, wiped or erased by who is dead. What is under way in the kernel ends some time.
+        daemon.pool.leave();
+        daemon.spill.leave();
+        drop(daemon);
+        // What was not covered is asked for again: here it has never been.
+        self.rows.clone_from(&self.sealed);
+        let next = Daemon::again(self);
+        self.ticket = self.ticket.max(next.progress.tickets);
+        self.daemon = Some(next);
+        self.look_at_rows();
+        self.look_at_told();
+        // Its first seal is of everything.
+        self.cover();
+    }
+}
+
+#[test]
+fn what_was_covered_is_there_after_every_end_and_what_is_being_read_stays() {
+    let mut seen: BTreeMap<&'static str, u64> = BTreeMap::new();
+    for seed in 0..12 {
+        let mut world = World::new(seed);
+        for _ in 0..12 {
+            let steps = world.below(STEPS);
+            for _ in 0..steps {
+                world.step();
+                world.look_at_told();
+            }
+            world.crash();
+            world.saw("ended");
+        }
+        world.daemon().quiet();
+        world.look_at_rows();
+        for (what, count) in &world.seen {
+            *seen.entry(what).or_default() += count;
+        }
+        let state = world.daemon().model.spill.as_ref().unwrap();
+        *seen.entry("on disk alone").or_default() += state.pages()[0] as u64;
+    }
+    for what in ["read from disk", "found in memory", "forked", "cut", "on disk alone", "ended"] {
+        assert!(seen.get(what).is_some_and(|count| *count > 10), "{what}: {seen:?}");
+    }
+}
