@@ -53,7 +53,6 @@ struct Rows {
 }
 
 /// An answer that its client has not let go of: frames, and what is in them.
-#[derive(Debug, Clone)]
 struct Told {
     ticket: u64,
     sequence: SequenceId,
@@ -80,6 +79,8 @@ struct World {
     told: Vec<Told>,
     ticket: u64,
     random: u64,
+    /// Whether the daemon ends now.
+    dies: bool,
     /// What has happened, to see that it has.
     seen: BTreeMap<&'static str, u64>,
 }
@@ -241,10 +242,6 @@ impl Daemon {
         }
     }
 
-    fn is_busy(&self) -> bool {
-        self.model.spill.as_ref().is_some_and(|state| state.is_busy())
-    }
-
     /// Takes up to so many ends of operations in.
     fn take_ended(&mut self, most: u64) {
         self.model.submit_pages();
@@ -258,7 +255,7 @@ impl Daemon {
     /// Waits for all operations.
     fn quiet(&mut self) {
         let since = Instant::now();
-        while self.is_busy() {
+        while self.model.spill.as_ref().unwrap().is_busy() {
             self.take_ended(u64::MAX);
             std::thread::yield_now();
             assert!(since.elapsed() < PATIENCE, "operations do not end");
@@ -278,6 +275,7 @@ impl World {
             told: Vec::new(),
             ticket: 0,
             random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            dies: false,
             seen: BTreeMap::new(),
         };
         world.daemon = Some(Daemon::new(&world));
@@ -337,12 +335,17 @@ impl World {
         }
     }
 
-    /// It is done; others' requests may be handled before that is covered.
+    /// It is done; others' requests may be handled before that is covered, and the daemon may end.
     fn ends(&mut self) {
-        if self.below(3) == 0 {
+        for _ in 0..self.below(4) {
             self.ask();
+            self.daemon().model.evict(None, 0);
+            self.daemon().quiet();
         }
-        self.cover();
+        self.dies = self.below(5) == 0;
+        if !self.dies {
+            self.cover();
+        }
     }
 
     /// A client does not close, cut or write what it reads.
@@ -372,11 +375,10 @@ impl World {
             self.saw("refused");
             return self.ends();
         }
-        // A daemon may end here: nothing was written yet.
-        if self.below(20) == 0 {
+        self.ends();
+        if self.dies {
             return;
         }
-        self.cover();
         let first = self.below(u64::MAX);
         for head in 0..LAYERS * KV_HEADS {
             for page in len / ROWS..end / ROWS {
@@ -471,8 +473,7 @@ impl World {
                 .collect();
             self.ticket = key;
             self.told.push(Told { ticket: key, sequence: id, frames });
-            let came = !answer.reads.is_empty();
-            self.saw(if came { "read from disk" } else { "found in memory" });
+            self.saw(if answer.reads.is_empty() { "found in memory" } else { "read from disk" });
         } else {
             self.saw("no frame");
         }
@@ -492,29 +493,19 @@ impl World {
         daemon.model.settle(through);
     }
 
+    fn of_any(&mut self, what: fn(&mut Self, SequenceId)) {
+        if let Some(id) = self.any() {
+            what(self, id);
+        }
+    }
+
     fn step(&mut self) {
         match self.below(14) {
             0 if self.rows.len() < SEQUENCES => self.open(),
-            1..=3 => {
-                if let Some(id) = self.any() {
-                    self.grow(id);
-                }
-            }
-            4 if self.rows.len() < SEQUENCES => {
-                if let Some(id) = self.any() {
-                    self.fork(id);
-                }
-            }
-            5 => {
-                if let Some(id) = self.any() {
-                    self.cut(id);
-                }
-            }
-            6 if self.rows.len() > 2 => {
-                if let Some(id) = self.any() {
-                    self.close(id);
-                }
-            }
+            1..=3 => self.of_any(Self::grow),
+            4 if self.rows.len() < SEQUENCES => self.of_any(Self::fork),
+            5 => self.of_any(Self::cut),
+            6 if self.rows.len() > 2 => self.of_any(Self::close),
             7 => {
                 self.daemon().model.evict(None, 0);
                 self.daemon().model.submit_pages();
@@ -588,6 +579,9 @@ fn what_was_covered_is_there_after_every_end_and_what_is_being_read_stays() {
             for _ in 0..steps {
                 world.step();
                 world.look_at_told();
+                if std::mem::take(&mut world.dies) {
+                    break;
+                }
             }
             world.crash();
             world.saw("ended");
