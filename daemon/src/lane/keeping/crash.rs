@@ -5,34 +5,21 @@
 //! before and after. Rows are marked at both ends of their page. After each end the model is made again of what is left, and every
 //! row that was covered is looked at; what the client was told of and has not let go of stays as it is while the next daemon works.
 
+mod daemon;
+
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use kvoyant_kernels::Dtype;
-use kvoyant_methods::Artifacts;
-use kvoyant_protocol::EXTENT_BYTES;
-use kvoyant_protocol::control::{Mode, ModelSpec, PageWord, SelectedBy, ToDaemon};
-use kvoyant_protocol::futex::Bell;
-use kvoyant_protocol::layout::{Layout, Limits};
-use kvoyant_protocol::memory::Memfd;
+use kvoyant_protocol::control::{PageWord, SelectedBy, ToDaemon};
 use kvoyant_protocol::wire::SequenceId;
 
-use super::{About, HeldExtent, Keeping, Left, Progress};
-use crate::device::host::{HostDevice, Shape as Link};
-use crate::device::{Importer, SlabRequest};
-use crate::journal::{self, FrameLog};
-use crate::keep::{Keep, Piece};
-use crate::lane::model::{ModelState, Placement};
+use self::daemon::{Daemon, Place};
+use crate::keep::Keep;
 use crate::lane::select::Answer;
-use crate::lane::spill::{Before, SpillTo};
-use crate::quota::Ledger;
-use crate::tiers::budget::ArenaBudget;
-use crate::tiers::extent::Extent;
-use crate::tiers::nvme::{CHUNK_BYTES, EngineChoice, Spill, SpillError, SpillReport, SpillSettings};
-use crate::tiers::pool::{ExtentPool, PoolSettings, Supply};
+use crate::lane::spill::Before;
+use crate::tiers::nvme::EngineChoice;
 
 const SESSION: u64 = 7;
 const LAYERS: usize = 2;
@@ -59,19 +46,8 @@ struct Told {
     frames: Vec<(u32, [u64; 2])>,
 }
 
-struct Daemon {
-    model: ModelState,
-    keeping: Keeping,
-    progress: Progress,
-    pool: ExtentPool,
-    spill: Arc<Spill>,
-    report: Arc<SpillReport>,
-}
-
 struct World {
-    folder: tempfile::TempDir,
-    keep: Arc<Keep>,
-    about: About,
+    place: Place,
     daemon: Option<Daemon>,
     rows: BTreeMap<SequenceId, Rows>,
     /// As of the last seal.
@@ -85,190 +61,14 @@ struct World {
     seen: BTreeMap<&'static str, u64>,
 }
 
-fn spec() -> ModelSpec {
-    ModelSpec {
-        name: "small".into(),
-        fingerprint: "0".repeat(32),
-        adapter: String::new(),
-        rope: String::new(),
-        layers: LAYERS as u32,
-        query_heads: KV_HEADS as u32,
-        kv_heads: KV_HEADS as u32,
-        head_dim: 32,
-        latent_values: 0,
-        dtype: Dtype::F32.code(),
-        page_rows: ROWS as u32,
-        sinks: 4,
-        window: 16,
-        dense_layers: 0,
-        sliding_layers: Vec::new(),
-        methods: vec!["given".into()],
-        slab_bytes: 0,
-        graph: None,
-        artifacts: Vec::new(),
-    }
-}
-
-fn about() -> About {
-    About {
-        session: SESSION,
-        uid: 1,
-        client: "test".into(),
-        token: [1, 2],
-        limits: Limits { sequences_max: 16, ..Limits::default() },
-        features: 0,
-        spec: spec(),
-        artifacts: Vec::new(),
-    }
-}
-
-/// A model without anything in it.
-fn model(spill: &Arc<Spill>, extents: Supply) -> ModelState {
-    let device = HostDevice::new(Mode::InPlace, 1, Link::default()).unwrap();
-    let slab = SlabRequest {
-        session: SESSION,
-        bytes: 0,
-        records: 0,
-        layout: Layout::new(Limits::default()).unwrap(),
-        d2c: Arc::new(Memfd::create("crash-test", 4096).unwrap().map(true).unwrap()),
-        features: 0,
-        importer: Arc::new(Importer { process: None, closed: AtomicBool::new(false) }),
-        account: Ledger::default().account(1),
-    };
-    let spill = Some(SpillTo { spill: Arc::clone(spill), host_share: 0.4 });
-    let placement = Placement { keep: 1.0, device_share: 1.0, spill, check_every: 0 };
-    ModelState::new(spec(), &Artifacts::none(), 16, extents, &device, slab, placement).unwrap()
-}
-
-impl Daemon {
-    fn parts(world: &World, claimed: bool) -> (ExtentPool, Arc<Spill>, Arc<SpillReport>) {
-        let budget = Arc::new(ArenaBudget::new(EXTENT_BYTES as u64));
-        let pool = ExtentPool::start(budget, PoolSettings::unpinned()).unwrap();
-        let settings = SpillSettings {
-            paths: vec![world.folder.path().to_path_buf()],
-            bytes: 24 * CHUNK_BYTES,
-            engine: if world.random % 2 == 0 { EngineChoice::Auto } else { EngineChoice::Psync },
-            ..SpillSettings::default()
-        };
-        let since = Instant::now();
-        // The kernel lets go of a dead daemon's files some time after its end.
-        let spill = loop {
-            match Spill::start_over(&settings, claimed) {
-                Err(SpillError::Busy { .. }) if since.elapsed() < PATIENCE => std::thread::yield_now(),
-                started => break started.unwrap(),
-            }
-        };
-        (pool, spill, Arc::new(SpillReport::new(Arc::new(Bell::default()))))
-    }
-
-    fn new(world: &World) -> Self {
-        let (pool, spill, report) = Self::parts(world, false);
-        let mut model = model(&spill, pool.supply(1));
-        model.attach_spill(SESSION, &report);
-        let keeping = Keeping::begin(Arc::clone(&world.keep), &world.about).unwrap();
-        let progress = Progress {
-            requests: 0,
-            generation: 0,
-            controls: 0,
-            tickets: 0,
-            released_through: 0,
-            stats: Vec::new(),
-            seeds: 0,
-            unsettled: Vec::new(),
-            planned: Vec::new(),
-            open: Vec::new(),
-            limbo: Vec::new(),
-            taken: Vec::new(),
-        };
-        model.tables.watch();
-        model.meta.watch();
-        Self { model, keeping, progress, pool, spill, report }
-    }
-
-    /// The daemon after the one that has just died.
-    fn again(world: &World) -> Self {
-        let (pool, spill, report) = Self::parts(world, true);
-        let mut files: BTreeMap<Piece, _> =
-            world.keep.take().into_iter().map(|(name, file)| (name.piece, file)).collect();
-        for (piece, file) in &files {
-            world.keep.add(SESSION, *piece, file.try_clone().unwrap()).unwrap();
-        }
-        let journals = [0, 1].map(|index| files.remove(&Piece::Journal(index)).unwrap());
-        let found = journal::read([&journals[0], &journals[1]].map(AsFd::as_fd)).unwrap();
-        let (current, number) = (found.current, found.number);
-        let left = Left::of(found).unwrap();
-        let own =
-            left.held.extents.iter().flatten().map(|held: &HeldExtent| files.remove(&held.piece()).unwrap());
-        let extents = pool.adopt(1, own.map(|file| Extent::adopt(file).unwrap()).collect()).unwrap();
-        let log = FrameLog::over(files.remove(&Piece::Frames).unwrap()).unwrap();
-        let mut model = model(&spill, extents.empty());
-        left.fill(&mut model, extents, Vec::new(), log).unwrap();
-        spill.settle();
-        model.attach_spill(SESSION, &report);
-        let journal = journal::Journal::over(SESSION, journals, current, number);
-        let controls = (left.progress.controls, left.answer.clone());
-        let keeping =
-            Keeping::over(Arc::clone(&world.keep), journal, &left.about, controls, left.held.extents.clone());
-        model.tables.watch();
-        model.meta.watch();
-        Self { model, keeping, progress: left.progress, pool, spill, report }
-    }
-
-    fn marks(&self, frame: u32) -> [u64; 2] {
-        let (extent, offset) = self.model.arena.geometry().locate(frame * ROWS as u32);
-        let memory = self.model.arena.memory(extent);
-        [offset, offset + (ROWS - 1) * ROW_BYTES].map(|at| memory.load_u64(at))
-    }
-
-    fn word(&self, id: SequenceId, head: usize, page: usize) -> PageWord {
-        let sequence = self.model.sequence(id).unwrap();
-        self.model.page_word(sequence.table, head * sequence.capacity + page)
-    }
-
-    /// What is in a page, wherever it is.
-    fn read(&self, id: SequenceId, head: usize, page: usize) -> [u64; 2] {
-        let sequence = self.model.sequence(id).unwrap();
-        match self.word(id, head, page) {
-            PageWord::Page(frame) => self.marks(frame),
-            PageWord::Spilled => {
-                let mut bytes = Vec::new();
-                let index = head * sequence.capacity + page;
-                let state = self.model.spill.as_ref().unwrap();
-                state.read_now(&self.model.meta, (sequence.slots.unwrap(), index), &mut bytes).unwrap();
-                [0, (ROWS - 1) * ROW_BYTES]
-                    .map(|at| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()))
-            }
-            word => panic!("page {page} of head {head} of {id} is {word:?}"),
-        }
-    }
-
-    /// Takes up to so many ends of operations in.
-    fn take_ended(&mut self, most: u64) {
-        self.model.submit_pages();
-        for _ in 0..most {
-            let Some(ended) = self.report.pop() else { break };
-            let arrived = self.model.page_ended(&ended);
-            assert!(!arrived.lost, "{ended:?}");
-        }
-    }
-
-    /// Waits for all operations.
-    fn quiet(&mut self) {
-        let since = Instant::now();
-        while self.model.spill.as_ref().unwrap().is_busy() {
-            self.take_ended(u64::MAX);
-            std::thread::yield_now();
-            assert!(since.elapsed() < PATIENCE, "operations do not end");
-        }
-    }
-}
-
 impl World {
     fn new(seed: u64) -> Self {
         let mut world = Self {
-            folder: tempfile::tempdir().unwrap(),
-            keep: Arc::new(Keep::new(None)),
-            about: about(),
+            place: Place {
+                folder: tempfile::tempdir().unwrap(),
+                keep: Arc::new(Keep::new(None)),
+                engine: if seed.is_multiple_of(2) { EngineChoice::Auto } else { EngineChoice::Psync },
+            },
             daemon: None,
             rows: BTreeMap::new(),
             sealed: BTreeMap::new(),
@@ -278,7 +78,7 @@ impl World {
             dies: false,
             seen: BTreeMap::new(),
         };
-        world.daemon = Some(Daemon::new(&world));
+        world.daemon = Some(Daemon::new(&world.place));
         world.cover();
         world
     }
@@ -337,10 +137,18 @@ impl World {
 
     /// It is done; others' requests may be handled before that is covered, and the daemon may end.
     fn ends(&mut self) {
-        for _ in 0..self.below(4) {
+        for _ in 0..self.below(3) {
             self.ask();
+            self.release();
             self.daemon().model.evict(None, 0);
             self.daemon().quiet();
+        }
+        if self.below(3) == 0 {
+            // Whatever is free is filled.
+            let all: Vec<_> = self.rows.iter().map(|(id, rows)| (*id, rows.len / ROWS)).collect();
+            for (id, pages) in all {
+                (0..LAYERS).for_each(|layer| self.ask_for(id, layer, 0..pages));
+            }
         }
         self.dies = self.below(5) == 0;
         if !self.dies {
@@ -365,7 +173,7 @@ impl World {
     /// Room for some more pages, which are filled and appended, a part of them before anybody covers that.
     fn grow(&mut self, id: SequenceId) {
         let len = self.rows[&id].len;
-        if len % ROWS > 0 {
+        if !len.is_multiple_of(ROWS) {
             self.reads_no_more(id);
         }
         let end = (len / ROWS + 1 + self.below(4) as usize) * ROWS;
@@ -422,7 +230,7 @@ impl World {
         let len = self.rows[&id].len;
         // In the middle of a page, more often than not.
         let tokens =
-            (len / ROWS).saturating_sub(1 + self.below(2) as usize) * ROWS + self.below(3) as usize * 300;
+            (len / ROWS).saturating_sub(1 + self.below(6) as usize) * ROWS + self.below(3) as usize * 300;
         if tokens == 0 || tokens >= len {
             return;
         }
@@ -452,19 +260,23 @@ impl World {
         let Some(id) = self.any() else { return };
         let (pages, layer) = (self.rows[&id].len / ROWS, self.below(LAYERS as u64) as usize);
         let first = self.below(pages as u64) as usize;
-        let end = first + 1 + self.below(3) as usize;
+        let end = (first + 1 + self.below(3) as usize).min(pages);
+        self.ask_for(id, layer, first..end);
+    }
+
+    fn ask_for(&mut self, id: SequenceId, layer: usize, pages: Range<usize>) {
         let key = self.ticket + 1;
         let mut answer = Answer { key, ..Answer::default() };
         let daemon = self.daemon();
         daemon.model.spill.as_mut().unwrap().hold(id, layer);
-        let named = daemon.model.fetch_layer(id, layer, first..end.min(pages), &mut answer);
+        let named = daemon.model.fetch_layer(id, layer, pages.clone(), &mut answer);
         daemon.model.wait_for_pages(key, &answer.reads);
         daemon.quiet();
         if named.is_ok() {
             daemon.model.sequence_mut(id).unwrap().residency[layer].last_ticket = key;
             daemon.model.about_to_answer(key);
             let heads = layer * KV_HEADS..(layer + 1) * KV_HEADS;
-            let all = heads.flat_map(|head| (first..end.min(pages)).map(move |page| (head, page)));
+            let all = heads.flat_map(|head| pages.clone().map(move |page| (head, page)));
             let frames: Vec<_> = all
                 .map(|(head, page)| match daemon.word(id, head, page) {
                     PageWord::Page(frame) => (frame, daemon.marks(frame)),
@@ -559,7 +371,7 @@ impl World {
         drop(daemon);
         // What was not covered is asked for again: here it has never been.
         self.rows.clone_from(&self.sealed);
-        let next = Daemon::again(self);
+        let next = Daemon::again(&self.place);
         self.ticket = self.ticket.max(next.progress.tickets);
         self.daemon = Some(next);
         self.look_at_rows();
