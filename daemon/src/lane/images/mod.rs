@@ -183,7 +183,7 @@ impl ModelState {
         before
     }
 
-    /// Does what is asked; of a portrait's digests the blocks are [drawn](Self::draw_some) afterwards.
+    /// Does what is asked; of a portrait's digests the blocks are drawn afterwards (`draw_some`).
     pub fn image(&mut self, request: ImageRequest) -> ImageOutcome {
         let result = match request {
             ImageRequest::Describe { sequence, digests } => {
