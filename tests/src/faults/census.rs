@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use kvoyant_daemon::status::StatusReport;
+use kvoyant_protocol::EXTENT_BYTES;
 use nix::unistd::Pid;
 
 /// What a daemon watches a client's process by.
@@ -46,6 +47,13 @@ impl Census {
         for line in maps.lines().filter(|line| line.contains("/memfd:kvoyant")) {
             if let Some(kind) = line.split_once("/memfd").and_then(|(_, name)| kind(name)) {
                 *all.entry(format!("map {kind}")).or_default() += 1;
+            }
+        }
+        // What the pool has made it may keep ready: how much that is depends on which sessions met.
+        let made = status.arena.pool.made_bytes / EXTENT_BYTES as u64;
+        for kind in ["fd memfd:kvoyant-extent", "map :kvoyant-extent"] {
+            if let Some(count) = all.get_mut(kind) {
+                *count = u64::saturating_sub(*count, made);
             }
         }
         let totals = &status.totals;
