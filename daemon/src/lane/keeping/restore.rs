@@ -260,12 +260,11 @@ impl Left {
             }
             owners.extend(&left.read);
         }
-        let its = |place: &LeftExtent| matches!(place, LeftExtent::Own(_));
-        let frames = |(at, _): (usize, &LeftExtent)| at * per_extent..(at + 1) * per_extent;
-        let own = places.iter().enumerate().filter(|(_, place)| its(place));
-        let all = own.flat_map(frames).map(|frame| frame as u32);
+        let may_be_had =
+            |frame: u32| matches!(places.get(frame as usize / per_extent), Some(LeftExtent::Own(_)));
+        let all = places.len() * per_extent;
         let wary = match model.spill {
-            Some(_) => ModelState::wary_frames(taken, &owners, all),
+            Some(_) => ModelState::wary_frames(taken, &owners, all, may_be_had),
             None => Vec::new(),
         };
         owners.extend(&wary);

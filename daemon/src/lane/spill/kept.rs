@@ -11,7 +11,7 @@
 //! An engine may still read rows that a daemon has named to it before it ended. The next one is *wary*: until those answers are let go of,
 //! it reads nothing into a frame that was written down, and no page leaves.
 
-use std::collections::BTreeSet;
+use std::collections::HashSet;
 
 use kvoyant_protocol::control::{PageWord, SPILLED};
 use kvoyant_protocol::memory::MemoryError;
@@ -225,7 +225,7 @@ impl ModelState {
         chunks: &[Option<LeftChunk>],
         taken: &TakenFrames,
     ) -> bool {
-        let logged: Option<BTreeSet<u32>> =
+        let logged: Option<HashSet<u32>> =
             taken.frames.as_ref().map(|frames| frames.iter().copied().collect());
         let mut owners = Vec::new();
         for (table, slots) in tables {
@@ -255,25 +255,34 @@ impl ModelState {
         state.slots.claim(chunks, owners).is_some()
     }
 
-    /// Frames that were written down and have no owner, which nobody may have yet, as they follow one another in the log: of `all`, those that
-    /// are not `owned`.
+    /// Frames that were written down and have no owner, which nobody may have yet, as they follow one another in the log: of the first `all`,
+    /// those that may be had at all and are not `owned`.
     pub(crate) fn wary_frames(
         taken: &TakenFrames,
         owned: &[u32],
-        all: impl Iterator<Item = u32>,
+        all: usize,
+        may_be_had: impl Fn(u32) -> bool,
     ) -> Vec<u32> {
-        let owned: BTreeSet<u32> = owned.iter().copied().collect();
-        let mut free: BTreeSet<u32> = all.filter(|frame| !owned.contains(frame)).collect();
-        match &taken.frames {
-            None => free.into_iter().collect(),
-            Some(frames) => frames.iter().copied().filter(|frame| free.remove(frame)).collect(),
-        }
+        let Some(frames) = &taken.frames else {
+            let mut free = vec![true; all];
+            for frame in owned {
+                if let Some(free) = free.get_mut(*frame as usize) {
+                    *free = false;
+                }
+            }
+            let frames = (0..).zip(free).filter_map(|(frame, free)| free.then_some(frame));
+            return frames.filter(|frame| may_be_had(*frame)).collect();
+        };
+        // There are far more owned ones than these.
+        let mut free: HashSet<u32> = frames.iter().copied().filter(|frame| may_be_had(*frame)).collect();
+        owned.iter().for_each(|frame| _ = free.remove(frame));
+        frames.iter().copied().filter(|frame| free.remove(frame)).collect()
     }
 
     /// Goes on with pages as another daemon has left them, once they have frames and slots: `wary` are frames that nobody may have before
     /// answers up to `ticket` are let go of.
     pub(crate) fn pages_go_on(&mut self, log: FrameLog, ticket: u64, wary: Vec<u32>) {
-        let mut on_disk = BTreeSet::new();
+        let mut on_disk = HashSet::new();
         let open: Vec<_> = self.open_handles().collect();
         for id in open {
             let Ok(sequence) = self.sequence(id) else { continue };
