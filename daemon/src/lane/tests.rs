@@ -28,7 +28,46 @@ const LAYERS: usize = 3;
 const QUERY_HEADS: usize = 4;
 const HEAD_DIM: usize = 32;
 
-/// A model of small heads whose first layer is dense, with a slab.
+/// A model of small heads whose first layer is dense.
+pub(super) fn spec(methods: &[&str]) -> ModelSpec {
+    ModelSpec {
+        name: "small".into(),
+        fingerprint: "0".repeat(32),
+        adapter: String::new(),
+        rope: String::new(),
+        layers: LAYERS as u32,
+        query_heads: QUERY_HEADS as u32,
+        kv_heads: 2,
+        head_dim: HEAD_DIM as u32,
+        latent_values: 0,
+        dtype: kvoyant_kernels::Dtype::F32.code(),
+        page_rows: 0,
+        sinks: 4,
+        window: 16,
+        dense_layers: 1,
+        sliding_layers: Vec::new(),
+        methods: methods.iter().map(ToString::to_string).collect(),
+        slab_bytes: 0,
+        graph: None,
+        artifacts: Vec::new(),
+    }
+}
+
+/// What its slab is asked for with.
+pub(super) fn slab(bytes: usize) -> SlabRequest {
+    SlabRequest {
+        session: 1,
+        bytes,
+        records: 0,
+        layout: Layout::new(Limits::default()).unwrap(),
+        d2c: Arc::new(Memfd::create("lane-test", 4096).unwrap().map(true).unwrap()),
+        features: 0,
+        importer: Arc::new(Importer { process: None, closed: AtomicBool::new(false) }),
+        account: Ledger::default().account(1),
+    }
+}
+
+/// Such a model with a slab.
 struct Served {
     pool: ExtentPool,
     model: ModelState,
@@ -39,44 +78,13 @@ impl Served {
         let budget = Arc::new(ArenaBudget::new(4 * EXTENT_BYTES as u64));
         let pool = ExtentPool::start(budget, PoolSettings::unpinned()).unwrap();
         let device = HostDevice::new(Mode::Slab, 1, Link::default()).unwrap();
-        let spec = ModelSpec {
-            name: "small".into(),
-            fingerprint: "0".repeat(32),
-            adapter: String::new(),
-            rope: String::new(),
-            layers: LAYERS as u32,
-            query_heads: QUERY_HEADS as u32,
-            kv_heads: 2,
-            head_dim: HEAD_DIM as u32,
-            latent_values: 0,
-            dtype: kvoyant_kernels::Dtype::F32.code(),
-            page_rows: 0,
-            sinks: 4,
-            window: 16,
-            dense_layers: 1,
-            sliding_layers: Vec::new(),
-            methods: methods.iter().map(ToString::to_string).collect(),
-            slab_bytes: 0,
-            graph: None,
-            artifacts: Vec::new(),
-        };
-        let slab = SlabRequest {
-            session: 1,
-            bytes: 8 << 20,
-            records: 0,
-            layout: Layout::new(Limits::default()).unwrap(),
-            d2c: Arc::new(Memfd::create("lane-test", 4096).unwrap().map(true).unwrap()),
-            features: 0,
-            importer: Arc::new(Importer { process: None, closed: AtomicBool::new(false) }),
-            account: Ledger::default().account(1),
-        };
         let model = ModelState::new(
-            spec,
+            spec(methods),
             &Artifacts::none(),
             8,
             pool.supply(1),
             &device,
-            slab,
+            slab(8 << 20),
             Placement { keep: 1.0, device_share: 1.0, spill: None, check_every: 0 },
         )
         .unwrap();

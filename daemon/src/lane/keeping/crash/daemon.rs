@@ -3,27 +3,23 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use kvoyant_kernels::Dtype;
 use kvoyant_methods::Artifacts;
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::control::{Mode, ModelSpec, PageWord};
 use kvoyant_protocol::futex::Bell;
-use kvoyant_protocol::layout::{Layout, Limits};
-use kvoyant_protocol::memory::Memfd;
+use kvoyant_protocol::layout::Limits;
 use kvoyant_protocol::wire::SequenceId;
 
 use super::super::{About, HeldExtent, Keeping, Left, Progress};
 use super::{KV_HEADS, LAYERS, PATIENCE, ROW_BYTES, ROWS, SESSION};
 use crate::device::host::{HostDevice, Shape as Link};
-use crate::device::{Importer, SlabRequest};
 use crate::journal::{self, FrameLog};
 use crate::keep::{Keep, Piece};
 use crate::lane::model::{ModelState, Placement};
 use crate::lane::spill::SpillTo;
-use crate::quota::Ledger;
+use crate::lane::tests;
 use crate::tiers::budget::ArenaBudget;
 use crate::tiers::extent::Extent;
 use crate::tiers::nvme::{CHUNK_BYTES, EngineChoice, Spill, SpillError, SpillReport, SpillSettings};
@@ -47,27 +43,9 @@ pub(super) struct Daemon {
 }
 
 fn spec() -> ModelSpec {
-    ModelSpec {
-        name: "small".into(),
-        fingerprint: "0".repeat(32),
-        adapter: String::new(),
-        rope: String::new(),
-        layers: LAYERS as u32,
-        query_heads: KV_HEADS as u32,
-        kv_heads: KV_HEADS as u32,
-        head_dim: 32,
-        latent_values: 0,
-        dtype: Dtype::F32.code(),
-        page_rows: ROWS as u32,
-        sinks: 4,
-        window: 16,
-        dense_layers: 0,
-        sliding_layers: Vec::new(),
-        methods: vec!["given".into()],
-        slab_bytes: 0,
-        graph: None,
-        artifacts: Vec::new(),
-    }
+    let (layers, page_rows, heads) = (LAYERS as u32, ROWS as u32, KV_HEADS as u32);
+    let small = tests::spec(&["given"]);
+    ModelSpec { layers, page_rows, query_heads: heads, kv_heads: heads, dense_layers: 0, ..small }
 }
 
 fn about() -> About {
@@ -86,16 +64,7 @@ fn about() -> About {
 /// A model without anything in it.
 fn model(spill: &Arc<Spill>, extents: Supply) -> ModelState {
     let device = HostDevice::new(Mode::InPlace, 1, Link::default()).unwrap();
-    let slab = SlabRequest {
-        session: SESSION,
-        bytes: 0,
-        records: 0,
-        layout: Layout::new(Limits::default()).unwrap(),
-        d2c: Arc::new(Memfd::create("crash-test", 4096).unwrap().map(true).unwrap()),
-        features: 0,
-        importer: Arc::new(Importer { process: None, closed: AtomicBool::new(false) }),
-        account: Ledger::default().account(1),
-    };
+    let slab = tests::slab(0);
     let spill = Some(SpillTo { spill: Arc::clone(spill), host_share: 0.4 });
     let placement = Placement { keep: 1.0, device_share: 1.0, spill, check_every: 0 };
     ModelState::new(spec(), &Artifacts::none(), 16, extents, &device, slab, placement).unwrap()
