@@ -30,7 +30,7 @@ const SPAN: usize = 32;
 /// Values that a key may have at most: sums of codes and weights stay whole numbers of 31 bits.
 pub(crate) const DIM_MAX: usize = 1024;
 /// Rows that a page may have at most.
-const ROWS_MAX: usize = 1 << 12;
+pub(crate) const ROWS_MAX: usize = 1 << 12;
 
 /// Bits of a code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

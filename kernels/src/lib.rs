@@ -28,8 +28,8 @@ mod run;
 
 pub use codes::{CodeBits, CodeLayout, NoCodes};
 pub use cpu::{
-    CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights, ENV, Kernels, PIECE_ROWS, Path,
-    PathError, pieces,
+    CodeOut, CodeScan, CodeSums, CodeTaken, CodeTotal, CodeWeighing, CodeWeights, ENV, Kernels, PIECE_ROWS,
+    Path, PathError, pieces,
 };
 pub use dtype::{Dtype, UnknownDtype};
 pub use layout::{RowLayout, UnknownLayout};

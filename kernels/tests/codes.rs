@@ -6,7 +6,8 @@ mod common;
 use common::{Draw, close, paths, scalar};
 use half::f16;
 use kvoyant_kernels::{
-    CodeBits, CodeLayout, CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights, Kernels,
+    CodeBits, CodeLayout, CodeOut, CodeScan, CodeSums, CodeTaken, CodeTotal, CodeWeighing, CodeWeights,
+    Kernels,
 };
 use proptest::prelude::*;
 
@@ -405,6 +406,60 @@ proptest! {
                 is("spread", sums.spread, twin.spread, 1e-5, 1e-5);
             }
             close("means", &found, &means, 1e-5);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn taking_rows_and_summing_the_rest_at_once_is_doing_so_one_after_the_other(
+        layout in layouts(), group in 1_usize..11, pages in 0_usize..12, part in 0_usize..5, odd in any::<bool>(), seed in any::<u64>(),
+    ) {
+        let mut draw = Draw::new(seed);
+        let keys = keys(&mut draw, &layout, pages, 0);
+        let blocks = digest(&mut draw, &layout, &keys, 0);
+        let (dv, rows, groups) = (layout.value_dim(), pages * layout.rows(), pages * layout.groups());
+        let (stride, margin_stride) = (rows + 2, groups + 2);
+        let mut weights: Vec<f32> = draw.values(group * stride, 10.0).iter().map(|w| (w - 10.0).exp()).collect();
+        let margins: Vec<f32> = draw.values(group * margin_stride, 3.0).iter().map(|m| m.abs()).collect();
+        let factors: Vec<f32> = draw.values(group, 2.0).iter().map(|f| f.abs()).collect();
+        if odd && rows > 0 {
+            weights[draw.below(rows)] = f32::NAN;
+        }
+        let shares: Vec<f32> =
+            (0..rows).map(|t| factors.iter().enumerate().map(|(h, f)| f * weights[h * stride + t]).sum()).collect();
+        let mut ordered: Vec<f32> = shares.iter().copied().filter(|share| !share.is_nan()).collect();
+        ordered.sort_by(f32::total_cmp);
+        // In the middle between two shares, below all, above all.
+        let threshold = match (part, ordered.len()) {
+            (0, _) | (_, 0 | 1) => -1.0,
+            (4, _) => f32::INFINITY,
+            (part, n) => f32::midpoint(ordered[n * part / 4 - usize::from(n * part / 4 == n)], ordered[(n * part / 4).max(1) - 1]),
+        };
+        let close_by = |share: f32| (share - threshold).abs() <= 1e-5 * share.abs();
+        prop_assume!(!shares.iter().any(|share| close_by(*share)));
+        let expected: Vec<u32> = (0..rows as u32).filter(|t| shares[*t as usize] > threshold).collect();
+        let mut left = weights.clone();
+        for weights in left.chunks_exact_mut(stride) {
+            expected.iter().for_each(|t| weights[*t as usize] = 0.0);
+        }
+        for kernels in paths() {
+            let (mut sums, mut means) = (vec![CodeSums::default(); group], vec![0.5; group * dv]);
+            let (mut twins, mut twin_means, mut ids) = (sums.clone(), means.clone(), vec![3]);
+            let of = CodeWeights { rows: &left, stride, margins: &margins, margin_stride };
+            kernels.code_rest(&layout, &blocks, &of, &mut twins, &mut twin_means);
+            let of = CodeWeights { rows: &weights, ..of };
+            let mut taken = CodeTaken { factors: &factors, threshold, first: 5, ids: &mut ids };
+            kernels.code_rest_below(&layout, &blocks, &of, &mut taken, &mut sums, &mut means);
+            prop_assert_eq!(ids[0], 3);
+            prop_assert!(ids[1..].iter().map(|id| id - 5).eq(expected.iter().copied()), "on {}", kernels.path());
+            if !odd {
+                // The very same sums in the very same order.
+                prop_assert_eq!(&sums, &twins, "on {}", kernels.path());
+                prop_assert_eq!(&means, &twin_means, "on {}", kernels.path());
+            }
         }
     }
 }

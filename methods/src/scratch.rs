@@ -21,6 +21,8 @@ pub struct Scratch {
     pub(crate) margins: Vec<f32>,
     /// The largest score of each query.
     pub(crate) maxima: Vec<f32>,
+    /// What each query's weights are multiplied by to become shares of the attention of its group.
+    pub(crate) factors: Vec<f32>,
     /// Weighted sums of values, `[g][dv]`.
     pub(crate) means: Vec<f32>,
     /// What rows may weigh at most and at least, by their share of the attention.
@@ -73,6 +75,7 @@ pub(crate) struct KeptHead {
     pub(crate) scores: Vec<f32>,
     pub(crate) margins: Vec<f32>,
     pub(crate) maxima: Vec<f32>,
+    pub(crate) factors: Vec<f32>,
 }
 
 /// Runs two parts of a selection, side by side if there is a thread for the second one.

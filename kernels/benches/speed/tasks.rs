@@ -4,8 +4,8 @@ use std::cell::Cell;
 use std::hint::black_box;
 
 use kvoyant_kernels::{
-    AttendScratch, CodeBits, CodeLayout, CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights,
-    Dtype, Kernels, Run, TopKScratch,
+    AttendScratch, CodeBits, CodeLayout, CodeOut, CodeScan, CodeSums, CodeTaken, CodeTotal, CodeWeighing,
+    CodeWeights, Dtype, Kernels, Run, TopKScratch,
 };
 
 use crate::{Task, limits};
@@ -110,13 +110,13 @@ impl Codes {
         })
     }
 
-    /// Weights of all tokens, each one's share in the queries' mean, which tokens have the largest ones, and sums over the others.
+    /// Weights of all tokens, which of them have the largest shares in the queries' mean, and sums over the others.
     fn all_task(self, arena: &Arena) -> Task<'_> {
         let (layout, g, n, kernels) = (self.layout(), self.queries, self.tokens, Kernels::best());
         let (parts, queries) = (arena.parts(self.pages() * layout.bytes()), values(g * self.dim));
         let groups = self.pages() * layout.groups();
         let (mut weights, mut margins) = (vec![0.0; g * n], vec![0.0; g * groups]);
-        let (mut shares, mut ids, mut threshold) = (vec![0.0_f32; n], Vec::new(), None);
+        let (mut ids, mut threshold) = (Vec::new(), None);
         let (mut sums, mut means) = (vec![CodeSums::default(); g], vec![0.0; g * self.dim]);
         let (mut totals, mut factors) = (vec![CodeTotal::default(); g], vec![0.0; g]);
         let [_, name] = self.names();
@@ -131,21 +131,20 @@ impl Codes {
             for (factor, total) in factors.iter_mut().zip(&totals) {
                 *factor = (1.0 / (total.sum * g as f64)) as f32;
             }
-            kernels.mix_rows(weights, n, &factors, &mut shares);
             // One of 64, the first time.
             let threshold = *threshold.get_or_insert_with(|| {
-                let mut sorted = shares.clone();
-                sorted.sort_by(|a, b| b.total_cmp(a));
-                sorted[n / 64]
+                let mut shares = vec![0.0; n];
+                kernels.mix_rows(weights, n, &factors, &mut shares);
+                shares.sort_by(|a, b| b.total_cmp(a));
+                shares[n / 64]
             });
-            kernels.indices_above(&shares, threshold, &mut ids);
-            for weights in weights.chunks_exact_mut(n) {
-                ids.iter().for_each(|id| weights[*id as usize] = 0.0);
-            }
+            ids.clear();
             sums.fill(CodeSums::default());
             means.fill(0.0);
             let of = CodeWeights { rows: weights, stride: n, margins, margin_stride: groups };
-            kernels.code_rest(&layout, blocks, &of, &mut sums, &mut means);
+            let mut taken = CodeTaken { factors: &factors, threshold, first: 0, ids: &mut ids };
+            kernels.code_rest_below(&layout, blocks, &of, &mut taken, &mut sums, &mut means);
+            black_box(&ids);
             black_box((&sums, &means));
         })
     }

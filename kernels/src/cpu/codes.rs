@@ -91,6 +91,19 @@ pub struct CodeWeights<'a> {
     pub margin_stride: usize,
 }
 
+/// Rows that are taken instead of left out: those whose share, the sum of their weights times `factors`, is above `threshold`.
+#[derive(Debug)]
+pub struct CodeTaken<'a> {
+    /// `[group]`.
+    pub factors: &'a [f32],
+    /// A row of this share is still left out.
+    pub threshold: f32,
+    /// The first page's first row.
+    pub first: u32,
+    /// Taken rows are added, ascending.
+    pub ids: &'a mut Vec<u32>,
+}
+
 impl CodeScan<'_> {
     /// Checks it; how many pages it is over.
     fn pages(&self, what: &str) -> usize {
@@ -170,13 +183,44 @@ impl Kernels {
         sums: &mut [CodeSums],
         means: &mut [f32],
     ) {
-        let (pages, group) = (check_blocks("code_rest", layout, blocks), sums.len());
-        assert!(group > 0, "code_rest: sums of no query");
-        assert_eq!(means.len(), group * layout.value_dim(), "code_rest: means are [{group}][values]");
-        check_out("code_rest", group, pages * layout.rows(), weights.rows, weights.stride);
-        check_out("code_rest", group, pages * layout.groups(), weights.margins, weights.margin_stride);
+        check_rest("code_rest", (layout, blocks), weights, sums.len(), means);
         dispatch!(self, code_rest(layout, blocks, weights, sums, means));
     }
+
+    /// The same for rows that are not taken, and which ones are, in one pass over the weights: as [`Kernels::mix_rows`],
+    /// [`Kernels::indices_above`], weights of 0 for what that names, and [`Kernels::code_rest`] one after the other, but that the
+    /// weights stay what they are. What has no number for a share is left out.
+    ///
+    /// # Panics
+    /// When there are no sums, there are not as many factors, or a slice is too short.
+    pub fn code_rest_below(
+        self,
+        layout: &CodeLayout,
+        blocks: &[u8],
+        weights: &CodeWeights<'_>,
+        taken: &mut CodeTaken<'_>,
+        sums: &mut [CodeSums],
+        means: &mut [f32],
+    ) {
+        check_rest("code_rest_below", (layout, blocks), weights, sums.len(), means);
+        assert_eq!(taken.factors.len(), sums.len(), "code_rest_below: factors of {} queries", sums.len());
+        dispatch!(self, code_rest_below(layout, blocks, weights, taken, sums, means));
+    }
+}
+
+/// Whether there are weights, margins and means of all rows for each of `group` queries.
+fn check_rest(
+    what: &str,
+    (layout, blocks): (&CodeLayout, &[u8]),
+    weights: &CodeWeights<'_>,
+    group: usize,
+    means: &[f32],
+) {
+    let pages = check_blocks(what, layout, blocks);
+    assert!(group > 0, "{what}: sums of no query");
+    assert_eq!(means.len(), group * layout.value_dim(), "{what}: means are [{group}][values]");
+    check_out(what, group, pages * layout.rows(), weights.rows, weights.stride);
+    check_out(what, group, pages * layout.groups(), weights.margins, weights.margin_stride);
 }
 
 /// How many blocks there are.

@@ -21,7 +21,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-pub use codes::{CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights};
+pub use codes::{CodeOut, CodeScan, CodeSums, CodeTaken, CodeTotal, CodeWeighing, CodeWeights};
 pub use pieces::{PIECE_ROWS, pieces};
 
 /// The environment variable that forces a path: `scalar`, `avx2` or `avx512`.

@@ -256,6 +256,7 @@ impl Kvoyant {
         all.clear();
         for head in context.heads.clone() {
             self.weigh(context, &*store, head, &seen, scratch);
+            self.mix(&seen, scratch);
             self.best(&seen, least, scratch);
             // The least that a head gets comes before all others.
             let Scratch { group: shares, ids, .. } = &mut *scratch;

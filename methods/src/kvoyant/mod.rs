@@ -22,7 +22,7 @@ mod steer;
 mod tests;
 mod weigh;
 
-use kvoyant_kernels::{CodeLayout, CodeSums, CodeWeights, Kernels};
+use kvoyant_kernels::{CodeLayout, CodeSums, CodeTaken, CodeWeights, Kernels};
 
 pub use spec::{Amount, Certify, KvoyantSpec, MissedMass, Scope};
 
@@ -134,29 +134,86 @@ impl Kvoyant {
 
     /// Estimates what is left of a head's weights, of which those of attended rows are 0.
     fn rest_of(&self, context: &SelectContext<'_>, head: usize, left: usize, at: Scan<'_>, out: &mut Rest) {
+        let sums = self.sum(head, at.store, at.scratch, &at.seen, None);
+        self.push_rest(context, &sums, left, at.scratch, out);
+    }
+
+    /// Takes the rows with a larger share than this, at least so many, and estimates the others in the same pass: as [`Kvoyant::mix`],
+    /// [`Kvoyant::choose`], [`Kvoyant::forget`] and [`Kvoyant::rest_of`] do one after the other. False where it takes these.
+    fn choose_at_once(
+        &self,
+        context: &SelectContext<'_>,
+        head: usize,
+        wanted: Wanted,
+        at: Scan<'_>,
+        out: &mut Rest,
+    ) -> bool {
+        // Rows that are no candidates have a share of 0.
+        let Wanted::Above { share: share @ 0.0.., least } = wanted else { return false };
         let Scan { store, scratch, seen } = at;
+        if context.in_time.is_some() || !self.all_known(&scratch.margins) {
+            return false;
+        }
+        scratch.ids.clear();
+        let sums = self.sum(head, store, scratch, &seen, Some(share));
+        let done = scratch.ids.len() >= least.min(seen.rows.len());
+        if done {
+            self.push_rest(context, &sums, seen.rows.len() - scratch.ids.len(), scratch, out);
+        }
+        done
+    }
+
+    /// Sums of a head's rows by their weights; `scratch.means` gets those of values. Rows with a share above `taken` are left out of them,
+    /// and added to `scratch.ids`.
+    fn sum(
+        &self,
+        head: usize,
+        store: &dyn Store,
+        scratch: &mut Scratch,
+        seen: &weigh::Seen,
+        taken: Option<f32>,
+    ) -> Vec<CodeSums> {
+        let Scratch { scores, margins, factors, means, ids, .. } = scratch;
         let (g, dv) = (self.shape.group(), self.shape.value_dim);
-        let Scratch { scores, margins, maxima, means, .. } = scratch;
         means.clear();
         means.resize(g * dv, 0.0);
         let mut sums = vec![CodeSums::default(); g];
-        let (rows, groups) = (self.layout.rows(), self.layout.groups());
-        for (block, blocks) in self.stretches(store, head, &seen, 0..seen.blocks.len()) {
+        let (layout, rows, groups) = (&self.layout, self.layout.rows(), self.layout.groups());
+        for (block, blocks) in self.stretches(store, head, seen, 0..seen.blocks.len()) {
             let of = CodeWeights {
                 rows: &scores[block * rows..],
                 stride: seen.stride(rows),
                 margins: &margins[block * groups..],
                 margin_stride: seen.stride(groups),
             };
-            self.kernels.code_rest(&self.layout, blocks, &of, &mut sums, means);
+            if let Some(threshold) = taken {
+                let first = (block * rows) as u32;
+                let mut taken = CodeTaken { factors, threshold, first, ids };
+                self.kernels.code_rest_below(layout, blocks, &of, &mut taken, &mut sums, means);
+            } else {
+                self.kernels.code_rest(layout, blocks, &of, &mut sums, means);
+            }
         }
+        sums
+    }
+
+    /// Adds what is left of a head, `left` rows, from their sums.
+    fn push_rest(
+        &self,
+        context: &SelectContext<'_>,
+        sums: &[CodeSums],
+        left: usize,
+        scratch: &Scratch,
+        out: &mut Rest,
+    ) {
+        let dv = self.shape.value_dim;
         let certified = self.options.certifies(context.step);
         for (h, sums) in sums.iter().enumerate() {
             let (mean, into) = out.push();
-            *into = RestSums::of_codes(sums, maxima[h], left);
+            *into = RestSums::of_codes(sums, scratch.maxima[h], left);
             if into.weight > 0.0 {
                 let scale = 1.0 / into.weight;
-                mean.iter_mut().zip(&means[h * dv..]).for_each(|(mean, sum)| *mean = sum * scale);
+                mean.iter_mut().zip(&scratch.means[h * dv..]).for_each(|(mean, sum)| *mean = sum * scale);
             }
             if !self.options.tail {
                 (into.weight, into.scatter) = (0.0, f32::INFINITY);
@@ -193,7 +250,16 @@ impl Kvoyant {
             }
             self.weigh(context, &*store, head, &seen, scratch);
             let wanted = wanted.of_part(self.part(context.layer, head));
-            let cut = self.choose(context, head, &wanted, &seen, scratch);
+            let at_once = rest.as_deref_mut().is_some_and(|rest| {
+                let at = Scan { store: &*store, scratch: &mut *scratch, seen: seen.clone() };
+                self.choose_at_once(context, head, wanted, at, rest)
+            });
+            let cut = if at_once {
+                0.0
+            } else {
+                self.mix(&seen, scratch);
+                self.choose(context, head, &wanted, &seen, scratch)
+            };
             store.note(head).iter_mut().zip(cut.to_le_bytes()).for_each(|(kept, byte)| *kept = byte);
             if let Some(in_time) = context.in_time {
                 let near = self.is_near(context, head, store.note(head));
@@ -207,7 +273,9 @@ impl Kvoyant {
             }
             out.push(seen.sealed_end, candidates.end);
             out.finish_head();
-            if let Some(rest) = rest.as_deref_mut() {
+            if at_once {
+                // The rest is there.
+            } else if let Some(rest) = rest.as_deref_mut() {
                 self.forget(&seen, scratch);
                 let left = seen.rows.len() - scratch.ids.len();
                 self.rest_of(context, head, left, Scan { store: &*store, scratch, seen }, rest);
@@ -331,6 +399,10 @@ impl Method for Kvoyant {
             if !self.recall(head, scratch) {
                 self.weigh(context, &*store, head, &seen, scratch);
             }
+            let corrects = self.options.hint != HintSource::Current;
+            if corrects {
+                self.mix(&seen, scratch);
+            }
             let mut left = seen.rows.len();
             let first = seen.first_token(self.layout.rows());
             for range in attended.head(at) {
@@ -340,12 +412,16 @@ impl Method for Kvoyant {
                 if from < to {
                     left -= to - from;
                     self.forget_rows(&seen, from - first..to - first, scratch);
+                    if corrects {
+                        // Below any threshold, so that none of them is chosen again.
+                        scratch.group[from - first..to - first].fill(-2.0);
+                    }
                 }
             }
             // Rows without a digest that are not attended cannot be estimated, only attended now.
             let mut exact =
                 attended_gap(attended, at, seen.sealed_end..self.shape.candidates(context.tokens).end);
-            if self.options.hint != HintSource::Current {
+            if corrects {
                 self.correct(context, head, &steering, &seen, scratch);
                 left -= scratch.ids.len();
                 self.forget(&seen, scratch);

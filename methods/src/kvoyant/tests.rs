@@ -344,6 +344,40 @@ fn steps_get_the_budget_in_the_mean_and_each_head_its_least() {
 }
 
 #[test]
+fn rows_taken_and_the_rest_estimated_at_once_are_as_one_after_the_other() {
+    let shape = small();
+    let method = method("budget=20,floor=0.5");
+    let mut rng = Rng::new(6);
+    let mut both = [0, 1].map(|_| Kept::new(&method, &shape, 1, 400));
+    // How many heads got the least that they may, and how many got more.
+    let (mut least, mut more) = (0, 0);
+    let mut scratch = Scratch::new();
+    for step in 0..40 {
+        let (keys, values) = (rng.normal(7 * 16), rng.normal(7 * 16));
+        both.iter_mut().for_each(|kept| kept.append_rows(&method, &keys, &values, 64));
+        // One head attends sharply, the other to nearly everything.
+        let hint: Vec<f32> =
+            rng.normal(32).iter().enumerate().map(|(j, q)| if j < 16 { q * 4.0 } else { *q }).collect();
+        let [once, twice] = &mut both;
+        let context = SelectContext::new(&shape, 1, once.tokens(), &hint);
+        let (chosen, rest) = once.select_with_rest(&method, &context, &mut scratch);
+        assert_eq!(chosen, twice.select_with(&method, &context, &mut scratch), "step {step}");
+        let second = twice.rest(&method, &context, &chosen, &mut scratch);
+        assert_eq!(rest.sums(), second.sums(), "step {step}");
+        for head in 0..4 {
+            assert_eq!(rest.mean(head), second.mean(head), "step {step}");
+        }
+        let sealed = (context.tokens - 1) / 32 * 32;
+        for head in 0..2 {
+            let rows = chosen.tokens(head).filter(|t| (*t as usize) < sealed).count();
+            least += usize::from(rows == 10);
+            more += usize::from(rows > 10);
+        }
+    }
+    assert!(least > 5 && more > 5, "{least} and {more} heads");
+}
+
+#[test]
 fn a_missed_mass_of_0_is_everything_and_of_1_nothing_but_rows_without_digests() {
     let candidates = small().candidates(270);
     for (missed, rows) in [("0", candidates.len()), ("1", candidates.end - 256)] {

@@ -134,8 +134,8 @@ impl Kvoyant {
     }
 
     /// Fills `scratch.scores` with weights `[queries of the group][rows of the blocks]`, relative to `e^maxima`; those of rows that are no
-    /// candidates are 0. `scratch.margins` is `[queries][groups of the blocks]`, and `scratch.group` gets each row's mean share of the
-    /// attention.
+    /// candidates are 0. `scratch.margins` is `[queries][groups of the blocks]`, and `scratch.factors` is what makes weights shares of the
+    /// attention. Rows of which nothing is known weigh something wherever they are left out.
     pub(super) fn weigh(
         &self,
         context: &SelectContext<'_>,
@@ -144,7 +144,7 @@ impl Kvoyant {
         seen: &Seen,
         scratch: &mut Scratch,
     ) {
-        let Scratch { block, scores, margins, maxima, group: shares, other, join, .. } = scratch;
+        let Scratch { block, scores, margins, maxima, factors, other, join, .. } = scratch;
         let g = context.group(&self.shape);
         let (rows, groups) = (self.layout.rows(), self.layout.groups());
         let (stride, margin_stride) = (seen.stride(rows), seen.stride(groups));
@@ -152,8 +152,8 @@ impl Kvoyant {
         margins.resize(g * margin_stride, 0.0);
         maxima.clear();
         maxima.resize(g, f32::NEG_INFINITY);
-        shares.clear();
-        shares.resize(stride, 0.0);
+        factors.clear();
+        factors.resize(g, 0.0);
         if seen.blocks.is_empty() {
             return;
         }
@@ -167,7 +167,8 @@ impl Kvoyant {
             let mut out = CodeOut { rows: &mut *scores, stride, margins: &mut *margins, margin_stride };
             scan.run(0..seen.blocks.len(), &mut out, &mut totals);
         }
-        if self.kernels.max(margins) == f32::INFINITY {
+        let all_known = self.all_known(margins);
+        if !all_known {
             // A score of which nothing is known must not be what the others are relative to.
             self.weigh_known(&scan, (scores, margins), &mut totals);
         }
@@ -176,21 +177,45 @@ impl Kvoyant {
             let floor = context.floor(&self.shape, head, h).map_or(0.0, |floor| (floor - maxima[h]).exp());
             let share = 1.0 / ((total.sum as f32 + floor) * g as f32);
             // Beside a floor that is out of reach no row counts.
-            let share = if share.is_finite() { share } else { 0.0 };
-            let weights = &scores[h * stride..][seen.rows.clone()];
-            self.kernels.axpy(&mut shares[seen.rows.clone()], share, weights);
+            factors[h] = if share.is_finite() { share } else { 0.0 };
         }
-        // Rows of which nothing is known come before all others, and weigh something wherever they are left out.
+        if !all_known {
+            self.unknown_rows(seen, margins, |h, rows| scores[h * stride..][rows].fill(1.0));
+        }
+    }
+
+    /// Whether something is known of every row.
+    pub(super) fn all_known(&self, margins: &[f32]) -> bool {
+        self.kernels.max(margins) < f32::INFINITY
+    }
+
+    /// Names the rows, side by side, of which nothing is known for some query.
+    fn unknown_rows(&self, seen: &Seen, margins: &[f32], mut name: impl FnMut(usize, Range<usize>)) {
         let group = self.layout.group();
-        for h in 0..g {
-            let unknown = |at: &usize| margins[h * margin_stride + at] == f32::INFINITY;
-            for at in (0..margin_stride).filter(unknown) {
+        for (h, margins) in margins.chunks_exact(seen.stride(self.layout.groups())).enumerate() {
+            for (at, _) in margins.iter().enumerate().filter(|(_, margin)| **margin == f32::INFINITY) {
                 let rows = (at * group).max(seen.rows.start)..((at + 1) * group).min(seen.rows.end);
                 if rows.start < rows.end {
-                    shares[rows.clone()].fill(f32::INFINITY);
-                    scores[h * stride..][rows].fill(1.0);
+                    name(h, rows);
                 }
             }
+        }
+    }
+
+    /// `scratch.group` gets each row's mean share of the attention, from weights.
+    pub(super) fn mix(&self, seen: &Seen, scratch: &mut Scratch) {
+        let Scratch { scores, margins, factors, group: shares, .. } = scratch;
+        let stride = seen.stride(self.layout.rows());
+        shares.clear();
+        shares.resize(stride, 0.0);
+        if seen.blocks.is_empty() {
+            return;
+        }
+        let weights = &scores[seen.rows.start..];
+        self.kernels.mix_rows(weights, stride, factors, &mut shares[seen.rows.clone()]);
+        if !self.all_known(margins) {
+            // They come before all others.
+            self.unknown_rows(seen, margins, |_, rows| shares[rows].fill(f32::INFINITY));
         }
     }
 
@@ -274,11 +299,12 @@ impl Kvoyant {
 
     /// Buffers change places, so that none of them has to be made anew.
     fn swap_kept(head: usize, scratch: &mut Scratch) {
-        let Scratch { scores, margins, maxima, kept, .. } = scratch;
+        let Scratch { scores, margins, maxima, factors, kept, .. } = scratch;
         let kept = &mut kept[head];
         std::mem::swap(scores, &mut kept.scores);
         std::mem::swap(margins, &mut kept.margins);
         std::mem::swap(maxima, &mut kept.maxima);
+        std::mem::swap(factors, &mut kept.factors);
     }
 
     /// Sets the weights of the rows in `scratch.ids` to 0.
@@ -290,13 +316,11 @@ impl Kvoyant {
         }
     }
 
-    /// The same for rows side by side, which no threshold lets in from now on.
+    /// The same for rows side by side.
     pub(super) fn forget_rows(&self, seen: &Seen, rows: Range<usize>, scratch: &mut Scratch) {
         let stride = seen.stride(self.layout.rows());
         for weights in scratch.scores.chunks_exact_mut(stride.max(1)) {
             weights[rows.clone()].fill(0.0);
         }
-        // Below any threshold, so that none of them is chosen again.
-        scratch.group[rows].fill(-2.0);
     }
 }

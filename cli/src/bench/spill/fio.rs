@@ -79,17 +79,21 @@ pub(super) fn is_there() -> bool {
 impl Fio {
     /// Runs one job of this kind, for the time set.
     pub(super) fn run(&self, kind: &str) -> Result<Moved, FioError> {
-        self.job(kind, &["--time_based"])
+        self.job(kind, &["--time_based", &self.runtime()])
     }
 
-    /// Writes the file with checksums.
+    /// Writes the file with checksums, all of it, however long that takes.
     pub(super) fn write_checked(&self) -> Result<(), FioError> {
         self.job("write", &["--verify=crc32c-intel", "--do_verify=0", "--verify_state_save=0"]).map(drop)
     }
 
     /// Reads it by chance and checks them: as many pages as it has, since fio has no time limit for that.
     pub(super) fn read_checked(&self) -> Result<Moved, FioError> {
-        self.job("randread", &["--verify=crc32c-intel", "--verify_state_save=0"])
+        self.job("randread", &["--verify=crc32c-intel", "--verify_state_save=0", &self.runtime()])
+    }
+
+    fn runtime(&self) -> String {
+        format!("--runtime={}", self.seconds)
     }
 
     fn job(&self, kind: &str, more: &[&str]) -> Result<Moved, FioError> {
@@ -103,7 +107,6 @@ impl Fio {
             .arg(format!("--size={}", self.bytes))
             .arg(format!("--bs={}", self.page_bytes))
             .arg(format!("--iodepth={}", self.depth))
-            .arg(format!("--runtime={}", self.seconds))
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
         let mut child = Reaped::spawn(&mut command)?;

@@ -13,6 +13,7 @@ use kvoyant_protocol::futex::{Bell, now_ns};
 use kvoyant_protocol::memory::{Memfd, SharedMapping};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::time::{ClockId, clock_gettime};
+use serde::Serialize;
 
 use super::{Moved, SpillBenchError};
 
@@ -23,12 +24,57 @@ const LOOK: Duration = Duration::from_micros(500);
 const AHEAD: usize = 3;
 
 /// Layers of the model whose predicted reads are imitated, and how long each takes: a step of 160 ms.
-const LAYERS: usize = 32;
+const LAYERS: u32 = 32;
 const LAYER: Duration = Duration::from_millis(5);
+
+/// How long it is measured before and after each step what the disk has to give.
+const PROBE: Duration = Duration::from_millis(100);
 
 /// Pages of which the lane's cost is taken at once, and how often.
 const COST_PAGES: usize = 256;
 const COST_ROUNDS: usize = 64;
+
+/// Pages of one step, and those of them that came after their layer had begun.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Step {
+    pub(super) pages: u64,
+    pub(super) late: u64,
+}
+
+/// What became of predicted reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub(super) struct Predicted {
+    steps: u64,
+    pages: u64,
+    late: u64,
+    /// Of those, steps in which the disk had no less to give than before them.
+    held_steps: u64,
+    held_pages: u64,
+    held_late: u64,
+}
+
+impl Predicted {
+    pub(super) fn add(&mut self, step: &Step, held: bool) {
+        self.steps += 1;
+        self.pages += step.pages;
+        self.late += step.late;
+        if held {
+            self.held_steps += 1;
+            self.held_pages += step.pages;
+            self.held_late += step.late;
+        }
+    }
+
+    /// The share of pages that were there in time, of all steps.
+    pub(super) fn in_time(&self) -> f64 {
+        1.0 - self.late as f64 / self.pages.max(1) as f64
+    }
+
+    /// Of steps in which the disk held what it had; no number if there were none.
+    pub(super) fn held_in_time(&self) -> f64 {
+        1.0 - self.held_late as f64 / self.held_pages as f64
+    }
+}
 
 /// A lane, its frames and slots, and the tier.
 #[derive(Debug)]
@@ -160,23 +206,31 @@ impl Ours {
         Ok(Moved::new(begun as u64, self.page_bytes as u64, took, cpu))
     }
 
-    /// Reads as a predictor does: every layer hands in the pages of the next one, which are wanted when that begins. The
-    /// share of pages that were there in time, with so many bytes a second.
-    pub(super) fn predicted(
-        &mut self,
-        time: Duration,
-        bytes_per_second: f64,
-    ) -> Result<f64, SpillBenchError> {
-        let batch = (bytes_per_second * LAYER.as_secs_f64() / self.page_bytes as f64).round() as usize;
+    /// Reads as a predictor does, step by step. The disk is others' too and may be slower from one moment to the next, so that what it has to give is
+    /// measured before and after each step, which asks for `load` of that.
+    pub(super) fn predicted(&mut self, time: Duration, load: f64) -> Result<Predicted, SpillBenchError> {
+        let began = Instant::now();
+        let mut all = Predicted::default();
+        let mut before = [self.read(PROBE)?.pages_per_second, self.read(PROBE)?.pages_per_second];
+        while began.elapsed() < time || all.steps == 0 {
+            let there = before[0].min(before[1]);
+            let step = self.step(load * there)?;
+            let after = self.read(PROBE)?.pages_per_second;
+            all.add(&step, there <= after);
+            before = [before[1], after];
+        }
+        Ok(all)
+    }
+
+    /// One step: every layer hands in the pages of the next one, which are wanted when that begins, so many pages a second.
+    fn step(&mut self, pages_per_second: f64) -> Result<Step, SpillBenchError> {
+        let batch = (pages_per_second * LAYER.as_secs_f64()).round() as usize;
         let batch = batch.clamp(1, self.free.len());
         let before = self.report();
         let (began, start_ns) = (Instant::now(), now_ns());
         let (mut begun, mut ended) = (0, 0);
-        for layer in 0.. {
+        for layer in 0..LAYERS {
             let due = LAYER * layer;
-            if due >= time && (layer as usize).is_multiple_of(LAYERS) {
-                break;
-            }
             std::thread::sleep(due.saturating_sub(began.elapsed()));
             ended += self.take_ended()?;
             // A device that is far behind: its pages are late already.
@@ -198,8 +252,7 @@ impl Ours {
             ended += self.take_ended()?;
         }
         let after = self.report();
-        let late = after.late_reads - before.late_reads;
-        Ok(1.0 - late as f64 / (after.reads - before.reads).max(1) as f64)
+        Ok(Step { pages: after.reads - before.reads, late: after.late_reads - before.late_reads })
     }
 
     /// What a page costs the lane that spills it, in nanoseconds of its own processor time: its slot, its job, handing in, and taking the report.

@@ -1,7 +1,7 @@
 //! Attention over digests in codes. Sums are in the order of 16 lanes, so that every path can have the same.
 
-use crate::codes::{CodeLayout, TILE, read_f16, read_f32};
-use crate::cpu::codes::{CodeOut, CodeScan, CodeSums, CodeTotal, CodeWeighing, CodeWeights};
+use crate::codes::{CodeLayout, ROWS_MAX, TILE, read_f16, read_f32};
+use crate::cpu::codes::{CodeOut, CodeScan, CodeSums, CodeTaken, CodeTotal, CodeWeighing, CodeWeights};
 
 /// Sums that run side by side: what one register of the widest path holds.
 const LANES: usize = 16;
@@ -205,12 +205,50 @@ pub(in crate::cpu) fn code_rest(
     sums: &mut [CodeSums],
     means: &mut [f32],
 ) {
+    rest(layout, blocks, of, sums, means, |_, _| {});
+}
+
+pub(in crate::cpu) fn code_rest_below(
+    layout: &CodeLayout,
+    blocks: &[u8],
+    of: &CodeWeights<'_>,
+    taken: &mut CodeTaken<'_>,
+    sums: &mut [CodeSums],
+    means: &mut [f32],
+) {
+    let CodeTaken { factors, threshold, first, ids } = taken;
+    let (rows, threshold) = (layout.rows(), *threshold);
+    rest(layout, blocks, of, sums, means, |page, left| {
+        for (t, left) in left.iter_mut().enumerate() {
+            let weights = |h: usize| of.rows[h * of.stride + page * rows + t];
+            let shares = factors.iter().enumerate();
+            let share = shares.fold(0.0_f32, |share, (h, factor)| factor.mul_add(weights(h), share));
+            *left = !(share > threshold);
+            if !*left {
+                ids.push(*first + (page * rows + t) as u32);
+            }
+        }
+    });
+}
+
+/// Sums over the rows of each page that `choose` leaves there.
+fn rest(
+    layout: &CodeLayout,
+    blocks: &[u8],
+    of: &CodeWeights<'_>,
+    sums: &mut [CodeSums],
+    means: &mut [f32],
+    mut choose: impl FnMut(usize, &mut [bool]),
+) {
     let CodeWeights { rows: weights, stride, margins, margin_stride } = *of;
     let group = sums.len();
     let (dv, span, groups) = (layout.value_dim(), layout.span(), layout.groups());
     // Rows that share both a margin and a mean.
     let cell = span.min(layout.group());
+    let mut left = [true; ROWS_MAX];
+    let left = &mut left[..layout.rows()];
     for (page, block) in blocks.chunks_exact(layout.bytes()).enumerate() {
+        choose(page, left);
         let unit = read_f32(block, layout.unit_at());
         let spreads = &block[layout.spreads_at()..][..layout.rows()];
         for h in 0..group {
@@ -223,15 +261,16 @@ pub(in crate::cpu) fn code_rest(
                     let first = s * span + c * cell;
                     let margin =
                         f64::from(margins[h * margin_stride + page * groups + first / layout.group()]);
-                    let weight: f64 = weights.iter().map(|w| f64::from(*w)).sum();
+                    let rows = weights.iter().zip(&spreads[first..]).zip(&left[first..]);
+                    let rows = rows.filter(|(_, left)| **left).map(|(row, _)| row);
+                    let (mut weight, mut apart) = (0.0, 0.0);
+                    for (w, spread) in rows {
+                        weight += f64::from(*w);
+                        apart += f64::from(*w) * f64::from(*spread);
+                    }
                     if weight == 0.0 {
                         continue;
                     }
-                    let apart: f64 = weights
-                        .iter()
-                        .zip(&spreads[first..])
-                        .map(|(w, spread)| f64::from(*w) * f64::from(*spread))
-                        .sum();
                     let (up, down) = (margin.exp(), (-margin).exp());
                     sums.weight += weight;
                     sums.upper += weight * up;

@@ -16,7 +16,7 @@ mod top_k;
 pub(super) use attend::merge_weights;
 pub(super) use attend::{attend, attend_layout, merge, scores, scores_layout};
 pub(super) use bounds::{page_bounds_i8, page_bounds_many, prepare_bounds_i8};
-pub(super) use codes::{code_rest, code_scores, code_weights, exp_in_place, indices_above};
+pub(super) use codes::{code_rest, code_rest_below, code_scores, code_weights, exp_in_place, indices_above};
 pub(super) use convert::{from_f32, to_f32};
 pub(super) use dequantise::dequantise;
 pub(super) use elementwise::{

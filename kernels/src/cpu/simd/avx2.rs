@@ -155,6 +155,7 @@ fn from_fp8(bytes: __m128i) -> __m256 {
 impl Simd for Avx2 {
     type V = __m256;
     type I = __m256i;
+    type M = __m256;
     const LANES: usize = 8;
     const HEADS: usize = 3;
 
@@ -206,9 +207,14 @@ impl Simd for Avx2 {
         unsafe { _mm256_blendv_ps(b, a, _mm256_cmp_ps::<_CMP_GE_OQ>(by, _mm256_setzero_ps())) }
     }
     #[inline(always)]
-    fn above(self, a: __m256, b: __m256) -> u32 {
+    fn lanes_above(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: see above.
-        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)).cast_unsigned() }
+        unsafe { _mm256_cmp_ps::<_CMP_GT_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn bits(self, lanes: __m256) -> u32 {
+        // SAFETY: see above.
+        unsafe { _mm256_movemask_ps(lanes).cast_unsigned() }
     }
     #[inline(always)]
     fn first(self, v: __m256, n: usize, rest: __m256) -> __m256 {
@@ -240,6 +246,11 @@ impl Simd for Avx2 {
     unsafe fn load_f32(self, at: *const u8) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_loadu_ps(at.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_f32_but(self, lanes: __m256, at: *const u8) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_andnot_ps(lanes, _mm256_loadu_ps(at.cast())) }
     }
     #[inline(always)]
     unsafe fn load_f32_part(self, at: *const u8, n: usize) -> __m256 {

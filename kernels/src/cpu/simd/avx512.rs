@@ -87,6 +87,7 @@ fn from_fp8(bytes: __m128i) -> __m512 {
 impl Simd for Avx512 {
     type V = __m512;
     type I = __m512i;
+    type M = __mmask16;
     const LANES: usize = 16;
     const HEADS: usize = 4;
 
@@ -138,9 +139,13 @@ impl Simd for Avx512 {
         unsafe { _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask::<_CMP_GE_OQ>(by, _mm512_setzero_ps()), a) }
     }
     #[inline(always)]
-    fn above(self, a: __m512, b: __m512) -> u32 {
+    fn lanes_above(self, a: __m512, b: __m512) -> __mmask16 {
         // SAFETY: see above.
-        unsafe { u32::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b)) }
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn bits(self, lanes: __mmask16) -> u32 {
+        u32::from(lanes)
     }
     #[inline(always)]
     fn first(self, v: __m512, n: usize, rest: __m512) -> __m512 {
@@ -175,6 +180,11 @@ impl Simd for Avx512 {
     unsafe fn load_f32(self, at: *const u8) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_loadu_ps(at.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn load_f32_but(self, lanes: __mmask16, at: *const u8) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_maskz_loadu_ps(!lanes, at.cast()) }
     }
     #[inline(always)]
     unsafe fn load_f32_part(self, at: *const u8, n: usize) -> __m512 {

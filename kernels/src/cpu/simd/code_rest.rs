@@ -1,12 +1,15 @@
 //! What rows that are not attended amount to, from their weights and digests.
 //!
 //! Rows that share a margin and a mean are a *cell*. Some dozen cells at a time are first summed row by row, then weighed against their
-//! margins, many cells to a register, and last their means are added.
+//! margins, many cells to a register, and last their means are added. Where rows are to be taken by their shares, that is decided in the
+//! first step, while their weights are near.
+
+use std::ops::Range;
 
 use super::stored::{F16, Loaded};
 use super::{Simd, prefetch};
 use crate::codes::CodeLayout;
-use crate::cpu::codes::{CodeSums, CodeWeights};
+use crate::cpu::codes::{CodeSums, CodeTaken, CodeWeights};
 
 /// Cells at a time.
 const CELLS: usize = 64;
@@ -69,6 +72,35 @@ pub(super) fn code_rest<S: Simd>(
     sums: &mut [CodeSums],
     means: &mut [f32],
 ) {
+    let (mut none, factors) = (Vec::new(), [].as_slice());
+    let mut taken = CodeTaken { factors, threshold: f32::INFINITY, first: 0, ids: &mut none };
+    rest::<S, false>(s, layout, blocks, of, &mut taken, sums, means);
+}
+
+#[inline(always)]
+pub(super) fn code_rest_below<S: Simd>(
+    s: S,
+    layout: &CodeLayout,
+    blocks: &[u8],
+    of: &CodeWeights<'_>,
+    taken: &mut CodeTaken<'_>,
+    sums: &mut [CodeSums],
+    means: &mut [f32],
+) {
+    rest::<S, true>(s, layout, blocks, of, taken, sums, means);
+}
+
+/// Sums over all rows, or in case of TAKES over those that are not taken.
+#[inline(always)]
+fn rest<S: Simd, const TAKES: bool>(
+    s: S,
+    layout: &CodeLayout,
+    blocks: &[u8],
+    of: &CodeWeights<'_>,
+    taken: &mut CodeTaken<'_>,
+    sums: &mut [CodeSums],
+    means: &mut [f32],
+) {
     let CodeWeights { rows: weights, stride, margins, margin_stride } = *of;
     let group = sums.len();
     let cell = layout.span().min(layout.group());
@@ -86,17 +118,21 @@ pub(super) fn code_rest<S: Simd>(
         let part = Part { layout, cell, first, n: CELLS.min(count - first) };
         // SAFETY: there are so many cells in the blocks.
         unsafe { place.find(part.n, &mut cells) };
+        if TAKES {
+            taken.ids.reserve(part.n * cell + S::LANES);
+        }
         for h in (0..group).step_by(HEADS) {
-            let heads = HEADS.min(group - h);
-            let weights = &weights[h * stride + first * cell..];
-            // SAFETY: the cells were found; the public method checked that there are weights for all rows.
+            let heads = h..group.min(h + HEADS);
+            let of_part = Weights { rows: &weights[first * cell..], stride };
+            // SAFETY: the cells were found; the public method checked that there are weights for all rows and a factor for each query.
             unsafe {
                 match cell / S::LANES {
-                    1 => part.sum::<S, 1>(s, weights, stride, heads, &mut cells),
-                    2 => part.sum::<S, 2>(s, weights, stride, heads, &mut cells),
-                    _ => part.sum::<S, 4>(s, weights, stride, heads, &mut cells),
+                    1 => part.sum::<S, 1, TAKES>(s, of_part, heads.clone(), taken, &mut cells),
+                    2 => part.sum::<S, 2, TAKES>(s, of_part, heads.clone(), taken, &mut cells),
+                    _ => part.sum::<S, 4, TAKES>(s, of_part, heads.clone(), taken, &mut cells),
                 }
             }
+            let heads = heads.len();
             for i in 0..heads {
                 part.weigh(s, &margins[(h + i) * margin_stride..], i, &cells, &mut sums[h + i]);
             }
@@ -152,6 +188,13 @@ impl Place<'_> {
     }
 }
 
+/// Weights from some row on, one query every `stride` values.
+#[derive(Clone, Copy)]
+struct Weights<'a> {
+    rows: &'a [f32],
+    stride: usize,
+}
+
 /// Some cells of all.
 struct Part<'a> {
     layout: &'a CodeLayout,
@@ -163,17 +206,18 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// Sums the rows of each cell, of `N` registers each; `weights` begins with those of the first one.
+    /// Sums the rows of each cell, of `N` registers each, for some queries; `weights` begins with those of the first one.
     ///
     /// # Safety
-    /// The cells were found; `weights` has one for each of their rows for each query.
+    /// The cells were found; `weights` has one for each of their rows for each query; in case of TAKES there is a factor for each query,
+    /// and room for an id of each row and a register.
     #[inline(always)]
-    unsafe fn sum<S: Simd, const N: usize>(
+    unsafe fn sum<S: Simd, const N: usize, const TAKES: bool>(
         &self,
         s: S,
-        weights: &[f32],
-        stride: usize,
-        heads: usize,
+        weights: Weights<'_>,
+        heads: Range<usize>,
+        taken: &mut CodeTaken<'_>,
         cells: &mut Cells,
     ) {
         for first in (0..self.n).step_by(4) {
@@ -188,18 +232,29 @@ impl Part<'_> {
                     spreads[i][j] = unsafe { s.load_u8(cells.spreads[cell].add(j * S::LANES)) };
                 }
             }
-            for h in 0..heads {
+            // SAFETY: passed on to the caller.
+            let without = unsafe {
+                if TAKES {
+                    self.take::<S, N>(s, weights, rows, 4.min(self.n - first), heads.start == 0, taken)
+                } else {
+                    [[s.lanes_above(s.splat(0.0), s.splat(0.0)); N]; 4]
+                }
+            };
+            for (h, head) in heads.clone().enumerate() {
                 let (mut whole, mut apart) = ([s.splat(0.0); 4], [s.splat(0.0); 4]);
                 // SAFETY: there are weights for all rows of the cells, and room for whole fours of cells.
                 unsafe {
                     for i in 0..4 {
-                        let at = weights.as_ptr().add(h * stride + rows[i]);
-                        whole[i] = s.load_f32(at.cast());
-                        apart[i] = s.mul(whole[i], spreads[i][0]);
-                        for j in 1..N {
-                            let w = s.load_f32(at.add(j * S::LANES).cast());
-                            whole[i] = s.add(whole[i], w);
-                            apart[i] = s.fma(w, spreads[i][j], apart[i]);
+                        let at = weights.rows.as_ptr().add(head * weights.stride + rows[i]);
+                        for j in 0..N {
+                            let at = at.add(j * S::LANES).cast();
+                            let w = if TAKES { s.load_f32_but(without[i][j], at) } else { s.load_f32(at) };
+                            if j == 0 {
+                                (whole[i], apart[i]) = (w, s.mul(w, spreads[i][0]));
+                            } else {
+                                (whole[i], apart[i]) =
+                                    (s.add(whole[i], w), s.fma(w, spreads[i][j], apart[i]));
+                            }
                         }
                     }
                     let to = [&mut cells.weights[h], &mut cells.apart[h]];
@@ -209,10 +264,59 @@ impl Part<'_> {
                 }
             }
         }
-        for h in 0..heads {
+        for h in 0..heads.len() {
             cells.weights[h][self.n..].fill(0.0);
             cells.apart[h][self.n..].fill(0.0);
         }
+    }
+
+    /// Which lanes of four cells' rows are taken. Those of the first `count` cells are named, if that is asked for.
+    ///
+    /// # Safety
+    /// As [`Part::sum`], at the cells' first `rows`.
+    #[inline(always)]
+    unsafe fn take<S: Simd, const N: usize>(
+        &self,
+        s: S,
+        weights: Weights<'_>,
+        rows: [usize; 4],
+        count: usize,
+        named: bool,
+        taken: &mut CodeTaken<'_>,
+    ) -> [[S::M; N]; 4] {
+        let (zero, limit) = (s.splat(0.0), s.splat(taken.threshold));
+        let mut without = [[s.lanes_above(zero, zero); N]; 4];
+        for i in 0..4 {
+            let mut shares = [zero; N];
+            for (h, factor) in taken.factors.iter().enumerate() {
+                let (factor, at) = (s.splat(*factor), h * weights.stride + rows[i]);
+                for j in 0..N {
+                    // SAFETY: passed on to the caller.
+                    let w = unsafe { s.load_f32(weights.rows.as_ptr().add(at + j * S::LANES).cast()) };
+                    shares[j] = s.fma(factor, w, shares[j]);
+                }
+            }
+            for j in 0..N {
+                without[i][j] = s.lanes_above(shares[j], limit);
+            }
+            if !named || i >= count {
+                continue;
+            }
+            for j in 0..N {
+                let lanes = s.bits(without[i][j]);
+                if lanes == 0 {
+                    continue;
+                }
+                let row = self.first * self.cell + rows[i] + j * S::LANES;
+                let (id, len) = (taken.first as usize + row, taken.ids.len());
+                // SAFETY: passed on to the caller: there is room for these and a register.
+                unsafe {
+                    s.compress_i32(s.ids(id as u32), lanes, taken.ids.as_mut_ptr().add(len).cast());
+                    taken.ids.set_len(len + lanes.count_ones() as usize);
+                }
+            }
+        }
+        without
     }
 
     /// Adds the sums of query h, whose margins are given.

@@ -19,6 +19,8 @@ use crate::cpu::scalar::codes::{
 const ROUND: usize = 128 << 10;
 /// Most pages of a round.
 const ROUND_PAGES: usize = 256;
+/// Pages whose scores become weights at once: few enough for the first-level cache.
+const WEIGHED: usize = 8;
 /// How far ahead memory is asked for, in bytes.
 const AHEAD: usize = 8192;
 
@@ -190,7 +192,7 @@ impl Pages {
         &self,
         w: W,
         room: Places,
-        out: Out,
+        pages: Out,
         mut weighing: Option<&mut Weighing<'_, W::L>>,
     ) {
         let shape = &self.shape;
@@ -200,7 +202,7 @@ impl Pages {
             self.weigh::<W, H>(w, &group, room);
             for page in 0..self.count {
                 let block = self.blocks.add(page * shape.bytes);
-                let out = out.at(shape, page, 0);
+                let out = pages.at(shape, page, 0);
                 for g in 0..shape.groups {
                     let (next_block, next_g) = if g + 1 < shape.groups {
                         (block, g + 1)
@@ -223,8 +225,11 @@ impl Pages {
                     self.weigh::<W, H>(w, &next, room);
                     group = next;
                 }
-                if let Some(weighing) = &mut weighing {
-                    weighing.page(w.lanes(), page, out);
+                if let Some(weighing) = &mut weighing
+                    && (page + 1 == self.count || (page + 1).is_multiple_of(WEIGHED))
+                {
+                    let first = page / WEIGHED * WEIGHED;
+                    weighing.pages(w.lanes(), first..page + 1, pages.at(shape, first, 0));
                 }
             }
         }

@@ -103,6 +103,8 @@ pub(super) trait Simd: Copy {
     type V: Copy;
     /// A register of as many i32.
     type I: Copy;
+    /// Some of a register's lanes.
+    type M: Copy;
     /// Values in a register; a multiple of 4.
     const LANES: usize;
     /// Queries that a tile of four accumulators each serves at once, with registers to spare for the operands; at most 4.
@@ -121,8 +123,10 @@ pub(super) trait Simd: Copy {
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a` where `by >= 0`, else `b`.
     fn where_positive(self, by: Self::V, a: Self::V, b: Self::V) -> Self::V;
-    /// One bit per lane: `a > b`, false for NaN.
-    fn above(self, a: Self::V, b: Self::V) -> u32;
+    /// Lanes where `a > b`, not those with NaN.
+    fn lanes_above(self, a: Self::V, b: Self::V) -> Self::M;
+    /// One bit per lane.
+    fn bits(self, lanes: Self::M) -> u32;
     /// The first `n < LANES` lanes, and `rest` in the others.
     fn first(self, v: Self::V, n: usize, rest: Self::V) -> Self::V;
     /// The nearest integer, ties to even.
@@ -137,6 +141,10 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `LANES` f32 are readable at `at`, at any alignment; so for every full load and store, `n` of them for the parts.
     unsafe fn load_f32(self, at: *const u8) -> Self::V;
+    /// 0 in some of the lanes.
+    /// # Safety
+    /// As above.
+    unsafe fn load_f32_but(self, lanes: Self::M, at: *const u8) -> Self::V;
     /// The first `n < LANES` values; 0 in the other lanes.
     /// # Safety
     /// As above.
@@ -206,6 +214,12 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// `LANES` i32 are writable at `at`.
     unsafe fn compress_i32(self, v: Self::I, lanes: u32, at: *mut i32);
+
+    /// One bit per lane: `a > b`, false for NaN.
+    #[inline(always)]
+    fn above(self, a: Self::V, b: Self::V) -> u32 {
+        self.bits(self.lanes_above(a, b))
+    }
 
     /// 64 bytes around the cache.
     /// # Safety

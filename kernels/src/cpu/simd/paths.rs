@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::codes::CodeLayout;
 use crate::cpu::bounds::{Block, Query8};
-use crate::cpu::codes::{CodeOut, CodeScan, CodeSums, CodeWeighing, CodeWeights};
+use crate::cpu::codes::{CodeOut, CodeScan, CodeSums, CodeTaken, CodeWeighing, CodeWeights};
 use crate::dtype::Dtype;
 use crate::layout::RowLayout;
 use crate::packed::{PackedMatrix, QuantisedRows};
@@ -59,6 +59,10 @@ macro_rules! path {
                 code_rest::indices_above(values: &[f32], threshold: f32, ids: &mut Vec<u32>);
                 code_rest::code_rest(
                     layout: &CodeLayout, blocks: &[u8], of: &CodeWeights<'_>, sums: &mut [CodeSums], means: &mut [f32],
+                );
+                code_rest::code_rest_below(
+                    layout: &CodeLayout, blocks: &[u8], of: &CodeWeights<'_>, taken: &mut CodeTaken<'_>, sums: &mut [CodeSums],
+                    means: &mut [f32],
                 );
                 top_k::top_k(scores: &[f32], k: usize, scratch: &mut TopKScratch, out: &mut Vec<u32>);
             );
