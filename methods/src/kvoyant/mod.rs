@@ -134,8 +134,9 @@ impl Kvoyant {
 
     /// Estimates what is left of a head's weights, of which those of attended rows are 0.
     fn rest_of(&self, context: &SelectContext<'_>, head: usize, left: usize, at: Scan<'_>, out: &mut Rest) {
-        let sums = self.sum(head, at.store, at.scratch, &at.seen, None);
-        self.push_rest(context, &sums, left, at.scratch, out);
+        let Scan { store, scratch, seen } = at;
+        let sums = self.sum(head, store, scratch, &seen, None);
+        self.push_rest(context, &sums, left, scratch, out);
     }
 
     /// Takes the rows with a larger share than this, at least so many, and estimates the others in the same pass: as [`Kvoyant::mix`],

@@ -223,10 +223,11 @@ pub(in crate::cpu) fn code_rest_below(
             let weights = |h: usize| of.rows[h * of.stride + page * rows + t];
             let shares = factors.iter().enumerate();
             let share = shares.fold(0.0_f32, |share, (h, factor)| factor.mul_add(weights(h), share));
-            *left = !(share > threshold);
-            if !*left {
+            let above = share > threshold;
+            if above {
                 ids.push(*first + (page * rows + t) as u32);
             }
+            *left = !above;
         }
     });
 }
