@@ -17,10 +17,10 @@ pub(super) struct Room {
     queries: [[[f32; LANES]; HEADS]; DIM_MAX / LANES],
     /// So that a value that is read is not where an address looks like one that was just written, to the processor.
     _apart: [[f32; LANES]; 5],
-    /// Query times step, just so; 0 from where the queries end, up to a whole stripe.
-    products: [[[f32; LANES]; HEADS]; DIM_MAX / LANES],
-    /// `[stripes][HEADS][2·stripe]`, as [`Lanes::weights`] leaves them.
-    weights: [i8; 2 * HEADS * DIM_MAX],
+    /// Query times step of each of two groups, just so; 0 from where the queries end, up to a whole stripe.
+    products: [[[[f32; LANES]; HEADS]; DIM_MAX / LANES]; 2],
+    /// `[stripes][HEADS][2·stripe]` for each, as [`Lanes::weights`](super::lanes::Lanes::weights) leaves them.
+    weights: [[i8; 2 * HEADS * DIM_MAX]; 2],
 }
 
 /// Where the parts of a room are.
@@ -35,6 +35,11 @@ pub(super) struct Places {
 pub(super) const STEP: usize = HEADS * LANES;
 
 impl Places {
+    /// From one group's products to the other's.
+    pub(super) const PRODUCTS: usize = HEADS * DIM_MAX;
+    /// From one group's weights to the other's.
+    pub(super) const WEIGHTS: usize = 2 * HEADS * DIM_MAX;
+
     #[inline(always)]
     pub(super) fn new(room: &mut MaybeUninit<Room>) -> Self {
         let room = room.as_mut_ptr();
@@ -67,8 +72,10 @@ pub(super) unsafe fn fill(width: usize, queries: &[f32], d: usize, room: Places)
             }
         }
         for step in width / LANES..(width / LANES).next_multiple_of(4) {
-            // SAFETY: a layout has at most DIM_MAX channels, a whole number of stripes.
-            unsafe { room.products.add(step * STEP + h * LANES).write_bytes(0, LANES) };
+            for products in [room.products, room.products.wrapping_add(Places::PRODUCTS)] {
+                // SAFETY: a layout has at most DIM_MAX channels, a whole number of stripes.
+                unsafe { products.add(step * STEP + h * LANES).write_bytes(0, LANES) };
+            }
         }
     }
     norms

@@ -7,33 +7,33 @@ use super::avx2::Avx2;
 use super::avx512::Avx512;
 use super::lanes::Lanes;
 
-/// Products of four channels' codes, of several rows at once. A value of such a type is the proof that this machine has the instructions.
+/// Products of codes and weights, of the sixteen rows of a tile at once. A value of such a type is the proof that this machine has the
+/// instructions.
 pub(super) trait Sums: Copy {
     /// What is used for f32.
     type L: Lanes + Simd;
-    /// Four codes, one byte each, of each of [`Sums::ROWS`] rows.
-    type C: Copy;
-    /// The sums of hi and of lo, so far.
+    /// The sums of a tile's rows for one query, so far.
     type S: Copy;
-    /// Rows in a register: as many as f32.
-    const ROWS: usize = <Self::L as Simd>::LANES;
     /// Queries that are served at once.
     const HEADS: usize;
 
     fn lanes(self) -> Self::L;
     fn zero(self) -> Self::S;
-    /// Codes of 16 channels: four times four, as [`Sums::add`] wants them. The two lines of low codes are 64 bytes apart; high codes are read in case of SIX only.
+    /// Adds the products of 16 channels, for `H` queries. Low codes are two lines of 64 bytes, one after the other; high codes are one, and
+    /// read in case of SIX only.
     ///
     /// # Safety
-    /// At each, the rows' bytes are readable.
-    unsafe fn unpack<const SIX: bool>(self, low: *const u8, high: *const u8) -> [Self::C; 4];
-    /// Adds the products of 16 channels.
-    ///
-    /// # Safety
-    /// At `weights` are those of the channels, as [`Lanes::weights`] left them.
-    unsafe fn add<const SIX: bool>(self, sums: Self::S, codes: [Self::C; 4], weights: *const i8) -> Self::S;
-    /// `base + unit·(128·hi + lo)` of each row, as the scalar twin has it.
-    fn scores<const SIX: bool>(self, sums: Self::S, base: f32, unit: f32) -> <Self::L as Simd>::V;
+    /// The lines are readable; at `weights` are those of the channels for each query, as [`Lanes::weights`] left them, two stripes' bytes
+    /// from one query to the next.
+    unsafe fn add<const SIX: bool, const H: usize>(
+        self,
+        sums: &mut [Self::S; H],
+        low: *const u8,
+        high: *const u8,
+        weights: *const i8,
+    );
+    /// `base + unit·Σ` of each row, as the scalar twin has it.
+    fn scores<const SIX: bool>(self, sums: Self::S, base: f32, unit: f32) -> <Self::L as Lanes>::F;
 }
 
 /// Four weights.
@@ -56,7 +56,7 @@ pub(super) struct Words(Avx512);
 
 /// The proof that this machine has AVX2.
 #[derive(Clone, Copy)]
-pub(super) struct Halves(Avx2);
+pub(super) struct Pairs(Avx2);
 
 impl Vnni {
     /// # Safety
@@ -78,7 +78,7 @@ impl Words {
     }
 }
 
-impl Halves {
+impl Pairs {
     /// # Safety
     /// The machine has the instructions.
     #[inline(always)]
@@ -88,8 +88,10 @@ impl Halves {
     }
 }
 
+/// Codes of 16 channels, one byte each: four times four.
+///
 /// # Safety
-/// As [`Sums::unpack`].
+/// As [`Sums::add`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn unpack_16<const SIX: bool>(low: *const u8, high: *const u8) -> [__m512i; 4] {
@@ -118,7 +120,7 @@ unsafe fn unpack_16<const SIX: bool>(low: *const u8, high: *const u8) -> [__m512
 /// Codes of four bits, those in high halves where they are.
 ///
 /// # Safety
-/// As [`Sums::unpack`].
+/// As [`Sums::add`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn halves_16(low: *const u8) -> [__m512i; 4] {
@@ -133,7 +135,7 @@ unsafe fn halves_16(low: *const u8) -> [__m512i; 4] {
     ]
 }
 
-/// As [`Sums::scores`].
+/// As [`Sums::scores`], of sums `128·hi + lo`.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn scores_16(hi: __m512i, lo: __m512i, base: f32, unit: f32) -> __m512 {
@@ -149,9 +151,8 @@ fn dot_16(sums: __m512i, codes: __m512i, weights: i32) -> __m512i {
 
 impl Sums for Vnni {
     type L = Avx512;
-    type C = __m512i;
-    /// Two sums each, for one addition waits for the one before. Of codes of four bits, the second one is of those in high halves, which
-    /// stay there: it is 16 times what it stands for.
+    /// Of hi and of lo, two sums each, for one addition waits for the one before. Of codes of four bits, the second one is of those in high
+    /// halves, which stay there: it is 16 times what it stands for.
     type S = [[__m512i; 2]; 2];
     const HEADS: usize = 4;
 
@@ -167,26 +168,24 @@ impl Sums for Vnni {
         unsafe { [[_mm512_setzero_si512(); 2]; 2] }
     }
     #[inline(always)]
-    unsafe fn unpack<const SIX: bool>(self, low: *const u8, high: *const u8) -> [__m512i; 4] {
-        // SAFETY: see above.
-        unsafe { if SIX { unpack_16::<true>(low, high) } else { halves_16(low) } }
-    }
-    #[inline(always)]
-    unsafe fn add<const SIX: bool>(
+    unsafe fn add<const SIX: bool, const H: usize>(
         self,
-        mut sums: Self::S,
-        codes: [__m512i; 4],
+        sums: &mut [Self::S; H],
+        low: *const u8,
+        high: *const u8,
         weights: *const i8,
-    ) -> Self::S {
-        for i in 0..4 {
-            // SAFETY: see above.
-            unsafe {
-                let at = weights.add(Avx512::four_at(i));
-                sums[0][i % 2] = dot_16(sums[0][i % 2], codes[i], weight(at));
-                sums[1][i % 2] = dot_16(sums[1][i % 2], codes[i], weight(at.add(Avx512::STRIPE)));
+    ) {
+        // SAFETY: see above.
+        unsafe {
+            let codes = if SIX { unpack_16::<true>(low, high) } else { halves_16(low) };
+            for h in 0..H {
+                for i in 0..4 {
+                    let at = weights.add(h * 2 * Avx512::STRIPE + Avx512::four_at(i));
+                    sums[h][0][i % 2] = dot_16(sums[h][0][i % 2], codes[i], weight(at));
+                    sums[h][1][i % 2] = dot_16(sums[h][1][i % 2], codes[i], weight(at.add(Avx512::STRIPE)));
+                }
             }
         }
-        sums
     }
     #[inline(always)]
     fn scores<const SIX: bool>(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m512 {
@@ -217,7 +216,7 @@ fn dot_words_16<const SIX: bool>(sums: __m512i, codes: [__m512i; 4], weights: [i
 
 impl Sums for Words {
     type L = Avx512;
-    type C = __m512i;
+    /// Of hi and of lo.
     type S = [__m512i; 2];
     const HEADS: usize = 4;
 
@@ -231,21 +230,21 @@ impl Sums for Words {
         unsafe { [_mm512_setzero_si512(); 2] }
     }
     #[inline(always)]
-    unsafe fn unpack<const SIX: bool>(self, low: *const u8, high: *const u8) -> [__m512i; 4] {
-        // SAFETY: see above.
-        unsafe { unpack_16::<SIX>(low, high) }
-    }
-    #[inline(always)]
-    unsafe fn add<const SIX: bool>(
+    unsafe fn add<const SIX: bool, const H: usize>(
         self,
-        [hi, lo]: Self::S,
-        codes: [__m512i; 4],
+        sums: &mut [Self::S; H],
+        low: *const u8,
+        high: *const u8,
         weights: *const i8,
-    ) -> Self::S {
+    ) {
         // SAFETY: see above.
         unsafe {
-            let (his, los) = all_weights::<Avx512>(weights);
-            [dot_words_16::<SIX>(hi, codes, his), dot_words_16::<SIX>(lo, codes, los)]
+            let codes = unpack_16::<SIX>(low, high);
+            for h in 0..H {
+                let (his, los) = all_weights(weights.add(h * 2 * Avx512::STRIPE));
+                sums[h][0] = dot_words_16::<SIX>(sums[h][0], codes, his);
+                sums[h][1] = dot_words_16::<SIX>(sums[h][1], codes, los);
+            }
         }
     }
     #[inline(always)]
@@ -258,73 +257,115 @@ impl Sums for Words {
 /// The weights of 16 channels, hi and lo.
 ///
 /// # Safety
-/// As [`Sums::add`].
+/// They are readable.
 #[inline(always)]
-unsafe fn all_weights<L: Lanes>(at: *const i8) -> ([i32; 4], [i32; 4]) {
+unsafe fn all_weights(at: *const i8) -> ([i32; 4], [i32; 4]) {
     let (mut hi, mut lo) = ([0; 4], [0; 4]);
     for i in 0..4 {
         // SAFETY: passed on to the caller.
         unsafe {
-            hi[i] = weight(at.add(L::four_at(i)));
-            lo[i] = weight(at.add(L::four_at(i) + L::STRIPE));
+            hi[i] = weight(at.add(Avx512::four_at(i)));
+            lo[i] = weight(at.add(Avx512::four_at(i) + Avx512::STRIPE));
         }
     }
     (hi, lo)
 }
 
+/// Adds the products of a code of each of two channels for `H` queries; codes are words, of eight rows each.
+///
 /// # Safety
-/// As [`Sums::unpack`].
+/// The two weights of each query are readable.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn unpack_8<const SIX: bool>(low: *const u8, high: *const u8) -> [__m256i; 4] {
-    // SAFETY: passed on to the caller.
-    let lines = unsafe { [_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(low.add(64).cast())] };
-    let mask = _mm256_set1_epi8(15);
-    let mut codes = [
-        _mm256_and_si256(lines[0], mask),
-        _mm256_and_si256(_mm256_srli_epi16::<4>(lines[0]), mask),
-        _mm256_and_si256(lines[1], mask),
-        _mm256_and_si256(_mm256_srli_epi16::<4>(lines[1]), mask),
-    ];
-    if SIX {
+unsafe fn add_pair<const H: usize>(sums: &mut [[__m256i; 2]; H], codes: [__m256i; 2], weights: *const i8) {
+    for h in 0..H {
         // SAFETY: passed on to the caller.
-        let high = unsafe { _mm256_loadu_si256(high.cast()) };
-        let shifted =
-            [_mm256_slli_epi16::<4>(high), _mm256_slli_epi16::<2>(high), high, _mm256_srli_epi16::<2>(high)];
-        let mask = _mm256_set1_epi8(0x30);
-        for i in 0..4 {
-            codes[i] = _mm256_or_si256(codes[i], _mm256_and_si256(shifted[i], mask));
+        let weights = _mm256_set1_epi32(unsafe { weight(weights.add(h * 2 * Avx2::STRIPE)) });
+        for half in 0..2 {
+            sums[h][half] = _mm256_add_epi32(sums[h][half], _mm256_madd_epi16(codes[half], weights));
         }
     }
-    codes
 }
 
-/// As [`dot_words_16`].
+/// Adds the products of eight channels' codes of four bits, of one line.
+///
+/// # Safety
+/// The line is readable; `weights` are those of the line's first two channels, and others where [`Lanes::weights`] left them.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn dot_words_8<const SIX: bool>(sums: __m256i, codes: [__m256i; 4], weights: [i32; 4]) -> __m256i {
-    let ones = _mm256_set1_epi16(1);
-    let pair = |i: usize| _mm256_maddubs_epi16(codes[i], _mm256_set1_epi32(weights[i]));
-    let (a, b) = (_mm256_add_epi16(pair(0), pair(1)), _mm256_add_epi16(pair(2), pair(3)));
-    if !SIX {
-        return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_add_epi16(a, b), ones));
+unsafe fn add_fours<const H: usize>(sums: &mut [[__m256i; 2]; H], low: *const u8, weights: *const i8) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let lines = [_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(low.add(32).cast())];
+        let mask = _mm256_set1_epi16(15);
+        add_pair(sums, lines.map(|line| _mm256_and_si256(line, mask)), weights);
+        let codes = lines.map(|line| _mm256_and_si256(_mm256_srli_epi16::<4>(line), mask));
+        add_pair(sums, codes, weights.add(16));
+        let codes = lines.map(|line| _mm256_and_si256(_mm256_srli_epi16::<8>(line), mask));
+        add_pair(sums, codes, weights.add(4));
+        add_pair(sums, lines.map(|line| _mm256_srli_epi16::<12>(line)), weights.add(20));
     }
-    _mm256_add_epi32(sums, _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)))
 }
 
-/// As [`Sums::scores`].
+/// The same of four channels' codes of six bits, one byte each.
+///
+/// # Safety
+/// As [`add_fours`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn add_bytes<const H: usize>(sums: &mut [[__m256i; 2]; H], codes: [__m256i; 2], weights: *const i8) {
+    let low = _mm256_set1_epi16(255);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        add_pair(sums, codes.map(|codes| _mm256_and_si256(codes, low)), weights);
+        add_pair(sums, codes.map(|codes| _mm256_srli_epi16::<8>(codes)), weights.add(4));
+    }
+}
+
+/// The same of sixteen channels' codes of six bits.
+///
+/// # Safety
+/// As [`Sums::add`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn add_sixes<const H: usize>(
+    sums: &mut [[__m256i; 2]; H],
+    low: *const u8,
+    high: *const u8,
+    weights: *const i8,
+) {
+    let (fours, twos) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
+    let both = |low: __m256i, high: __m256i| {
+        _mm256_or_si256(_mm256_and_si256(low, fours), _mm256_and_si256(high, twos))
+    };
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let high = [_mm256_loadu_si256(high.cast()), _mm256_loadu_si256(high.add(32).cast())];
+        let lines = [_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(low.add(32).cast())];
+        let codes = [0, 1].map(|i| both(lines[i], _mm256_slli_epi16::<4>(high[i])));
+        add_bytes(sums, codes, weights);
+        let codes = [0, 1].map(|i| both(_mm256_srli_epi16::<4>(lines[i]), _mm256_slli_epi16::<2>(high[i])));
+        add_bytes(sums, codes, weights.add(16));
+        let lines = [_mm256_loadu_si256(low.add(64).cast()), _mm256_loadu_si256(low.add(96).cast())];
+        let codes = [0, 1].map(|i| both(lines[i], high[i]));
+        add_bytes(sums, codes, weights.add(8));
+        let codes = [0, 1].map(|i| both(_mm256_srli_epi16::<4>(lines[i]), _mm256_srli_epi16::<2>(high[i])));
+        add_bytes(sums, codes, weights.add(24));
+    }
+}
+
+/// As [`Sums::scores`], of eight rows.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn scores_8(hi: __m256i, lo: __m256i, base: f32, unit: f32) -> __m256 {
-    let sums = _mm256_add_epi32(_mm256_slli_epi32::<7>(hi), lo);
+fn scores_8(sums: __m256i, base: f32, unit: f32) -> __m256 {
     _mm256_fmadd_ps(_mm256_set1_ps(unit), _mm256_cvtepi32_ps(sums), _mm256_set1_ps(base))
 }
 
-impl Sums for Halves {
+impl Sums for Pairs {
     type L = Avx2;
-    type C = __m256i;
+    /// Of the first eight rows and of the others.
     type S = [__m256i; 2];
-    const HEADS: usize = 3;
+    const HEADS: usize = 4;
 
     #[inline(always)]
     fn lanes(self) -> Avx2 {
@@ -336,26 +377,26 @@ impl Sums for Halves {
         unsafe { [_mm256_setzero_si256(); 2] }
     }
     #[inline(always)]
-    unsafe fn unpack<const SIX: bool>(self, low: *const u8, high: *const u8) -> [__m256i; 4] {
-        // SAFETY: see above.
-        unsafe { unpack_8::<SIX>(low, high) }
-    }
-    #[inline(always)]
-    unsafe fn add<const SIX: bool>(
+    unsafe fn add<const SIX: bool, const H: usize>(
         self,
-        [hi, lo]: Self::S,
-        codes: [__m256i; 4],
+        sums: &mut [Self::S; H],
+        low: *const u8,
+        high: *const u8,
         weights: *const i8,
-    ) -> Self::S {
+    ) {
         // SAFETY: see above.
         unsafe {
-            let (his, los) = all_weights::<Avx2>(weights);
-            [dot_words_8::<SIX>(hi, codes, his), dot_words_8::<SIX>(lo, codes, los)]
+            if SIX {
+                add_sixes(sums, low, high, weights);
+            } else {
+                add_fours(sums, low, weights);
+                add_fours(sums, low.add(64), weights.add(8));
+            }
         }
     }
     #[inline(always)]
-    fn scores<const SIX: bool>(self, [hi, lo]: Self::S, base: f32, unit: f32) -> __m256 {
+    fn scores<const SIX: bool>(self, sums: Self::S, base: f32, unit: f32) -> [__m256; 2] {
         // SAFETY: see above.
-        unsafe { scores_8(hi, lo, base, unit) }
+        unsafe { [scores_8(sums[0], base, unit), scores_8(sums[1], base, unit)] }
     }
 }

@@ -5,10 +5,10 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::code_room::{HEADS, Places, Room, STEP, fill};
-use super::code_sums::{Halves, Sums, Vnni, Words};
+use super::code_sums::{Pairs, Sums, Vnni, Words};
 use super::code_weights::Weighing;
 use super::lanes::{LANES, Lanes};
-use super::{Simd, prefetch};
+use super::prefetch;
 use crate::codes::{CodeBits, CodeLayout, TILE};
 use crate::cpu::codes::{CodeOut, CodeScan, CodeWeighing};
 use crate::cpu::scalar::codes::{
@@ -170,18 +170,60 @@ struct Pages {
     count: usize,
 }
 
-/// What queries are to a group, one lane each: as [`GroupQuery`](crate::cpu::scalar::codes::GroupQuery).
+/// The groups of some pages, in order.
 #[derive(Clone, Copy)]
-struct Group {
-    base: [f32; HEADS],
-    unit: [f32; HEADS],
-    margin: [f32; HEADS],
+struct Walk {
+    block: *const u8,
+    /// Of the block.
+    group: usize,
+    /// How many there are from here on; at the end, the last one stays.
+    left: usize,
+}
+
+impl Walk {
+    /// To the next one.
+    ///
+    /// # Safety
+    /// The blocks are of the shape, and as many groups as are left from here on.
+    #[inline(always)]
+    unsafe fn step(&mut self, shape: &Shape) {
+        if self.left > 1 {
+            self.left -= 1;
+            self.group += 1;
+            if self.group == shape.groups {
+                self.group = 0;
+                // SAFETY: passed on to the caller; there is a group left.
+                self.block = unsafe { self.block.add(shape.bytes) };
+            }
+        }
+    }
+}
+
+/// Groups that are prepared together: half of what four queries ask of one would be the waiting for one number after the other.
+const PAIR: usize = 2;
+
+/// Sums over a group's offsets and steps, in lanes.
+struct Looked<L: Lanes> {
+    base: [L::F; HEADS],
+    squares: [L::F; HEADS],
+    largest: [L::Top; HEADS],
+    offset_norm: f32,
+    error: f32,
+}
+
+/// What queries are to the groups of a pair, a lane for each query of the first one, then of the second one: as
+/// [`GroupQuery`](crate::cpu::scalar::codes::GroupQuery).
+#[derive(Clone, Copy)]
+struct Pair {
+    base: [f32; PAIR * HEADS],
+    unit: [f32; PAIR * HEADS],
+    margin: [f32; PAIR * HEADS],
     /// What products are multiplied by to become weights.
-    inverse: [f32; HEADS],
+    inverse: [f32; PAIR * HEADS],
 }
 
 impl Pages {
-    /// Scores, or weights, of all pages. While one group's sums are on their way, what is known of the next one's weights is found: each
+    /// Scores, or weights, of all pages. While one pair's sums are on their way, what is known of the next one's weights is found: each
     /// waits for many instructions before, and the processor does not look as far ahead by itself.
     ///
     /// # Safety
@@ -196,74 +238,109 @@ impl Pages {
         mut weighing: Option<&mut Weighing<'_, W::L>>,
     ) {
         let shape = &self.shape;
+        let groups = self.count * shape.groups;
+        let mut here = Walk { block: self.blocks, group: 0, left: groups };
+        let mut ahead = here;
         // SAFETY: passed on to the caller.
         unsafe {
-            let mut group = self.look::<W, H>(w, self.blocks, 0, room);
-            self.weigh::<W, H>(w, &group, room);
-            for page in 0..self.count {
-                let block = self.blocks.add(page * shape.bytes);
-                let out = pages.at(shape, page, 0);
-                for g in 0..shape.groups {
-                    let (next_block, next_g) = if g + 1 < shape.groups {
-                        (block, g + 1)
-                    } else if page + 1 < self.count {
-                        (block.add(shape.bytes), 0)
-                    } else {
-                        // There is none: this one again.
-                        (block, g)
-                    };
-                    let next = self.look::<W, H>(w, next_block, next_g, room);
+            let mut pair = self.look::<W, H>(w, &mut ahead, room);
+            self.weigh::<W, H>(w, &pair, room);
+            for first in (0..groups).step_by(PAIR) {
+                let next = self.look::<W, H>(w, &mut ahead, room);
+                let both = PAIR.min(groups - first);
+                for i in 0..both {
+                    let (g, lane) = (first + i, i * HEADS);
                     for h in 0..H {
-                        out.margins.add(h * out.margin_stride + g).write(group.margin[h]);
+                        pages.margins.add(h * pages.margin_stride + g).write(pair.margin[lane + h]);
                     }
-                    let codes = block.add(g * shape.group_bytes + 4 * shape.width);
-                    let scores = out.scores.add(g * shape.tiles * TILE);
+                    let codes = here.block.add(here.group * shape.group_bytes + 4 * shape.width);
+                    let weights = room.weights.add(i * Places::WEIGHTS);
+                    let scores = pages.scores.add(g * shape.tiles * TILE);
                     for tile in 0..shape.tiles {
-                        let out = Out { scores: scores.add(tile * TILE), ..out };
-                        self.tile::<W, SIX, H>(w, codes.add(tile * shape.tile_bytes), room, &group, out);
+                        let out = Out { scores: scores.add(tile * TILE), ..pages };
+                        self.tile::<W, SIX, H>(
+                            w,
+                            codes.add(tile * shape.tile_bytes),
+                            weights,
+                            (&pair, lane),
+                            out,
+                        );
                     }
-                    self.weigh::<W, H>(w, &next, room);
-                    group = next;
+                    here.step(shape);
                 }
+                self.weigh::<W, H>(w, &next, room);
+                pair = next;
+                // Eight pages are a whole number of pairs.
+                let done = first + both;
                 if let Some(weighing) = &mut weighing
-                    && (page + 1 == self.count || (page + 1).is_multiple_of(WEIGHED))
+                    && (done == groups || done.is_multiple_of(WEIGHED * shape.groups))
                 {
-                    let first = page / WEIGHED * WEIGHED;
-                    weighing.pages(w.lanes(), first..page + 1, pages.at(shape, first, 0));
+                    let page = done.div_ceil(shape.groups);
+                    let from = (page - 1) / WEIGHED * WEIGHED;
+                    weighing.pages(w.lanes(), from..page, pages.at(shape, from, 0));
                 }
             }
         }
     }
 
-    /// What queries are to a group of a block; their products with its steps go to the room.
+    /// What queries are to the next pair of groups; their products with its steps go to the room.
     ///
     /// # Safety
-    /// The block is readable, the room has `H` queries.
+    /// As [`Walk::step`]; the blocks are readable, the room has `H` queries.
     #[inline(always)]
-    unsafe fn look<W: Sums, const H: usize>(&self, w: W, block: *const u8, g: usize, room: Places) -> Group {
-        let (l, shape, width) = (w.lanes(), &self.shape, self.shape.width);
-        let zero = l.splat_16(0.0);
-        let (mut base, mut squares, mut largest) = ([zero; HEADS], [zero; HEADS], [zero; HEADS]);
+    unsafe fn look<W: Sums, const H: usize>(&self, w: W, ahead: &mut Walk, room: Places) -> Pair {
+        let l = w.lanes();
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let first = self.look_at::<W::L, H>(l, *ahead, room.queries, room.products);
+            ahead.step(&self.shape);
+            let second =
+                self.look_at::<W::L, H>(l, *ahead, room.queries, room.products.add(Places::PRODUCTS));
+            ahead.step(&self.shape);
+            self.finish(l, &[first, second])
+        }
+    }
+
+    /// The sums over a group's offsets and steps; the queries' products with its steps.
+    ///
+    /// # Safety
+    /// The block is readable; there are `H` queries, and room for as many products.
+    #[inline(always)]
+    unsafe fn look_at<L: Lanes, const H: usize>(
+        &self,
+        l: L,
+        Walk { block, group, .. }: Walk,
+        queries: *const f32,
+        products: *mut f32,
+    ) -> Looked<L> {
+        let (shape, width) = (&self.shape, self.shape.width);
+        let zero = [l.splat_16(0.0); HEADS];
+        let (mut base, mut squares, mut largest) = (zero, zero, [l.no_top(); HEADS]);
         // SAFETY: offsets and steps are as many as the queries are wide; norms and errors are as many as groups.
         unsafe {
-            let at = block.add(g * shape.group_bytes);
+            let at = block.add(group * shape.group_bytes);
+            // One loop each: for both, few processors have the registers.
             for i in 0..width / LANES {
-                let (from, to) = (room.queries.add(i * STEP), room.products.add(i * STEP));
+                let from = queries.add(i * STEP);
                 prefetch::<false>(at.wrapping_add(64 * i + AHEAD));
                 let offset = l.load_f16_16(at.add(32 * i));
+                for h in 0..H {
+                    base[h] = l.fma_16(l.load_f32_16(from.add(h * LANES)), offset, base[h]);
+                }
+            }
+            for i in 0..width / LANES {
+                let (from, to) = (queries.add(i * STEP), products.add(i * STEP));
                 let step = l.load_f16_16(at.add(2 * width + 32 * i));
                 for h in 0..H {
-                    let q = l.load_f32_16(from.add(h * LANES));
-                    base[h] = l.fma_16(q, offset, base[h]);
-                    let product = l.mul_16(q, step);
+                    let product = l.mul_16(l.load_f32_16(from.add(h * LANES)), step);
                     squares[h] = l.fma_16(product, product, squares[h]);
                     largest[h] = l.larger(product, largest[h]);
                     l.store_16(product, to.add(h * LANES));
                 }
             }
-            let norm = block.add(shape.norms_at + 4 * g).cast::<f32>().read_unaligned();
-            let error = block.add(shape.errors_at + 4 * g).cast::<f32>().read_unaligned();
-            self.finish(l.sum4_16(base), l.sum4_16(squares), l.max4_16(largest), norm, error)
+            let offset_norm = block.add(shape.norms_at + 4 * group).cast::<f32>().read_unaligned();
+            let error = block.add(shape.errors_at + 4 * group).cast::<f32>().read_unaligned();
+            Looked { base, squares, largest, offset_norm, error }
         }
     }
 
@@ -272,14 +349,16 @@ impl Pages {
     /// # Safety
     /// The room has those of `H` queries.
     #[inline(always)]
-    unsafe fn weigh<W: Sums, const H: usize>(&self, w: W, group: &Group, room: Places) {
-        for j in (0..self.shape.width).step_by(W::L::STRIPE) {
-            for h in 0..H {
-                // SAFETY: passed on to the caller.
-                unsafe {
-                    let products = room.products.add(HEADS * j + h * LANES);
-                    let to = room.weights.add(HEADS * 2 * j + h * 2 * W::L::STRIPE);
-                    w.lanes().weights(products, STEP, group.inverse[h], to);
+    unsafe fn weigh<W: Sums, const H: usize>(&self, w: W, pair: &Pair, room: Places) {
+        for i in 0..PAIR {
+            for j in (0..self.shape.width).step_by(W::L::STRIPE) {
+                for h in 0..H {
+                    // SAFETY: passed on to the caller.
+                    unsafe {
+                        let products = room.products.add(i * Places::PRODUCTS + HEADS * j + h * LANES);
+                        let to = room.weights.add(i * Places::WEIGHTS + HEADS * 2 * j + h * 2 * W::L::STRIPE);
+                        w.lanes().weights(products, STEP, pair.inverse[i * HEADS + h], to);
+                    }
                 }
             }
         }
@@ -287,81 +366,85 @@ impl Pages {
 
     /// What the sums come to, as the scalar twin has it.
     #[inline(always)]
-    fn finish(
-        &self,
-        base: [f32; HEADS],
-        squares: [f32; HEADS],
-        largest: [f32; HEADS],
-        offset_norm: f32,
-        error: f32,
-    ) -> Group {
+    fn finish<L: Lanes>(&self, l: L, [a, b]: &[Looked<L>; PAIR]) -> Pair {
         let terms = &self.terms;
-        // SAFETY: SSE is part of x86-64; __m128 and [f32; 4] have one layout.
+        let base = [l.sum4_16(a.base), l.sum4_16(b.base)];
+        let squares = [l.sum4_16(a.squares), l.sum4_16(b.squares)];
+        let largest = [l.max4_16(a.largest), l.max4_16(b.largest)];
+        let offset_norms = [[a.offset_norm; HEADS], [b.offset_norm; HEADS]];
+        let errors = [[a.error; HEADS], [b.error; HEADS]];
+        // SAFETY: every path has AVX, and `l` is the proof of one; eight f32 and __m256 have one layout.
         unsafe {
-            let [base, squares, largest, norms] =
-                std::mem::transmute::<[[f32; 4]; 4], [__m128; 4]>([base, squares, largest, self.norms]);
-            let (scale, most) = (_mm_set1_ps(terms.score_scale), _mm_set1_ps(BASE_MAX));
+            let [base, squares, largest, norms, offset_norms, errors] =
+                std::mem::transmute::<[[[f32; HEADS]; PAIR]; 6], [__m256; 6]>([
+                    base,
+                    squares,
+                    largest,
+                    [self.norms; PAIR],
+                    offset_norms,
+                    errors,
+                ]);
+            let (scale, most) = (_mm256_set1_ps(terms.score_scale), _mm256_set1_ps(BASE_MAX));
             // The second one where the first is NaN.
-            let base = _mm_min_ps(_mm_max_ps(_mm_mul_ps(base, scale), _mm_set1_ps(-BASE_MAX)), most);
-            let norm = _mm_sqrt_ps(_mm_add_ps(squares, _mm_set1_ps(SQUARES_MIN)));
-            let enough = _mm_cmpge_ps(largest, _mm_set1_ps(PRODUCT_MIN));
-            let usable = _mm_and_ps(enough, _mm_cmple_ps(largest, _mm_set1_ps(f32::MAX)));
-            let unit = _mm_and_ps(usable, _mm_mul_ps(largest, _mm_set1_ps(1.0 / WEIGHT_MAX)));
-            let inverse = _mm_and_ps(usable, _mm_div_ps(_mm_set1_ps(WEIGHT_MAX), largest));
-            let off = _mm_or_ps(_mm_mul_ps(unit, _mm_set1_ps(WEIGHT_OFF)), _mm_andnot_ps(usable, largest));
-            let of_codes = _mm_mul_ps(norm, _mm_set1_ps(error + terms.codes));
-            let of_base = _mm_mul_ps(_mm_mul_ps(norms, _mm_set1_ps(terms.base)), _mm_set1_ps(offset_norm));
-            let of_weights = _mm_mul_ps(off, _mm_set1_ps(terms.most));
-            let sum = _mm_add_ps(_mm_add_ps(of_codes, of_base), of_weights);
-            let margin = _mm_mul_ps(sum, _mm_set1_ps(terms.scale));
+            let base =
+                _mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(base, scale), _mm256_set1_ps(-BASE_MAX)), most);
+            let norm = _mm256_sqrt_ps(_mm256_add_ps(squares, _mm256_set1_ps(SQUARES_MIN)));
+            let enough = _mm256_cmp_ps::<_CMP_GE_OS>(largest, _mm256_set1_ps(PRODUCT_MIN));
+            let usable =
+                _mm256_and_ps(enough, _mm256_cmp_ps::<_CMP_LE_OS>(largest, _mm256_set1_ps(f32::MAX)));
+            let unit = _mm256_and_ps(usable, _mm256_mul_ps(largest, _mm256_set1_ps(1.0 / WEIGHT_MAX)));
+            let inverse = _mm256_and_ps(usable, _mm256_div_ps(_mm256_set1_ps(WEIGHT_MAX), largest));
+            let off = _mm256_or_ps(
+                _mm256_mul_ps(unit, _mm256_set1_ps(WEIGHT_OFF)),
+                _mm256_andnot_ps(usable, largest),
+            );
+            let of_codes = _mm256_mul_ps(norm, _mm256_add_ps(errors, _mm256_set1_ps(terms.codes)));
+            let of_base = _mm256_mul_ps(_mm256_mul_ps(norms, _mm256_set1_ps(terms.base)), offset_norms);
+            let of_weights = _mm256_mul_ps(off, _mm256_set1_ps(terms.most));
+            let sum = _mm256_add_ps(_mm256_add_ps(of_codes, of_base), of_weights);
+            let margin = _mm256_mul_ps(sum, _mm256_set1_ps(terms.scale));
             // Not where it is NaN, either.
-            let known = _mm_cmplt_ps(margin, _mm_set1_ps(MARGIN_MAX));
-            let unknown = _mm_andnot_ps(known, _mm_set1_ps(f32::INFINITY));
-            let unit = _mm_min_ps(_mm_mul_ps(unit, scale), _mm_set1_ps(UNIT_MAX));
-            let margin = _mm_or_ps(_mm_and_ps(known, margin), unknown);
+            let known = _mm256_cmp_ps::<_CMP_LT_OS>(margin, _mm256_set1_ps(MARGIN_MAX));
+            let unknown = _mm256_andnot_ps(known, _mm256_set1_ps(f32::INFINITY));
+            let unit = _mm256_min_ps(_mm256_mul_ps(unit, scale), _mm256_set1_ps(UNIT_MAX));
+            let margin = _mm256_or_ps(_mm256_and_ps(known, margin), unknown);
             let [base, unit, margin, inverse] =
-                std::mem::transmute::<[__m128; 4], [[f32; 4]; 4]>([base, unit, margin, inverse]);
-            Group { base, unit, margin, inverse }
+                std::mem::transmute::<[__m256; 4], [[f32; PAIR * HEADS]; 4]>([base, unit, margin, inverse]);
+            Pair { base, unit, margin, inverse }
         }
     }
 
     /// Scores of 16 rows.
     ///
     /// # Safety
-    /// A tile's codes are readable, the room has weights for `H` queries, `out` has room for 16 scores of each.
+    /// A tile's codes are readable, there are weights for `H` queries, `out` has room for 16 scores of each.
     #[inline(always)]
     unsafe fn tile<W: Sums, const SIX: bool, const H: usize>(
         &self,
         w: W,
         codes: *const u8,
-        room: Places,
-        group: &Group,
+        weights: *const i8,
+        (pair, lane): (&Pair, usize),
         out: Out,
     ) {
         // SAFETY: passed on to the caller.
         unsafe {
-            for first in (0..TILE).step_by(W::ROWS) {
-                let low = codes.add(4 * first);
-                let high = low.add(8 * self.shape.width);
-                let mut sums = [w.zero(); H];
-                for step in 0..self.shape.width / LANES {
-                    let (low, high) = (low.add(128 * step), high.wrapping_add(64 * step));
-                    prefetch::<false>(low.wrapping_add(AHEAD));
-                    prefetch::<false>(low.wrapping_add(AHEAD + 64));
-                    if SIX {
-                        prefetch::<false>(high.wrapping_add(AHEAD));
-                    }
-                    let codes = w.unpack::<SIX>(low, high);
-                    let (stripe, at) = W::L::weights_at(step);
-                    let weights = room.weights.add(stripe * HEADS * 2 * W::L::STRIPE + at);
-                    for h in 0..H {
-                        sums[h] = w.add::<SIX>(sums[h], codes, weights.add(h * 2 * W::L::STRIPE));
-                    }
+            let mut sums = [w.zero(); H];
+            for step in 0..self.shape.width / LANES {
+                let (low, high) =
+                    (codes.add(128 * step), codes.wrapping_add(8 * self.shape.width + 64 * step));
+                prefetch::<false>(low.wrapping_add(AHEAD));
+                prefetch::<false>(low.wrapping_add(AHEAD + 64));
+                if SIX {
+                    prefetch::<false>(high.wrapping_add(AHEAD));
                 }
-                for h in 0..H {
-                    let scores = w.scores::<SIX>(sums[h], group.base[h], group.unit[h]);
-                    w.lanes().store_f32(scores, out.scores.add(h * out.stride + first).cast());
-                }
+                let (stripe, at) = W::L::weights_at(step);
+                let weights = weights.add(stripe * HEADS * 2 * W::L::STRIPE + at);
+                w.add::<SIX, H>(&mut sums, low, high, weights);
+            }
+            for h in 0..H {
+                let scores = w.scores::<SIX>(sums[h], pair.base[lane + h], pair.unit[lane + h]);
+                w.lanes().store_16(scores, out.scores.add(h * out.stride));
             }
         }
     }
@@ -394,7 +477,7 @@ macro_rules! path {
     };
 }
 
-path!(halves, "avx2,fma,f16c", Halves);
+path!(pairs, "avx2,fma,f16c", Pairs);
 path!(words, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq", Words);
 path!(vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", Vnni);
 

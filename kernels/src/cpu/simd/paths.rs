@@ -143,7 +143,7 @@ macro_rules! path {
 
 path!(avx2, "avx2,fma,f16c,popcnt", kernels::avx2::Avx2, {
     pub(in crate::cpu) use kernels::bounds_i8::halves::page_bounds_i8;
-    pub(in crate::cpu) use kernels::codes::halves::{code_scores, code_weights};
+    pub(in crate::cpu) use kernels::codes::pairs::{code_scores, code_weights};
     pub(in crate::cpu) use kernels::hash::bytes::{hamming, hamming_sum};
     pub(in crate::cpu) use kernels::packed::halves::multiply_packed;
 });
