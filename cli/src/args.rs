@@ -301,7 +301,7 @@ pub(crate) struct DecodeArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     /// Tokens of the texts
-    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "2048,8000")]
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "2048,8000", value_parser = at_least_one)]
     pub(crate) lengths: Vec<usize>,
     /// `dense`, or a method as `name:key=value,…`; may be repeated
     #[arg(long, value_name = "dense|METHOD", default_value = "dense")]
@@ -342,16 +342,16 @@ pub(crate) struct MethodsArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     /// Methods, separated by commas; a method with options needs a `--method` of its own
-    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = method::checked)]
     pub(crate) methods: Vec<String>,
     /// A method with options, as `name:key=value,…`
-    #[arg(long = "method", value_name = "METHOD")]
+    #[arg(long = "method", value_name = "METHOD", value_parser = method::checked)]
     pub(crate) specs: Vec<String>,
     /// Rows that a selection may hold per KV head: shares of the sequence (`6%`), or numbers
     #[arg(long, value_name = "N|%", value_delimiter = ',', default_value = "3%,6%,12%")]
     pub(crate) budgets: Vec<Budget>,
     /// Tokens of the real model's texts
-    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "2048")]
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "2048", value_parser = at_least_one)]
     pub(crate) lengths: Vec<usize>,
     /// Ask less: ends within ten minutes on two cores
     #[arg(long)]

@@ -36,6 +36,21 @@ fn an_unknown_method_is_refused_and_the_known_ones_are_named() {
 }
 
 #[test]
+fn what_a_benchmark_cannot_measure_is_refused_before_a_model_is_read() {
+    let home = tempfile::tempdir().unwrap();
+    for (arguments, why) in [
+        (&["bench", "methods", "--methods", "quest,fortune"][..], "unknown method `fortune`"),
+        (&["bench", "methods", "--method", "qest:page=16"], "did you mean `quest`?"),
+        (&["bench", "methods", "--lengths", "0"], "a whole number above 0"),
+        (&["bench", "decode", "--lengths", "2048,0"], "a whole number above 0"),
+        (&["bench", "decode", "--attention", "fortune"], "unknown method `fortune`"),
+    ] {
+        let said = refused(home.path(), arguments);
+        assert!(said.contains(why), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
 fn a_budget_for_a_method_that_has_none_is_refused() {
     let home = tempfile::tempdir().unwrap();
     let arguments = ["run", "--model", "tiny", "--prompt", "x", "--method", "full", "--budget", "6%"];

@@ -98,7 +98,7 @@ fn the_log_is_shown_and_changed_and_what_leaves_memory_is_said() {
     assert!(refused(&daemon, &["log", "a=b=c"]).contains("a=b=c"));
     assert!(said(&daemon, &["evict", "--all"]).starts_with("0 pages (0 B) left for the disk"));
     assert_eq!(json(&daemon, &["evict", "--all"])["pages"], 0);
-    assert!(refused(&daemon, &["evict", "7"]).contains("session 7 has ended"));
+    assert!(refused(&daemon, &["evict", "7"]).contains("there is no session 7, or not any more"));
     assert!(refused(&daemon, &["evict", "7", "x"]).contains("3.0"));
     assert!(refused(&daemon, &["evict"]).contains("--all"));
 }

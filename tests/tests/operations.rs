@@ -292,6 +292,10 @@ fn a_daemon_that_is_drained_serves_those_who_are_there_and_nobody_else_until_tha
     let model = fake::connect(&daemon, &["full"]);
     let sequence = model.open(0, 300).unwrap();
     assert_eq!(ask(&admin, "GET /ready", "").0, 200);
+    // Somebody who means something else drains nobody.
+    let (status, body) = ask(&admin, "POST /v1/drain", r#"{"undo":true}"#);
+    assert!(status == 400 && body.contains("it takes none"), "{status} {body}");
+    assert!(!fetch_draining(&admin).unwrap().draining);
     let report = drain(&admin, true).unwrap();
     assert!(report.draining && report.sessions == 1);
     assert!(matches!(connect(&daemon), Err(Error::Failed(Failure::Draining))), "{:?}", connect(&daemon));
@@ -302,6 +306,8 @@ fn a_daemon_that_is_drained_serves_those_who_are_there_and_nobody_else_until_tha
     assert_eq!(ask(&admin, "GET /health", "").0, 200, "it lives");
     assert!(fetch_status(&admin).unwrap().draining && fetch_draining(&admin).unwrap().draining);
     assert!(!drain(&admin, false).unwrap().draining);
+    assert_eq!(ask(&admin, "POST /v1/drain", "{}").0, 200);
+    assert_eq!(ask(&admin, "DELETE /v1/drain", "{}").0, 200);
     connect(&daemon).unwrap();
     assert_eq!(ask(&admin, "GET /ready", "").0, 200);
 }

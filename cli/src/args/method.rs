@@ -18,6 +18,14 @@ pub(crate) fn parse(text: &str) -> Result<MethodSpec, String> {
     text.parse().map_err(|error| refusal(&error))
 }
 
+/// The same, for whoever goes on with the text.
+///
+/// # Errors
+/// As [`parse`].
+pub(crate) fn checked(text: &str) -> Result<String, String> {
+    parse(text).map(|_| text.to_owned())
+}
+
 /// Why a text is no method, with the name that may have been meant.
 pub(crate) fn refusal(error: &SpecError) -> String {
     let meant = match error {

@@ -169,14 +169,19 @@ impl Routes {
             Action::SetConfig => {
                 Ok(response(StatusCode::OK, &self.set_config(body(request).await?, caller).await?))
             }
-            Action::Reload => Ok(response(StatusCode::OK, &self.reload(caller).await?)),
+            Action::Reload => {
+                no_body(request).await?;
+                Ok(response(StatusCode::OK, &self.reload(caller).await?))
+            }
             Action::Log => Ok(response(StatusCode::OK, &self.log())),
             Action::SetLog => {
                 Ok(response(StatusCode::OK, &self.set_log(body(request).await?, caller).await?))
             }
             Action::Draining => Ok(response(StatusCode::OK, &self.draining())),
-            Action::Drain => Ok(response(StatusCode::OK, &self.drain(true, caller))),
-            Action::Undrain => Ok(response(StatusCode::OK, &self.drain(false, caller))),
+            Action::Drain | Action::Undrain => {
+                no_body(request).await?;
+                Ok(response(StatusCode::OK, &self.drain(route.action == Action::Drain, caller)))
+            }
             Action::Evict => Ok(response(StatusCode::OK, &self.evict(body(request).await?, caller).await?)),
         }
     }
@@ -335,6 +340,24 @@ pub(super) fn handle(text: &str) -> Option<SequenceId> {
 }
 
 async fn body<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, Refusal> {
+    let body = bytes(request).await?;
+    // Else the fields' values in their order would be taken for an object.
+    if body.trim_ascii_start().starts_with(b"[") {
+        return Err(Refusal::Body("a list was sent where an object is wanted".into()));
+    }
+    serde_json::from_slice(&body).map_err(|error| Refusal::Body(error.to_string()))
+}
+
+/// Nothing, or an object with nothing in it: whoever sends more takes the resource for another one.
+async fn no_body(request: Request<Incoming>) -> Result<(), Refusal> {
+    let body = bytes(request).await?;
+    if body.trim_ascii().is_empty() || body.trim_ascii() == b"{}" {
+        return Ok(());
+    }
+    Err(Refusal::Body("it takes none".into()))
+}
+
+async fn bytes(request: Request<Incoming>) -> Result<Bytes, Refusal> {
     let body = Limited::new(request.into_body(), BODY_MAX).collect();
     let body = tokio::time::timeout(BODY_TIMEOUT, body).await;
     let body = body.map_err(|_| Refusal::TooSlow { within: BODY_TIMEOUT })?.map_err(|error| {
@@ -344,12 +367,7 @@ async fn body<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, Refu
             Refusal::Body(error.to_string())
         }
     })?;
-    let body = body.to_bytes();
-    // Else the fields' values in their order would be taken for an object.
-    if body.trim_ascii_start().starts_with(b"[") {
-        return Err(Refusal::Body("a list was sent where an object is wanted".into()));
-    }
-    serde_json::from_slice(&body).map_err(|error| Refusal::Body(error.to_string()))
+    Ok(body.to_bytes())
 }
 
 fn response(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {

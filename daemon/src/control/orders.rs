@@ -29,7 +29,7 @@ const WAITING_MAX: usize = 4;
 #[derive(Debug, Error)]
 pub(crate) enum OrderError {
     /// No such session, or not any more.
-    #[error("session {session} has ended; `kvoyant sequences` lists what is open")]
+    #[error("there is no session {session}, or not any more; `kvoyant sequences` lists what is open")]
     NoSession {
         /// Which session.
         session: u64,
