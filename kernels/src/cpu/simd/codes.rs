@@ -37,6 +37,8 @@ struct Shape {
     tile_bytes: usize,
     norms_at: usize,
     errors_at: usize,
+    /// Where those norms and errors are that are as far ahead as other memory that is asked for.
+    norms_ahead: usize,
 }
 
 impl Shape {
@@ -51,6 +53,7 @@ impl Shape {
             tile_bytes: layout.tile_bytes(),
             norms_at: layout.norms_at(),
             errors_at: layout.errors_at(),
+            norms_ahead: AHEAD.next_multiple_of(layout.bytes()) + layout.norms_at(),
         }
     }
 }
@@ -337,6 +340,9 @@ impl Pages {
                     largest[h] = l.larger(product, largest[h]);
                     l.store_16(product, to.add(h * LANES));
                 }
+            }
+            if group == 0 {
+                prefetch::<false>(block.wrapping_add(shape.norms_ahead));
             }
             let offset_norm = block.add(shape.norms_at + 4 * group).cast::<f32>().read_unaligned();
             let error = block.add(shape.errors_at + 4 * group).cast::<f32>().read_unaligned();
