@@ -23,7 +23,7 @@ const LIBRARY_NAMES: [&str; 3] = ["libcuda.so.1", "libcuda.so", "libcuda.so.12"]
 pub enum Unavailable {
     /// The loader found no driver library.
     #[error(
-        "no CUDA driver on this machine (tried {}): install the NVIDIA driver, give the container the GPU, or use --device host",
+        "no CUDA driver on this machine (tried {}): install the NVIDIA driver, give the container the GPU, or have the daemon use --device host",
         tried.join(", ")
     )]
     NoLibrary {
@@ -51,7 +51,7 @@ pub enum Unavailable {
     Init(CudaError),
     /// The driver works and sees no device.
     #[error(
-        "the CUDA driver sees no device: see nvidia-smi -L and CUDA_VISIBLE_DEVICES, or use --device host"
+        "the CUDA driver sees no device: see nvidia-smi -L and CUDA_VISIBLE_DEVICES, or have the daemon use --device host"
     )]
     NoDevice,
 }

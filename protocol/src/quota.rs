@@ -126,6 +126,11 @@ impl OverQuota {
     }
 
     fn advice(&self) -> String {
+        if self.asked > self.limit {
+            let what =
+                if self.share { "try again when others have left" } else { "have the operator raise it" };
+            return format!("nothing that could be given back would be enough: ask for less, or {what}");
+        }
         if !self.closing.is_empty() {
             let names: Vec<_> = self.closing.iter().map(ToString::to_string).collect();
             return format!("closing {} would free enough", names.join(", "));
@@ -171,6 +176,8 @@ mod tests {
         let sessions =
             OverQuota { quota: Quota::Sessions, asked: 1, held: 2, limit: 2, closing: Vec::new(), ..over };
         assert!(sessions.to_string().contains("2 sessions (the daemon's quota `sessions`), has 2"));
+        let nobody = OverQuota { held: 0, limit: 0, ..sessions.clone() };
+        assert!(nobody.to_string().ends_with("ask for less, or have the operator raise it"), "{nobody}");
         let share = OverQuota { share: true, ..sessions };
         assert!(share.to_string().contains("2 sessions (while what is left is kept for users who have less"));
     }
