@@ -14,8 +14,6 @@ pub(super) trait Sums: Copy {
     type L: Lanes + Simd;
     /// The sums of a tile's rows for one query, so far.
     type S: Copy;
-    /// Queries that are served at once.
-    const HEADS: usize;
 
     fn lanes(self) -> Self::L;
     fn zero(self) -> Self::S;
@@ -154,7 +152,6 @@ impl Sums for Vnni {
     /// Of hi and of lo, two sums each, for one addition waits for the one before. Of codes of four bits, the second one is of those in high
     /// halves, which stay there: it is 16 times what it stands for.
     type S = [[__m512i; 2]; 2];
-    const HEADS: usize = 4;
 
     // SAFETY, here and in every block below: the value `self` is the proof that the instructions are there; where a pointer is
     // used, the caller promises the memory behind it.
@@ -218,7 +215,6 @@ impl Sums for Words {
     type L = Avx512;
     /// Of hi and of lo.
     type S = [__m512i; 2];
-    const HEADS: usize = 4;
 
     #[inline(always)]
     fn lanes(self) -> Avx512 {
@@ -365,7 +361,6 @@ impl Sums for Pairs {
     type L = Avx2;
     /// Of the first eight rows and of the others.
     type S = [__m256i; 2];
-    const HEADS: usize = 4;
 
     #[inline(always)]
     fn lanes(self) -> Avx2 {

@@ -118,14 +118,14 @@ unsafe fn all<W: Sums>(w: W, scan: &CodeScan<'_>, out: Out, mut asked: Option<&m
     let (d, shape, terms) = (layout.head_dim(), Shape::new(layout), Margins::new(layout, scale));
     let pages = blocks.len() / shape.bytes;
     // Weights' sums are brought together after each round.
-    let round = if group <= W::HEADS { ROUND_PAGES } else { ROUND.div_ceil(shape.bytes).min(ROUND_PAGES) };
+    let round = if group <= HEADS { ROUND_PAGES } else { ROUND.div_ceil(shape.bytes).min(ROUND_PAGES) };
     let mut room = MaybeUninit::<Room>::uninit();
     let (room, mut filled) = (Places::new(&mut room), None);
     for first in (0..pages).step_by(round) {
         let count = round.min(pages - first);
         let mut h = 0;
         while h < group {
-            let heads = super::tile(group - h, W::HEADS);
+            let heads = super::tile(group - h, HEADS);
             // SAFETY: passed on to the caller; `room` has as much as any layout needs.
             unsafe {
                 let norms = match filled {
