@@ -172,7 +172,7 @@ static OPERATED: &[Command] = &[
         ],
         &[
             fails(&["--all", NOBODY], ASK),
-            fails(&["7", ADMIN], "session 7 has ended"),
+            fails(&["7", ADMIN], "there is no session 7"),
             fails(&["1", "77.7", ADMIN], "77.7"),
             line(&["1", "x"], "as 3.0"),
             line(&["x"], "x"),
