@@ -294,7 +294,7 @@ fn a_daemon_that_is_drained_serves_those_who_are_there_and_nobody_else_until_tha
     assert_eq!(ask(&admin, "GET /ready", "").0, 200);
     // Somebody who means something else drains nobody.
     let (status, body) = ask(&admin, "POST /v1/drain", r#"{"undo":true}"#);
-    assert!(status == 400 && body.contains("it takes none"), "{status} {body}");
+    assert!(status == 400 && body.contains("takes none"), "{status} {body}");
     assert!(!fetch_draining(&admin).unwrap().draining);
     let report = drain(&admin, true).unwrap();
     assert!(report.draining && report.sessions == 1);

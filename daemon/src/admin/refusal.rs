@@ -50,6 +50,12 @@ pub(super) enum Refusal {
     /// A body that is not what it is to be.
     #[error("the body cannot be read: {0}")]
     Body(String),
+    /// A body where none is wanted.
+    #[error("a body of {bytes} bytes was sent, and this resource takes none")]
+    Bodied {
+        /// How long it is.
+        bytes: usize,
+    },
     /// A handle that is none.
     #[error("{text:?} is no sequence: name its slot and generation, as 3.0; `kvoyant sequences` lists them")]
     Handle {
@@ -144,9 +150,12 @@ impl Refusal {
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooLong { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::TooSlow { .. } => StatusCode::REQUEST_TIMEOUT,
-            Self::Body(_) | Self::Handle { .. } | Self::Label { .. } | Self::User { .. } | Self::Name(_) => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::Body(_)
+            | Self::Bodied { .. }
+            | Self::Handle { .. }
+            | Self::Label { .. }
+            | Self::User { .. }
+            | Self::Name(_) => StatusCode::BAD_REQUEST,
             Self::Foreign { .. } | Self::NotAllowed(_) | Self::Remote { .. } | Self::Operators { .. } => {
                 StatusCode::FORBIDDEN
             }

@@ -354,7 +354,7 @@ async fn no_body(request: Request<Incoming>) -> Result<(), Refusal> {
     if body.trim_ascii().is_empty() || body.trim_ascii() == b"{}" {
         return Ok(());
     }
-    Err(Refusal::Body("it takes none".into()))
+    Err(Refusal::Bodied { bytes: body.len() })
 }
 
 async fn bytes(request: Request<Incoming>) -> Result<Bytes, Refusal> {

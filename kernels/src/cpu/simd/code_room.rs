@@ -73,7 +73,7 @@ pub(super) unsafe fn fill(width: usize, queries: &[f32], d: usize, room: Places)
         }
         for step in width / LANES..(width / LANES).next_multiple_of(4) {
             for products in [room.products, room.products.wrapping_add(Places::PRODUCTS)] {
-                // SAFETY: a layout has at most DIM_MAX channels, a whole number of stripes.
+                // SAFETY: a layout has at most DIM_MAX channels, a whole number of stripes; there are products of two groups.
                 unsafe { products.add(step * STEP + h * LANES).write_bytes(0, LANES) };
             }
         }

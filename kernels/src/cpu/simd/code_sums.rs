@@ -7,6 +7,17 @@ use super::avx2::Avx2;
 use super::avx512::Avx512;
 use super::lanes::Lanes;
 
+/// Where a step of 16 channels has its codes, of the sixteen rows of a tile, and its weights.
+#[derive(Clone, Copy)]
+pub(super) struct Step {
+    /// Two lines of 64 bytes, one after the other.
+    pub(super) low: *const u8,
+    /// One line, of codes of six bits only.
+    pub(super) high: *const u8,
+    /// Those of the first query, as [`Lanes::weights`] left them; the next one's are two stripes' bytes further.
+    pub(super) weights: *const i8,
+}
+
 /// Products of codes and weights, of the sixteen rows of a tile at once. A value of such a type is the proof that this machine has the
 /// instructions.
 pub(super) trait Sums: Copy {
@@ -17,19 +28,11 @@ pub(super) trait Sums: Copy {
 
     fn lanes(self) -> Self::L;
     fn zero(self) -> Self::S;
-    /// Adds the products of 16 channels, for `H` queries. Low codes are two lines of 64 bytes, one after the other; high codes are one, and
-    /// read in case of SIX only.
+    /// Adds the products of a step, for `H` queries.
     ///
     /// # Safety
-    /// The lines are readable; at `weights` are those of the channels for each query, as [`Lanes::weights`] left them, two stripes' bytes
-    /// from one query to the next.
-    unsafe fn add<const SIX: bool, const H: usize>(
-        self,
-        sums: &mut [Self::S; H],
-        low: *const u8,
-        high: *const u8,
-        weights: *const i8,
-    );
+    /// The step's lines are readable, and its weights for so many queries.
+    unsafe fn add<const SIX: bool, const H: usize>(self, sums: &mut [Self::S; H], at: Step);
     /// `base + unit·Σ` of each row, as the scalar twin has it.
     fn scores<const SIX: bool>(self, sums: Self::S, base: f32, unit: f32) -> <Self::L as Lanes>::F;
 }
@@ -165,21 +168,15 @@ impl Sums for Vnni {
         unsafe { [[_mm512_setzero_si512(); 2]; 2] }
     }
     #[inline(always)]
-    unsafe fn add<const SIX: bool, const H: usize>(
-        self,
-        sums: &mut [Self::S; H],
-        low: *const u8,
-        high: *const u8,
-        weights: *const i8,
-    ) {
+    unsafe fn add<const SIX: bool, const H: usize>(self, sums: &mut [Self::S; H], at: Step) {
         // SAFETY: see above.
         unsafe {
-            let codes = if SIX { unpack_16::<true>(low, high) } else { halves_16(low) };
+            let codes = if SIX { unpack_16::<true>(at.low, at.high) } else { halves_16(at.low) };
             for h in 0..H {
                 for i in 0..4 {
-                    let at = weights.add(h * 2 * Avx512::STRIPE + Avx512::four_at(i));
-                    sums[h][0][i % 2] = dot_16(sums[h][0][i % 2], codes[i], weight(at));
-                    sums[h][1][i % 2] = dot_16(sums[h][1][i % 2], codes[i], weight(at.add(Avx512::STRIPE)));
+                    let hi = at.weights.add(h * 2 * Avx512::STRIPE + Avx512::four_at(i));
+                    sums[h][0][i % 2] = dot_16(sums[h][0][i % 2], codes[i], weight(hi));
+                    sums[h][1][i % 2] = dot_16(sums[h][1][i % 2], codes[i], weight(hi.add(Avx512::STRIPE)));
                 }
             }
         }
@@ -226,18 +223,12 @@ impl Sums for Words {
         unsafe { [_mm512_setzero_si512(); 2] }
     }
     #[inline(always)]
-    unsafe fn add<const SIX: bool, const H: usize>(
-        self,
-        sums: &mut [Self::S; H],
-        low: *const u8,
-        high: *const u8,
-        weights: *const i8,
-    ) {
+    unsafe fn add<const SIX: bool, const H: usize>(self, sums: &mut [Self::S; H], at: Step) {
         // SAFETY: see above.
         unsafe {
-            let codes = unpack_16::<SIX>(low, high);
+            let codes = unpack_16::<SIX>(at.low, at.high);
             for h in 0..H {
-                let (his, los) = all_weights(weights.add(h * 2 * Avx512::STRIPE));
+                let (his, los) = all_weights(at.weights.add(h * 2 * Avx512::STRIPE));
                 sums[h][0] = dot_words_16::<SIX>(sums[h][0], codes, his);
                 sums[h][1] = dot_words_16::<SIX>(sums[h][1], codes, los);
             }
@@ -324,12 +315,7 @@ unsafe fn add_bytes<const H: usize>(sums: &mut [[__m256i; 2]; H], codes: [__m256
 /// As [`Sums::add`].
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_sixes<const H: usize>(
-    sums: &mut [[__m256i; 2]; H],
-    low: *const u8,
-    high: *const u8,
-    weights: *const i8,
-) {
+unsafe fn add_sixes<const H: usize>(sums: &mut [[__m256i; 2]; H], Step { low, high, weights }: Step) {
     let (fours, twos) = (_mm256_set1_epi8(15), _mm256_set1_epi8(0x30));
     let both = |low: __m256i, high: __m256i| {
         _mm256_or_si256(_mm256_and_si256(low, fours), _mm256_and_si256(high, twos))
@@ -372,20 +358,14 @@ impl Sums for Pairs {
         unsafe { [_mm256_setzero_si256(); 2] }
     }
     #[inline(always)]
-    unsafe fn add<const SIX: bool, const H: usize>(
-        self,
-        sums: &mut [Self::S; H],
-        low: *const u8,
-        high: *const u8,
-        weights: *const i8,
-    ) {
+    unsafe fn add<const SIX: bool, const H: usize>(self, sums: &mut [Self::S; H], at: Step) {
         // SAFETY: see above.
         unsafe {
             if SIX {
-                add_sixes(sums, low, high, weights);
+                add_sixes(sums, at);
             } else {
-                add_fours(sums, low, weights);
-                add_fours(sums, low.add(64), weights.add(8));
+                add_fours(sums, at.low, at.weights);
+                add_fours(sums, at.low.add(64), at.weights.add(8));
             }
         }
     }

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
 use super::code_room::{HEADS, Places, Room, STEP, fill};
-use super::code_sums::{Pairs, Sums, Vnni, Words};
+use super::code_sums::{Pairs, Step, Sums, Vnni, Words};
 use super::code_weights::Weighing;
 use super::lanes::{LANES, Lanes};
 use super::prefetch;
@@ -202,7 +202,7 @@ impl Walk {
     }
 }
 
-/// Groups that are prepared together: half of what four queries ask of one would be the waiting for one number after the other.
+/// Groups that are prepared together: from sums to margins each number waits for the one before, and two groups side by side take as long as one.
 const PAIR: usize = 2;
 
 /// Sums over a group's offsets and steps, in lanes.
@@ -446,7 +446,7 @@ impl Pages {
                 }
                 let (stripe, at) = W::L::weights_at(step);
                 let weights = weights.add(stripe * HEADS * 2 * W::L::STRIPE + at);
-                w.add::<SIX, H>(&mut sums, low, high, weights);
+                w.add::<SIX, H>(&mut sums, Step { low, high, weights });
             }
             for h in 0..H {
                 let scores = w.scores::<SIX>(sums[h], pair.base[lane + h], pair.unit[lane + h]);

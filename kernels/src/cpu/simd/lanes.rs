@@ -226,7 +226,7 @@ unsafe fn weights_of_16(products: *const f32, inverse: f32, to: *mut i8) {
     );
     let order =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
-    // What is no number counts as on other paths.
+    // What is no number becomes the least weight, as it does in two parts.
     let words = _mm256_max_epi16(_mm256_shuffle_epi8(words, order), _mm256_set1_epi16(-16384));
     // SAFETY: the caller promises room for 32 bytes.
     unsafe { _mm256_storeu_si256(to.cast(), words) };
