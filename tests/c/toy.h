@@ -1,4 +1,4 @@
-// A decoder that is only arithmetic: tokens depend on every bit of every row that attention reads. Its twin in Rust is in tests/tests/c.rs.
+// A decoder that is only arithmetic: tokens depend on every bit of every row that attention reads. Its twin in Rust is in tests/tests/engines/c.rs.
 // Products and sums are rounded one by one and in order (-ffp-contract=off), so that both give the same bits.
 #ifndef TOY_H
 #define TOY_H

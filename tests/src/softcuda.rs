@@ -4,9 +4,10 @@
 //!
 //! ```no_run
 //! # use kvoyant_tests::softcuda::{Machine, on_softcuda};
+//! # use kvoyant_tests::this_test;
 //! #[test]
 //! fn a_slab_is_read_back() {
-//!     if !on_softcuda("a_slab_is_read_back", &Machine::new()) {
+//!     if !on_softcuda(this_test!(), &Machine::new()) {
 //!         return;
 //!     }
 //!     // Here `libcuda.so.1` is softcuda.
@@ -129,6 +130,24 @@ fn library() -> PathBuf {
     })
 }
 
+/// The name of the test that this stands in, as its program's `--exact` takes it.
+#[macro_export]
+macro_rules! this_test {
+    () => {{
+        fn here() {}
+        $crate::softcuda::name_of_test(std::any::type_name_of_val(&here))
+    }};
+}
+
+/// Of the path of a function within a test (crate, modules, test, what stands in it): modules and test.
+#[doc(hidden)]
+#[must_use]
+pub fn name_of_test(path: &'static str) -> &'static str {
+    let path = path.split_once("::").map_or(path, |(_, rest)| rest);
+    let end = path.find("::{{closure}}").or_else(|| path.rfind("::")).unwrap_or(path.len());
+    &path[..end]
+}
+
 /// How a child ended, and all that it said.
 #[derive(Debug)]
 pub struct Ended {
@@ -144,7 +163,7 @@ pub fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
 }
 
-/// Runs one test of this program again, in a process of its own on a machine, and waits for its end.
+/// Runs one test of this program ([`this_test`]) again, in a process of its own on a machine, and waits for its end.
 ///
 /// # Panics
 /// If it cannot be started.

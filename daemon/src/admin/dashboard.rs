@@ -1,7 +1,7 @@
 //! The page for a browser: one file, checked in as it is served, which reads `/metrics` and `/ready` and nothing else.
 //!
 //! Nobody has to trust more than that file: the policy allows its own style and script, by their hashes, and requests to where it came from.
-//! `tests/tests/dashboard.rs` says what the hashes are when the page has changed.
+//! `tests/tests/operating/dashboard.rs` says what the hashes are when the page has changed.
 
 use http_body_util::Full;
 use hyper::Response;
