@@ -22,7 +22,7 @@ use crate::lane::ages::Ages;
 use crate::lane::background::Flying;
 use crate::lane::digests::DigestPool;
 use crate::lane::graph::GraphState;
-use crate::lane::images::Taken;
+use crate::lane::images::{Lease, Taken};
 use crate::lane::keeping::Touched;
 use crate::lane::kept::Keepers;
 use crate::lane::sequences::SequenceSlot;
@@ -164,6 +164,8 @@ pub struct ModelState {
     pub graph: Option<GraphState>,
     /// Where pages may go that leave host memory.
     pub(crate) spill: Option<SpillState>,
+    /// Others of it are with whoever reads or fills pages beside the lane.
+    pub(crate) lease: Lease,
     /// What stands beside the journal of a session that outlasts its daemon.
     pub(crate) frame_log: Option<FrameLog>,
     /// What transfers hold on to.
@@ -299,6 +301,7 @@ impl ModelState {
             ages: None,
             graph,
             spill: spill.map(|to| SpillState::new(to, geometry.page_bytes(), &account)),
+            lease: Lease::default(),
             frame_log: None,
             memory,
             keep,

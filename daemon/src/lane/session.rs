@@ -192,11 +192,13 @@ impl LaneSession {
         self.released_through
     }
 
-    /// Whether copies are on their way, or pages from or to disk. The session's memory must stay until they are not.
+    /// Whether copies are on their way, or pages from or to disk or an image. The session's memory must stay until they are not.
     #[must_use]
     pub fn in_transfer(&self) -> bool {
-        let spill = self.model.as_ref().and_then(|model| model.spill.as_ref());
-        self.in_transfer > 0 || spill.is_some_and(SpillState::is_busy)
+        let on_their_way = |model: &ModelState| {
+            model.lease.is_out() || model.spill.as_ref().is_some_and(SpillState::is_busy)
+        };
+        self.in_transfer > 0 || self.model.as_deref().is_some_and(on_their_way)
     }
 
     /// Whether answers have been planned and not been posted.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use kvoyant_methods::Artifacts;
 use kvoyant_protocol::EXTENT_BYTES;
@@ -10,6 +11,7 @@ use kvoyant_protocol::layout::{Layout, Limits};
 use kvoyant_protocol::memory::Memfd;
 use kvoyant_protocol::quota::Quota;
 use kvoyant_protocol::wire::{BatchEntry, SequenceId};
+use tokio::sync::oneshot;
 
 use crate::device::host::{HostDevice, Shape as Link};
 use crate::device::{Importer, SlabRequest};
@@ -19,7 +21,10 @@ use crate::lane::images::{Drawing, ImageOutcome, ImageRequest};
 use crate::lane::model::{HEAP_FILE_BYTES, ModelState, Placement};
 use crate::lane::select::{Answer, Turn};
 use crate::lane::sequences::LayerSlots;
+use crate::lane::session::LaneSession;
+use crate::lane::{Command, LaneHandle};
 use crate::quota::Ledger;
+use crate::status::SessionStatus;
 use crate::tiers::budget::ArenaBudget;
 use crate::tiers::pool::{ExtentPool, PoolSettings};
 use crate::tiers::residency::SlotSet;
@@ -329,4 +334,44 @@ fn digests_that_are_described_in_pieces_are_those_that_are_described_at_once() {
     // One block of each page of the two layers that rows are selected in.
     assert_eq!(whole[0].pages.len(), 5000_usize.div_ceil(lane.model.shape.page_rows) * 2 * (LAYERS - 1));
     assert_eq!(whole, parts);
+}
+
+#[test]
+fn a_session_is_not_taken_apart_while_somebody_reads_or_fills_its_pages() {
+    let mut served = Served::new(&["full"]);
+    let sequence = served.filled(100);
+    let described = served.model.image(ImageRequest::Describe { sequence, digests: false });
+    assert!(matches!(described, ImageOutcome::Portrait(_)), "{described:?}");
+    let asked = ImageRequest::Lend { sequence, layers: 0..1, pages: 0..1 };
+    let ImageOutcome::Lent(lent) = served.model.image(asked) else { panic!("no pages") };
+    let Served { pool, model } = served;
+    let device = HostDevice::new(Mode::Slab, 1, Link::default()).unwrap();
+    let lane = LaneHandle::start(0, None, Duration::ZERO, Arc::new(device)).unwrap();
+    let layout = Layout::new(Limits::default()).unwrap();
+    let memory = |bytes| Memfd::create("lane-test", bytes).unwrap().map(true).unwrap();
+    let mut session = LaneSession::new(
+        1,
+        Arc::new(SessionStatus::new(1, "test".into(), 1, 1, 0)),
+        layout,
+        memory(layout.c2d_bytes),
+        Arc::new(memory(layout.d2c_bytes)),
+        kvoyant_protocol::wire::Served::default(),
+        Ledger::default().account(1),
+    );
+    session.model = Some(Box::new(model));
+    lane.send(Command::Attach(Box::new(session), Arc::default()));
+    let (done, mut ended) = oneshot::channel();
+    lane.send(Command::Detach(1, done));
+    // The client is gone, and whoever works on a page beside the lane goes on.
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(ended.try_recv().is_err());
+    lent[0].memory.write(lent[0].offset, &[1]).unwrap();
+    assert_eq!(pool.budget().used_bytes(), EXTENT_BYTES as u64, "nobody else has it");
+    drop(lent);
+    ended.blocking_recv().unwrap();
+    let since = Instant::now();
+    while pool.budget().used_bytes() > 0 {
+        assert!(since.elapsed() < Duration::from_secs(60), "its extent comes back");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }

@@ -10,6 +10,7 @@ mod taken;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use kvoyant_methods::mark;
 use kvoyant_protocol::control::{Failure, PageWord};
@@ -61,7 +62,23 @@ pub enum ImageRequest {
     Forget(SequenceId),
 }
 
-/// The place of a page.
+/// Held by whoever reads or writes a session's pages on another thread: as long as one is there, the session is not taken apart, and its
+/// extents are nobody else's. The session may have ended meanwhile.
+#[derive(Debug, Clone, Default)]
+pub struct Lease(Arc<()>);
+
+impl Lease {
+    /// Whether there are others.
+    #[must_use]
+    pub(crate) fn is_out(&self) -> bool {
+        let out = Arc::strong_count(&self.0) > 1;
+        // What whoever held the last one did to the pages was done before.
+        fence(Ordering::Acquire);
+        out
+    }
+}
+
+/// The place of a page, which stays while this is there.
 #[derive(Debug, Clone)]
 pub struct Lent {
     /// Head among all layers' heads.
@@ -72,6 +89,8 @@ pub struct Lent {
     pub memory: Arc<SharedMapping>,
     /// Where in it, in bytes.
     pub offset: usize,
+    /// Keeps the extent the session's.
+    pub lease: Lease,
 }
 
 /// A sequence without its pages.
@@ -268,7 +287,7 @@ impl ModelState {
                     PageWord::Page(word) => {
                         let (extent, offset) = geometry.locate(word * geometry.page_rows as u32);
                         let memory = Arc::clone(self.arena.memory(extent));
-                        lent.push(Lent { head, page, memory, offset });
+                        lent.push(Lent { head, page, memory, offset, lease: self.lease.clone() });
                     }
                     PageWord::None => {}
                     PageWord::Spilled => return Err(Failure::NotReady(Status::HostFull.to_string())),
