@@ -263,15 +263,13 @@ impl SessionArena {
 
     /// Adds extents of the same user.
     pub fn add(&mut self, supply: Supply) {
-        let own = self.supply.extents().len();
-        for index in 0..supply.extents().len() {
-            self.places.push(Place::Own(own + index));
-            let first = self.references.len() as u32;
-            let count = self.geometry.pages_per_extent() as u32;
-            self.references.resize((first + count) as usize, 0);
-            // New pages go below the pages that are free already, the lowest of them last.
-            self.free.splice(0..0, (first..first + count).rev());
-        }
+        let (own, more) = (self.supply.extents().len(), supply.extents().len());
+        self.places.extend((own..own + more).map(Place::Own));
+        let first = self.references.len();
+        let end = first + more * self.geometry.pages_per_extent();
+        self.references.resize(end, 0);
+        // New pages go below the pages that are free already, the lowest of them last.
+        self.free.splice(0..0, (first as u32..end as u32).rev());
         self.supply.append(supply);
     }
 
@@ -286,23 +284,37 @@ impl SessionArena {
         }
         let mut free = vec![0; self.places.len()];
         self.free.iter().for_each(|page| free[*page as usize / per_extent] += 1);
+        // Where each extent of the supply has its place.
+        let mut place_of = vec![0; self.supply.extents().len()];
+        for (at, place) in self.places.iter().enumerate() {
+            if let Place::Own(index) = place {
+                place_of[*index] = at;
+            }
+        }
         for (at, free) in free.into_iter().enumerate().take(known) {
+            if given.extents().len() >= most {
+                break;
+            }
             let Place::Own(index) = self.places[at] else { continue };
-            if free < per_extent || given.extents().len() >= most {
+            if free < per_extent {
                 continue;
             }
             given.append(self.supply.part(index));
             // The last one has taken its place in the supply.
-            let last = self.supply.extents().len();
-            for place in &mut self.places {
-                if matches!(place, Place::Own(own) if *own == last) {
-                    *place = Place::Own(index);
-                }
+            let moved = place_of.pop().unwrap_or(at);
+            if moved != at {
+                self.places[moved] = Place::Own(index);
+                place_of[index] = moved;
             }
             self.places[at] = Place::Gone;
             self.gone += per_extent;
-            self.free.retain(|page| *page as usize / per_extent != at);
         }
+        if given.extents().is_empty() {
+            return given;
+        }
+        // Once for all of them: there may be millions of pages.
+        let places = &self.places;
+        self.free.retain(|page| !matches!(places[*page as usize / per_extent], Place::Gone));
         given
     }
 
