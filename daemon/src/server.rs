@@ -12,10 +12,11 @@ use kvoyant_protocol::control::Mode;
 use kvoyant_protocol::faults::{self, Point};
 use nix::sys::socket::SockType;
 use thiserror::Error;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{self, Token, TokenError};
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::control::{Plane, serve_session};
 use crate::device::Device;
 use crate::device::DeviceName;
@@ -103,6 +104,9 @@ pub enum ServerError {
     /// The arena is larger than what may be had.
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
+    /// Something that is named in it is not what it must be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
 }
 
 /// The part of the arena that published prefixes may take unless somebody says how much, as a divisor.
@@ -194,7 +198,10 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
     let mut inherited = Inherited::take()?;
     let left = inherited.sessions();
     let keep = keep::choose(config)?.map(Arc::new);
-    // From here on there is no way back for the other daemon.
+    if takes_over {
+        // Whatever can be found wrong before is: from here on there is no way back for the other daemon.
+        config.look_around()?;
+    }
     let taken = if takes_over { takeover::take_over(&config.socket)? } else { Vec::new() };
     let claim = |path: &Path, flag, mut given: Option<Listener>| {
         let patient = takes_over && given.is_none();
@@ -301,11 +308,7 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
         let listener = control_end.packets()?;
         let monitor = match config.monitor_address().ok().flatten() {
             None => None,
-            Some(address) => Some(
-                tokio::net::TcpListener::bind(address)
-                    .await
-                    .map_err(|source| ServerError::Monitor { address, source })?,
-            ),
+            Some(address) => listen(address, takes_over).await?,
         };
         let token = &config.monitor_token;
         let token = if token.as_os_str().is_empty() { None } else { Some(Token::read(token)?) };
@@ -444,6 +447,23 @@ fn patiently<T, E>(mut work: impl FnMut() -> Result<T, E>, busy: impl Fn(&E) -> 
                 std::thread::sleep(Duration::from_millis(20));
             }
             result => return result,
+        }
+    }
+}
+
+/// Where metrics are had over TCP. Whoever has taken over has sessions to serve: it waits until the daemon before it has let go, and does
+/// without if it cannot be had.
+async fn listen(address: SocketAddr, takes_over: bool) -> Result<Option<TcpListener>, ServerError> {
+    let since = Instant::now();
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => return Ok(Some(listener)),
+            Err(source) if !takes_over => return Err(ServerError::Monitor { address, source }),
+            Err(_) if since.elapsed() < PREDECESSOR => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(error) => {
+                tracing::error!("no metrics at {address}, only at the admin socket: {error}");
+                return Ok(None);
+            }
         }
     }
 }

@@ -218,6 +218,18 @@ impl Supervisor {
     pub fn takeover(&mut self) {
         self.launch(&["--takeover"]);
     }
+
+    /// Has another daemon with these further flags try to take over, which must end instead; what it said.
+    ///
+    /// # Panics
+    /// If it does not end, or ends well.
+    #[must_use]
+    pub fn refused_takeover(&self, flags: &[&str]) -> String {
+        let mut command = self.command(&[&["--takeover"], flags].concat());
+        let output = command.output().expect("the daemon starts");
+        assert!(!output.status.success(), "{:?}: it has taken over", flags);
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
 }
 
 fn packet_peer(socket: &OwnedFd) -> std::io::Result<i32> {

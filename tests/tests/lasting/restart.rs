@@ -391,3 +391,41 @@ fn where_nothing_is_kept_nothing_is_written_and_nobody_takes_over() {
     let _model = fake::connect_at(&off.socket(), &["full"]);
     assert!(off.kinds().is_empty());
 }
+
+#[test]
+fn a_takeover_that_would_fail_is_given_up_before_the_daemon_before_it_has_let_go() {
+    let daemon = Supervisor::start(DAEMON, &[]);
+    let (mut raw, ..) = claimable(&daemon);
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str, mode: u32| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, "0123456789abcdef").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        path.display().to_string()
+    };
+    let (open, file) = (path("open", 0o644), path("file", 0o600));
+    for (flags, says) in [
+        (&["--monitor", "127.0.0.1:0", "--monitor-token", &open][..], "others may read the token"),
+        (&["--store", &file], "is no folder"),
+        (&["--store", &folder.path().join("new").display().to_string(), "--remote", "nowhere"], "remote = "),
+    ] {
+        let said = daemon.refused_takeover(flags);
+        assert!(said.contains(says), "{flags:?}: {said}");
+        raw.open(10);
+    }
+    assert_eq!(daemon.status().totals.sessions, 1);
+}
+
+#[test]
+fn whoever_takes_over_does_without_an_address_that_somebody_else_has() {
+    let mut daemon = Supervisor::start(DAEMON, &[]);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    daemon.serve_otherwise(&["--monitor", &taken.local_addr().unwrap().to_string()]);
+    let (mut raw, session, token) = claimable(&daemon);
+    raw.open(10);
+    daemon.takeover();
+    let extents = 1;
+    assert!(matches!(claim(&daemon, session, token, extents), Ok(ToClient::Claimed { .. })));
+    let (_, said) = daemon.end(Signal::SIGTERM);
+    assert!(said.contains("no metrics at"), "{said}");
+}
