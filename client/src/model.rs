@@ -297,7 +297,7 @@ impl Model {
         }
     }
 
-    /// Gives sequences room for so many tokens each, in one call; all of them or none.
+    /// Gives sequences room for so many tokens each, in one call; all of them or none (of more than 1024, so many at a time).
     ///
     /// # Errors
     /// [`Failure::Backpressure`](crate::Failure::Backpressure) if the arena is full, with what would free enough.
@@ -322,19 +322,31 @@ impl Model {
         Ok(())
     }
 
-    /// Says that the next rows of every layer have been written: so many tokens of each sequence.
+    /// Says that the next rows of every layer have been written: so many tokens of each sequence. Sequences are as long as the daemon
+    /// has been told: those whose rows it has not been told of are as they were.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`], in which case nothing was told. [`Error::Deadline`] if the daemon takes nothing out of the ring; of more
+    /// sequences than one request may name, the first may have been told of then.
     pub fn append(&self, sequences: &[(&Sequence, usize)]) -> Result<(), Error> {
+        let mut entries = Vec::with_capacity(sequences.len());
         for (sequence, count) in sequences {
-            sequence.check_room(*count)?;
+            match sequence.advance(*count) {
+                Ok(position) => entries.push(BatchEntry {
+                    sequence: sequence.id(),
+                    position: position as u32,
+                    value: *count as u32,
+                }),
+                Err(error) => {
+                    sequences[..entries.len()].iter().for_each(|(sequence, count)| sequence.retreat(*count));
+                    return Err(error);
+                }
+            }
         }
-        let entries = sequences
-            .iter()
-            .map(|(sequence, count)| {
-                let position = sequence.advance(*count)? as u32;
-                Ok(BatchEntry { sequence: sequence.id(), position, value: *count as u32 })
-            })
-            .collect::<Result<Vec<_>, Error>>()?;
-        self.inner.rings.append(&self.inner.control, None, &entries)
+        self.inner.rings.append(&self.inner.control, None, &entries).map_err(|(told, error)| {
+            sequences[told..].iter().for_each(|(sequence, count)| sequence.retreat(*count));
+            error
+        })
     }
 
     /// Sends the statistics of a prompt's queries for one layer, `[KV heads][head dim]`; methods say what they

@@ -107,6 +107,8 @@ impl Submit {
 #[derive(Debug)]
 struct Receive {
     consumer: Consumer,
+    /// Tickets without an answer: layer and members that were asked for.
+    asked: HashMap<u64, (u16, u32)>,
     done: HashMap<u64, Answered>,
     /// The last ticket that was answered, by any daemon.
     last: u64,
@@ -116,6 +118,20 @@ struct Receive {
     abandoned: BTreeSet<u64>,
     /// Tickets that a stream takes care of: their completions only tell what happened.
     streamed: BTreeSet<u64>,
+}
+
+impl Receive {
+    /// Takes note that a ticket is answered, if by what was asked for.
+    fn check(&mut self, completion: &Completion) -> Result<(), Error> {
+        let Completion { ticket, layer, batch, .. } = *completion;
+        match self.asked.remove(&ticket) {
+            Some(asked) if asked == (layer, batch) => Ok(()),
+            Some((asked, members)) => Err(Error::Broken(format!(
+                "the answer to ticket {ticket} is of layer {layer} and {batch} sequences, where layer {asked} of {members} was asked for"
+            ))),
+            None => Err(Error::Broken(format!("an answer came to ticket {ticket}, which waits for none"))),
+        }
+    }
 }
 
 /// Where the request of a speculation lies whose hints a stream has yet to bring.
@@ -196,6 +212,7 @@ impl Rings {
             }),
             receive: Mutex::new(Receive {
                 consumer: Consumer::completions(layout),
+                asked: HashMap::new(),
                 done: HashMap::new(),
                 last: 0,
                 last_here: 0,
@@ -358,6 +375,7 @@ impl Rings {
             fetch,
         };
         submit.last_ticket = ticket;
+        lock(&self.receive).asked.insert(ticket, (layer, batch));
         let bytes = (batch as usize * size_of::<BatchEntry>(), offset);
         self.push(&maps, &mut submit, Operation::Speculate(speculate), bytes);
         Ok(ticket)
@@ -398,6 +416,7 @@ impl Rings {
             fetch: false,
         };
         submit.last_ticket = ticket;
+        lock(&self.receive).asked.insert(ticket, (layer, batch));
         let bytes = (batch as usize * size_of::<BatchEntry>(), 0);
         self.push(&maps, &mut submit, Operation::Speculate(speculate), bytes);
         let (hints, doorbell) = (self.layout.hints(index), self.layout.doorbell(index));
@@ -421,20 +440,26 @@ impl Rings {
         StreamRelease::Word
     }
 
-    /// Pushes an append.
+    /// Pushes an append. Of a failure, how many entries had been pushed before it.
     pub(crate) fn append(
         &self,
         control: &Control,
         layer: Option<u16>,
         entries: &[BatchEntry],
-    ) -> Result<(), Error> {
-        for part in entries.chunks(self.layout.limits.batch_max as usize) {
-            let mut submit = self.room(lock(&self.submit), control)?;
-            let (maps, index) = (self.maps(), submit.producer.next_index());
-            maps.c2d.write(self.layout.batch(index), bytemuck::cast_slice(part))?;
-            let append = Operation::Append(Append { layer, batch: part.len() as u32 });
-            self.push(&maps, &mut submit, append, (size_of_val(part), 0));
+    ) -> Result<(), (usize, Error)> {
+        let at_once = self.layout.limits.batch_max as usize;
+        for (done, part) in entries.chunks(at_once).enumerate() {
+            self.append_part(control, layer, part).map_err(|error| (done * at_once, error))?;
         }
+        Ok(())
+    }
+
+    fn append_part(&self, control: &Control, layer: Option<u16>, part: &[BatchEntry]) -> Result<(), Error> {
+        let mut submit = self.room(lock(&self.submit), control)?;
+        let (maps, index) = (self.maps(), submit.producer.next_index());
+        maps.c2d.write(self.layout.batch(index), bytemuck::cast_slice(part))?;
+        let append = Operation::Append(Append { layer, batch: part.len() as u32 });
+        self.push(&maps, &mut submit, append, (size_of_val(part), 0));
         Ok(())
     }
 
@@ -493,6 +518,7 @@ impl Rings {
                 continue;
             }
             receive.last = completion.ticket;
+            receive.check(&completion)?;
             if receive.streamed.remove(&completion.ticket) {
                 continue;
             }

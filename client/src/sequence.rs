@@ -98,14 +98,6 @@ impl Sequence {
         Ok(())
     }
 
-    pub(crate) fn check_room(&self, count: usize) -> Result<(), Error> {
-        let state = self.state();
-        if state.tokens + count <= state.room {
-            return Ok(());
-        }
-        Err(Error::NoRoom { position: state.tokens + count, room: state.room })
-    }
-
     /// Counts appended tokens; returns the position of the first of them.
     pub(crate) fn advance(&self, count: usize) -> Result<usize, Error> {
         let mut state = self.state();
@@ -115,6 +107,12 @@ impl Sequence {
         }
         state.tokens += count;
         Ok(position)
+    }
+
+    /// Takes back what [`Sequence::advance`] counted and the daemon was not told of.
+    pub(crate) fn retreat(&self, count: usize) {
+        let mut state = self.state();
+        state.tokens = state.tokens.saturating_sub(count);
     }
 
     /// What the page table says of a token.
@@ -278,9 +276,11 @@ impl Sequence {
         // In this order everywhere: forks add memory while they hold the state.
         let state = self.state();
         let addresses = self.inner.memory.addresses();
+        // What is there already may be of another head.
+        let first = runs.len();
         self.each_part(&state, layer, kv_head, ranges, |row, count| {
             let Ok(address) = addresses.of(row, count) else { return };
-            match runs.last_mut() {
+            match runs[first..].last_mut() {
                 Some(last) if last.rows_ptr.wrapping_add(last.rows * row_bytes) == address => {
                     last.rows += count as usize;
                 }

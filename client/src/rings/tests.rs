@@ -57,3 +57,30 @@ fn only_the_stream_that_has_promised_releases_by_the_word() {
     late.add(5);
     assert!(word(6, 9), "nothing is promised any more");
 }
+
+#[test]
+fn an_answer_to_anything_but_what_was_asked_is_an_error() {
+    let layout = Layout::new(Limits::default()).unwrap();
+    let memory = |bytes| Memfd::create("rings-test", bytes).unwrap().map(true).unwrap();
+    let ready = [&[Status::Ready as u8][..], &[0; 63]].concat();
+    let ready = Completion::parse(ready[..].try_into().unwrap(), &layout.limits, Served::default()).unwrap();
+    // Layer 2 of three sequences was asked for, with ticket 1.
+    for (ticket, layer, batch) in [(1, 2, 3), (1, 2, 4), (1, 2, 1), (1, 1, 3), (2, 2, 3), (7, 2, 3)] {
+        let maps = Maps::new(layout, memory(layout.c2d_bytes), memory(layout.d2c_bytes), 0);
+        let (c2d, d2c) = (Arc::clone(&maps.c2d), Arc::clone(&maps.d2c));
+        let rings = Rings::new(maps, (Duration::ZERO, Duration::ZERO));
+        lock(&rings.receive).asked.insert(1, (2, 3));
+        let mut producer = Producer::completions(layout);
+        producer.stage(&d2c, &Completion { ticket, layer, batch, ..ready }.encode());
+        producer.publish(&d2c, &c2d);
+        let right = (ticket, layer, batch) == (1, 2, 3);
+        match rings.collect() {
+            Ok(()) => assert!(right, "{ticket}, {layer}, {batch}"),
+            Err(Error::Broken(said)) => {
+                assert!(!right && said.contains(&format!("ticket {ticket}")), "{said}")
+            }
+            Err(error) => panic!("{error}"),
+        }
+        assert_eq!(lock(&rings.receive).done.contains_key(&1), right);
+    }
+}
