@@ -283,6 +283,8 @@ impl ExtentPool {
         state.pinned += extents.iter().filter(|extent| extent.is_pinned()).count();
         state.huge += extents.iter().filter(|extent| extent.is_huge()).count();
         drop(state);
+        // There may be more now than there may be.
+        self.shared.changed.notify_all();
         Ok(Supply { shared: Arc::clone(&self.shared), uid, purse, extents, unclaimed: true })
     }
 

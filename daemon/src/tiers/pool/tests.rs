@@ -355,3 +355,19 @@ fn extents_that_a_client_may_have_mapped_are_let_go_of_as_they_are() {
     drop(pool);
     assert_eq!(words(&memory), [0x5ec2e7; 3]);
 }
+
+#[test]
+fn what_was_made_ahead_makes_room_for_what_is_adopted() {
+    let pins = FakePin::new(usize::MAX);
+    let pool = pool(3, PoolSettings { ahead_bytes: 3 * EXTENT, ..pins.settings(true) });
+    wait_for(&pool, "all of it", |report| report.ready_bytes == 3 * EXTENT);
+    // As another daemon left them.
+    let left = self::pool(2, PoolSettings::unpinned());
+    let files = take(&left, 7, 2).unwrap();
+    let files = files.extents().iter().map(|extent| Extent::adopt(extent.fd().unwrap()).unwrap());
+    let adopted = pool.adopt(7, files.collect()).unwrap();
+    let report = wait_for(&pool, "no more than may be", |report| report.made_bytes == 3 * EXTENT);
+    assert_eq!((report.ready_bytes, pins.count()), (EXTENT, 3));
+    let more = take(&pool, 7, 1).unwrap();
+    assert_eq!((adopted.extents().len(), more.extents().len()), (2, 1));
+}

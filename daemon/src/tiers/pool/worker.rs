@@ -59,8 +59,10 @@ impl Shared {
         if let Some(job) = self.returned(state) {
             return Some(job);
         }
-        // Made for somebody who has gone meanwhile. Whoever waits has been given what is ready.
-        let left = || state.fresh.iter().position(|extent| !extent.is_pinned());
+        // Made for somebody who has gone meanwhile, or ahead of time before others were adopted that leave no room for it. Whoever waits
+        // has been given what is ready.
+        let beyond = state.made > self.budget.extents();
+        let left = || state.fresh.iter().position(|extent| beyond || !extent.is_pinned());
         if state.made > self.ahead
             && let Some(at) = left()
         {
