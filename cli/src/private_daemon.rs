@@ -65,17 +65,17 @@ impl PrivateDaemon {
         let this = std::env::current_exe().map_err(DaemonError::Start)?;
         let log = File::create(folder.path().join(LOG_FILE)).map_err(DaemonError::Start)?;
         let mut command = Command::new(this);
-        let given = |flag: &str| arguments.iter().any(|argument| argument == flag);
-        if given("--host-percent") && !given("--spill") {
-            let spill = folder.path().join("spill");
-            std::fs::create_dir(&spill).map_err(DaemonError::Start)?;
-            command.env("KVOYANT_SPILL", format!("[{:?}]", spill.display().to_string()));
-        }
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
             if name.starts_with("KVOYANT_") && name != kvoyant_kernels::ENV && name != NVRTC {
                 command.env_remove(&*name);
             }
+        }
+        let given = |flag: &str| arguments.iter().any(|argument| argument == flag);
+        if given("--host-percent") && !given("--spill") {
+            let spill = folder.path().join("spill");
+            std::fs::create_dir(&spill).map_err(DaemonError::Start)?;
+            command.env("KVOYANT_SPILL", format!("[{:?}]", spill.display().to_string()));
         }
         command
             .arg("serve")

@@ -550,7 +550,7 @@ enum kvoyant_status kvoyant_sequence_fork(struct kvoyant_sequence sequence,
                                           uint32_t method,
                                           struct kvoyant_sequence *copy);
 
-// Gives sequences of one model room for so many tokens each, in one call: all of them or none. Room never shrinks by this.
+// Gives sequences of one model room for so many tokens each, in one call: all of them or none (of more than 1024, so many at a time). Room never shrinks by this.
 //
 // `sequences` and `tokens` are `[count]`. Errors: `BACKPRESSURE`, `QUOTA`.
 enum kvoyant_status kvoyant_reserve(struct kvoyant_model model,

@@ -5,7 +5,7 @@
 
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
-use std::sync::{Arc, Once, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use crate::answer::Answered;
 use crate::model::Session;
@@ -112,11 +112,10 @@ extern "C" fn in_child() {
 /// # Errors
 /// If the system has no memory for that.
 pub(crate) fn watch_forks() -> Result<(), Wrong> {
-    static WATCHED: Once = Once::new();
-    let mut failed = 0;
-    WATCHED.call_once(|| {
+    static WATCHED: OnceLock<i32> = OnceLock::new();
+    let failed = *WATCHED.get_or_init(|| {
         // SAFETY: `in_child` only counts in an atomic, which is all that a child of a process with threads may do.
-        failed = unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        unsafe { libc::pthread_atfork(None, None, Some(in_child)) }
     });
     if failed == 0 {
         return Ok(());

@@ -128,7 +128,7 @@ pub unsafe extern "C" fn kvoyant_sequence_fork(
     })
 }
 
-/// Gives sequences of one model room for so many tokens each, in one call: all of them or none. Room never shrinks by this.
+/// Gives sequences of one model room for so many tokens each, in one call: all of them or none (of more than 1024, so many at a time). Room never shrinks by this.
 ///
 /// `sequences` and `tokens` are `[count]`. Errors: `BACKPRESSURE`, `QUOTA`.
 #[unsafe(no_mangle)]

@@ -238,7 +238,7 @@ impl PyModel {
         Ok(py.detach(|| model.publish(sequence, &tokens, shared))?)
     }
 
-    /// Gives sequences room for so many tokens each, in one call: all of them or none.
+    /// Gives sequences room for so many tokens each, in one call: all of them or none (of more than 1024, so many at a time).
     fn reserve(
         &self,
         py: Python<'_>,

@@ -1,6 +1,7 @@
 //! What stands for the daemon's user where nobody says who they are.
 
-use std::os::unix::fs::PermissionsExt;
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use hyper::Request;
@@ -26,6 +27,16 @@ pub enum TokenError {
     Open {
         /// Which.
         path: PathBuf,
+    },
+    /// A file of another user, who knows what is in it.
+    #[error("the token in {} belongs to user {owner}: chown it to user {own}, and write a new one into it", path.display())]
+    Owner {
+        /// Which.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Whose it should be.
+        own: u32,
     },
     /// Something that is easily guessed, or cannot be sent.
     #[error(
@@ -53,11 +64,18 @@ impl Token {
     /// See [`TokenError`].
     pub(crate) fn read(path: &Path) -> Result<Self, TokenError> {
         let fail = |source| TokenError::Read { path: path.to_path_buf(), source };
-        let found = std::fs::metadata(path).map_err(fail)?;
+        let mut file = std::fs::File::open(path).map_err(fail)?;
+        // Of what is read, whatever the name comes to stand for.
+        let found = file.metadata().map_err(fail)?;
         if found.permissions().mode() & 0o077 != 0 {
             return Err(TokenError::Open { path: path.to_path_buf() });
         }
-        let text = std::fs::read_to_string(path).map_err(fail)?;
+        let (owner, own) = (found.uid(), nix::unistd::geteuid().as_raw());
+        if owner != own && owner != 0 {
+            return Err(TokenError::Owner { path: path.to_path_buf(), owner, own });
+        }
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(fail)?;
         let token = text.trim_end();
         if token.len() < BYTES_MIN || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(TokenError::Weak { path: path.to_path_buf() });

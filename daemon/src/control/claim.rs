@@ -357,6 +357,7 @@ pub(super) async fn claim(
                 kept.waiting().insert(session, waiting);
             } else {
                 waiting.keeping.let_go();
+                let _ = tokio::task::spawn_blocking(move || drop(waiting)).await;
             }
             return Err(error);
         }

@@ -8,8 +8,9 @@ impl Kernels {
     /// together are larger than what a cache would keep; every store is visible to other threads in the usual order on return.
     ///
     /// # Safety
-    /// Each `src` is readable and each `dst` writable for `bytes` bytes, nobody else writes to a source or touches a destination
-    /// meanwhile, and no destination overlaps a source or another destination.
+    /// Each `src` is readable and each `dst` writable for `bytes` bytes, no other thread of this process writes to a source, nobody touches
+    /// a destination meanwhile, and no destination overlaps a source or another destination. What another process writes to a source
+    /// meanwhile arrives torn.
     pub unsafe fn copy_runs(self, runs: &[CopyRun]) {
         // Passed on to the caller.
         dispatch!(self, unsafe copy_runs(runs));

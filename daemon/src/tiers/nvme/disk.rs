@@ -89,12 +89,15 @@ impl Disk {
 
     /// A chunk's last owner is gone. It is erased before anybody else gets it, or stays for the next daemon.
     pub(super) fn give_back(&self, chunk: u32) {
+        let mut unclaimed = self.unclaimed();
+        // Under the lock: whoever settles what is unclaimed looks once.
         if self.leaving.load(Ordering::Acquire) {
-            self.unclaimed().insert(chunk);
-        } else {
-            self.returned.push((chunk, 1));
-            self.wake();
+            unclaimed.insert(chunk);
+            return;
         }
+        drop(unclaimed);
+        self.returned.push((chunk, 1));
+        self.wake();
     }
 
     fn unclaimed(&self) -> MutexGuard<'_, BTreeSet<u32>> {
@@ -108,10 +111,13 @@ impl Disk {
 
     /// What has not been claimed is nobody's.
     pub(super) fn settle(&self) {
-        if !self.leaving.swap(false, Ordering::AcqRel) {
-            return;
-        }
-        let nobodys = std::mem::take(&mut *self.unclaimed());
+        let nobodys = {
+            let mut unclaimed = self.unclaimed();
+            if !self.leaving.swap(false, Ordering::AcqRel) {
+                return;
+            }
+            std::mem::take(&mut *unclaimed)
+        };
         // Many at once, where many lie side by side: most of them nobody has ever had.
         let mut runs: Vec<(u32, u32)> = Vec::new();
         for chunk in nobodys {
