@@ -58,6 +58,10 @@ impl LaneSession {
                     (Some(sequence), ImageOutcome::Portrait(portrait)) => {
                         self.go_on_with(Begun::Drawing(Drawing::of(sequence, portrait)))
                     }
+                    // Something was half done, as where a message failed in this way.
+                    (_, ImageOutcome::Failed(Failure::Internal(reason))) => {
+                        Err(SessionError::HalfWay(reason))
+                    }
                     (_, outcome) => Ok(Outcome::Image(outcome)),
                 }
             }

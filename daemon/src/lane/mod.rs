@@ -53,7 +53,7 @@ pub(crate) use self::bomb::Bomb;
 pub use self::ending::Ending;
 use crate::device::{Device, Report};
 use crate::lane::error::SessionError;
-use crate::lane::images::ImageOutcome;
+use crate::lane::images::{ImageOutcome, ImageRequest};
 use crate::lane::keeping::Keeping;
 use crate::lane::list::{Looks, OpenSequence};
 use crate::lane::model::{Announcement, ModelState};
@@ -559,6 +559,7 @@ impl Attached {
 
     fn ask(&mut self, asked: Asked, reply: oneshot::Sender<Outcome>) {
         self.drained = false;
+        let part = matches!(&asked, Asked::Image(ImageRequest::Lend { .. } | ImageRequest::Fill(_)));
         let answer = self.session.asked(asked);
         self.session.refresh_status();
         match self.check(answer) {
@@ -568,7 +569,13 @@ impl Attached {
             }
             // Only then is it kept, with its answer: what is half done is known to no other daemon.
             Some(Outcome::GoesOn(asked)) => (self.parked, self.retries) = (Some((asked, reply)), true),
-            Some(answer) => drop(reply.send(answer)),
+            Some(answer) => {
+                if part {
+                    // Files and stores take their time before the next one, and requests come meanwhile.
+                    self.session.puts_control_off();
+                }
+                drop(reply.send(answer));
+            }
             None => {}
         }
     }

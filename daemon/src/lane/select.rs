@@ -280,7 +280,7 @@ impl ModelState {
                 sequence_seed: sequence.seed,
                 step: tokens as u64,
                 rows: if method.needs().rows { &rows } else { &NoRows },
-                in_time: self.buffers.room.map(|room| InTime { resident: &resident, room }),
+                in_time: self.buffers.room.map(|room| InTime { resident: &resident, first_head: 0, room }),
             };
             let of = (method, sequence.method);
             let mut view = View::new(&mut self.meta, &self.pools, sequence, of, (&self.shape, layer));

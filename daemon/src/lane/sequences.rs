@@ -401,6 +401,14 @@ impl ModelState {
         }
         let capacity = pages.next_power_of_two().max(8);
         let table = self.tables.allocate(heads * capacity * 4)?;
+        let slots = match self.new_slot_table(capacity) {
+            Ok(slots) => slots,
+            Err(error) => {
+                // The sequence keeps what it has.
+                self.tables.release(table);
+                return Err(error);
+            }
+        };
         for head in 0..heads {
             for page in 0..capacity {
                 let word = if page < old_capacity {
@@ -412,7 +420,6 @@ impl ModelState {
             }
         }
         self.tables.release(old);
-        let slots = self.new_slot_table(capacity)?;
         if let (Some(old), Some(new)) = (old_slots, slots) {
             self.move_parts(old, new, heads, old_capacity * SLOT_ENTRY, capacity * SLOT_ENTRY);
         }

@@ -295,8 +295,8 @@ impl LaneSession {
         if waiting > 0 {
             self.poll(tools, waiting.min(most))?;
             let handled = self.requests.index().wrapping_sub(first);
-            // What has to wait for its doorbell comes later.
-            if handled > 0 && handled < waiting {
+            // What has to wait for its doorbell comes later; what was not looked at, because answers are on their way first, does not.
+            if handled < waiting && (handled > 0 || self.must_rest()) {
                 self.draining = Some(end);
                 return Ok(false);
             }

@@ -376,7 +376,7 @@ impl LaneSession {
         self.model.as_ref().is_some_and(|model| model.pages_want_cover())
     }
 
-    /// A control message waits for pages. What was done before it, and of it, may be covered meanwhile: if the daemon ends then, the next one
+    /// A control message waits for pages, or for the next part of an image. What was done before it, and of it, may be covered meanwhile: if the daemon ends then, the next one
     /// closes what it has opened, and the client asks again.
     pub(super) fn puts_control_off(&mut self) {
         if let Some(keeping) = &mut self.keeping {
