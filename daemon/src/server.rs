@@ -203,9 +203,12 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
         config.look_around()?;
     }
     let taken = if takes_over { takeover::take_over(&config.socket)? } else { Vec::new() };
+    // With its sessions here already, there is nothing left but to wait.
+    let predecessor = if takes_over { takeover::PATIENCE } else { PREDECESSOR };
     let claim = |path: &Path, flag, mut given: Option<Listener>| {
         let patient = takes_over && given.is_none();
         patiently(
+            predecessor,
             || Endpoint::claim(path, flag, given.take()),
             |error| patient && matches!(error, ServerError::InUse { .. }),
         )
@@ -240,7 +243,11 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
     let spill = config.spill().map(|settings| {
         // What those sessions have on disk is theirs until they are here again.
         let claimed = keep.is_some() && !(left.is_empty() && taken.is_empty());
-        patiently(|| Spill::start_over(&settings, claimed), |error| matches!(error, SpillError::Busy { .. }))
+        patiently(
+            predecessor,
+            || Spill::start_over(&settings, claimed),
+            |error| matches!(error, SpillError::Busy { .. }),
+        )
     });
     let spill = spill.transpose()?;
     let disk = spill.as_ref().map_or(0, |spill| spill.report().iter().map(|device| device.total_bytes).sum());
@@ -258,6 +265,7 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
     let keeper = match config.store.as_os_str().is_empty() {
         true => None,
         false => Some(Arc::new(patiently(
+            predecessor,
             || Keeper::start(&config.store, &config.remote),
             |error| matches!(error, StoreError::Locked { .. }),
         )?)),
@@ -439,11 +447,15 @@ impl Drop for Leaves {
 }
 
 /// Tries again for a while what a daemon that has just been killed still holds: the kernel lets go of its files some time after its end.
-fn patiently<T, E>(mut work: impl FnMut() -> Result<T, E>, busy: impl Fn(&E) -> bool) -> Result<T, E> {
+fn patiently<T, E>(
+    patience: Duration,
+    mut work: impl FnMut() -> Result<T, E>,
+    busy: impl Fn(&E) -> bool,
+) -> Result<T, E> {
     let since = Instant::now();
     loop {
         match work() {
-            Err(error) if busy(&error) && since.elapsed() < PREDECESSOR => {
+            Err(error) if busy(&error) && since.elapsed() < patience => {
                 std::thread::sleep(Duration::from_millis(20));
             }
             result => return result,

@@ -7,12 +7,15 @@ use std::time::Duration;
 
 use kvoyant_protocol::control::{ControlError, Failure, ToClient, ToDaemon, decode, encode};
 use kvoyant_protocol::packet::{self, FDS_MAX};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 use thiserror::Error;
 
 use super::{Keep, Named};
 
-/// How long the other daemon may take for its next word: its lanes end what they are at.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the other daemon may take for its next word: its lanes end what they are at, and so does whoever reads or writes an image.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why nothing is taken over.
 #[derive(Debug, Error)]
@@ -89,6 +92,10 @@ pub fn take_over(path: &Path) -> Result<Vec<Named>, TakeoverError> {
 
 /// Hands everything to the daemon at the other end. Lanes have ended.
 pub(crate) fn hand_over(keep: &Keep, socket: &OwnedFd) -> io::Result<()> {
+    // It was the control plane's: here it is waited until there is room for the next message.
+    fcntl(socket, FcntlArg::F_SETFL(OFlag::empty()))?;
+    let patience = TimeVal::seconds(PATIENCE.as_secs() as i64);
+    setsockopt(socket, sockopt::SendTimeout, &patience)?;
     let all: Vec<_> = keep.take().into_iter().collect();
     for part in all.chunks(FDS_MAX) {
         let names = part.iter().map(|(name, _)| name.to_string()).collect();

@@ -278,8 +278,9 @@ pub(crate) async fn export(to: Url, registry: Arc<Registry>) {
 
 async fn send(to: &Url, body: String) -> Result<(), String> {
     let said = |error: &dyn std::fmt::Display| error.to_string();
-    let addresses = to.socket_addrs(|| None).map_err(|error| said(&error))?;
-    let stream = TcpStream::connect(&*addresses).await.map_err(|error| said(&error))?;
+    // Names are looked up beside this thread, which serves everybody.
+    let place = (to.host_str().unwrap_or_default(), to.port_or_known_default().unwrap_or(80));
+    let stream = TcpStream::connect(place).await.map_err(|error| said(&error))?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| said(&error))?;
     let host = to.host_str().unwrap_or_default();
