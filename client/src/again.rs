@@ -17,6 +17,7 @@ use crate::control::{Control, Line, Received};
 use crate::error::Error;
 use crate::model::Inner;
 use crate::rings::{Known, Maps};
+use crate::turn::Turns;
 
 /// How long to wait before the next daemon is looked for again.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
@@ -36,9 +37,19 @@ pub(crate) struct Again {
     /// What the newest daemon said that it had done of them, and how the last one was answered.
     claimed: Mutex<(u64, Option<Result<ToClient, Failure>>)>,
     /// One thread at a time looks for the next daemon.
-    turn: Mutex<()>,
+    turn: Turns,
+    search: Mutex<Search>,
     /// Nobody goes on with the session.
     lost: AtomicBool,
+}
+
+/// What is known of the search for the next daemon, whichever thread goes on with it.
+#[derive(Debug, Default)]
+struct Search {
+    /// When it was first found that there is no daemon.
+    begun: Option<Instant>,
+    /// Whether a claim was given up half way, because somebody did not want to wait any longer.
+    given_up: bool,
 }
 
 /// What a session needs to go on with another daemon.
@@ -60,7 +71,8 @@ impl Again {
             inner,
             controls: AtomicU64::new(0),
             claimed: Mutex::default(),
-            turn: Mutex::default(),
+            turn: Turns::default(),
+            search: Mutex::default(),
             lost: AtomicBool::new(false),
         }
     }
@@ -85,10 +97,13 @@ impl Again {
     /// Goes on with the daemon after the one on this line, by a moment at the latest.
     ///
     /// # Errors
-    /// [`Error::DaemonGone`] if there is none that would.
+    /// [`Error::Deadline`] if there is none by then; [`Error::DaemonGone`] if there is none that would, or none came for as long as daemons
+    /// wait for their clients.
     pub(crate) fn go_on(&self, control: &Control, line: &Arc<Line>, until: Instant) -> Result<(), Error> {
         let inner = self.inner.upgrade().ok_or(Error::DaemonGone)?;
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = Instant::now();
+        let late = || Error::Deadline { ticket: 0, waited: begun.elapsed() };
+        let _turn = self.turn.take(until.saturating_duration_since(begun)).ok_or_else(late)?;
         if self.lost.load(Ordering::Relaxed) {
             return Err(Error::DaemonGone);
         }
@@ -96,11 +111,35 @@ impl Again {
         if !Arc::ptr_eq(&control.line(), line) {
             return Ok(());
         }
-        let until = until.min(Instant::now() + self.patience);
+        // However soon one caller wants to know, others have as long as a daemon waits for this session.
+        let (end, given_up) = {
+            let mut search = self.search.lock().unwrap_or_else(PoisonError::into_inner);
+            (*search.begun.get_or_insert(begun) + self.patience, search.given_up)
+        };
         loop {
-            match self.claim(&inner, control, until) {
-                Ok(()) => return Ok(()),
-                Err(error) if may_pass(&error) && Instant::now() < until => std::thread::sleep(LOOK_AGAIN),
+            let passes = match self.claim(&inner, control, until.min(end)) {
+                Ok(()) => {
+                    *self.search.lock().unwrap_or_else(PoisonError::into_inner) = Search::default();
+                    return Ok(());
+                }
+                Err(error) => {
+                    let late = matches!(error, Error::Deadline { .. });
+                    if late {
+                        self.search.lock().unwrap_or_else(PoisonError::into_inner).given_up = true;
+                    }
+                    // A daemon that has not yet seen a claim given up holds it against the next one.
+                    let own = given_up && matches!(error, Error::Failed(Failure::NotKept { .. }));
+                    if late || own || may_pass(&error) { Ok(()) } else { Err(error) }
+                }
+            };
+            let now = Instant::now();
+            match passes {
+                Ok(()) if now >= end => {
+                    self.lost.store(true, Ordering::Relaxed);
+                    return Err(Error::DaemonGone);
+                }
+                Ok(()) if now >= until => return Err(late()),
+                Ok(()) => std::thread::sleep(LOOK_AGAIN),
                 Err(error) => {
                     self.lost.store(true, Ordering::Relaxed);
                     return Err(match error {

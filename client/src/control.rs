@@ -242,8 +242,8 @@ impl Control {
         answer
     }
 
-    /// Whether the daemon has hung up, and no other one goes on with the session; if it said why, that.
-    pub(crate) fn gone(&self) -> Option<Error> {
+    /// Whether the daemon has hung up, and no other one goes on with the session by then; if it said why, that.
+    pub(crate) fn gone(&self, until: Instant) -> Option<Error> {
         let line = self.line();
         if !line.hung_up() {
             return None;
@@ -255,7 +255,7 @@ impl Control {
         match (last_words, self.again.get()) {
             (Some(said), _) => Some(said),
             (None, None) => Some(Error::DaemonGone),
-            (None, Some(again)) => again.go_on(self, &line, Instant::now() + self.timeout).err(),
+            (None, Some(again)) => again.go_on(self, &line, until).err(),
         }
     }
 }

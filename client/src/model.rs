@@ -1,7 +1,7 @@
 //! A registered model: sequences, batches, speculations.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvoyant_kernels::RowLayout;
 use kvoyant_protocol::control::{Mode, ModelSpec, SelectedBy, ToClient, ToDaemon};
@@ -178,7 +178,7 @@ impl Model {
     /// # Errors
     /// [`Error::DaemonGone`], or what the daemon said at its end.
     pub fn check_served(&self) -> Result<(), Error> {
-        self.inner.control.gone().map_or(Ok(()), Err)
+        self.inner.control.gone(Instant::now() + self.inner.control.timeout()).map_or(Ok(()), Err)
     }
 
     /// A counter of this session, as the daemon publishes it.

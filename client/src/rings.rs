@@ -271,7 +271,7 @@ impl Rings {
             }
             // The lane is behind by a whole ring: that is milliseconds, and sleeping gives it the core.
             std::thread::sleep(Duration::from_micros(50));
-            if let Some(error) = control.gone() {
+            if let Some(error) = control.gone(since + control.timeout()) {
                 return Err(error);
             }
             submit = lock(&self.submit);
@@ -324,7 +324,7 @@ impl Rings {
             if since.elapsed() >= self.ticket_timeout {
                 return Err(Error::TooManyInFlight { slots });
             }
-            if let Some(error) = control.gone() {
+            if let Some(error) = control.gone(since + self.ticket_timeout) {
                 return Err(error);
             }
             std::thread::sleep(Duration::from_micros(50));
@@ -576,7 +576,7 @@ impl Rings {
             }
             self.say_sleeping(&maps, false);
             if word.load() == seen
-                && let Some(error) = control.gone()
+                && let Some(error) = control.gone(start + deadline)
             {
                 return Err(error);
             }

@@ -227,7 +227,7 @@ impl Supervisor {
     pub fn refused_takeover(&self, flags: &[&str]) -> String {
         let mut command = self.command(&[&["--takeover"], flags].concat());
         let output = command.output().expect("the daemon starts");
-        assert!(!output.status.success(), "{:?}: it has taken over", flags);
+        assert!(!output.status.success(), "{flags:?}: it has taken over");
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 }

@@ -77,7 +77,7 @@ fn an_answer_to_anything_but_what_was_asked_is_an_error() {
         match rings.collect() {
             Ok(()) => assert!(right, "{ticket}, {layer}, {batch}"),
             Err(Error::Broken(said)) => {
-                assert!(!right && said.contains(&format!("ticket {ticket}")), "{said}")
+                assert!(!right && said.contains(&format!("ticket {ticket}")), "{said}");
             }
             Err(error) => panic!("{error}"),
         }
