@@ -11,6 +11,8 @@ use crate::store::{NoRows, RowSource};
 pub struct InTime<'a> {
     /// Rows that are ready now, of every KV head of the request.
     pub resident: &'a Selection,
+    /// The KV head that these begin with.
+    pub first_head: usize,
     /// How many more rows of each KV head can be by then; [`usize::MAX`]: any number.
     pub room: usize,
 }

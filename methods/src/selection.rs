@@ -24,8 +24,8 @@ impl TokenRange {
 pub struct Selection {
     /// Ranges of head 0, then of head 1, …
     ranges: Vec<TokenRange>,
-    /// Per finished head, where its ranges end.
-    ends: Vec<usize>,
+    /// Per finished head, where its ranges end, and how many rows of it and of those before it were wanted and are left out.
+    ends: Vec<(usize, usize)>,
     /// Rows that would have been selected, had they not come too late.
     late: usize,
     /// Rows that would have been selected, had what is there not been enough.
@@ -54,7 +54,7 @@ impl Selection {
         if first >= end {
             return;
         }
-        let head_start = self.ends.last().copied().unwrap_or(0);
+        let head_start = self.ends.last().map_or(0, |(end, _)| *end);
         let count = (end - first) as u32;
         if let Some(last) = self.ranges[head_start..].last_mut() {
             assert!(last.end() as usize <= first, "ranges of a selection must be sorted and disjoint");
@@ -68,7 +68,7 @@ impl Selection {
 
     /// Ends the head under way; what is pushed next belongs to the next head.
     pub fn finish_head(&mut self) {
-        self.ends.push(self.ranges.len());
+        self.ends.push((self.ranges.len(), self.late + self.spared));
     }
 
     /// Counts rows that are left out because they would come too late.
@@ -94,9 +94,25 @@ impl Selection {
         self.total_rows() + self.late + self.spared
     }
 
+    /// Rows of KV head `head` that were wanted and are left out, for whichever reason.
+    ///
+    /// # Panics
+    /// Where there is no such head.
+    #[must_use]
+    pub(crate) fn left_out(&self, head: usize) -> usize {
+        let before = if head == 0 { 0 } else { self.ends[head - 1].1 };
+        self.ends[head].1 - before
+    }
+
+    /// Counts what another selection left out, all heads together.
+    pub(crate) fn leave_as(&mut self, other: &Self) {
+        self.late += other.late;
+        self.spared += other.spared;
+    }
+
     /// Ranges of the head under way so far.
     pub(crate) fn unfinished(&self) -> &[TokenRange] {
-        &self.ranges[self.ends.last().copied().unwrap_or(0)..]
+        &self.ranges[self.ends.last().map_or(0, |(end, _)| *end)..]
     }
 
     /// Finished heads.
@@ -111,8 +127,8 @@ impl Selection {
     /// Where there is no such head.
     #[must_use]
     pub fn head(&self, head: usize) -> &[TokenRange] {
-        let start = if head == 0 { 0 } else { self.ends[head - 1] };
-        &self.ranges[start..self.ends[head]]
+        let start = if head == 0 { 0 } else { self.ends[head - 1].0 };
+        &self.ranges[start..self.ends[head].0]
     }
 
     /// Rows selected for KV head `head`.

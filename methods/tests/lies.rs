@@ -360,7 +360,7 @@ impl<'a> Life<'a> {
                 .for_each(|token| resident.push(token, token + 1));
             resident.finish_head();
         }
-        let in_time = InTime { resident: &resident, room: rng.below(30) };
+        let in_time = InTime { resident: &resident, first_head: 0, room: rng.below(30) };
         let asks = (needs.leaves_late || needs.sees_resident) && rng.below(2) == 0;
         let context = SelectContext {
             queries,

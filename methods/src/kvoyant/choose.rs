@@ -109,15 +109,14 @@ impl Kvoyant {
     /// are left, those with the largest shares. How many were taken out.
     pub(super) fn leave_out(
         &self,
-        context: &SelectContext<'_>,
         head: usize,
-        InTime { resident, room }: InTime<'_>,
+        InTime { resident, first_head, room }: InTime<'_>,
         seen: &Seen,
         scratch: &mut Scratch,
     ) -> usize {
         let Scratch { group: shares, ids, hits: absent, top, .. } = scratch;
         let first = seen.first_token(self.layout.rows()) as u32;
-        let mut there = resident.tokens(head - context.heads.start).peekable();
+        let mut there = resident.tokens(head - first_head).peekable();
         absent.clear();
         for id in &*ids {
             let token = first + id;

@@ -265,7 +265,7 @@ impl Kvoyant {
             if let Some(in_time) = context.in_time {
                 let near = self.is_near(context, head, store.note(head));
                 let in_time = InTime { room: if near { 0 } else { in_time.room }, ..in_time };
-                let left = self.leave_out(context, head, in_time, &seen, scratch);
+                let left = self.leave_out(head, in_time, &seen, scratch);
                 if near { out.spare(left) } else { out.leave(left) }
             }
             for id in &scratch.ids {

@@ -197,7 +197,7 @@ impl KvoyantSpec {
     /// Rows of each KV head in the mean, of a sequence of `tokens` tokens; 1 where the amount is no budget.
     pub(super) fn rows_of(&self, tokens: usize) -> usize {
         match self.amount {
-            Amount::Budget(budget) => budget.rows_of(tokens) * self.multiple,
+            Amount::Budget(budget) => budget.rows_of(tokens).saturating_mul(self.multiple),
             Amount::MissedMass(_) => 1,
         }
     }

@@ -533,7 +533,7 @@ fn of_rows_that_would_come_late_the_best_come_and_the_others_are_estimated() {
             resident.finish_head();
         }
         for room in [0, 3, 1000] {
-            let in_time = Some(InTime { resident: &resident, room });
+            let in_time = Some(InTime { resident: &resident, first_head: 0, room });
             let mut kept = case.kept.clone();
             let some =
                 kept.select_with(&method, &SelectContext { in_time, ..context.clone() }, &mut Scratch::new());
@@ -575,7 +575,7 @@ fn a_head_whose_queries_are_near_its_last_ones_takes_nothing_that_is_not_there()
     let mut case = case(&method, 0, 280, 1.0, 3);
     let mut resident = Selection::new();
     let ask = |kept: &mut Kept, tokens: usize, hint: &[f32], resident: &Selection| {
-        let in_time = Some(InTime { resident, room: usize::MAX });
+        let in_time = Some(InTime { resident, first_head: 0, room: usize::MAX });
         let context = SelectContext { in_time, ..SelectContext::new(&small(), 1, tokens, hint) };
         kept.select_with(&method, &context, &mut Scratch::new())
     };

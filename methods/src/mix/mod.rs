@@ -176,6 +176,9 @@ impl Mix {
             let mut store = PartStore { mix: self, part, inner: &mut *store };
             let chosen = call(part, &context, &mut store, scratch, &mut of_part);
             any |= chosen;
+            if chosen {
+                out.leave_as(&of_part);
+            }
             for head in 0..count {
                 if chosen {
                     of_part.head(head).iter().for_each(|range| {
@@ -233,6 +236,9 @@ fn common_needs(mix: &MixSpec, parts: &[Box<dyn Method>]) -> Result<Needs, Metho
         common.feedback = common.feedback.or(needs.feedback);
         common.marks |= needs.marks;
         common.prefetch |= needs.prefetch;
+        common.heads_together |= needs.heads_together;
+        common.leaves_late |= needs.leaves_late;
+        common.sees_resident |= needs.sees_resident;
     }
     // A memory's owner is written by the first append, which comes to those with digests.
     common.digest |= common.memory;
@@ -324,6 +330,7 @@ impl Method for Mix {
                 for range in selected.head(head - context.heads.start) {
                     of_part.push(range.first as usize, range.end() as usize);
                 }
+                of_part.leave(selected.left_out(head - context.heads.start));
                 of_part.finish_head();
             }
             let context = SelectContext { heads, ..context.clone() };

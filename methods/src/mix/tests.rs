@@ -183,3 +183,20 @@ fn needs_are_the_union_and_digests_are_shared_by_what_shapes_them() {
     assert_eq!(key("mix:0=(full),1=(window)"), None);
     assert_eq!(build("mix:0=(full),1=(window)", &shape).unwrap().memory_bytes(1000), 0);
 }
+
+#[test]
+fn what_one_part_needs_the_mix_needs_wherever_it_stands() {
+    let shape = Shape { head_dim: 32, value_dim: 32, ..small() };
+    let needs = |text: &str| build(text, &shape).unwrap().needs();
+    let both =
+        |part: &str| [format!("mix:0=(window),rest=({part})"), format!("mix:0=({part}),rest=(window)")];
+    for text in both("kvoyant:scope=layer") {
+        assert!(needs(&text).heads_together, "{text}");
+    }
+    for text in both("kvoyant:late=leave") {
+        assert!(needs(&text).leaves_late, "{text}");
+    }
+    for text in both("kvoyant:reuse=5%") {
+        assert!(needs(&text).sees_resident, "{text}");
+    }
+}
