@@ -49,6 +49,10 @@ impl Sampler {
             .map(|(token, logit)| (token, f64::from((logit - best) / self.options.temperature).exp()))
             .filter(|(_, weight)| *weight > 0.0)
             .collect();
+        if weights.is_empty() {
+            // No logit is a number, or one is infinite: there are no odds.
+            return argmax(logits);
+        }
         weights.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
         let wanted = total * f64::from(self.options.top_p.clamp(0.0, 1.0));
@@ -123,5 +127,14 @@ mod tests {
         let mut sampler = Sampler::new(SamplerOptions { temperature: 1.0, top_p: 0.7, seed: 5 });
         let draws: Vec<u32> = (0..2000).map(|_| sampler.sample(&logits)).collect();
         assert!(draws.contains(&0) && draws.contains(&1) && !draws.contains(&2));
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_sampled_all_the_same() {
+        let mut sampler = Sampler::new(SamplerOptions { temperature: 0.8, top_p: 0.9, seed: 1 });
+        for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(sampler.sample(&[odd; 3]) < 3);
+            assert!(sampler.sample(&[0.0, odd, 1.0]) < 3);
+        }
     }
 }

@@ -161,8 +161,8 @@ struct Report<'a> {
 pub(crate) fn decode(args: &DecodeArgs) -> Result<String, DecodeError> {
     let progress = Progress::new();
     let model = model::open(&args.model, progress)?.model;
-    let (context, steps) = (model.config().context_tokens, args.steps + WARM_UP);
-    if let Some(length) = args.lengths.iter().copied().find(|length| length + steps > context) {
+    let (context, steps) = (model.config().context_tokens, args.steps.saturating_add(WARM_UP));
+    if let Some(length) = args.lengths.iter().copied().find(|length| length.saturating_add(steps) > context) {
         return Err(DecodeError::TooLong { length, steps, context });
     }
     let mut device = "host".to_owned();

@@ -261,7 +261,8 @@ impl Ours {
         let count = COST_PAGES.min(fits).min(self.free.len());
         let mut costs = Vec::with_capacity(COST_ROUNDS);
         for _ in 0..COST_ROUNDS {
-            let before = self.report().writes;
+            let written = |report: DeviceReport| report.writes + report.write_failures;
+            let before = written(self.report());
             let mut assigned: Vec<u32> = Vec::with_capacity(count);
             let began = thread_time()?;
             for at in 0..count {
@@ -273,7 +274,8 @@ impl Ours {
             }
             self.spill.submit(&mut self.jobs);
             let handed_in = thread_time()? - began;
-            while self.report().writes < before + assigned.len() as u64 {
+            // Those that fail are told below.
+            while written(self.report()) < before + assigned.len() as u64 {
                 std::thread::sleep(LOOK);
             }
             let (began, mut taken) = (thread_time()?, 0);

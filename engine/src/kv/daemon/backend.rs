@@ -12,6 +12,7 @@ use super::ask::{Asked, Moment, Partial, Waiting};
 use super::attention::{Pass, Rows};
 use super::device::Layer;
 use super::measure::Attended;
+use super::sequence::Summed;
 use super::{DaemonError, DaemonKv, DaemonSequence};
 
 /// Members of a step that attend together.
@@ -177,6 +178,8 @@ impl DaemonKv {
         // A step that failed before this prefill is over.
         self.in_step = false;
         if self.statistics.is_some_and(|statistics| statistics.keys) {
+            let there = sequence.sums_up(layer, Summed::Keys, &(start..start + tokens));
+            let k = &k[there * kv_heads * d..];
             self.add_sums(layer, sequence, |shape, head| infinigen::HeadRows::keys(k, shape, head));
         }
         self.make_room(&[(sequence, start + tokens)])?;
@@ -222,7 +225,10 @@ impl DaemonKv {
         queries: &[f32],
     ) -> Result<(), DaemonError> {
         if self.statistics.is_some() {
-            self.add_sums(layer, sequence, |shape, head| infinigen::HeadRows::queries(queries, shape, head));
+            let width = self.methods_shape.query_heads * self.methods_shape.head_dim;
+            let there = sequence.sums_up(layer, Summed::Queries, &(start..start + queries.len() / width));
+            let new = &queries[there * width..];
+            self.add_sums(layer, sequence, |shape, head| infinigen::HeadRows::queries(new, shape, head));
         }
         self.keep_queries(layer, sequence, start, queries);
         Ok(())

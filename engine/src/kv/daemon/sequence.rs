@@ -27,6 +27,8 @@ pub struct DaemonSequence {
     tokens: usize,
     /// Statistics of the prompt's queries so far, `[layers][Hkv][d]`; gone once they have been sent.
     sums: Option<Vec<f32>>,
+    /// Up to which token each layer's keys and queries are in there.
+    summed: Vec<[usize; 2]>,
     /// Queries of the prompt's last tokens, by layer, where a method of the session learns from their attention.
     tails: Arc<Vec<Tail>>,
     /// Attention rows of prompt tokens before this position have been sent to this sequence's method.
@@ -47,6 +49,13 @@ pub struct DaemonSequence {
     held_back: HeldBack,
 }
 
+/// What statistics of a prompt are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Summed {
+    Keys,
+    Queries,
+}
+
 impl DaemonSequence {
     pub(super) fn new(inner: Sequence, method: usize, layers: usize) -> Self {
         Self {
@@ -54,6 +63,7 @@ impl DaemonSequence {
             method,
             tokens: 0,
             sums: Some(Vec::new()),
+            summed: vec![[0; 2]; layers],
             tails: Arc::new(vec![Tail::default(); layers]),
             reported: 0,
             last: vec![Vec::new(); layers],
@@ -101,6 +111,14 @@ impl DaemonSequence {
         let sums = self.sums.as_mut()?;
         sums.resize(values, 0.0);
         Some(sums)
+    }
+
+    /// How many of these tokens are in a layer's statistics already: a chunk that failed half way is read once more. From here on all are.
+    pub(super) fn sums_up(&mut self, layer: usize, of: Summed, tokens: &Range<usize>) -> usize {
+        let end = &mut self.summed[layer][of as usize];
+        let there = end.saturating_sub(tokens.start).min(tokens.len());
+        *end = tokens.end.max(*end);
+        there
     }
 
     /// The statistics, once; `None` where there is nothing (more) to send.
@@ -248,6 +266,7 @@ impl DaemonSequence {
             tokens: self.tokens,
             // What the parent has sent, the fork has too; else both still collect.
             sums: self.sums.clone(),
+            summed: self.summed.clone(),
             tails: Arc::clone(&self.tails),
             // Another method has learnt nothing yet.
             reported: if method == self.method { self.reported } else { 0 },
@@ -271,6 +290,8 @@ impl DaemonSequence {
         self.reported = self.reported.min(tokens);
         self.rebuilt.tokens = self.rebuilt.tokens.min(tokens);
         self.named.iter_mut().for_each(Vec::clear);
+        // Of a token that may be gone.
+        self.last.iter_mut().for_each(Vec::clear);
         if let Some(digests) = &mut self.digests {
             digests.truncate(tokens);
         }
