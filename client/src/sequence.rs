@@ -485,6 +485,10 @@ fn check_table(inner: &Inner, table: &TableRef, map: &SharedMapping) -> Result<(
 
 impl Drop for Sequence {
     fn drop(&mut self) {
+        // In a forked child it is the parent's.
+        if self.inner.process != std::process::id() {
+            return;
+        }
         // A daemon that is gone has closed it already, and there is nobody to tell.
         let _ = self.close_now(Some(DROP_TIMEOUT));
     }

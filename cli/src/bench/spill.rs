@@ -202,7 +202,8 @@ pub(crate) fn spill(args: &SpillArgs) -> Result<String, SpillBenchError> {
 }
 
 fn median<T>(rounds: &[T], value: impl Fn(&T) -> f64) -> f64 {
-    let mut values: Vec<f64> = rounds.iter().map(value).collect();
+    // A round in which nothing could be measured is none.
+    let mut values: Vec<f64> = rounds.iter().map(value).filter(|value| !value.is_nan()).collect();
     values.sort_by(f64::total_cmp);
     match values.len() {
         0 => f64::NAN,
@@ -236,7 +237,7 @@ fn rows(rounds: &Rounds) -> Vec<Row> {
         fio: None,
         ratio: None,
         goal: Some(goal),
-        reached: Some(reached),
+        reached,
     };
     let in_time = median(&rounds.predicted, Predicted::held_in_time);
     let in_time_of_all = median(&rounds.predicted, Predicted::in_time);
@@ -257,7 +258,7 @@ fn rows(rounds: &Rounds) -> Vec<Row> {
             "%",
             in_time * 100.0,
             format!("≥ {:.0} %", GOAL_IN_TIME * 100.0),
-            in_time >= GOAL_IN_TIME,
+            (!in_time.is_nan()).then_some(in_time >= GOAL_IN_TIME),
         ),
         Row {
             what: "… and while the disk got slower",
@@ -268,7 +269,7 @@ fn rows(rounds: &Rounds) -> Vec<Row> {
             goal: None,
             reached: None,
         },
-        alone("lane", "ns a page", lane, format!("< {GOAL_LANE_NS:.0} ns"), lane < GOAL_LANE_NS),
+        alone("lane", "ns a page", lane, format!("< {GOAL_LANE_NS:.0} ns"), Some(lane < GOAL_LANE_NS)),
     ]
 }
 

@@ -526,7 +526,7 @@ enum kvoyant_status kvoyant_model_counter(struct kvoyant_model model,
                                           uint64_t *value);
 
 // Ends the session. Its sequences are closed, its requests given up and its answers released: their handles are stale, and what they
-// pointed to is gone. A call that is under way in another thread ends first, with what it has.
+// pointed to is gone. What a call that is under way in another thread opens stays open: let there be none.
 enum kvoyant_status kvoyant_model_close(struct kvoyant_model model);
 
 // Version of this library, such as `0.1.0`. Never null.

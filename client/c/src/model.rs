@@ -331,7 +331,7 @@ const COUNTERS: [Stat; 18] = [
 ];
 
 /// Ends the session. Its sequences are closed, its requests given up and its answers released: their handles are stale, and what they
-/// pointed to is gone. A call that is under way in another thread ends first, with what it has.
+/// pointed to is gone. What a call that is under way in another thread opens stays open: let there be none.
 #[unsafe(no_mangle)]
 pub extern "C" fn kvoyant_model_close(model: kvoyant_model) -> kvoyant_status {
     call(|| {

@@ -3,11 +3,13 @@
 //! The lane lends the pages' places; files are read and written beside the control thread. A sequence that is suspended is closed once
 //! its image is kept, and not before; one that cannot be resumed leaves nothing open.
 
+use std::sync::{Arc, LazyLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvoyant_methods::MethodSpec;
 use kvoyant_protocol::control::{Failure, SelectedBy, TableRef, ToClient, ToDaemon};
 use kvoyant_protocol::wire::SequenceId;
+use tokio::sync::Semaphore;
 
 use super::{Ended, Plane, Session, Socket, ask, ask_lane, beside};
 use crate::lane::images::{Adopt, DigestImage, Fill, ImageOutcome, ImageRequest, Lent, Portrait};
@@ -98,10 +100,23 @@ pub(super) fn answer(session: &Session, result: Result<ToClient, Stop>) -> Resul
     }
 }
 
+/// How many threads may be at images and prefixes at once: what their files and stores hold of memory, and others' work beside this thread,
+/// has a bound, however many sessions ask.
+const AT_ONCE: usize = 16;
+
+static WORKERS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(AT_ONCE)));
+
 /// Runs what may block beside the control thread.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Stop> {
+    // Nobody closes it.
+    let turn = Arc::clone(&WORKERS).acquire_owned().await.ok();
+    let work = move || {
+        // It is over with the work, also where nobody waits for that any more.
+        let _turn = turn;
+        work()
+    };
     Ok(beside(move || Ok(work())).await??)
 }
 
@@ -159,9 +174,13 @@ pub(super) async fn write(plane: &Plane, session: &Session, asked: Suspend) -> R
         writer = blocking(move || write_pages(writer, &pages, page_bytes, &fail)).await?;
     }
     let uid = session.status.uid;
-    blocking(move || commit(writer, *portrait, uid, label).map_err(fail)).await?;
-    keeper.kept(id, overwrite);
-    Ok(())
+    // Once it is there it is copied to the remote store, whatever has become of its client meanwhile.
+    blocking(move || {
+        commit(writer, *portrait, uid, label).map_err(fail)?;
+        keeper.kept(id, overwrite);
+        Ok(())
+    })
+    .await
 }
 
 fn write_pages(
@@ -374,7 +393,7 @@ async fn fill(
     let (rows, page_bytes) = (manifest.model.page_rows as usize, manifest.page_bytes());
     let heads = manifest.lens.len() * manifest.model.kv_heads as usize;
     let longest = manifest.lens.iter().copied().max().unwrap_or(0);
-    let order = std::sync::Arc::new(Order::of(&manifest.pages));
+    let order = Arc::new(Order::of(&manifest.pages));
     let Parts { observation, marks, digests } = parts;
     let lens = manifest.lens.clone();
     let adopt = Adopt { sequence, seed: manifest.seed, lens, observation, digests };
@@ -392,7 +411,7 @@ async fn fill(
         }
         let request = ImageRequest::Lend { sequence, layers: 0..manifest.lens.len(), pages: first..end };
         let ImageOutcome::Lent(lent) = image(plane, session, request).await? else { continue };
-        let (order_of, fail) = (std::sync::Arc::clone(&order), failed(name));
+        let (order_of, fail) = (Arc::clone(&order), failed(name));
         let (back, absent) = blocking(move || {
             let absent = read_pages(&mut *reader, &lent, &order_of, page_bytes, &fail)?;
             Ok((reader, absent))

@@ -330,7 +330,9 @@ impl SessionArena {
     pub fn add_foreign(&mut self, extent: &Arc<SharedExtent>) -> u32 {
         let count = self.geometry.pages_per_extent();
         let same = |place: &Place| matches!(place, Place::Foreign(known) if Arc::ptr_eq(known, extent));
-        let at = self.places.iter().position(same).unwrap_or_else(|| {
+        // Pages come extent by extent: it is the last one, or else any.
+        let last = self.places.len().checked_sub(1).filter(|last| same(&self.places[*last]));
+        let at = last.or_else(|| self.places.iter().position(same)).unwrap_or_else(|| {
             self.places.push(Place::Foreign(Arc::clone(extent)));
             self.references.resize(self.references.len() + count, 0);
             self.foreign += count;
