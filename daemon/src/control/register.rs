@@ -12,7 +12,7 @@ use super::images::Registered as RegisteredModel;
 use super::{Ended, Plane, SLAB_MAX, Session, beside, printable};
 use crate::artifacts;
 use crate::device::SlabRequest;
-use crate::keep::Piece;
+use crate::keep::{Keep, Piece};
 use crate::lane::keeping::{About, Keeping};
 use crate::lane::model::{ModelState, Placement, shape_of};
 
@@ -42,6 +42,21 @@ fn slab_bytes(plane: &Plane, spec: &ModelSpec) -> u64 {
     }
 }
 
+/// Files that are held for a session whose client may have gone meanwhile: then nobody else lets go of them.
+struct Unheard {
+    keep: Arc<Keep>,
+    session: u64,
+    heard: bool,
+}
+
+impl Drop for Unheard {
+    fn drop(&mut self) {
+        if !self.heard {
+            self.keep.forget(self.session);
+        }
+    }
+}
+
 /// Begins the journal of a session that is to outlast this daemon.
 async fn begin(
     plane: &Plane,
@@ -61,17 +76,21 @@ async fn begin(
         artifacts: Vec::new(),
     };
     let keep = Arc::clone(&kept.keep);
+    let unheard = Unheard { keep: Arc::clone(&keep), session: about.session, heard: false };
     let begun = beside(move || {
         for file in artifacts {
             let number = nix::sys::stat::fstat(&file).map_err(std::io::Error::from)?.st_ino;
             keep.add(about.session, Piece::Artifact(number), file)?;
             about.artifacts.push(number);
         }
-        Ok(Keeping::begin(keep, &about))
+        Ok((Keeping::begin(keep, &about), unheard))
     });
     match begun.await {
-        Ok(Ok(keeping)) => Ok(Some(Box::new(keeping))),
-        Ok(Err(error)) => Err(cannot_keep(plane, session, &error)),
+        Ok((Ok(keeping), mut unheard)) => {
+            unheard.heard = true;
+            Ok(Some(Box::new(keeping)))
+        }
+        Ok((Err(error), _)) => Err(cannot_keep(plane, session, &error)),
         Err(error) => Err(cannot_keep(plane, session, &error)),
     }
 }
