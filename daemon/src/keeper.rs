@@ -74,7 +74,7 @@ pub struct Keeper {
     progress: Arc<Progress>,
     orders: Sender<Order>,
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Keeper {
@@ -91,16 +91,21 @@ impl Keeper {
         let (orders, inbox) = unbounded();
         let progress = Arc::new(Progress::default());
         let stop = Arc::new(AtomicBool::new(false));
-        let thread = remote.clone().map(|remote| {
+        let failed =
+            |source| StoreError::Io { doing: "start a thread for", path: folder.to_path_buf(), source };
+        let mut threads = Vec::new();
+        {
+            // It takes as long as the disk does, and nobody waits for it.
+            let (local, stop) = (Arc::clone(&local), Arc::clone(&stop));
+            let erase = move || local.erase_leftovers(&stop);
+            threads.push(crate::threads::start("eraser", erase).map_err(failed)?);
+        }
+        if let Some(remote) = remote.clone() {
             let (local, progress, stop) = (Arc::clone(&local), Arc::clone(&progress), Arc::clone(&stop));
-            crate::threads::start("keeper", move || copy_loop(&local, &*remote, (&progress, &stop), &inbox))
-        });
-        let thread = thread.transpose().map_err(|source| StoreError::Io {
-            doing: "start a thread for",
-            path: folder.to_path_buf(),
-            source,
-        })?;
-        Ok(Self { local, remote, progress, orders, stop, thread })
+            let copy = move || copy_loop(&local, &*remote, (&progress, &stop), &inbox);
+            threads.push(crate::threads::start("keeper", copy).map_err(failed)?);
+        }
+        Ok(Self { local, remote, progress, orders, stop, threads })
     }
 
     /// What hashes of users' prefixes are salted with: made once for the folder, so that prefixes are found again after a restart.
@@ -174,6 +179,27 @@ impl Keeper {
         }
     }
 
+    /// Opens an image whose pages are wanted in another order than they lie in: one that only the remote store has is copied to the folder
+    /// first, for from there the same bytes would come many times. Where the folder has no room for it they do.
+    ///
+    /// # Errors
+    /// The store's; of the remote one only where the folder has no such image.
+    pub fn open_here(&self, id: &ImageId) -> Result<Box<dyn ImageReader>, StoreError> {
+        let (Err(StoreError::NotFound { .. }), Some(remote)) = (self.local.open(id), &self.remote) else {
+            return self.local.open(id);
+        };
+        let reader = self.progress.note(remote.open(id))?;
+        match copy(reader, &*self.local, (id, false), &self.stop) {
+            // Somebody else may have brought it meanwhile.
+            Ok(_) | Err(StoreError::Exists { .. }) => self.open(id),
+            Err(error @ (StoreError::Full { .. } | StoreError::Io { .. })) => {
+                tracing::warn!("image {id} is read from {} as it is: {error}", remote.name());
+                self.progress.note(remote.open(id))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// The images of the folder, by name.
     ///
     /// # Errors
@@ -194,6 +220,20 @@ impl Keeper {
     #[must_use]
     pub fn has_here(&self, id: &ImageId) -> bool {
         !matches!(self.local.open(id), Err(StoreError::NotFound { .. }))
+    }
+
+    /// What an image of the folder is labelled with; `None` if there is no such image, or it is damaged.
+    #[must_use]
+    pub fn label_here(&self, id: &ImageId) -> Option<String> {
+        self.local.open(id).ok().map(|reader| reader.manifest().label.clone())
+    }
+
+    /// Erases an image in the folder, and leaves the remote store as it is.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if it is not there; what the folder refuses.
+    pub fn remove_here(&self, id: &ImageId) -> Result<(), StoreError> {
+        self.local.remove(id)
     }
 
     /// Where an image that is in the folder is, as far as the remote store says.
@@ -255,7 +295,7 @@ impl Drop for Keeper {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         let _ = self.orders.send(Order::Stop);
-        if let Some(thread) = self.thread.take() {
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
@@ -373,7 +413,15 @@ fn copy_loop(
                 Ok(Some(_)) => tracing::info!("image {id} is in {} too", remote.name()),
                 // It has been removed, or resumed and gone.
                 Err(StoreError::NotFound { .. }) => {}
-                Err(error @ StoreError::Exists { .. }) => tracing::warn!("image {id} is here alone: {error}"),
+                // No later try would fare better.
+                Err(
+                    error @ (StoreError::Exists { .. }
+                    | StoreError::Damaged { .. }
+                    | StoreError::Draft { .. }
+                    | StoreError::TooSlow { .. }),
+                ) => {
+                    tracing::warn!("image {id} is here alone: {error}");
+                }
                 Err(error) if tries + 1 < TRIES && !removed => {
                     tracing::warn!("image {id} cannot be copied to {} yet: {error}", remote.name());
                     let due = Instant::now() + AGAIN_AFTER;

@@ -8,6 +8,9 @@
 //! wherever its last sequence is closed.
 
 mod images;
+mod load;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -105,6 +108,7 @@ pub struct Draft {
     known: usize,
     block_bytes: u64,
     model: ModelKey,
+    shared: bool,
     blocks: Vec<Arc<Block>>,
     /// Blocks that were known before: they stay until the others are published.
     held: Option<Attachment>,
@@ -139,6 +143,8 @@ pub struct Prefixes {
     host_bytes: u64,
     keeper: Option<Arc<Keeper>>,
     salt: Vec<u8>,
+    /// What the images that it writes are labelled with: others of a remote store are other daemons', to whom it leaves them.
+    node: String,
     /// Whose turn it is to write.
     keeping: Mutex<()>,
     /// How many wait for that.
@@ -160,6 +166,8 @@ impl Prefixes {
             Some(keeper) => keeper.salt()?,
             None => fresh_salt(),
         };
+        let node = blake3::derive_key("kvoyant 2026-12 which daemon wrote a prefix", &salt);
+        let node = blake3::Hash::from_bytes(node).to_hex()[..16].to_owned();
         let stored_bytes = if keeper.is_some() { host_bytes.saturating_mul(STORED_SHARE) } else { 0 };
         let index = Mutex::new(PrefixIndex::new(Limits { host_bytes, stored_bytes }));
         let prefixes = Arc::new(Self {
@@ -169,6 +177,7 @@ impl Prefixes {
             host_bytes,
             keeper,
             salt,
+            node,
             keeping: Mutex::default(),
             waiting: AtomicUsize::new(0),
         });
@@ -274,7 +283,8 @@ impl Prefixes {
                 .map(|pages| Arc::new(Block(pages)))
         };
         let blocks = (known..hashes.len()).map(|_| block()).collect::<Result<Vec<_>, _>>()?;
-        Ok(Draft { root, hashes, known, block_bytes, model: key.model.clone(), blocks, held })
+        let shared = scope == Scope::Shared;
+        Ok(Draft { root, hashes, known, block_bytes, model: key.model.clone(), shared, blocks, held })
     }
 
     /// How many leading blocks of a chain are known, and what keeps them: what is published now must not push out what it continues.
@@ -299,7 +309,7 @@ impl Prefixes {
     /// # Errors
     /// No room beside what is in use.
     pub fn publish(self: &Arc<Self>, draft: Draft, uid: u32) -> Result<(usize, usize), PrefixFailure> {
-        let Draft { root, hashes, known, block_bytes, model, blocks, held } = draft;
+        let Draft { root, hashes, known, block_bytes, model, shared, blocks, held } = draft;
         let all = hashes.len();
         if hashes.is_empty() {
             return Ok((0, 0));
@@ -319,7 +329,7 @@ impl Prefixes {
         let first = published.known;
         if let (Some(keeper), true) = (self.keeper.clone(), first < all) {
             let (prefixes, blocks) = (Arc::clone(self), blocks[first - known..].to_vec());
-            let task = Task { root, hashes, first, blocks, model, uid };
+            let task = Task { root, hashes, first, blocks, model, shared, uid };
             let work = move || {
                 // One at a time: whoever publishes faster than the disk writes keeps less.
                 let turn = prefixes.keeping.lock().unwrap_or_else(PoisonError::into_inner);
@@ -342,11 +352,11 @@ impl Prefixes {
 
     /// Writes blocks to an image, so that they need not stay on the host.
     fn keep(&self, keeper: &Keeper, task: &Task) {
-        let Task { root, hashes, first, blocks, model, uid } = task;
+        let Task { root, hashes, first, blocks, model, shared, uid } = task;
         let (first, uid) = (*first, *uid);
         let Some(last) = hashes.last() else { return };
         let written = || -> Result<Arc<ImageId>, StoreError> {
-            let id: ImageId = image_of(last)?;
+            let id: ImageId = image_of(last, first)?;
             let mut writer = keeper.create(&id, true)?;
             let mut bytes = vec![0; model.page_bytes().unwrap_or(0)];
             for head in 0..model.heads().unwrap_or(0) {
@@ -377,19 +387,26 @@ impl Prefixes {
                 tokens: rows,
                 pages: PageTable::full(vec![blocks.len() as u32; model.heads().unwrap_or(0)]),
                 blobs: Vec::new(),
-                label: String::new(),
+                label: self.node.clone(),
                 model: model.clone(),
             })?;
-            keeper.kept(id.clone(), true);
             Ok(Arc::new(id))
         };
         match written() {
             Ok(image) => {
                 for hash in &hashes[first..] {
                     // It may have gone from the host, and from the index, meanwhile.
-                    if let Ok(gone) = self.index().set_stored(hash, Arc::clone(&image)) {
+                    // Nor may there be room for it.
+                    let gone = self.index().set_stored(hash, Arc::clone(&image));
+                    if let Ok(gone) = gone {
                         self.give_back(gone);
                     }
+                }
+                if !self.index().has_image(&image) {
+                    self.erase(keeper, &image);
+                } else if *shared {
+                    // Of a user's own nobody else knows the salt.
+                    keeper.kept((*image).clone(), true);
                 }
             }
             Err(error) => tracing::warn!("a published prefix is on the host only: {error}"),
@@ -400,9 +417,16 @@ impl Prefixes {
     fn give_back(&self, gone: Evictions<Arc<Block>>) {
         let Some(keeper) = &self.keeper else { return };
         for image in gone.images {
-            if let Err(error) = keeper.remove(&image) {
-                tracing::warn!("image {image} of a prefix that is gone stays: {error}");
-            }
+            self.erase(keeper, &image);
+        }
+    }
+
+    /// Erases an image in which nothing lies any more; in the remote store only if it is of our own making.
+    fn erase(&self, keeper: &Keeper, image: &ImageId) {
+        let own = keeper.label_here(image).is_some_and(|label| label == self.node);
+        match if own { keeper.remove(image) } else { keeper.remove_here(image) } {
+            Ok(()) | Err(StoreError::NotFound { .. }) => {}
+            Err(error) => tracing::warn!("image {image} of a prefix that is gone stays: {error}"),
         }
     }
 
@@ -504,59 +528,6 @@ impl Prefixes {
             Err(error) => tracing::debug!("a damaged prefix stays known: {error}"),
         }
     }
-
-    /// Takes note of the prefixes that images have.
-    fn load(&self, keeper: &Keeper) {
-        let here = keeper.list_here().unwrap_or_else(|error| {
-            tracing::warn!("published prefixes of before cannot be looked for: {error}");
-            Vec::new()
-        });
-        let remotely = keeper.list_remotely().unwrap_or_else(|error| {
-            tracing::warn!("published prefixes of the remote store cannot be looked for: {error}");
-            Vec::new()
-        });
-        let images = crate::keeper::merge(here, remotely);
-        let mut found = Vec::new();
-        for (summary, _) in images {
-            if !summary.content.as_ref().is_ok_and(|facts| facts.kind == ImageKind::Prefix) {
-                continue;
-            }
-            let read = keeper.open(&summary.id).and_then(|mut reader| {
-                let bytes =
-                    (reader.manifest().pages_bytes(), reader.manifest().pages.counts().first().copied());
-                Ok((reader.blob(BLOCKS)?, bytes))
-            });
-            match read {
-                Ok((blob, (bytes, Some(count)))) if count > 0 => {
-                    match postcard::from_bytes::<Blocks>(&blob) {
-                        Ok(about) if about.first + count as usize == about.hashes.len() => {
-                            found.push((Arc::new(summary.id), about, bytes / u64::from(count)));
-                        }
-                        _ => tracing::warn!("image {} of a prefix makes no sense", summary.id),
-                    }
-                }
-                Ok(_) => {}
-                Err(error) => tracing::warn!("image {} of a prefix cannot be read: {error}", summary.id),
-            }
-        }
-        // Those that others build on come first.
-        found.sort_by_key(|(_, about, _)| about.first);
-        let mut blocks = 0;
-        for (id, about, block_bytes) in found {
-            let hashes: Vec<BlockHash> = about.hashes.into_iter().map(BlockHash::from).collect();
-            let mut index = self.index();
-            let known = index.known(about.root.into(), &hashes);
-            if known < about.first || known == hashes.len() {
-                continue;
-            }
-            let places = (known..hashes.len()).map(|_| Place::Stored(Arc::clone(&id))).collect();
-            match index.publish(about.root.into(), &hashes, places, block_bytes) {
-                Ok(_) => blocks += hashes.len() - known,
-                Err(error) => tracing::warn!("image {id} of a prefix is not taken note of: {error}"),
-            }
-        }
-        tracing::info!(blocks, "published prefixes of before are known");
-    }
 }
 
 /// Blocks that are to be written.
@@ -566,6 +537,7 @@ struct Task {
     first: usize,
     blocks: Vec<Arc<Block>>,
     model: ModelKey,
+    shared: bool,
     uid: u32,
 }
 

@@ -46,7 +46,7 @@ pub const TARGETS: &[Target] = &[
     target!(journal, 10_000),
     target!(models, 3_000),
     target!(prefixes, 10_000),
-    target!(requests, 300),
+    target!(requests, 100),
     target!(tables, 20_000),
 ];
 

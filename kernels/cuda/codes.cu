@@ -132,9 +132,9 @@ KV_DEVICE GroupQuery group_query(
     KV_LOOP
     for (u32 j = lane; j < parts.width; j += TEAM) {
         float product = __fmul_rn(j < d ? query[j] : 0.0f, f16_to_f32(steps[j]));
-        // Not of a NaN, which no number is near.
+        // A NaN, which no number is near, becomes the least weight.
         float steps_of = __fmul_rn(product, inverse);
-        i32 weight = steps_of == steps_of ? (i32)rintf(steps_of) : 0;
+        i32 weight = steps_of == steps_of ? (i32)rintf(steps_of) : -16384;
         weights[j] = (u8)(weight >> 7);
         weights[parts.width + j] = (u8)(weight & 127);
     }

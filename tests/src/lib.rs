@@ -22,6 +22,20 @@ use kvoyant_daemon::status::StatusReport;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+/// Whether tests are to go through every combination, as `scripts/ci-long` has them.
+#[must_use]
+pub fn thorough() -> bool {
+    std::env::var_os("KVOYANT_THOROUGH").is_some_and(|value| !value.is_empty())
+}
+
+/// Has this thread compute alone from here on. A step is one piece of work of the pool's: threads of tests side by side would take up one
+/// another's, and wait within them.
+pub fn compute_here() {
+    // The pool is this thread's, and ends with the process. The second time there is one already.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
+    let _ = pool.map(std::mem::forget);
+}
+
 /// How long anything may take before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 

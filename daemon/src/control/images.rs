@@ -3,15 +3,15 @@
 //! The lane lends the pages' places; files are read and written beside the control thread. A sequence that is suspended is closed once
 //! its image is kept, and not before; one that cannot be resumed leaves nothing open.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvoyant_methods::MethodSpec;
 use kvoyant_protocol::control::{Failure, SelectedBy, TableRef, ToClient, ToDaemon};
 use kvoyant_protocol::wire::SequenceId;
-use tokio::sync::Semaphore;
 
-use super::{Ended, Plane, Session, Socket, ask, ask_lane, beside};
+use super::workers::blocking;
+use super::{Ended, Plane, Session, Socket, ask, ask_lane};
 use crate::lane::images::{Adopt, DigestImage, Fill, ImageOutcome, ImageRequest, Lent, Portrait};
 use crate::lane::{Asked, Outcome};
 use crate::tiers::pool::NOBODY;
@@ -100,26 +100,6 @@ pub(super) fn answer(session: &Session, result: Result<ToClient, Stop>) -> Resul
     }
 }
 
-/// How many threads may be at images and prefixes at once: what their files and stores hold of memory, and others' work beside this thread,
-/// has a bound, however many sessions ask.
-const AT_ONCE: usize = 16;
-
-static WORKERS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(AT_ONCE)));
-
-/// Runs what may block beside the control thread.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
-) -> Result<T, Stop> {
-    // Nobody closes it.
-    let turn = Arc::clone(&WORKERS).acquire_owned().await.ok();
-    let work = move || {
-        // It is over with the work, also where nobody waits for that any more.
-        let _turn = turn;
-        work()
-    };
-    Ok(beside(move || Ok(work())).await??)
-}
-
 #[derive(Debug)]
 pub(super) struct Suspend {
     pub(super) sequence: SequenceId,
@@ -160,9 +140,10 @@ pub(super) async fn write(plane: &Plane, session: &Session, asked: Suspend) -> R
     else {
         return Err(Stop::Failed(Failure::Internal("no portrait came".into())));
     };
+    let uid = session.status.uid;
     let mut writer = {
         let (keeper, id, fail) = (keeper.clone(), id.clone(), failed(&name));
-        blocking(move || keeper.create(&id, overwrite).map_err(fail)).await?
+        blocking(uid, move || keeper.create(&id, overwrite).map(Aside::new).map_err(fail)).await?
     };
     for layer in 0..portrait.model.layers as usize {
         let request = ImageRequest::Lend { sequence, layers: layer..layer + 1, pages: 0..usize::MAX };
@@ -171,28 +152,53 @@ pub(super) async fn write(plane: &Plane, session: &Session, asked: Suspend) -> R
         let counts = portrait.pages.counts();
         pages.retain(|lent| counts.get(lent.head).is_some_and(|count| lent.page < *count as usize));
         let (fail, page_bytes) = (failed(&name), portrait.model.page_bytes().unwrap_or(0));
-        writer = blocking(move || write_pages(writer, &pages, page_bytes, &fail)).await?;
+        writer = blocking(uid, move || write_pages(writer, &pages, page_bytes, &fail)).await?;
     }
-    let uid = session.status.uid;
     // Once it is there it is copied to the remote store, whatever has become of its client meanwhile.
-    blocking(move || {
-        commit(writer, *portrait, uid, label).map_err(fail)?;
+    blocking(uid, move || {
+        commit(writer.take()?, *portrait, uid, label).map_err(fail)?;
         keeper.kept(id, overwrite);
         Ok(())
     })
     .await
 }
 
+/// An image that is being written. One that is given up is erased, which takes as long as the disk does: not where it is dropped, which may
+/// be on the control thread.
+struct Aside(Option<Box<dyn ImageWriter>>);
+
+impl Aside {
+    fn new(writer: Box<dyn ImageWriter>) -> Self {
+        Self(Some(writer))
+    }
+
+    fn take(mut self) -> Result<Box<dyn ImageWriter>, Failure> {
+        self.0.take().ok_or_else(|| Failure::Internal("an image was written twice".into()))
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        let Some(writer) = self.0.take() else { return };
+        // Where there is no thread the work is dropped with its writer, here.
+        if let Err(error) = crate::threads::start("eraser", move || drop(writer)) {
+            tracing::warn!("what was written of an image was erased by the control thread: {error}");
+        }
+    }
+}
+
 fn write_pages(
-    mut writer: Box<dyn ImageWriter>,
+    mut writer: Aside,
     pages: &[Lent],
     page_bytes: usize,
     fail: &impl Fn(StoreError) -> Failure,
-) -> Result<Box<dyn ImageWriter>, Failure> {
+) -> Result<Aside, Failure> {
     let mut bytes = vec![0; page_bytes];
     for page in pages {
         page.memory.read(page.offset, &mut bytes)?;
-        writer.page(&bytes).map_err(fail)?;
+        if let Some(writer) = &mut writer.0 {
+            writer.page(&bytes).map_err(fail)?;
+        }
     }
     Ok(writer)
 }
@@ -264,13 +270,18 @@ pub(super) async fn resume(
     let name = asked.image.clone();
     let (reader, parts) = {
         let (key, fail) = (registered.key.clone(), failed(&name));
-        blocking(move || {
-            let mut reader = keeper.open(&id).map_err(&fail)?;
-            let manifest = reader.manifest();
-            if manifest.uid != uid {
-                return Err(fail(StoreError::NotFound { store: "this daemon".into(), id }));
-            }
-            manifest.expect(&id, ImageKind::Sequence, &key).map_err(&fail)?;
+        blocking(uid, move || {
+            let right = |reader: &dyn ImageReader| {
+                let manifest = reader.manifest();
+                if manifest.uid != uid {
+                    return Err(StoreError::NotFound { store: "this daemon".into(), id: id.clone() });
+                }
+                manifest.expect(&id, ImageKind::Sequence, &key)
+            };
+            // Nothing is brought from afar that is not wanted then.
+            keeper.open(&id).and_then(|reader| right(&*reader)).map_err(&fail)?;
+            let mut reader = keeper.open_here(&id).map_err(&fail)?;
+            right(&*reader).map_err(&fail)?;
             let parts = Parts::read(&mut *reader).map_err(&fail)?;
             Ok((reader, parts))
         })
@@ -412,7 +423,7 @@ async fn fill(
         let request = ImageRequest::Lend { sequence, layers: 0..manifest.lens.len(), pages: first..end };
         let ImageOutcome::Lent(lent) = image(plane, session, request).await? else { continue };
         let (order_of, fail) = (Arc::clone(&order), failed(name));
-        let (back, absent) = blocking(move || {
+        let (back, absent) = blocking(session.status.uid, move || {
             let absent = read_pages(&mut *reader, &lent, &order_of, page_bytes, &fail)?;
             Ok((reader, absent))
         })

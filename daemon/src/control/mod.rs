@@ -14,6 +14,7 @@ mod prefix;
 mod register;
 mod rings;
 mod socket;
+mod workers;
 
 pub(crate) use images::now_unix;
 

@@ -6,7 +6,8 @@ use kvoyant_protocol::control::{Failure, Mode, SelectedBy, ToClient, ToDaemon};
 use kvoyant_protocol::memory::{Memfd, Seals};
 use kvoyant_protocol::wire::SequenceId;
 
-use super::images::{Stop, blocking, image, open, told};
+use super::images::{Stop, image, open, told};
+use super::workers::blocking;
 use super::{Plane, Session, Socket};
 use crate::lane::images::{Attach, ImageOutcome, ImageRequest, Lent};
 use crate::prefixes::{Draft, PrefixFailure, TOKENS_MAX};
@@ -18,7 +19,7 @@ fn failed(error: &PrefixFailure) -> Failure {
 }
 
 /// Tokens that a client has written into a memfd. It is read out, and never mapped: whoever has it can still punch holes into it.
-async fn tokens_of(count: u32, fds: Vec<OwnedFd>) -> Result<Vec<u32>, Stop> {
+async fn tokens_of(uid: u32, count: u32, fds: Vec<OwnedFd>) -> Result<Vec<u32>, Stop> {
     let bad = |reason: String| Failure::BadModel(format!("tokens: {reason}"));
     if count > TOKENS_MAX {
         return Err(bad(format!("{count} are more than {TOKENS_MAX}")).into());
@@ -28,7 +29,7 @@ async fn tokens_of(count: u32, fds: Vec<OwnedFd>) -> Result<Vec<u32>, Stop> {
     }
     let [fd] =
         <[OwnedFd; 1]>::try_from(fds).map_err(|fds| bad(format!("they came in {} memfds", fds.len())))?;
-    blocking(move || {
+    blocking(uid, move || {
         let bytes = Memfd::from_peer(fd, count as usize * 4, Seals::fixed_size())
             .and_then(|file| file.read_out())
             .map_err(|error| bad(error.to_string()))?;
@@ -82,7 +83,7 @@ async fn copy(plane: &Plane, session: &Session, asked: Publish) -> Result<ToClie
     if !shared && NOBODY.contains(&uid) {
         return Err(Failure::Device(format!("users shown under one id ({uid}) share nothing")).into());
     }
-    let mut tokens = tokens_of(tokens, fds).await?;
+    let mut tokens = tokens_of(uid, tokens, fds).await?;
     let ImageOutcome::Portrait(portrait) =
         image(plane, session, ImageRequest::Describe { sequence, digests: false }).await?
     else {
@@ -103,7 +104,7 @@ async fn copy(plane: &Plane, session: &Session, asked: Publish) -> Result<ToClie
     let prefixes = plane.prefixes();
     let draft = {
         let (prefixes, key) = (prefixes.clone(), key.clone());
-        blocking(move || prefixes.draft(&key, scope, &tokens).map_err(|error| failed(&error))).await?
+        blocking(uid, move || prefixes.draft(&key, scope, &tokens).map_err(|error| failed(&error))).await?
     };
     let mut draft = draft;
     let page_bytes = key.model.page_bytes().unwrap_or(0);
@@ -114,10 +115,10 @@ async fn copy(plane: &Plane, session: &Session, asked: Publish) -> Result<ToClie
         let pages = draft.known()..draft.blocks();
         let request = ImageRequest::Lend { sequence, layers: layer..layer + 1, pages };
         let ImageOutcome::Lent(lent) = image(plane, session, request).await? else { continue };
-        draft = blocking(move || copy_pages(draft, &lent, page_bytes)).await?;
+        draft = blocking(uid, move || copy_pages(draft, &lent, page_bytes)).await?;
     }
     let (blocks, known) =
-        blocking(move || prefixes.publish(draft, uid).map_err(|error| failed(&error))).await?;
+        blocking(uid, move || prefixes.publish(draft, uid).map_err(|error| failed(&error))).await?;
     Ok(ToClient::Published { tokens: (blocks * rows) as u32, known: (known * rows) as u32 })
 }
 
@@ -149,13 +150,15 @@ pub(super) async fn attach(
 ) -> Result<ToClient, Stop> {
     let ToAttach { method, by, tokens, fds } = asked;
     let key = key_of(session)?;
-    let (tokens, uid) = (tokens_of(tokens, fds).await?, session.status.uid);
+    let uid = session.status.uid;
+    let tokens = tokens_of(uid, tokens, fds).await?;
     if plane.device.mode() == Mode::Device {
         let (sequence, table, room) = open(plane, socket, session, method, by).await?;
         return Ok(ToClient::Resumed { sequence, table, room, tokens: 0, method });
     }
     let prefixes = plane.prefixes();
-    let found = blocking(move || prefixes.attach(&key, uid, &tokens).map_err(|error| failed(&error))).await;
+    let found =
+        blocking(uid, move || prefixes.attach(&key, uid, &tokens).map_err(|error| failed(&error))).await;
     let prefix = match found {
         Ok(prefix) => prefix,
         // Nothing is lost but time.

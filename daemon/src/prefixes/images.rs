@@ -23,9 +23,9 @@ pub(super) struct Blocks {
     pub(super) first: usize,
 }
 
-/// The image of the blocks up to this one.
-pub(super) fn image_of(last: &BlockHash) -> Result<ImageId, StoreError> {
-    let id = format!("prefix.{last}");
+/// The image of the blocks up to this one, from their `first` on: one of fewer never takes the place of one of more.
+pub(super) fn image_of(last: &BlockHash, first: usize) -> Result<ImageId, StoreError> {
+    let id = format!("prefix.{last}.{first}");
     id.parse().map_err(|error: crate::tiers::store::IdError| StoreError::Io {
         doing: "name",
         path: id.into(),
@@ -54,7 +54,7 @@ impl Images<'_> {
         match self.open.entry((**id).clone()) {
             Entry::Occupied(open) => Ok(open.into_mut()),
             Entry::Vacant(place) => {
-                let mut reader = keeper.open(id)?;
+                let mut reader = keeper.open_here(id)?;
                 reader.manifest().expect(id, ImageKind::Prefix, model)?;
                 let blob = reader.blob(BLOCKS)?;
                 let about: Blocks = postcard::from_bytes(&blob).map_err(|_| PrefixError::Gone)?;

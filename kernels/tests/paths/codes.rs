@@ -462,6 +462,56 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_row_at_the_threshold_is_taken_in_one_pass_if_it_is_in_two(
+        layout in layouts(), group in 1_usize..9, pages in 1_usize..5, seed in any::<u64>(),
+    ) {
+        let mut draw = Draw::new(seed);
+        let keys = keys(&mut draw, &layout, pages, 0);
+        let blocks = digest(&mut draw, &layout, &keys, 0);
+        let rows = pages * layout.rows();
+        let weights: Vec<f32> = draw.values(group * rows, 3.0).iter().map(|w| w.exp()).collect();
+        let margins = vec![0.5; group * pages * layout.groups()];
+        let factors: Vec<f32> = draw.values(group, 2.0).iter().map(|f| f.abs()).collect();
+        for kernels in paths() {
+            let mut shares = vec![0.0; rows];
+            kernels.mix_rows(&weights, rows, &factors, &mut shares);
+            let threshold = shares[draw.below(rows)];
+            let (mut two, mut one) = (Vec::new(), Vec::new());
+            kernels.indices_above(&shares, threshold, &mut two);
+            let (mut sums, mut means) = (vec![CodeSums::default(); group], vec![0.0; group * layout.value_dim()]);
+            let of = CodeWeights { rows: &weights, stride: rows, margins: &margins, margin_stride: pages * layout.groups() };
+            let mut taken = CodeTaken { factors: &factors, threshold, first: 0, ids: &mut one };
+            kernels.code_rest_below(&layout, &blocks, &of, &mut taken, &mut sums, &mut means);
+            prop_assert_eq!(&one, &two, "on {}", kernels.path());
+        }
+    }
+}
+
+#[test]
+fn a_step_that_is_no_number_gives_the_twins_scores_and_no_margin() {
+    for (bits, group) in [(CodeBits::Four, 16), (CodeBits::Six, 32)] {
+        let layout = CodeLayout::new(48, 8, 32, bits, group).unwrap();
+        let mut draw = Draw::new(3);
+        let keys = keys(&mut draw, &layout, 2, 0);
+        let mut blocks = digest(&mut draw, &layout, &keys, 0);
+        // The step of a channel of the first group, after 48 offsets.
+        blocks[2 * 48 + 2 * 5..][..2].copy_from_slice(&f16::NAN.to_le_bytes());
+        let queries = draw.values(3 * 48, 1.0);
+        let bits_of = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let (expected, margins) = scores(scalar(), &layout, &queries, 0.3, &blocks);
+        assert!(margins[0] == f32::INFINITY && margins[layout.groups()].is_finite(), "{margins:?}");
+        let expected = bits_of(expected);
+        for kernels in paths() {
+            let (found, _) = scores(kernels, &layout, &queries, 0.3, &blocks);
+            assert_eq!(bits_of(found), expected, "{bits:?} on {}", kernels.path());
+        }
+    }
+}
+
 #[test]
 fn what_nothing_is_known_of_is_bounded_by_nothing_and_spoils_no_mean() {
     let layout = CodeLayout::new(16, 20, 32, CodeBits::Four, 16).unwrap();

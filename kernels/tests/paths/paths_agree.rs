@@ -86,6 +86,22 @@ proptest! {
     }
 
     #[test]
+    fn digests_have_the_largest_number_for_what_f16_cannot_hold(n in 1_usize..20, d in 1_usize..40, seed in any::<u64>()) {
+        let mut draw = Draw::new(seed);
+        let rows: Vec<f32> = draw.values(n * d, 2.0).iter().map(|value| value * 1e6).collect();
+        let a: Vec<f32> = (0..d * d).map(|at| if at % (d + 1) == 0 { 1.0 } else { 0.0 }).collect();
+        for kernels in paths() {
+            let (mut block, mut values) = (vec![0; 2 * d * n], vec![0.0; d * n]);
+            kernels.project_columns(&rows, &a, d, Dtype::F16, &mut block, n, 0);
+            scalar().to_f32(Dtype::F16, &block, &mut values);
+            for (at, value) in values.iter().enumerate() {
+                let wanted = rows[at % n * d + at / n].clamp(-65504.0, 65504.0);
+                prop_assert!((value - wanted).abs() <= 32.0 + wanted.abs() / 1024.0, "{value} for {wanted} on {}", kernels.path());
+            }
+        }
+    }
+
+    #[test]
     fn bounds_and_ranges_are_the_twins(group in 1_usize..9, d in 1_usize..150, n in 0_usize..20, seed in any::<u64>()) {
         let mut draw = Draw::new(seed);
         let (queries, rows) = (draw.values(group * d, 3.0), draw.values(n * d, 3.0));

@@ -239,7 +239,9 @@ impl Kvoyant {
         let wanted = self.wanted(context, &steering);
         for head in context.heads.clone() {
             let seen = self.seen(context);
-            if candidates.is_empty() || matches!(wanted, Wanted::Everything) {
+            // Where nobody waits for late rows, they are left out of everything too.
+            let whole = matches!(wanted, Wanted::Everything) && context.in_time.is_none();
+            if candidates.is_empty() || whole {
                 out.push(candidates.start, candidates.end);
                 out.finish_head();
                 if let Some(rest) = rest.as_deref_mut() {
@@ -247,6 +249,8 @@ impl Kvoyant {
                         rest.push();
                     }
                 }
+                // No share at which a budget ended.
+                store.note(head).iter_mut().take(size_of::<f32>()).for_each(|byte| *byte = 0);
                 continue;
             }
             self.weigh(context, &*store, head, &seen, scratch);
@@ -443,7 +447,8 @@ impl Method for Kvoyant {
         if !steers || context.queries != 1 || self.shape.candidates(context.tokens).is_empty() {
             return;
         }
-        let budget = self.options.rows_of(context.tokens);
+        // Nobody can want more than there is: what is not there is not owed.
+        let budget = self.options.rows_of(context.tokens).min(self.shape.candidates(context.tokens).len());
         // A head's threshold is the common one by its part.
         let part = |head| self.part(context.layer, head);
         let cut =

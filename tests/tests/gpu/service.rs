@@ -423,7 +423,7 @@ fn a_copy_that_failed_ends_its_session_and_is_never_a_hit() {
 
 #[test]
 fn copies_that_never_end_are_a_lost_device_and_the_daemon_ends_all_the_same() {
-    if !on_softcuda(this_test!(), &Machine::new()) {
+    if !on_softcuda(this_test!(), &Machine::new().with("KVOYANT_TEST_STUCK_SECONDS", "2")) {
         return;
     }
     let daemon = start(&[]);

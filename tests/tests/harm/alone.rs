@@ -26,6 +26,7 @@ fn prompt(model: &Model, tokens: usize) -> Vec<u32> {
 }
 
 fn connect(daemon: &Daemon, model: &Model, method: &str, deadline: Duration) -> DaemonKv {
+    kvoyant_tests::compute_here();
     let shape = KvShape::new(model.config(), Dtype::F16);
     let methods = vec![method.parse().unwrap()];
     let options = DaemonOptions { methods, dense_layers: 1, deadline, ..DaemonOptions::default() };
@@ -214,8 +215,13 @@ fn an_answer_over_pages_on_disk_is_finished_whenever_its_daemon_dies() {
         ("attend", 11 * layers + layers - 1),
         ("end", 7),
     ];
-    let mut on_disk = 0;
-    for (call, nth) in moments {
+    let (mut on_disk, mut tried) = (0, 0);
+    for (at, (call, nth)) in moments.into_iter().enumerate() {
+        // One of every kind of call.
+        if ![1, 2, 3, 5, 7, 8, 10, 11].contains(&at) && !kvoyant_tests::thorough() {
+            continue;
+        }
+        tried += 1;
         let folder = tempfile::tempdir().unwrap();
         let spill = folder.path().display().to_string();
         let flags =
@@ -247,7 +253,7 @@ fn an_answer_over_pages_on_disk_is_finished_whenever_its_daemon_dies() {
         assert!(kv.kv.fallbacks().alone > 0, "{call} {nth}: and nobody heard of it");
         on_disk += u64::from(spilled.load(Ordering::Relaxed) > 0);
     }
-    assert!(on_disk >= 9, "only in {on_disk} cases pages were on disk");
+    assert!(on_disk + 3 >= tried, "only in {on_disk} of {tried} cases pages were on disk");
 }
 
 #[test]

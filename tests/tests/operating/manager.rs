@@ -21,7 +21,7 @@ fn a_manager_hears_that_the_daemon_is_ready_how_it_is_that_it_lives_and_that_it_
     let mut manager = Manager::new();
     let folder = tempfile::tempdir().unwrap();
     let mut command = Daemon::command(BINARY, folder.path(), &[]);
-    manager.supervise(&mut command, Some(Duration::from_secs(20)));
+    manager.supervise(&mut command, Some(Duration::from_secs(4)));
     let mut child = command.spawn().unwrap();
     let before = manager.wait_for("that it is ready", is("READY=1"));
     // Its sockets are there, and answer.

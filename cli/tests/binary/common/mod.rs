@@ -8,6 +8,8 @@ pub(crate) fn kvoyant(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvoyant"));
     command.env("HOME", home).env("XDG_CACHE_HOME", home.join("cache")).env("TMPDIR", home);
     command.env("XDG_STATE_HOME", home.join("state"));
+    // Tests run side by side: threads of one would only be in the way of another.
+    command.env("RAYON_NUM_THREADS", "1");
     command
 }
 

@@ -32,6 +32,12 @@ const LOOK_EVERY: Duration = Duration::from_micros(50);
 /// Copies that take longer than this will not end any more.
 const STUCK_AFTER: Duration = Duration::from_secs(20);
 
+/// The same, or what a test has it be.
+fn stuck_after() -> Duration {
+    let told = if cfg!(debug_assertions) { std::env::var("KVOYANT_TEST_STUCK_SECONDS").ok() } else { None };
+    told.and_then(|text| text.parse().ok()).map_or(STUCK_AFTER, Duration::from_secs)
+}
+
 /// `CUDA_ERROR_INVALID_VALUE`.
 const INVALID_VALUE: i32 = 1;
 
@@ -74,6 +80,8 @@ pub(super) struct Worker {
     flights: Vec<VecDeque<Flight>>,
     /// Since when each stream has been working on its first flight.
     advanced: Vec<Instant>,
+    /// Copies that take longer will not end any more.
+    stuck_after: Duration,
     /// Sessions of which a transfer failed: what lies in their slots is unknown, and no answer after it is ready.
     poisoned: HashSet<u64>,
     /// Events to be used again.
@@ -100,6 +108,7 @@ impl Worker {
             boards: HashMap::new(),
             flights,
             advanced,
+            stuck_after: stuck_after(),
             poisoned: HashSet::new(),
             events: Vec::new(),
             staging: Vec::new(),
@@ -270,7 +279,7 @@ impl Worker {
             while let Some(flight) = self.flights[index].front_mut() {
                 // What waits behind others is not stuck.
                 let since = flight.since.max(self.advanced[index]);
-                let over = self.shared.is_lost() || since.elapsed() > STUCK_AFTER;
+                let over = self.shared.is_lost() || since.elapsed() > self.stuck_after;
                 let ended = match flight.event.query() {
                     Ok(true) => Ok(()),
                     Ok(false) if over => Err(CudaError::new("cuEventQuery", TIMEOUT)),

@@ -20,6 +20,9 @@ const LOOKS_EACH: usize = 8;
 const LOOKS_LEAST: usize = 64;
 const LOOKS_MOST: usize = 4096;
 
+/// Pages that the disk may refuse in one go: where it is full, the others would be refused too.
+const REFUSED_MOST: usize = 256;
+
 /// Sequences that are compared with shared frames in one go.
 const COMPARED_MOST: usize = 1 << 16;
 
@@ -37,6 +40,19 @@ pub struct Evicted {
     pub next: Option<usize>,
     /// Whether pages are being written, which may leave then.
     pub writing: bool,
+}
+
+/// What has come of passing over a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Passed {
+    /// Its page is on disk alone now.
+    Left,
+    /// It is nearer to that: it is being written, or has a chance less.
+    Nearer,
+    /// The disk has no room for it.
+    Refused,
+    /// Nothing: it stays.
+    Nothing,
 }
 
 /// Whether a page of a sequence may be written, or leave.
@@ -137,71 +153,77 @@ impl ModelState {
 
     /// Passes over up to `looks` frames: has full pages written, and lets those leave that are on disk, until `wanted` have left.
     fn sweep(&mut self, wanted: usize, looks: usize) -> usize {
-        let (mut freed, mut compared) = (0, 0);
+        let (mut freed, mut compared, mut refused, mut idle) = (0, 0, 0, 0);
         for _ in 0..looks {
-            if freed >= wanted || compared > COMPARED_MOST {
-                break;
-            }
             let Some(state) = &mut self.spill else { break };
-            if state.frames.is_empty() {
+            // A whole turn that has come to nothing would come to nothing again.
+            if freed >= wanted || compared > COMPARED_MOST || idle >= state.frames.len() {
                 break;
             }
             state.hand = (state.hand + 1) % state.frames.len();
             state.vain += 1;
-            let at = state.hand as u32;
-            if self.pass(at, None, &mut compared) {
-                freed += 1;
-                if let Some(state) = &mut self.spill {
-                    state.vain = 0;
+            let (at, writes) = (state.hand as u32, refused < REFUSED_MOST);
+            match self.pass(at, None, writes, &mut compared) {
+                Passed::Left => {
+                    (freed, idle) = (freed + 1, 0);
+                    if let Some(state) = &mut self.spill {
+                        state.vain = 0;
+                    }
                 }
+                Passed::Nearer => idle = 0,
+                Passed::Refused => (refused, idle) = (refused + 1, idle + 1),
+                Passed::Nothing => idle += 1,
             }
         }
         if let Some(state) = &mut self.spill {
             // Every frame has three chances at most.
-            state.stuck = state.vain > 4 * state.frames.len();
+            let frames = state.frames.len();
+            state.stuck = state.vain > 4 * frames || frames > 0 && idle >= frames;
         }
         freed
     }
 
-    /// Passes over a frame, of a sequence if one is named: has a full page written, or lets one leave that is on disk. Whether one has left.
-    fn pass(&mut self, at: u32, only: Option<SequenceId>, compared: &mut usize) -> bool {
-        let Some(state) = &self.spill else { return false };
-        let Some(frame) = state.frames.get(at as usize).copied() else { return false };
+    /// Passes over a frame, of a sequence if one is named: has a full page written, if there are to be `writes`, or lets one leave that is on
+    /// disk.
+    fn pass(&mut self, at: u32, only: Option<SequenceId>, writes: bool, compared: &mut usize) -> Passed {
+        let Some(state) = &self.spill else { return Passed::Nothing };
+        let Some(frame) = state.frames.get(at as usize).copied() else { return Passed::Nothing };
         if frame.content == Content::Written {
             self.wants_cover();
-            return false;
+            return Passed::Nothing;
         }
         if !matches!(frame.content, Content::Dirty | Content::Clean)
-            || frame.content == Content::Dirty && !state.takes_writes()
+            || frame.content == Content::Dirty && !(writes && state.takes_writes())
         {
-            return false;
+            return Passed::Nothing;
         }
         if self.arena.is_shared(at) {
             *compared += self.open.len();
         }
         let owners = self.owners(at, frame);
         if only.is_some_and(|only| !owners.contains(&only)) {
-            return false;
+            return Passed::Nothing;
         }
         if frame.content == Content::Dirty {
-            if self.all_let(Step::Write, &owners, frame) {
-                self.write_page(at, frame, &owners);
-            }
-            return false;
+            return match self.all_let(Step::Write, &owners, frame) {
+                true if self.write_page(at, frame, &owners) => Passed::Nearer,
+                true => Passed::Refused,
+                false => Passed::Nothing,
+            };
         }
         if !self.all_let(Step::Leave, &owners, frame) {
-            return false;
+            return Passed::Nothing;
         }
         let on_disk = self.have_slots(&owners, frame);
-        let Some(state) = &mut self.spill else { return false };
+        let Some(state) = &mut self.spill else { return Passed::Nothing };
         if !on_disk {
             // Somebody cut it while it was shared, and has it alone now: it is not what was written.
             state.frames[at as usize].content = Content::Dirty;
-            return false;
+            return Passed::Nearer;
         }
         if frame.chances > 0 {
             state.frames[at as usize].chances -= 1;
-            return false;
+            return Passed::Nearer;
         }
         state.spilled += 1;
         for id in owners {
@@ -210,7 +232,7 @@ impl ModelState {
             self.tables.set_word(sequence.table, index, SPILLED);
             self.release_frame(at);
         }
-        true
+        Passed::Left
     }
 
     /// Has frames leave from one on, of a sequence if one is named, however often they were used. What is not on disk yet is written first.
@@ -223,7 +245,7 @@ impl ModelState {
             if let Some(state) = &mut self.spill {
                 state.frames[at].chances = 0;
             }
-            evicted.pages += u64::from(self.pass(at as u32, only, &mut 0));
+            evicted.pages += u64::from(self.pass(at as u32, only, true, &mut 0) == Passed::Left);
         }
         evicted.next = self.spill.as_ref().filter(|state| end < state.frames.len()).map(|_| end);
         evicted.writing = self.spill.as_ref().is_some_and(|state| state.is_writing() || state.awaits_cover());
@@ -240,22 +262,22 @@ impl ModelState {
         })
     }
 
-    /// Has a page written to a slot.
-    fn write_page(&mut self, at: u32, frame: Frame, owners: &[SequenceId]) {
+    /// Has a page written to a slot; false if there is none.
+    fn write_page(&mut self, at: u32, frame: Frame, owners: &[SequenceId]) -> bool {
         let (head, page) = (frame.head as usize, frame.page as usize);
         let tables: Vec<(Region, usize, usize)> = owners
             .iter()
             .filter_map(|id| self.sequence(*id).ok())
             .filter_map(|sequence| Some((sequence.slots?, head * sequence.capacity, sequence.capacity)))
             .collect();
-        let Some((table, base, capacity)) = tables.first().copied() else { return };
+        let Some((table, base, capacity)) = tables.first().copied() else { return false };
         let group = page / GROUP_PAGES * GROUP_PAGES;
         let sibling = (group..(group + GROUP_PAGES).min(capacity))
             .map(|page| self.slot_at(table, base + page))
             .find(|slot| *slot != NO_SLOT);
         let (extent, offset) = self.arena.geometry().locate(at * self.shape.page_rows as u32);
-        let Some(state) = &mut self.spill else { return };
-        let Some(report) = &state.report else { return };
+        let Some(state) = &mut self.spill else { return false };
+        let Some(report) = &state.report else { return false };
         let report = std::sync::Arc::clone(report);
         let slot = match state.slots.assign(page, sibling, head + page / GROUP_PAGES) {
             Ok(slot) => slot,
@@ -268,7 +290,7 @@ impl ModelState {
                         None => tracing::warn!(session = state.session, "pages stay in host memory: {full}"),
                     }
                 }
-                return;
+                return false;
             }
         };
         // One for each owner, and one for the operation.
@@ -291,6 +313,7 @@ impl ModelState {
             self.drop_slot(table, base + page);
             self.set_slot(table, base + page, slot);
         }
+        true
     }
 
     /// A page has been written, or could not be.

@@ -97,9 +97,17 @@ impl Lane {
     }
 
     fn holds(&self, frame: usize, seed: u64) -> bool {
+        self.page(frame) == noise(seed)
+    }
+
+    fn is_blank(&self, frame: usize) -> bool {
+        self.page(frame).iter().all(|byte| *byte == 0)
+    }
+
+    fn page(&self, frame: usize) -> Vec<u8> {
         let mut bytes = vec![0; PAGE];
         self.memory.read(frame * PAGE, &mut bytes).unwrap();
-        bytes == noise(seed)
+        bytes
     }
 
     /// Writes pages 0..count of a head from frames of the same number.

@@ -358,6 +358,7 @@ impl Worker {
                     counters.read_took(now.saturating_sub(page.since_ns));
                 } else {
                     add(&counters.read_failures, 1);
+                    blank(&page.job);
                 }
                 result
             }
@@ -445,6 +446,16 @@ fn note_checksum(job: &Job) {
         Ok(sum) => slot.chunk.index.set(slot.index, sum),
         // It has been looked at when it was handed in. Without a checksum it is not read.
         Err(_) => slot.chunk.index.clear(slot.index),
+    }
+}
+
+/// Leaves nothing of what should not have come: a client sees the frame, and it may be somebody else's text.
+fn blank(job: &Job) {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    let bytes = job.slot.page_bytes();
+    for at in (0..bytes).step_by(ZEROS.len()) {
+        // It has been looked at when it was handed in.
+        let _ = job.memory.write(job.offset + at, &ZEROS[..ZEROS.len().min(bytes - at)]);
     }
 }
 

@@ -78,6 +78,12 @@ impl<P: Clone> PrefixIndex<P> {
         self.counters
     }
 
+    /// Whether a block lies in this image.
+    #[must_use]
+    pub fn has_image(&self, image: &ImageId) -> bool {
+        self.images.contains_key(image)
+    }
+
     /// How many leading blocks of a chain are known: those need no copy when it is published. Counts as no question.
     #[must_use]
     pub fn known(&self, root: BlockHash, hashes: &[BlockHash]) -> usize {
@@ -406,14 +412,18 @@ impl<P: Clone> PrefixIndex<P> {
             return Ok(Evictions::default());
         }
         let bytes = self.nodes.get(slot).bytes;
-        let path = self.path_to(self.handle(slot))?;
-        self.hold(&path);
-        let evicted = match tier {
-            Tier::Host => self.make_room(bytes, 0),
-            Tier::Stored => self.make_room(0, bytes),
-        };
-        self.let_go(&path);
-        let evicted = evicted?;
+        let mut evicted = Evictions::default();
+        // Where there is room, a path is not walked for each of its blocks.
+        if self.account(tier).bytes.saturating_add(bytes) > self.limits.of(tier) {
+            let path = self.path_to(self.handle(slot))?;
+            self.hold(&path);
+            let made = match tier {
+                Tier::Host => self.make_room(bytes, 0),
+                Tier::Stored => self.make_room(0, bytes),
+            };
+            self.let_go(&path);
+            evicted = made?;
+        }
         let place = change(self.nodes.get(slot).place.clone());
         self.nodes.get_mut(slot).place = place;
         self.arrive(slot, tier);

@@ -148,7 +148,7 @@ pub enum StoreError {
     },
     /// An upload that took so long that it may have been swept.
     #[error(
-        "the upload of image {id} to {name} has taken {} s, and one may take {} s; write it again, or allow more",
+        "the upload of image {id} to {name} has taken {} s, and one may take {} s: the way there is too slow for so large an image",
         .after.as_secs(), .most.as_secs()
     )]
     TooSlow {

@@ -110,7 +110,9 @@ pub(in crate::cpu) fn group_query(
         (0.0, 0.0, largest)
     };
     for (j, weight) in weights.iter_mut().enumerate() {
-        *weight = (product(j) * inverse).round_ties_even() as i16;
+        let steps = product(j) * inverse;
+        // What is no number becomes the least weight, as it does in registers.
+        *weight = if steps.is_nan() { -(1 << 14) } else { steps.round_ties_even() as i16 };
     }
     let margin =
         (norm * (error + margins.codes) + query_norm * margins.base * offset_norm + off * margins.most)

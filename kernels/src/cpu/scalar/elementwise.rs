@@ -64,6 +64,10 @@ pub(in crate::cpu) fn axpy(acc: &mut [f32], a: f32, x: &[f32]) {
 
 pub(in crate::cpu) fn mix_rows(rows: &[f32], stride: usize, factors: &[f32], out: &mut [f32]) {
     for (t, out) in out.iter_mut().enumerate() {
-        *out = factors.iter().enumerate().map(|(h, factor)| factor * rows[h * stride + t]).sum();
+        // Rounded once, as where shares are found and compared in one pass.
+        *out = factors
+            .iter()
+            .enumerate()
+            .fold(0.0, |sum, (h, factor)| factor.mul_add(rows[h * stride + t], sum));
     }
 }

@@ -9,7 +9,7 @@ mod elementwise;
 mod hash;
 mod packed;
 mod reduce;
-mod score;
+pub(super) mod score;
 mod top_k;
 
 #[cfg(target_arch = "x86_64")]

@@ -66,12 +66,18 @@ pub(in crate::cpu) fn project_columns(
 ) {
     let d_in = a.len() / d_out;
     let size = dtype.bytes();
+    let most = most(dtype);
     for (i, row) in rows.chunks_exact(d_in).enumerate() {
         for j in 0..d_out {
             let value = row.iter().enumerate().fold(0.0, |sum, (c, x)| sum + x * a[c * d_out + j]);
-            write(dtype, value, &mut block[(j * tokens + first + i) * size..][..size]);
+            write(dtype, value.clamp(-most, most), &mut block[(j * tokens + first + i) * size..][..size]);
         }
     }
+}
+
+/// What digests have of larger values: an infinity would leave nothing of the row's score.
+pub(in crate::cpu) fn most(dtype: Dtype) -> f32 {
+    if dtype == Dtype::F16 { half::f16::MAX.to_f32() } else { f32::MAX }
 }
 
 /// A query against a stored row, in the order of `dot`.

@@ -213,7 +213,8 @@ pub(super) fn project_columns<S: Simd>(
     tokens: usize,
     first: usize,
 ) {
-    by_dtype!(dtype, write_columns(s, rows, a, d_out, block, tokens, first));
+    let most = crate::cpu::scalar::score::most(dtype);
+    by_dtype!(dtype, write_columns(s, rows, a, d_out, block, tokens, (first, most)));
 }
 
 /// Rows and outputs of a tile of `write_columns`.
@@ -227,7 +228,7 @@ fn write_columns<S: Simd, E: Stored>(
     d_out: usize,
     block: &mut [u8],
     tokens: usize,
-    first: usize,
+    (first, most): (usize, f32),
 ) {
     let d_in = a.len() / d_out;
     let mut projected = [0.0_f32; TILE.0 * TILE.1];
@@ -244,7 +245,7 @@ fn write_columns<S: Simd, E: Stored>(
             for j in 0..width {
                 let mut column = [0.0_f32; TILE.0];
                 for i in 0..n {
-                    column[i] = projected[i * TILE.1 + j];
+                    column[i] = projected[i * TILE.1 + j].clamp(-most, most);
                 }
                 let to = &mut block[((j0 + j) * tokens + first) * E::BYTES..][..n * E::BYTES];
                 for (column, to) in column[..n].chunks(S::LANES).zip(to.chunks_mut(S::LANES * E::BYTES)) {

@@ -3,14 +3,14 @@
 //! ```text
 //! <root>/.lock                       held by the daemon whose store it is
 //! <root>/<id>/{manifest,pages,blobs} an image
-//! <root>/.<id>.<random>.new          one that is being written: erased by the next start
+//! <root>/.<id>.<random>.new          one that is being written: erased after the next start
 //! <root>/.<id>.<random>.old          the old one while the new one gets its name: put back by the next start
-//! <root>/.<id>.<random>.gone         one that is being erased: erased by the next start
+//! <root>/.<id>.<random>.gone         one that is being erased: erased after the next start
 //! ```
 //!
 //! Files are 0600 and folders 0700. A new image is written aside and reaches the disk before it gets its name; the old
 //! one goes aside for the moment between two renames, and is erased only when the new name is on the disk too. So a crash
-//! at any step leaves the old image or the new one, and [`LocalStore::open`] clears up. Contents are overwritten before
+//! at any step leaves the old image or the new one, and the next start clears up. Contents are overwritten before
 //! they are unlinked; on a disk that remaps its blocks that is an attempt, and encryption below the file system is the
 //! remedy.
 
@@ -28,6 +28,7 @@ use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvoyant_protocol::faults::{self, Point};
@@ -59,12 +60,15 @@ struct Shared {
     root: PathBuf,
     /// Held while names change, and while an image's three files are opened.
     gate: Mutex<()>,
+    /// What a crash has left of images that are none: to be erased.
+    leftovers: Mutex<Vec<PathBuf>>,
     /// Locked for as long as the store, or one of its writers, lives.
     _lock: File,
 }
 
 impl LocalStore {
-    /// Opens the store in a folder, which is made if it is missing, and finishes or undoes what a crash has left there.
+    /// Opens the store in a folder, which is made if it is missing, and finishes or undoes what a crash has left there. What is to be erased
+    /// of that waits for [`erase_leftovers`](Self::erase_leftovers): it takes as long as the disk does.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let root = root.into();
         DirBuilder::new()
@@ -73,10 +77,20 @@ impl LocalStore {
             .create(&root)
             .map_err(|error| failed("make the folder", &root, 0, error))?;
         let lock = lock(&root)?;
-        let shared =
-            Shared { name: format!("file://{}", root.display()), root, gate: Mutex::default(), _lock: lock };
+        let shared = Shared {
+            name: format!("file://{}", root.display()),
+            root,
+            gate: Mutex::default(),
+            leftovers: Mutex::default(),
+            _lock: lock,
+        };
         shared.recover()?;
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Erases what a crash has left, until that is done or `stop` is set; the next start goes on where this one ended.
+    pub fn erase_leftovers(&self, stop: &AtomicBool) {
+        self.shared.erase_leftovers(stop);
     }
 
     /// Its folder.

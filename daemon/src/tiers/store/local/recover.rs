@@ -1,6 +1,8 @@
 //! What a start does about what a crash has left.
 
-use std::path::Path;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{MutexGuard, PoisonError};
 
 use super::steps::Step;
 use super::{GONE, NEW, OLD, Shared};
@@ -16,16 +18,17 @@ pub(super) fn aside(name: &str) -> Option<(ImageId, &'static str)> {
 }
 
 impl Shared {
-    /// Puts old images back that no new one has replaced, and erases what else is no image. May die and be asked again.
+    /// Puts old images back that no new one has replaced, and lists what else is no image, to be erased. May die and be asked again.
     pub(super) fn recover(&self) -> Result<(), StoreError> {
         let names = self.names()?;
-        let leftovers: Vec<_> =
+        let found: Vec<_> =
             names.iter().filter_map(|name| aside(name).map(|(id, end)| (name, id, end))).collect();
+        let mut leftovers = Vec::new();
         // First whatever comes back: nothing is erased before what replaces it is certain.
-        for (name, id, _) in leftovers.iter().filter(|(_, _, end)| *end == OLD) {
+        for (name, id, _) in found.iter().filter(|(_, _, end)| *end == OLD) {
             let old = self.root.join(name);
             if self.has(id)? {
-                self.try_to_erase(&self.condemn(&old, id)?);
+                leftovers.push(self.condemn(&old, id)?);
                 continue;
             }
             self.rename(&old, &self.folder(id))?;
@@ -36,8 +39,8 @@ impl Shared {
                 self.name
             );
         }
-        for (name, id, end) in leftovers.iter().filter(|(_, _, end)| *end != OLD) {
-            self.try_to_erase(&self.root.join(name));
+        for (name, id, end) in found.iter().filter(|(_, _, end)| *end != OLD) {
+            leftovers.push(self.root.join(name));
             if *end == NEW {
                 tracing::warn!(
                     "image {id} of {}: a crash interrupted its writing, and it is not there",
@@ -45,14 +48,21 @@ impl Shared {
                 );
             }
         }
+        *self.leftovers() = leftovers;
         self.reach(Step::Recovered, &self.root)
     }
 
     /// What cannot be erased now keeps nobody from their images; the next start tries again.
-    fn try_to_erase(&self, path: &Path) {
-        if let Err(error) = self.erase(path) {
-            tracing::warn!("what is left of an image stays until the next start: {error}");
+    pub(super) fn erase_leftovers(&self, stop: &AtomicBool) {
+        while let Some(path) = { self.leftovers().pop() } {
+            if let Err(error) = self.erase_unless(&path, stop) {
+                tracing::warn!("what is left of an image stays until the next start: {error}");
+            }
         }
+    }
+
+    fn leftovers(&self) -> MutexGuard<'_, Vec<PathBuf>> {
+        self.leftovers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -54,7 +54,17 @@ impl Upload {
         self.shared.line.options().chunk_bytes
     }
 
+    /// What takes too long may be swept before it is whole.
+    fn in_time(&self) -> Result<(), StoreError> {
+        let (after, most) = (self.began.elapsed(), self.shared.line.options().upload);
+        if after <= most {
+            return Ok(());
+        }
+        Err(StoreError::TooSlow { name: self.shared.name(), id: self.draft.id().clone(), after, most })
+    }
+
     fn send(&mut self, key: String, value: &[u8]) -> Result<(), StoreError> {
+        self.in_time()?;
         // Even one whose answer was lost may be there.
         self.sent.push(key);
         self.shared.line.put(&self.sent[self.sent.len() - 1], value)
@@ -77,10 +87,7 @@ impl Upload {
     fn publish(&mut self, record: &[u8]) -> Result<Option<String>, StoreError> {
         let shared = Arc::clone(&self.shared);
         let (id, key) = (self.draft.id().clone(), manifest_key(self.draft.id()));
-        let (after, most) = (self.began.elapsed(), shared.line.options().upload);
-        if after > most {
-            return Err(StoreError::TooSlow { name: shared.name(), id, after, most });
-        }
+        self.in_time()?;
         let old = if self.overwrite { shared.record(&id)? } else { None };
         // From here on the manifest may be there, even if no answer says so: its chunks stay, or are swept.
         let sent = std::mem::take(&mut self.sent);

@@ -1,0 +1,147 @@
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::*;
+
+/// Three heads of pages of four rows of 16 bytes.
+fn key() -> PrefixKey {
+    let model = ModelKey {
+        fingerprint: "00112233".into(),
+        adapter: String::new(),
+        layers: 3,
+        kv_heads: 1,
+        head_dim: 4,
+        latent_values: 0,
+        dtype: 1,
+        page_rows: 4,
+        row_bytes: 16,
+    };
+    PrefixKey { model, rope: "none".into() }
+}
+
+fn start(folder: &Path, remote: &str) -> Arc<Prefixes> {
+    let keeper = Arc::new(Keeper::start(folder, remote).unwrap());
+    let budget = Arc::new(ArenaBudget::new(4 * EXTENT_BYTES as u64));
+    Prefixes::start(budget, 2 * EXTENT_BYTES as u64, Some(keeper)).unwrap()
+}
+
+fn text(blocks: usize) -> Vec<u32> {
+    (0..4 * blocks as u32).collect()
+}
+
+/// What a block's page of a head holds.
+fn page(block: usize, head: usize) -> Vec<u8> {
+    vec![1 + (16 * head + block) as u8; 64]
+}
+
+fn publish(prefixes: &Arc<Prefixes>, scope: Scope, blocks: usize) -> usize {
+    let draft = prefixes.draft(&key(), scope, &text(blocks)).unwrap();
+    for block in draft.known()..draft.blocks() {
+        (0..3).for_each(|head| draft.page(block, head).unwrap().write(&page(block, head)).unwrap());
+    }
+    prefixes.publish(draft, 1000).unwrap().1
+}
+
+fn images(folder: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let mut names: Vec<String> = names.filter_map(|name| name.into_string().ok()).collect();
+    names.retain(|name| name.starts_with("prefix."));
+    names.sort();
+    names
+}
+
+/// Until all that is to be written has been, and copied.
+fn written(prefixes: &Prefixes) {
+    let keeper = prefixes.keeper.as_ref().unwrap();
+    until("images are written", || {
+        prefixes.waiting.load(Ordering::Relaxed) == 0 && keeper.report().waiting == 0
+    });
+}
+
+fn until(what: &str, done: impl Fn() -> bool) {
+    let since = Instant::now();
+    while !done() {
+        assert!(since.elapsed() < Duration::from_secs(60), "not yet: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn evict(prefixes: &Prefixes, tier: Tier, bytes: u64) {
+    let gone = prefixes.index().evict(tier, bytes);
+    prefixes.give_back(gone);
+}
+
+/// How many blocks of a text can be attached to; they hold what was published.
+fn attached(prefixes: &Arc<Prefixes>, uid: u32, blocks: usize) -> usize {
+    let Some(found) = prefixes.attach(&key(), uid, &text(blocks)).unwrap() else { return 0 };
+    let mut bytes = vec![0; 64];
+    for (block, pages) in found.blocks().iter().enumerate() {
+        for (head, found) in pages.pages().iter().enumerate() {
+            found.read(&mut bytes).unwrap();
+            assert_eq!(bytes, page(block, head), "block {block} of head {head}");
+        }
+    }
+    found.blocks().len()
+}
+
+#[test]
+fn an_image_of_few_blocks_does_not_take_the_place_of_one_of_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let prefixes = start(folder.path(), "");
+    assert_eq!(publish(&prefixes, Scope::Shared, 3), 0);
+    written(&prefixes);
+    // The last block goes from both tiers, for leaves go first.
+    evict(&prefixes, Tier::Host, 1);
+    evict(&prefixes, Tier::Stored, 1);
+    assert_eq!(publish(&prefixes, Scope::Shared, 3), 2);
+    written(&prefixes);
+    evict(&prefixes, Tier::Host, u64::MAX);
+    assert_eq!(attached(&prefixes, 7, 3), 3);
+}
+
+#[test]
+fn images_of_which_nobody_would_know_are_erased() {
+    let folder = tempfile::tempdir().unwrap();
+    let prefixes = start(folder.path(), "");
+    let turn = prefixes.keeping.lock().unwrap();
+    publish(&prefixes, Scope::Shared, 2);
+    // It has gone before its image is written.
+    evict(&prefixes, Tier::Host, u64::MAX);
+    drop(turn);
+    written(&prefixes);
+    assert_eq!(images(folder.path()), [""; 0]);
+    // One that a start finds and has no use for.
+    publish(&prefixes, Scope::Shared, 2);
+    written(&prefixes);
+    let [image] = &images(folder.path())[..] else { panic!("one image") };
+    let copy = image.replace(".0", ".00");
+    std::fs::create_dir(folder.path().join(&copy)).unwrap();
+    for file in std::fs::read_dir(folder.path().join(image)).unwrap().flatten() {
+        std::fs::copy(file.path(), folder.path().join(&copy).join(file.file_name())).unwrap();
+    }
+    drop(prefixes);
+    let prefixes = start(folder.path(), "");
+    until("the start has looked at both", || images(folder.path()).len() == 1);
+    until("what was published is known", || attached(&prefixes, 7, 2) == 2);
+}
+
+#[test]
+fn what_is_a_users_own_stays_here_and_other_daemons_images_are_left_to_them() {
+    let (here, there, remote) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let url = format!("file://{}", remote.path().display());
+    let prefixes = start(here.path(), &url);
+    publish(&prefixes, Scope::Uid(7), 2);
+    publish(&prefixes, Scope::Shared, 2);
+    written(&prefixes);
+    assert_eq!((images(here.path()).len(), images(remote.path()).len()), (2, 1));
+    let other = start(there.path(), &url);
+    until("what is for everybody is known there", || attached(&other, 7, 2) == 2);
+    // It was brought near as a whole, and goes from there alone.
+    assert_eq!(images(there.path()).len(), 1);
+    evict(&other, Tier::Stored, u64::MAX);
+    assert_eq!((images(there.path()).len(), images(remote.path()).len()), (0, 1));
+    // Whoever made it takes it back.
+    evict(&prefixes, Tier::Stored, u64::MAX);
+    assert_eq!((images(here.path()).len(), images(remote.path()).len()), (0, 0));
+}
