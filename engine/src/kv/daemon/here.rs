@@ -15,7 +15,7 @@ use kvoyant_methods::{Artifacts, Certificate, HintSource, MethodError, MethodSpe
 use rayon::prelude::*;
 
 use super::attention::Pass;
-use super::measure::Attended;
+use super::measure::{Attended, Exact};
 use super::options::Selects;
 use super::{DaemonError, DaemonKv, DaemonOptions, DaemonSequence};
 
@@ -86,8 +86,8 @@ struct Done {
     selection: Selection,
     note: Vec<u8>,
     certificates: Vec<Option<Certificate>>,
-    /// Rows attended because the true query asked for them.
-    exact: u32,
+    /// Rows attended because the true query asked for them, and the log-sum-exps over them.
+    exact: Exact,
     selecting: Duration,
 }
 
@@ -160,18 +160,19 @@ impl Head<'_> {
             let selected = rows_of(&answer.selection);
             attend(&mut std::iter::once(before).chain(selected).chain([behind]), (&mut *out, &mut *lse));
         }
-        let mut exact = 0;
+        let mut exact = Exact { rows: 0, lse: vec![f32::NEG_INFINITY; group] };
         if needs.rest && needs.hint != HintSource::Current {
             let since = Instant::now();
             let (floors, selection) = (self.floors(pass, lse), answer.selection.clone());
             let request = self.request(pass.layer, self.query, &floors);
             self.method.rest(self.digests, request, &selection, answer)?;
             selecting += since.elapsed();
-            exact = answer.rest.exact().total_rows() as u32;
-            if exact > 0 {
+            exact.rows = answer.rest.exact().total_rows() as u32;
+            if exact.rows > 0 {
                 let mut other = (vec![0.0; group * d], vec![0.0; group]);
                 attend(&mut rows_of(answer.rest.exact()), (&mut other.0, &mut other.1));
                 Kernels::best().merge(out, lse, &other.0, &other.1);
+                exact.lse = other.1;
             }
         }
         let mut certificates = vec![None; group];
@@ -438,10 +439,13 @@ impl DaemonKv {
             let certificates: Vec<_> =
                 of_member.iter().flat_map(|done| done.certificates.iter().copied()).collect();
             certificates.iter().flatten().for_each(|certificate| self.stats.certified.add(certificate));
-            let exact: u32 = of_member.iter().map(|done| done.exact).sum();
-            self.stats.rows_cpu += u64::from(exact);
+            let exact = Exact {
+                rows: of_member.iter().map(|done| done.exact.rows).sum(),
+                lse: of_member.iter().flat_map(|done| done.exact.lse.iter().copied()).collect(),
+            };
+            self.stats.rows_cpu += u64::from(exact.rows);
             let time = of_member.iter().map(|done| done.selecting).sum();
-            self.stats.selected_here((rows, exact as usize), time);
+            self.stats.selected_here((rows, exact.rows as usize), time);
             if self.measure {
                 let width = query_heads * d;
                 let own = member * width..(member + 1) * width;

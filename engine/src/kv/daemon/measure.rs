@@ -18,8 +18,17 @@ pub(super) struct Attended<'a> {
     pub(super) out: &'a [f32],
     /// `[batch][Hq]`, or none.
     pub(super) certificates: &'a [Option<Certificate>],
-    /// `[batch]`, or none: rows that the daemon's CPU attended once it knew the true query.
-    pub(super) exact: &'a [u32],
+    /// `[batch]`, or none.
+    pub(super) exact: &'a [Exact],
+}
+
+/// Rows that the daemon's CPU attended once it knew the true query.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Exact {
+    /// How many.
+    pub(super) rows: u32,
+    /// `[Hq]`: the log-sum-exp over them of each query head, or none where there are none.
+    pub(super) lse: Vec<f32>,
 }
 
 impl Pass<'_> {
@@ -51,31 +60,38 @@ impl Pass<'_> {
             for tokens in self.local(end - 1).iter().chain(&selected) {
                 rows[tokens.start.min(end)..tokens.end.min(end)].fill(true);
             }
-            // An answer says how many rows the daemon's CPU attended, not which: they are known where they are all others.
-            let later = attended.exact.get(i).copied().unwrap_or(0);
-            let by_cpu = answer.cpu_rows(i) + later as usize;
+            // An answer says how many rows the daemon's CPU attended, not which: they are known where they are all others. Of those that it
+            // attended later, their part of the attention is known from what came of it.
+            let later = attended.exact.get(i);
+            let by_cpu = answer.cpu_rows(i) + later.map_or(0, |later| later.rows as usize);
             let selected = |head| answer.tokens_of(i, head).iter().map(ExactSizeIterator::len).sum::<usize>();
             let whole = (0..kv_heads).map(selected).sum::<usize>() + by_cpu == kv_heads * candidates.len();
             if whole {
                 rows.fill(true);
             }
             let truth = Truth::of(&scores, end);
-            let known = whole || by_cpu == 0;
+            let known = whole || answer.cpu_rows(i) == 0;
+            let beside = |h: usize| match later.and_then(|later| later.lse.get(head * group + h)) {
+                Some(lse) if !whole => share_of(&scores[h * end..][..end], *lse),
+                _ => 0.0,
+            };
             let certificates = attended.certificates.get(task * group..(task + 1) * group).unwrap_or(&[]);
             for (h, certificate) in certificates.iter().enumerate() {
                 let Some(certificate) = certificate else { continue };
-                let missed = missed_by(&scores[h * end..][..end], &rows);
+                let beside = beside(h);
+                let missed = (missed_by(&scores[h * end..][..end], &rows) - beside).max(0.0);
+                let slack = SHARE_ROUNDING * (missed + beside);
                 let error = distance(&out[h * d..][..d], &dense[h * d..][..d]);
                 sum.certified += 1;
-                let short = known && f64::from(certificate.missed_mass) < missed * (1.0 - SHARE_ROUNDING);
+                let short = known && f64::from(certificate.missed_mass) < missed - slack;
                 let off = f64::from(certificate.error) + ERROR_ROUNDING * norm(&dense[h * d..][..d]) < error;
                 sum.violations += u64::from(short || off);
-                if known && missed > SHARE_LEAST {
+                if known && missed > SHARE_LEAST.max(100.0 * slack) {
                     sum.ratios.add(f64::from(certificate.missed_mass) / missed);
                 }
             }
             sum.count += group as u64;
-            sum.mass += truth.covered(&rows);
+            sum.mass += truth.covered(&rows) + (0..group).map(beside).sum::<f64>();
             if (whole || by_cpu == 0)
                 && let Some(share) = truth.top_k(candidates, &rows)
             {
@@ -108,6 +124,13 @@ fn missed_by(scores: &[f32], attended: &[bool]) -> f64 {
         missed += if *attended { 0.0 } else { weight };
     }
     missed / all
+}
+
+/// The share of a query head's attention, of scaled scores, on rows of this log-sum-exp.
+fn share_of(scores: &[f32], lse: f32) -> f64 {
+    let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let all: f64 = scores.iter().map(|score| f64::from(score - most).exp()).sum();
+    (f64::from(lse) - f64::from(most)).exp() / all
 }
 
 fn norm(values: &[f32]) -> f64 {
@@ -187,6 +210,13 @@ mod tests {
         near(truth.covered(&rows(&[0, 2], 4)), 0.5 + 0.125 + 0.125 + 0.625);
         near(truth.covered(&rows(&[0, 1, 2, 3], 4)), 2.0);
         near(truth.covered(&rows(&[], 4)), 0.0);
+    }
+
+    #[test]
+    fn rows_that_are_known_by_their_log_sum_exp_have_their_share() {
+        let scores = [4.0_f32, 2.0, 1.0, 1.0].map(f32::ln);
+        assert!((share_of(&scores, 3.0_f32.ln()) - 3.0 / 8.0).abs() < 1e-6);
+        assert_eq!(share_of(&scores, f32::NEG_INFINITY), 0.0);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use kvoyant_client::{Answer, Hint, Member};
 use kvoyant_kernels::Kernels;
 use kvoyant_methods::{Certificate, HintSource};
 
+use super::measure::Exact;
 use super::{DaemonError, DaemonKv, DaemonSequence};
 
 impl DaemonKv {
@@ -18,11 +19,11 @@ impl DaemonKv {
         positions: &[usize],
         queries: &[f32],
         (out, lse): (&mut [f32], &mut [f32]),
-    ) -> Result<(Vec<Option<Certificate>>, Vec<u32>), DaemonError> {
+    ) -> Result<(Vec<Option<Certificate>>, Vec<Exact>), DaemonError> {
         let heads = self.shape.query_heads;
         let width = heads * self.shape.head_dim;
         let mut certificates = vec![None; batch.len() * heads];
-        let mut exact = vec![0; batch.len()];
+        let mut exact = vec![Exact::default(); batch.len()];
         let later = |i: &usize| {
             let needs = self.needs_of(batch[*i]);
             needs.rest && needs.hint != HintSource::Current
@@ -56,7 +57,7 @@ impl DaemonKv {
                 (Some(member), Some(again)) => {
                     if let Some(partial) = again.partial(member) {
                         Kernels::best().merge(out, lse, partial.out, partial.lse);
-                        exact[i] = partial.rows;
+                        exact[i] = Exact { rows: partial.rows, lse: partial.lse.to_vec() };
                     }
                     (&**again, member)
                 }
@@ -77,7 +78,7 @@ impl DaemonKv {
                 }
             }
         }
-        self.stats.rows_cpu += exact.iter().map(|rows| u64::from(*rows)).sum::<u64>();
+        self.stats.rows_cpu += exact.iter().map(|exact| u64::from(exact.rows)).sum::<u64>();
         Ok((certificates, exact))
     }
 }

@@ -130,8 +130,9 @@ impl std::ops::AddAssign for Certified {
 pub struct Measured {
     /// How many query heads the sums are over.
     pub count: u64,
-    /// Sum of the true attention probabilities of the attended rows. Rows that the daemon's CPU attended count where it attended
-    /// all that the session did not: an answer does not name them, and else the sum is a lower bound.
+    /// Sum of the true attention probabilities of the attended rows. Of rows that the daemon's CPU attended, those count that the true query
+    /// asked for; others, which an answer does not name, only where it attended all that the session did not: else the sum is a lower
+    /// bound.
     pub mass: f64,
     /// `‖o − o*‖ / ‖o*‖`, `o*` being the output of dense attention.
     pub output_error: f64,
