@@ -5,7 +5,7 @@
 //! to make room for others, or after a restart.
 //!
 //! Everything here may block for as long as a copy or a disk takes, and runs beside the control plane; only an [`Attachment`] is dropped
-//! wherever its last sequence is closed.
+//! wherever its last sequence is closed, which waits for nobody: whoever looks at the index next takes note of it.
 
 mod images;
 mod load;
@@ -17,6 +17,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crossbeam::queue::SegQueue;
 use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::memory::MemoryError;
 use thiserror::Error;
@@ -94,9 +95,7 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        if let Err(error) = self.prefixes.index().detach(self.handle) {
-            tracing::warn!("a prefix was let go of that nobody had: {error}");
-        }
+        self.prefixes.let_go.push(self.handle);
     }
 }
 
@@ -138,6 +137,8 @@ impl Draft {
 #[derive(Debug)]
 pub struct Prefixes {
     index: Mutex<PrefixIndex<Arc<Block>>>,
+    /// What nobody is attached to any more, and the index does not know yet.
+    let_go: SegQueue<Handle>,
     groups: Mutex<HashMap<(Scope, usize), Arc<SharedPages>>>,
     budget: Arc<SharedBudget>,
     host_bytes: u64,
@@ -172,6 +173,7 @@ impl Prefixes {
         let index = Mutex::new(PrefixIndex::new(Limits { host_bytes, stored_bytes }));
         let prefixes = Arc::new(Self {
             index,
+            let_go: SegQueue::new(),
             groups: Mutex::default(),
             budget: SharedBudget::new(budget, host_bytes),
             host_bytes,
@@ -206,7 +208,13 @@ impl Prefixes {
     }
 
     fn index(&self) -> MutexGuard<'_, PrefixIndex<Arc<Block>>> {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(handle) = self.let_go.pop() {
+            if let Err(error) = index.detach(handle) {
+                tracing::warn!("a prefix was let go of that nobody had: {error}");
+            }
+        }
+        index
     }
 
     fn group(&self, scope: Scope, page_bytes: usize) -> Arc<SharedPages> {
@@ -219,20 +227,40 @@ impl Prefixes {
         Arc::clone(group)
     }
 
-    /// Takes a page. If there is no extent for it, what nobody uses goes, the oldest first and whoever published it, until one has come free.
+    /// Takes a page. If there is no extent for it, what nobody uses goes, the oldest first and whoever published it, until one has come free;
+    /// nothing goes where none could.
     fn take(&self, group: &Arc<SharedPages>) -> Result<SharedPage, PrefixFailure> {
+        let mut some_could = false;
         loop {
             let (wanted_bytes, free_bytes) = match group.take() {
                 Ok(page) => return Ok(page),
                 Err(MemoryError::Budget { wanted, free }) => (wanted, free),
                 Err(error) => return Err(error.into()),
             };
-            let gone = self.index().evict(Tier::Host, 1);
+            some_could = some_could || self.an_extent_could_come_free();
+            let gone = if some_could { self.index().evict(Tier::Host, 1) } else { Evictions::default() };
             if gone.payloads.is_empty() {
                 return Err(PrefixFailure::Full { wanted_bytes, free_bytes });
             }
             self.give_back(gone);
         }
+    }
+
+    /// Whether there is an extent that nobody has but blocks that nobody uses.
+    fn an_extent_could_come_free(&self) -> bool {
+        let index = self.index();
+        let mut pages: HashMap<*const SharedExtent, (usize, usize)> = HashMap::new();
+        for block in index.unused() {
+            // Of one that is being written its writer has all pages, too.
+            if Arc::strong_count(block) > 1 {
+                continue;
+            }
+            for page in block.pages() {
+                let extent = page.extent();
+                pages.entry(Arc::as_ptr(extent)).or_insert((0, Arc::strong_count(extent))).0 += 1;
+            }
+        }
+        pages.values().any(|(unused, holders)| unused >= holders)
     }
 
     fn root(&self, key: &PrefixKey, scope: Scope) -> BlockHash {

@@ -486,3 +486,45 @@ impl Registered {
         self.methods.iter().position(same).map(|index| index as u16)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::thread::ThreadId;
+
+    use super::*;
+    use crate::tiers::store::ImageSummary;
+
+    /// Erasing what it has written takes until somebody says so; then it says where that was.
+    struct Slow(Receiver<()>, Sender<ThreadId>);
+
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            let _ = self.0.recv();
+            let _ = self.1.send(std::thread::current().id());
+        }
+    }
+
+    impl ImageWriter for Slow {
+        fn page(&mut self, _: &[u8]) -> Result<(), StoreError> {
+            unreachable!("nothing is written")
+        }
+
+        fn blob(&mut self, _: &str, _: &[u8]) -> Result<(), StoreError> {
+            unreachable!("nothing is written")
+        }
+
+        fn commit(self: Box<Self>, _: Manifest) -> Result<ImageSummary, StoreError> {
+            unreachable!("it is given up")
+        }
+    }
+
+    #[test]
+    fn who_gives_up_an_image_does_not_wait_until_it_is_erased() {
+        let ((go, gate), (tell, told)) = (channel(), channel());
+        drop(Aside::new(Box::new(Slow(gate, tell))));
+        // Here it would still wait.
+        go.send(()).unwrap();
+        assert_ne!(told.recv().unwrap(), std::thread::current().id());
+    }
+}

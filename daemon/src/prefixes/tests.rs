@@ -20,9 +20,12 @@ fn key() -> PrefixKey {
 }
 
 fn start(folder: &Path, remote: &str) -> Arc<Prefixes> {
-    let keeper = Arc::new(Keeper::start(folder, remote).unwrap());
+    start_on(2, Some(Arc::new(Keeper::start(folder, remote).unwrap())))
+}
+
+fn start_on(extents: u64, keeper: Option<Arc<Keeper>>) -> Arc<Prefixes> {
     let budget = Arc::new(ArenaBudget::new(4 * EXTENT_BYTES as u64));
-    Prefixes::start(budget, 2 * EXTENT_BYTES as u64, Some(keeper)).unwrap()
+    Prefixes::start(budget, extents * EXTENT_BYTES as u64, keeper).unwrap()
 }
 
 fn text(blocks: usize) -> Vec<u32> {
@@ -123,6 +126,36 @@ fn images_of_which_nobody_would_know_are_erased() {
     let prefixes = start(folder.path(), "");
     until("the start has looked at both", || images(folder.path()).len() == 1);
     until("what was published is known", || attached(&prefixes, 7, 2) == 2);
+}
+
+#[test]
+fn nothing_goes_for_what_would_not_find_room_all_the_same() {
+    let prefixes = start_on(1, None);
+    publish(&prefixes, Scope::Uid(7), 3);
+    // A session has the extent mapped, and is attached to nothing.
+    let mapped = {
+        let found = prefixes.attach(&key(), 7, &text(1)).unwrap().unwrap();
+        Arc::clone(found.blocks()[0].pages()[0].extent())
+    };
+    let refused = || prefixes.draft(&key(), Scope::Uid(8), &text(2));
+    assert!(matches!(refused(), Err(PrefixFailure::Full { .. })));
+    assert_eq!(attached(&prefixes, 7, 3), 3, "what the other has published is there");
+    drop(mapped);
+    refused().unwrap();
+    assert_eq!(attached(&prefixes, 7, 3), 0, "its extent was the only one");
+}
+
+#[test]
+fn whoever_lets_go_of_a_prefix_waits_for_nobody() {
+    let prefixes = start_on(1, None);
+    publish(&prefixes, Scope::Shared, 3);
+    let found = prefixes.attach(&key(), 7, &text(3)).unwrap().unwrap();
+    let index = prefixes.index();
+    drop(found);
+    drop(index);
+    // It is known by whoever looks next.
+    evict(&prefixes, Tier::Host, u64::MAX);
+    assert_eq!(attached(&prefixes, 7, 3), 0);
 }
 
 #[test]

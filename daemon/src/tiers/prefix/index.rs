@@ -78,6 +78,12 @@ impl<P: Clone> PrefixIndex<P> {
         self.counters
     }
 
+    /// What nobody uses, of the host.
+    pub fn unused(&self) -> impl Iterator<Item = &P> {
+        let nodes = self.nodes.iter().map(|(_, node)| node);
+        nodes.filter(|node| node.users == 0).filter_map(|node| node.place.host())
+    }
+
     /// Whether a block lies in this image.
     #[must_use]
     pub fn has_image(&self, image: &ImageId) -> bool {
