@@ -160,9 +160,13 @@ fn bench_decode_refuses_texts_that_the_model_has_no_positions_for() {
 
 /// What `run` answers with these arguments.
 fn answer(home: &Path, arguments: &[&str]) -> String {
+    answer_of(&mut kvoyant(home), home, arguments)
+}
+
+fn answer_of(command: &mut Command, home: &Path, arguments: &[&str]) -> String {
     let always = ["run", "--model", "tiny", "--max-tokens", "24", "--prompt"];
     let prompt = "The harbour was quiet. ".repeat(20);
-    let (code, out, err) = run(kvoyant(home).args(always).arg(prompt).args(arguments));
+    let (code, out, err) = run(command.args(always).arg(prompt).args(arguments));
     assert_eq!(code, Some(0), "{arguments:?}: {err}");
     assert_eq!(left_behind(home), Vec::<String>::new(), "{arguments:?}");
     out
@@ -174,7 +178,12 @@ fn run_with_every_row_answers_as_dense_attention_does() {
     let dense = answer(home.path(), &["--attention", "dense"]);
     assert!(dense.len() > 1);
     assert_eq!(answer(home.path(), &["--method", "full"]), dense);
-    assert_eq!(answer(home.path(), &["--method", "full", "--in-place"]), dense);
+    // With as many threads as there are processors, too.
+    let threads = |arguments: &[&str]| {
+        answer_of(kvoyant(home.path()).env_remove("RAYON_NUM_THREADS"), home.path(), arguments)
+    };
+    assert_eq!(threads(&["--attention", "dense"]), dense);
+    assert_eq!(threads(&["--method", "full", "--in-place"]), dense);
     assert_eq!(answer(home.path(), &["--method", "infinigen", "--budget", "100%"]), dense);
 }
 
