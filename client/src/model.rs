@@ -310,10 +310,18 @@ impl Model {
                 .map(|(sequence, tokens)| Ok((sequence.id(), narrow("tokens", *tokens)?)))
                 .collect::<Result<_, Error>>()?;
             let message = ToDaemon::Reserve { sequences: list };
+            // Tables move, and what they leave may be another's at once: nobody looks at them until it is known where they are. In one order,
+            // for others hold several, too; a list that names one twice is refused.
+            let place = |at: &usize| std::ptr::from_ref(part[*at].0).addr();
+            let mut order: Vec<usize> = (0..part.len()).collect();
+            order.sort_unstable_by_key(place);
+            order.dedup_by_key(|at| place(at));
+            let mut moving: Vec<_> = order.iter().map(|at| (*at, part[*at].0.moving())).collect();
             match self.inner.control.request(&message, &self.inner.memory)? {
                 ToClient::Reserved { tables } if tables.len() == part.len() => {
-                    for ((sequence, _), (table, room)) in part.iter().zip(tables) {
-                        sequence.moved(table, room)?;
+                    for (at, moving) in &mut moving {
+                        let (table, room) = tables[*at];
+                        moving.moved(table, room)?;
                     }
                 }
                 other => return Err(Error::Broken(format!("{other:?} came instead of room"))),

@@ -73,9 +73,11 @@ pub(crate) enum StreamRelease {
 impl Submit {
     /// Takes in what streams have released since.
     fn follow_streams(&mut self, c2d: &SharedMapping) {
-        let ahead = c2d.load_u32(c2d::RELEASED).wrapping_sub(self.released_through as u32).cast_signed();
-        if ahead > 0 {
-            self.released_through += u64::from(ahead.unsigned_abs());
+        // The word means something only as far as a stream has promised: where none has it stays what it is for ever.
+        let promised = self.stream_will_release.saturating_sub(self.released_through);
+        let ahead = u64::from(c2d.load_u32(c2d::RELEASED).wrapping_sub(self.released_through as u32));
+        if (1..=promised).contains(&ahead) {
+            self.released_through += ahead;
         }
         self.released.extend(self.late.take());
         self.settle();

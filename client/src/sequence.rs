@@ -39,6 +39,23 @@ pub struct Sequence {
     open: bool,
 }
 
+/// A sequence whose table may move meanwhile.
+pub(crate) struct Moving<'a> {
+    inner: &'a Inner,
+    state: MutexGuard<'a, State>,
+}
+
+impl Moving<'_> {
+    /// It has moved.
+    pub(crate) fn moved(&mut self, table: TableRef, room: u32) -> Result<(), Error> {
+        let (daemon, map) = (self.inner.memory.daemons(), self.inner.memory.table(table.file)?);
+        check_table(self.inner, &table, &map)?;
+        let state = &mut *self.state;
+        (state.table, state.map, state.daemon, state.room) = (table, map, daemon, room as usize);
+        Ok(())
+    }
+}
+
 impl Sequence {
     pub(crate) fn new(
         inner: Arc<Inner>,
@@ -90,12 +107,9 @@ impl Sequence {
         self.state().room
     }
 
-    pub(crate) fn moved(&self, table: TableRef, room: u32) -> Result<(), Error> {
-        let mut state = self.state();
-        let (daemon, map) = (self.inner.memory.daemons(), self.inner.memory.table(table.file)?);
-        check_table(&self.inner, &table, &map)?;
-        (state.table, state.map, state.daemon, state.room) = (table, map, daemon, room as usize);
-        Ok(())
+    /// Has whoever reads or writes its rows wait, for its table may move.
+    pub(crate) fn moving(&self) -> Moving<'_> {
+        Moving { inner: &self.inner, state: self.state() }
     }
 
     /// Counts appended tokens; returns the position of the first of them.

@@ -15,8 +15,8 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
 use crate::status::StoreReport;
 use crate::tiers::store::{
-    ImageId, ImageReader, ImageStore, ImageSummary, ImageWriter, LocalStore, RemoteOptions, StoreError,
-    connect,
+    ImageId, ImageReader, ImageStore, ImageSummary, ImageWriter, LocalStore, Manifest, RemoteOptions,
+    StoreError, connect,
 };
 
 /// How long a remote store that did not answer is left alone.
@@ -27,6 +27,9 @@ const TRIES: u32 = 24 * 240;
 
 /// What writers that died have left remotely is removed after so long.
 const LEFTOVERS: Duration = Duration::from_secs(24 * 3600);
+
+/// Where copies of what is being resumed lie, in the folder.
+const RESUMED: &str = ".resumed";
 
 #[derive(Debug)]
 enum Order {
@@ -71,6 +74,8 @@ impl Progress {
 pub struct Keeper {
     local: Arc<LocalStore>,
     remote: Option<Arc<dyn ImageStore>>,
+    /// Copies of what is being resumed from the remote store.
+    resumed: Option<Arc<LocalStore>>,
     progress: Arc<Progress>,
     orders: Sender<Order>,
     stop: Arc<AtomicBool>,
@@ -94,10 +99,28 @@ impl Keeper {
         let failed =
             |source| StoreError::Io { doing: "start a thread for", path: folder.to_path_buf(), source };
         let mut threads = Vec::new();
+        let resumed =
+            remote.as_ref().map(|_| LocalStore::open(folder.join(RESUMED)).map(Arc::new)).transpose()?;
+        // What a crash has left there.
+        let old: Vec<ImageId> = match &resumed {
+            Some(resumed) => resumed.list()?.into_iter().map(|image| image.id).collect(),
+            None => Vec::new(),
+        };
         {
             // It takes as long as the disk does, and nobody waits for it.
-            let (local, stop) = (Arc::clone(&local), Arc::clone(&stop));
-            let erase = move || local.erase_leftovers(&stop);
+            let (local, resumed, stop) = (Arc::clone(&local), resumed.clone(), Arc::clone(&stop));
+            let erase = move || {
+                local.erase_leftovers(&stop);
+                let Some(resumed) = resumed else { return };
+                resumed.erase_leftovers(&stop);
+                for id in old {
+                    if !stop.load(Ordering::Relaxed)
+                        && let Err(error) = resumed.remove(&id)
+                    {
+                        tracing::warn!("a copy of an image stays until the next start: {error}");
+                    }
+                }
+            };
             threads.push(crate::threads::start("eraser", erase).map_err(failed)?);
         }
         if let Some(remote) = remote.clone() {
@@ -105,7 +128,7 @@ impl Keeper {
             let copy = move || copy_loop(&local, &*remote, (&progress, &stop), &inbox);
             threads.push(crate::threads::start("keeper", copy).map_err(failed)?);
         }
-        Ok(Self { local, remote, progress, orders, stop, threads })
+        Ok(Self { local, remote, resumed, progress, orders, stop, threads })
     }
 
     /// What hashes of users' prefixes are salted with: made once for the folder, so that prefixes are found again after a restart.
@@ -200,6 +223,35 @@ impl Keeper {
         }
     }
 
+    /// The same for a sequence that is to be resumed, whose image may be replaced or removed there later: the copy has no name, and goes
+    /// with its reader.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_to_resume(&self, id: &ImageId) -> Result<Box<dyn ImageReader>, StoreError> {
+        let opened = self.local.open(id);
+        let (Err(StoreError::NotFound { .. }), Some(remote), Some(resumed)) =
+            (&opened, &self.remote, &self.resumed)
+        else {
+            return opened;
+        };
+        let reader = self.progress.note(remote.open(id))?;
+        let Ok(own) = format!("{:016x}", fastrand::u64(..)).parse::<ImageId>() else { return Ok(reader) };
+        match copy(reader, &**resumed, (&own, false), &self.stop) {
+            Ok(Some(_)) => {
+                let reader = resumed.open(&own)?;
+                Ok(Box::new(Brought { reader, store: Arc::clone(resumed), id: own }))
+            }
+            Err(error) if !matches!(error, StoreError::Full { .. } | StoreError::Io { .. }) => Err(error),
+            stopped => {
+                if let Err(error) = stopped {
+                    tracing::warn!("image {id} is read from {} as it is: {error}", remote.name());
+                }
+                self.progress.note(remote.open(id))
+            }
+        }
+    }
+
     /// The images of the folder, by name.
     ///
     /// # Errors
@@ -222,18 +274,19 @@ impl Keeper {
         !matches!(self.local.open(id), Err(StoreError::NotFound { .. }))
     }
 
-    /// What an image of the folder is labelled with; `None` if there is no such image, or it is damaged.
-    #[must_use]
-    pub fn label_here(&self, id: &ImageId) -> Option<String> {
-        self.local.open(id).ok().map(|reader| reader.manifest().label.clone())
-    }
-
-    /// Erases an image in the folder, and leaves the remote store as it is.
+    /// Erases an image in the folder, and in the remote store if it is labelled so there.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] if it is not there; what the folder refuses.
-    pub fn remove_here(&self, id: &ImageId) -> Result<(), StoreError> {
-        self.local.remove(id)
+    /// [`StoreError::NotFound`] if it is nowhere; what a store refuses.
+    pub fn remove_labelled(&self, id: &ImageId, label: &str) -> Result<(), StoreError> {
+        let Some(remote) = &self.remote else { return self.local.remove(id) };
+        match self.progress.note(remote.open(id)) {
+            Ok(there) if there.manifest().label == label => self.remove(id),
+            Ok(_) => self.local.remove(id),
+            // A copy that is under way would bring it.
+            Err(StoreError::NotFound { .. }) => self.remove(id),
+            Err(error) => self.local.remove(id).and(Err(error)),
+        }
     }
 
     /// Where an image that is in the folder is, as far as the remote store says.
@@ -301,6 +354,41 @@ impl Drop for Keeper {
     }
 }
 
+/// A copy that goes with its reader.
+struct Brought {
+    reader: Box<dyn ImageReader>,
+    store: Arc<LocalStore>,
+    id: ImageId,
+}
+
+impl ImageReader for Brought {
+    fn manifest(&self) -> &Manifest {
+        self.reader.manifest()
+    }
+
+    fn page(&mut self, index: usize, into: &mut [u8]) -> Result<(), StoreError> {
+        self.reader.page(index, into)
+    }
+
+    fn blob(&mut self, name: &str) -> Result<Vec<u8>, StoreError> {
+        self.reader.blob(name)
+    }
+}
+
+impl Drop for Brought {
+    fn drop(&mut self) {
+        let (store, id) = (Arc::clone(&self.store), self.id.clone());
+        let erase = move || {
+            if let Err(error) = store.remove(&id) {
+                tracing::warn!("a copy of an image stays until the next start: {error}");
+            }
+        };
+        if let Err(error) = crate::threads::start("eraser", erase) {
+            tracing::warn!("a copy of an image stays until the next start: {error}");
+        }
+    }
+}
+
 /// Where an image is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -356,7 +444,7 @@ fn copy(
         let bytes = from.blob(&entry.name)?;
         writer.blob(&entry.name, &bytes)?;
     }
-    writer.commit(crate::tiers::store::Manifest { blobs: Vec::new(), ..manifest }).map(Some)
+    writer.commit(Manifest { blobs: Vec::new(), ..manifest }).map(Some)
 }
 
 /// An image that is to be copied.
@@ -413,6 +501,8 @@ fn copy_loop(
                 Ok(Some(_)) => tracing::info!("image {id} is in {} too", remote.name()),
                 // It has been removed, or resumed and gone.
                 Err(StoreError::NotFound { .. }) => {}
+                // Of a prefix, it has the same blocks.
+                Err(StoreError::Exists { .. }) if crate::prefixes::is_image(&id) => {}
                 // No later try would fare better.
                 Err(
                     error @ (StoreError::Exists { .. }

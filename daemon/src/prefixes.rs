@@ -30,6 +30,7 @@ use crate::tiers::prefix::{
 };
 use crate::tiers::shared::{SharedBudget, SharedExtent, SharedPage, SharedPages};
 use crate::tiers::store::{ImageId, ImageKind, Manifest, ModelKey, PageTable, StoreError};
+pub(crate) use images::is_image;
 use images::{BLOCKS, Blocks, Images, image_of};
 
 /// How many times as much may lie in images as on the host.
@@ -237,7 +238,7 @@ impl Prefixes {
                 Err(MemoryError::Budget { wanted, free }) => (wanted, free),
                 Err(error) => return Err(error.into()),
             };
-            some_could = some_could || self.an_extent_could_come_free();
+            some_could = some_could || self.room_could_come_free(group);
             let gone = if some_could { self.index().evict(Tier::Host, 1) } else { Evictions::default() };
             if gone.payloads.is_empty() {
                 return Err(PrefixFailure::Full { wanted_bytes, free_bytes });
@@ -246,8 +247,8 @@ impl Prefixes {
         }
     }
 
-    /// Whether there is an extent that nobody has but blocks that nobody uses.
-    fn an_extent_could_come_free(&self) -> bool {
+    /// Whether blocks that nobody uses have a page of this group's, or all that is used of an extent.
+    fn room_could_come_free(&self, group: &Arc<SharedPages>) -> bool {
         let index = self.index();
         let mut pages: HashMap<*const SharedExtent, (usize, usize)> = HashMap::new();
         for block in index.unused() {
@@ -256,6 +257,9 @@ impl Prefixes {
                 continue;
             }
             for page in block.pages() {
+                if page.is_of(group) {
+                    return true;
+                }
                 let extent = page.extent();
                 pages.entry(Arc::as_ptr(extent)).or_insert((0, Arc::strong_count(extent))).0 += 1;
             }
@@ -434,7 +438,8 @@ impl Prefixes {
                     self.erase(keeper, &image);
                 } else if *shared {
                     // Of a user's own nobody else knows the salt.
-                    keeper.kept((*image).clone(), true);
+                    // Another one of that name has the same blocks, whoever made it.
+                    keeper.kept((*image).clone(), false);
                 }
             }
             Err(error) => tracing::warn!("a published prefix is on the host only: {error}"),
@@ -451,8 +456,11 @@ impl Prefixes {
 
     /// Erases an image in which nothing lies any more; in the remote store only if it is of our own making.
     fn erase(&self, keeper: &Keeper, image: &ImageId) {
-        let own = keeper.label_here(image).is_some_and(|label| label == self.node);
-        match if own { keeper.remove(image) } else { keeper.remove_here(image) } {
+        // It may have been written anew since the index let go of it.
+        if self.index().has_image(image) {
+            return;
+        }
+        match keeper.remove_labelled(image, &self.node) {
             Ok(()) | Err(StoreError::NotFound { .. }) => {}
             Err(error) => tracing::warn!("image {image} of a prefix that is gone stays: {error}"),
         }

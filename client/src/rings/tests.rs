@@ -59,6 +59,17 @@ fn only_the_stream_that_has_promised_releases_by_the_word() {
 }
 
 #[test]
+fn without_streams_the_word_that_they_write_means_nothing_however_many_answers_there_were() {
+    let layout = Layout::new(Limits::default()).unwrap();
+    let memory = |bytes| Memfd::create("rings-test", bytes).unwrap().map(true).unwrap();
+    let maps = Maps::new(layout, memory(layout.c2d_bytes), memory(layout.d2c_bytes), 0);
+    let rings = Rings::new(maps, (Duration::ZERO, Duration::ZERO));
+    lock(&rings.submit).released_through = (1 << 31) - 1;
+    (0..3).for_each(|more| rings.release((1 << 31) + more));
+    assert_eq!(lock(&rings.submit).released_through, (1 << 31) + 2);
+}
+
+#[test]
 fn an_answer_to_anything_but_what_was_asked_is_an_error() {
     let layout = Layout::new(Limits::default()).unwrap();
     let memory = |bytes| Memfd::create("rings-test", bytes).unwrap().map(true).unwrap();

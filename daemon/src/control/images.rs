@@ -3,7 +3,7 @@
 //! The lane lends the pages' places; files are read and written beside the control thread. A sequence that is suspended is closed once
 //! its image is kept, and not before; one that cannot be resumed leaves nothing open.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvoyant_methods::MethodSpec;
@@ -180,8 +180,14 @@ impl Aside {
 impl Drop for Aside {
     fn drop(&mut self) {
         let Some(writer) = self.0.take() else { return };
+        // One at a time: clients that begin and go make no more work than one disk has.
+        static TURN: Mutex<()> = Mutex::new(());
+        let erase = move || {
+            let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+            drop(writer);
+        };
         // Where there is no thread the work is dropped with its writer, here.
-        if let Err(error) = crate::threads::start("eraser", move || drop(writer)) {
+        if let Err(error) = crate::threads::start("eraser", erase) {
             tracing::warn!("what was written of an image was erased by the control thread: {error}");
         }
     }
@@ -280,7 +286,7 @@ pub(super) async fn resume(
             };
             // Nothing is brought from afar that is not wanted then.
             keeper.open(&id).and_then(|reader| right(&*reader)).map_err(&fail)?;
-            let mut reader = keeper.open_here(&id).map_err(&fail)?;
+            let mut reader = keeper.open_to_resume(&id).map_err(&fail)?;
             right(&*reader).map_err(&fail)?;
             let parts = Parts::read(&mut *reader).map_err(&fail)?;
             Ok((reader, parts))

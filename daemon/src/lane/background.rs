@@ -147,7 +147,15 @@ impl ModelState {
         let mut result = Ok(());
         for (head, set) in slots.heads.iter_mut().enumerate() {
             let keep = self.kept_rows(self.buffers.selection.rows(head), tokens);
-            result = result.and(self.place_head(id, layer, head, set, keep, evict, &mut background.answer));
+            result = result.and(self.place_head(
+                id,
+                layer,
+                head,
+                set,
+                (keep, u32::MAX),
+                evict,
+                &mut background.answer,
+            ));
             set.hold();
         }
         let bytes = background.answer.bytes - before;

@@ -247,7 +247,7 @@ impl ModelState {
         for (head, set) in slots.heads.iter_mut().enumerate() {
             let keep = (self.buffers.selection.rows(head) as f64 * self.keep) as usize;
             let keep = keep.min(rows as usize);
-            result = result.and(self.place_head(id, layer, head, set, keep, true, answer));
+            result = result.and(self.place_head(id, layer, head, set, (keep, u32::MAX), true, answer));
         }
         self.sequence_mut(id).map_err(|_| Status::NoSuchSequence)?.residency[layer] = slots;
         result

@@ -187,6 +187,7 @@ impl LaneHandle {
             reaper,
             spin_for,
             naps: Naps::default(),
+            idle: Instant::now(),
             refreshed: Instant::now(),
         };
         let thread = crate::threads::start(format!("lane-{index}"), move || {
@@ -278,6 +279,8 @@ struct Lane {
     reaper: Reaper,
     spin_for: Duration,
     naps: Naps,
+    /// When there was last nothing to do.
+    idle: Instant,
     refreshed: Instant,
 }
 
@@ -299,15 +302,14 @@ impl Lane {
                 if let Some(attached) = self.sessions.iter_mut().find(|a| a.session.id == done.session) {
                     // Of a lost device every session is told by the control plane.
                     let failed = done.failed && done.records.is_none() && !lost(&*self.device);
-                    let ticket = done.ticket;
-                    let result = attached.session.transferred(done);
+                    let (ticket, result) = (done.ticket, attached.session.transferred(done));
                     attached.check(result);
                     if failed {
                         attached.check::<()>(Err(SessionError::Transfer { ticket }));
                     }
                 }
             }
-            let tools = Tools { device: &*self.device, report: &self.report };
+            let tools = Tools { device: &*self.device, report: &self.report, idle: self.idle };
             while let Some(ended) = self.pages.pop() {
                 busy = true;
                 if let Some(attached) = self.sessions.iter_mut().find(|a| a.session.id == ended.session) {
@@ -346,17 +348,18 @@ impl Lane {
                 }
                 return;
             }
-            if !busy && armed {
+            if busy {
+                self.naps.found();
+                continue;
+            } else if armed {
                 // A write from a GPU wakes nobody, so an armed doorbell is polled.
                 std::thread::yield_now();
-            } else if !busy && !self.spin(rung) {
-                // Between two pieces there may be something to do.
-                if !self.refresh() {
-                    self.sleep(rung);
-                }
-            } else {
+            } else if self.spin(rung) {
                 self.naps.found();
+            } else if !self.refresh() {
+                self.sleep(rung);
             }
+            self.idle = Instant::now();
         }
     }
 
@@ -420,7 +423,7 @@ impl Lane {
         }
         let device = Arc::clone(&self.device);
         let report = Arc::clone(&self.report);
-        let tools = Tools { device: &*device, report: &report };
+        let tools = Tools { device: &*device, report: &report, idle: self.idle };
         match command {
             Command::Stop => {}
             Command::Attach(mut session, ending) => {
@@ -585,11 +588,11 @@ impl Attached {
         match result {
             Ok(value) => Some(value),
             Err(error) => {
-                self.broken = true;
-                if let Some(why) = error.rejection() {
-                    self.session.status.seen.rejected(why);
+                // Once: what is still under way fails for the same reason.
+                if !std::mem::replace(&mut self.broken, true) {
+                    error.rejection().into_iter().for_each(|why| self.session.status.seen.rejected(why));
+                    self.ending.end(&error);
                 }
-                self.ending.end(&error);
                 None
             }
         }

@@ -64,10 +64,11 @@ impl ModelState {
         }
         self.make_room(self.pages_short(&slots), turn);
         let mut result = Ok(());
+        let end = self.shape.candidates(tokens).end as u32;
         for (kv_head, set) in slots.heads.iter_mut().enumerate() {
             let wanted: usize = self.buffers.selection.rows(kv_head);
             let keep = self.kept_rows(wanted, tokens);
-            result = result.and(self.place_head(id, layer, kv_head, set, keep, evict, answer));
+            result = result.and(self.place_head(id, layer, kv_head, set, (keep, end), evict, answer));
             answer.resident = answer.resident.saturating_add(set.resident() as u32);
         }
         if result.is_err() {
@@ -100,7 +101,7 @@ impl ModelState {
         layer: usize,
         kv_head: usize,
         set: &mut SlotSet,
-        keep: usize,
+        (keep, end): (usize, u32),
         evict: bool,
         answer: &mut Answer,
     ) -> Result<(), Status> {
@@ -119,8 +120,9 @@ impl ModelState {
         let (table, base) = (sequence.table, head * sequence.capacity);
         let first_run = answer.runs.len();
         let (mut total, mut named) = (0, 0);
-        // Rows that are there are attended at no cost: they stand between those that were selected.
-        let mut there = set.entries().filter(|_| needs.attend_resident).peekable();
+        // Rows that are there are attended at no cost: they stand between those that were selected. From `end` on all are attended anyway, or are
+        // of later tokens: a sequence that was cut still has them.
+        let mut there = set.entries().filter(|entry| needs.attend_resident && entry.token < end).peekable();
         let mut name_others = |answer: &mut Answer, before: u32| {
             while let Some(entry) = there.next_if(|entry| entry.token <= before) {
                 if entry.token < before {

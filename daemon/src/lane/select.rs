@@ -199,7 +199,11 @@ impl ModelState {
             self.keep_named(id, layer, answer);
             return Ok(());
         }
-        self.place(id, layer, (tokens, queries), turn, answer, background)?;
+        if let Err(status) = self.place(id, layer, (tokens, queries), turn, answer, background) {
+            // What the selection has left for its rest is nobody else's.
+            self.buffers.scratch.keep_for_rest(false);
+            return Err(status);
+        }
         if at_once {
             self.estimate_unnamed(id, layer, tokens, answer);
         } else {

@@ -93,6 +93,8 @@ pub struct LaneSession {
     pub(super) dirty: bool,
     totals: Totals,
     seen: Option<(u32, Instant)>,
+    /// When its ring was last looked at.
+    looked: Instant,
     /// Up to where requests come before a control request that waits for them.
     draining: Option<u32>,
 }
@@ -104,6 +106,8 @@ pub struct Tools<'a> {
     pub device: &'a dyn Device,
     /// Where their ends are reported.
     pub report: &'a Arc<Report>,
+    /// When the lane last had nothing to do.
+    pub idle: Instant,
 }
 
 impl LaneSession {
@@ -154,6 +158,7 @@ impl LaneSession {
             dirty: true,
             totals: Totals::default(),
             seen: None,
+            looked: Instant::now(),
             draining: None,
         }
     }
@@ -237,6 +242,8 @@ impl LaneSession {
         }
         // What has come may have been the last answer that a seal waited for: before there are others under way.
         self.cover_if_due(false);
+        // Whatever is new has come since: while others had their turns, or what was before it.
+        let looked = std::mem::replace(&mut self.looked, Instant::now()).max(tools.idle);
         let available = self.requests.available(&self.c2d)?;
         let mut handled = 0;
         while handled < available.min(most) {
@@ -246,7 +253,7 @@ impl LaneSession {
             let index = self.requests.index();
             let arrived = match self.seen {
                 Some((seen, at)) if seen == index => at,
-                _ => Instant::now(),
+                _ => looked,
             };
             let descriptor = self.requests.peek(&self.c2d);
             let request = Request::parse(&descriptor, &self.layout.limits)?;
@@ -464,6 +471,7 @@ impl LaneSession {
         self.flights.list.push_back(Flight {
             completion,
             planned,
+            sent: planned,
             waiting: copies || reads,
             after,
             charged: allowed,

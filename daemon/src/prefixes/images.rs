@@ -23,6 +23,11 @@ pub(super) struct Blocks {
     pub(super) first: usize,
 }
 
+/// Whether an image is one of blocks, by its name: those of sequences begin with their user.
+pub(crate) fn is_image(id: &ImageId) -> bool {
+    id.as_str().starts_with("prefix.")
+}
+
 /// The image of the blocks up to this one, from their `first` on: one of fewer never takes the place of one of more.
 pub(super) fn image_of(last: &BlockHash, first: usize) -> Result<ImageId, StoreError> {
     let id = format!("prefix.{last}.{first}");

@@ -6,7 +6,10 @@ use super::Prefixes;
 use super::images::{BLOCKS, Blocks};
 use crate::keeper::{Keeper, Kept};
 use crate::tiers::prefix::{BlockHash, Place};
-use crate::tiers::store::ImageKind;
+use crate::tiers::store::{Damage, ImageId, ImageKind};
+
+/// An image, what it says, the bytes of one of its blocks, and where it is.
+type Found = (Arc<ImageId>, Blocks, u64, Kept);
 
 impl Prefixes {
     /// Takes note of the prefixes that images have, and erases those of the folder of which it takes none.
@@ -22,10 +25,16 @@ impl Prefixes {
             Vec::new()
         });
         let images = crate::keeper::merge(here, remotely);
-        let mut found = Vec::new();
+        let mut found: Vec<Found> = Vec::new();
         for (summary, kept) in images {
-            if !summary.content.as_ref().is_ok_and(|facts| facts.kind == ImageKind::Prefix) {
-                continue;
+            match &summary.content {
+                Ok(facts) if facts.kind == ImageKind::Prefix => {}
+                // It may be one that others go on from.
+                Err(Damage::Unreadable { .. }) => {
+                    all_read = false;
+                    continue;
+                }
+                _ => continue,
             }
             let read = keeper.open(&summary.id).and_then(|mut reader| {
                 let bytes =
@@ -48,41 +57,50 @@ impl Prefixes {
                 }
             }
         }
-        // Those that others build on come first.
-        found.sort_by_key(|(_, about, ..)| about.first);
+        // What is here first, so that it is not brought from elsewhere; then those that others build on.
+        found.sort_by_key(|(_, about, _, kept)| (*kept == Kept::Remotely, about.first));
         let mut blocks = 0;
-        for (id, about, block_bytes, kept) in found {
-            let hashes: Vec<BlockHash> = about.hashes.into_iter().map(BlockHash::from).collect();
-            let noted = {
-                let mut index = self.index();
-                let known = index.known(about.root.into(), &hashes);
-                if known < about.first {
-                    // What it goes on from may be in an image that could not be read.
-                    if all_read { Ok(None) } else { continue }
-                } else if known == hashes.len() {
-                    Ok(None)
-                } else {
-                    let places = (known..hashes.len()).map(|_| Place::Stored(Arc::clone(&id))).collect();
-                    blocks += hashes.len() - known;
-                    index.publish(about.root.into(), &hashes, places, block_bytes).map(Some)
-                }
-            };
-            match noted {
-                Ok(Some(published)) => self.give_back(published.evicted),
-                Ok(None) => {}
-                Err(error) => tracing::warn!("image {id} of a prefix is not taken note of: {error}"),
+        let mut left: Vec<&Found> = found.iter().filter(|image| !self.note(image, &mut blocks)).collect();
+        // What goes on from an image that is elsewhere.
+        left.retain(|image| !self.note(image, &mut blocks));
+        for image in found.iter().filter(|(.., kept)| *kept != Kept::Remotely) {
+            // What it goes on from may be in an image that could not be read.
+            if !all_read && left.iter().any(|other| std::ptr::eq(*other, image)) {
+                continue;
             }
             // Nothing else would ever count it. Whoever is writing one has it counted by the end of their turn.
             let _turn = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
-            if kept != Kept::Remotely && !self.index().has_image(&id) {
-                match keeper.remove_here(&id) {
-                    Ok(()) => tracing::info!(
-                        "image {id} of a prefix had nothing that is to be had from it, and is erased"
-                    ),
-                    Err(error) => tracing::warn!("image {id} of a prefix is of no use, and stays: {error}"),
-                }
+            if !self.index().has_image(&image.0) {
+                tracing::info!(
+                    "image {} of a prefix has nothing that is to be had from it: it is erased",
+                    image.0
+                );
+                self.erase(keeper, &image.0);
             }
         }
         tracing::info!(blocks, "published prefixes of before are known");
+    }
+
+    /// Takes note of an image, and counts its blocks; false if what it goes on from is not known.
+    fn note(&self, (id, about, block_bytes, _): &Found, blocks: &mut usize) -> bool {
+        let hashes: Vec<BlockHash> = about.hashes.iter().copied().map(BlockHash::from).collect();
+        let noted = {
+            let mut index = self.index();
+            let known = index.known(about.root.into(), &hashes);
+            if known < about.first {
+                return false;
+            }
+            if known == hashes.len() {
+                return true;
+            }
+            let places = (known..hashes.len()).map(|_| Place::Stored(Arc::clone(id))).collect();
+            *blocks += hashes.len() - known;
+            index.publish(about.root.into(), &hashes, places, *block_bytes)
+        };
+        match noted {
+            Ok(published) => self.give_back(published.evicted),
+            Err(error) => tracing::warn!("image {id} of a prefix is not taken note of: {error}"),
+        }
+        true
     }
 }

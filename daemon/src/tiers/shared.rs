@@ -209,6 +209,12 @@ pub struct SharedPage {
 }
 
 impl SharedPage {
+    /// Whether it is one of this group's.
+    #[must_use]
+    pub fn is_of(&self, group: &Arc<SharedPages>) -> bool {
+        Arc::ptr_eq(&self.group, group)
+    }
+
     /// The extent that it lies in.
     #[must_use]
     pub fn extent(&self) -> &Arc<SharedExtent> {

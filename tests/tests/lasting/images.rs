@@ -247,9 +247,9 @@ fn an_image_is_resumed_by_another_daemon_that_shares_a_remote_store() {
         (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let url = format!("file://{}", remote.path().display());
     let daemon = start(here.path(), &["--remote", &url]);
-    let model = fake::connect(&daemon, &["full"]);
-    let sequence = model.open(0, 0).unwrap();
-    fill(&model, &sequence, 4, 500);
+    let here_model = fake::connect(&daemon, &["full"]);
+    let sequence = here_model.open(0, 0).unwrap();
+    fill(&here_model, &sequence, 4, 500);
     suspend(sequence, "moved");
     let other = start(there.path(), &["--remote", &url]);
     let model = fake::connect(&other, &["full"]);
@@ -260,6 +260,23 @@ fn an_image_is_resumed_by_another_daemon_that_shares_a_remote_store() {
     });
     let (sequence, _) = moved.unwrap();
     check(&model, &sequence, 4);
+    // What was brought for that is under no name there, and goes: in the remote store it may be replaced, or removed.
+    let names = |folder: std::path::PathBuf| -> Vec<String> {
+        let entries = std::fs::read_dir(folder).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    assert!(names(there.path().to_owned()).iter().all(|name| name.starts_with('.')));
+    wait_until("the copy to go", || names(there.path().join(".resumed")) == [".lock"]);
+    let newer = here_model.open(0, 0).unwrap();
+    fill(&here_model, &newer, 5, 500);
+    newer.suspend("moved", true, "a test's").map_err(|(_, error)| error).unwrap();
+    wait_until("the newer one to be copied and resumed", || {
+        // In the moment when it is replaced it is to be asked for again.
+        let Ok((sequence, _)) = model.resume("moved", None, SelectedBy::Lane) else { return false };
+        let mut rows = vec![0; 2 * fake::HEAD_DIM * 4];
+        sequence.read_rows(0, 0, 100..101, &mut rows).unwrap();
+        rows == fake::row(5, 0, 0, 100).into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>()
+    });
 }
 
 #[test]

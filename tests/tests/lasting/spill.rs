@@ -3,7 +3,7 @@
 use kvoyant_client::{Error, Hint, Member, Sequence, Status};
 use kvoyant_protocol::wire::Stat;
 use kvoyant_tests::fake::{CHUNK, fill_as_prompt as fill};
-use kvoyant_tests::noisy::{QUERY, noise, noisy, some_ids, tokens_of};
+use kvoyant_tests::noisy::{QUERY, append_noise, ask, noise, noisy, some_ids, tokens_of};
 use kvoyant_tests::{Daemon, PATIENCE, fake};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
@@ -275,6 +275,26 @@ fn pages_that_the_disk_has_lost_are_named_and_nothing_else_ends() {
         fake::check(&ready, 0, 9, 1).unwrap();
         assert!(model.stat(Stat::PagesLost) > 0);
     }
+}
+
+#[test]
+fn what_a_selection_that_failed_has_left_is_in_nobody_elses_estimate() {
+    let spilling = Spilling::start(&[]);
+    let model = fake::connect(&spilling.daemon, &["kvoyant:budget=50%,scope=head"]);
+    let (short, long) = (noisy(&model, 400), model.open(0, 0).unwrap());
+    for tokens in (300..=3000).step_by(300) {
+        append_noise(&model, &long, tokens);
+    }
+    spoil(&spilling);
+    let query = noise(QUERY, 5);
+    for _ in 0..2 {
+        let answered = ask(&model, &short, 1, Hint::Query(&query));
+        assert!(matches!(answered, Err(Error::NotReady { status: Status::RowsLost, .. })), "{answered:?}");
+    }
+    let member = Member { sequence: &long, position: long.tokens(), hint: Hint::Query(&query) };
+    let rest = model.rest(1, &[member]).unwrap().wait(PATIENCE);
+    assert!(matches!(rest, Ok(_) | Err(Error::NotReady { .. })), "{rest:?}");
+    assert_eq!(spilling.daemon.status().sessions.len(), 1, "the daemon is there, and so is the session");
 }
 
 #[test]

@@ -33,13 +33,23 @@ impl Engine {
         method: &str,
         late: (Fallback, Duration),
     ) -> Self {
+        Self::start_within(daemon, model, method, late, 10 * PATIENCE)
+    }
+
+    fn start_within(
+        daemon: &Daemon,
+        model: &std::sync::Arc<Model>,
+        method: &str,
+        late: (Fallback, Duration),
+        deadline: Duration,
+    ) -> Self {
         let shape = KvShape::new(model.config(), Dtype::F16);
         let options = DaemonOptions {
             methods: vec![method.parse().unwrap()],
             dense_layers: 1,
             fallback: late.0,
             late_after: late.1,
-            deadline: 10 * PATIENCE,
+            deadline,
             ..DaemonOptions::default()
         };
         let mut kv = DaemonKv::connect(&daemon.socket(), shape, options).unwrap();
@@ -229,6 +239,26 @@ fn a_daemon_that_stands_still_for_the_deadline_or_dies_meanwhile_is_gone_on_with
         kv.read(1, &sequence, 0..sequence.tokens(), &mut k, &mut v).unwrap();
         assert!(k.iter().chain(&v).all(|value| value.is_finite()), "every row is there");
     }
+}
+
+#[test]
+fn between_two_steps_the_daemon_is_not_silent_for_nobody_asks_it() {
+    const DEADLINE: Duration = Duration::from_secs(4);
+    let model = synthetic::tiny(7);
+    let daemon = Daemon::start(DAEMON, &["--slab", "1MiB"]);
+    let late = (Fallback::Partial, Duration::from_millis(300));
+    let mut engine = Engine::start_within(&daemon, &model, "quest:budget=20%", late, DEADLINE);
+    engine.step(3);
+    for _ in 0..2 {
+        daemon.stop();
+        engine.step(7);
+        kill(daemon.pid(), Signal::SIGCONT).unwrap();
+        assert!(engine.kv.take_stats().fallbacks.partial > 0, "its answer was late");
+        // An engine without a request.
+        std::thread::sleep(DEADLINE + Duration::from_millis(500));
+    }
+    engine.step(5);
+    assert_eq!(engine.kv.alone(), None);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! What methods may ask for, through a real daemon: queries of every source, ids, feedback, marks, rows ahead of a step,
 //! attention on the CPU, and rows in every format.
 
+use std::time::Duration;
+
 use kvoyant_client::{
     Client, Dtype, Error, Format, Hint, Member, Model, ModelSpec, Options, Ready, RowLayout, Sequence, Status,
 };
@@ -127,6 +129,49 @@ fn rows_come_ahead_of_a_step_and_no_answer_names_one_that_is_not_there_yet() {
             && model.stat(Stat::PrefetchBytes) == rows * row_bytes
             && daemon.status().sessions[0].prefetched_rows == rows
     });
+}
+
+#[test]
+fn rows_that_a_truncation_has_brought_into_the_window_are_named_no_more_although_they_are_there() {
+    let daemon = Daemon::start(DAEMON, &[]);
+    let model = fake::connect(&daemon, &["kvoyant:budget=100%"]);
+    let sequence = noisy(&model, 300);
+    let query = noise(QUERY, 3);
+    let named = |tokens: usize| -> Vec<usize> {
+        let ready = ask(&model, &sequence, 1, Hint::Query(&query)).unwrap();
+        assert_eq!(sequence.tokens(), tokens);
+        (0..fake::KV_HEADS).flat_map(|head| tokens_of(&ready, head)).collect()
+    };
+    assert!(named(300).contains(&(300 - fake::WINDOW)));
+    // With it goes what was read before.
+    append_noise(&model, &sequence, 301);
+    sequence.truncate(290).unwrap();
+    let named = named(290);
+    let most = named.iter().max().copied();
+    assert!(
+        most.is_some_and(|most| most < 291 - fake::WINDOW),
+        "{most:?} is in the window, and attended with it"
+    );
+}
+
+#[test]
+fn what_a_lane_takes_for_others_is_time_that_a_request_waits() {
+    let daemon = Daemon::start(DAEMON, &["--lanes", "1"]);
+    let (busy, other) =
+        (fake::connect(&daemon, &["oracle:budget=5%"]), fake::connect(&daemon, &["random:budget=7"]));
+    let (long, short) = (noisy(&busy, 3000), noisy(&other, 100));
+    let query = noise(QUERY, 1);
+    let member = Member { sequence: &long, position: 3000, hint: Hint::Query(&query) };
+    let waited = (0..20).any(|_| {
+        let first = busy.speculate(1, &[member; 16]).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+        let second = Member { sequence: &short, position: 100, hint: Hint::None };
+        let second = other.speculate(1, &[second]).unwrap();
+        let (first, second) = (first.wait(PATIENCE).unwrap(), second.wait(PATIENCE).unwrap());
+        let (selecting, waiting) = (first.completion().select_ns, second.completion().queue_ns);
+        selecting > 4_000_000 && waiting > selecting / 3
+    });
+    assert!(waited, "a request behind one of many milliseconds never waited");
 }
 
 #[test]

@@ -55,6 +55,50 @@ fn every_row_that_comes_back_is_the_row_that_was_written() {
 }
 
 #[test]
+fn rows_are_written_where_they_belong_while_their_table_moves() {
+    let daemon = Daemon::start(DAEMON, &["--in-place", "true"]);
+    let model = fake::connect(&daemon, &["full"]);
+    let rows: Vec<u8> = fake::row(9, 0, 0, 0).into_iter().flat_map(f32::to_le_bytes).collect();
+    for _ in 0..20 {
+        let open = |seed, tokens| {
+            let sequence = model.open(0, 256).unwrap();
+            fake::fill(&model, &sequence, seed, tokens).unwrap();
+            sequence
+        };
+        // The other one has a row where this one's last is written, in a table of the same form.
+        let (written, other) = (open(1, 255), open(2, 256));
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    for head in 0..fake::KV_HEADS {
+                        written.write_rows(fake::LAYERS - 1, head, 255, &rows).unwrap();
+                    }
+                }
+            });
+            for n in 1..6 {
+                model.reserve(&[(&written, 256 << n), (&other, 128 << n)]).unwrap();
+            }
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        for (sequence, seed) in [(&written, 1), (&other, 2)] {
+            let tokens = sequence.tokens();
+            let mut found = vec![0; rows.len() * tokens];
+            for (layer, head) in
+                (0..fake::LAYERS).flat_map(|layer| (0..fake::KV_HEADS).map(move |head| (layer, head)))
+            {
+                sequence.read_rows(layer, head, 0..tokens, &mut found).unwrap();
+                for (token, found) in found.chunks_exact(rows.len()).enumerate() {
+                    let wanted: Vec<u8> =
+                        fake::row(seed, layer, head, token).into_iter().flat_map(f32::to_le_bytes).collect();
+                    assert_eq!(found, wanted, "sequence {seed}, layer {layer} head {head} token {token}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn thousands_of_sequences_are_closed_by_one_message_while_others_are_served_and_nothing_of_them_stays() {
     let daemon = Daemon::start(DAEMON, &["--lanes", "1"]);
     let other = fake::connect(&daemon, &["full"]);

@@ -18,6 +18,8 @@ use crate::quota::Account;
 pub(super) struct Flight {
     pub(super) completion: Completion,
     pub(super) planned: Instant,
+    /// When its own copies could begin: later, where pages had to come from disk first.
+    pub(super) sent: Instant,
     /// Its own copies are under way.
     pub(super) waiting: bool,
     /// Background transfers of rows that it names.
@@ -89,7 +91,8 @@ impl LaneSession {
             if flight.completion.ticket == done.ticket {
                 let took = done.finished.saturating_duration_since(flight.planned).as_nanos();
                 flight.completion.transfer_ns = took.min(u128::from(u32::MAX)) as u32;
-                self.link.took(flight.completion.bytes_moved, took as u64);
+                let copying = done.finished.saturating_duration_since(flight.sent).as_nanos();
+                self.link.took(flight.completion.bytes_moved, copying as u64);
                 flight.waiting = false;
                 if done.failed {
                     flight.completion.status = Status::Failed;

@@ -117,7 +117,10 @@ impl LaneSession {
                 transfer.bytes = 0;
             }
         }
-        let flight = self.flights.list.iter_mut().find(|flight| flight.completion.ticket == key);
+        let mut flight = self.flights.list.iter_mut().find(|flight| flight.completion.ticket == key);
+        if let Some(flight) = &mut flight {
+            flight.sent = Instant::now();
+        }
         match transfer {
             Some(mut transfer) => {
                 if let (Some(Publication::Answer(words)), Some(flight)) = (&mut transfer.publish, flight) {

@@ -177,8 +177,7 @@ impl ModelState {
         }
         if let Some(state) = &mut self.spill {
             // Every frame has three chances at most.
-            let frames = state.frames.len();
-            state.stuck = state.vain > 4 * frames || frames > 0 && idle >= frames;
+            state.stuck = state.vain > 4 * state.frames.len();
         }
         freed
     }

@@ -1,6 +1,7 @@
 //! What the calls of the decoder do with the daemon.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use kvoyant_client::{Fallback, Mode};
 use kvoyant_kernels::Kernels;
@@ -254,6 +255,7 @@ impl DaemonKv {
         batch: &mut [&mut DaemonSequence],
         positions: &[usize],
     ) -> Result<(), DaemonError> {
+        self.asks_again();
         self.in_step = false;
         self.pending.iter_mut().for_each(Vec::clear);
         self.chosen.iter_mut().for_each(Vec::clear);
@@ -370,6 +372,7 @@ impl DaemonKv {
     }
 
     pub(super) fn end_step_there(&mut self, batch: &mut [&mut DaemonSequence]) -> Result<(), DaemonError> {
+        self.ended = Some(Instant::now());
         self.in_step = false;
         if self.unasked || self.stands_still()? {
             self.rows.clear();

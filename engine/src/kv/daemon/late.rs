@@ -24,6 +24,15 @@ impl DaemonKv {
         Ok(())
     }
 
+    /// A step begins. Between two of them nobody is asked, and so nobody is silent.
+    pub(super) fn asks_again(&mut self) {
+        if let (Some(silent), Some(ended)) = (&mut self.silent, self.ended.take())
+            && *silent < ended
+        {
+            *silent += ended.elapsed();
+        }
+    }
+
     /// Leaves it at none where there was no ticket to ask with, because answers that are late hold all of them.
     pub(super) fn unless_all_late<T>(
         &mut self,

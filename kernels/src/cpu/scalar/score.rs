@@ -77,7 +77,11 @@ pub(in crate::cpu) fn project_columns(
 
 /// What digests have of larger values: an infinity would leave nothing of the row's score.
 pub(in crate::cpu) fn most(dtype: Dtype) -> f32 {
-    if dtype == Dtype::F16 { half::f16::MAX.to_f32() } else { f32::MAX }
+    match dtype {
+        Dtype::F16 => half::f16::MAX.to_f32(),
+        Dtype::Bf16 => half::bf16::MAX.to_f32(),
+        Dtype::F32 => f32::MAX,
+    }
 }
 
 /// A query against a stored row, in the order of `dot`.

@@ -1,7 +1,7 @@
 //! What a start does about what a crash has left.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{MutexGuard, PoisonError};
 
 use super::steps::Step;
@@ -54,7 +54,9 @@ impl Shared {
 
     /// What cannot be erased now keeps nobody from their images; the next start tries again.
     pub(super) fn erase_leftovers(&self, stop: &AtomicBool) {
-        while let Some(path) = { self.leftovers().pop() } {
+        while !stop.load(Ordering::Relaxed)
+            && let Some(path) = { self.leftovers().pop() }
+        {
             if let Err(error) = self.erase_unless(&path, stop) {
                 tracing::warn!("what is left of an image stays until the next start: {error}");
             }
