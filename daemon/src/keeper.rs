@@ -99,8 +99,10 @@ impl Keeper {
         let failed =
             |source| StoreError::Io { doing: "start a thread for", path: folder.to_path_buf(), source };
         let mut threads = Vec::new();
-        let resumed =
-            remote.as_ref().map(|_| LocalStore::open(folder.join(RESUMED)).map(Arc::new)).transpose()?;
+        // Also where there is none any more, for what a crash has left.
+        let aside = folder.join(RESUMED);
+        let wanted = remote.is_some() || aside.is_dir();
+        let resumed = wanted.then(|| LocalStore::open(aside).map(Arc::new)).transpose()?;
         // What a crash has left there.
         let old: Vec<ImageId> = match &resumed {
             Some(resumed) => resumed.list()?.into_iter().map(|image| image.id).collect(),
@@ -274,19 +276,25 @@ impl Keeper {
         !matches!(self.local.open(id), Err(StoreError::NotFound { .. }))
     }
 
-    /// Erases an image in the folder, and in the remote store if it is labelled so there.
+    /// Whether the remote store has an image of that name that is labelled otherwise.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] if it is nowhere; what a store refuses.
-    pub fn remove_labelled(&self, id: &ImageId, label: &str) -> Result<(), StoreError> {
-        let Some(remote) = &self.remote else { return self.local.remove(id) };
+    /// A store that does not say.
+    pub fn is_others(&self, id: &ImageId, label: &str) -> Result<bool, StoreError> {
+        let Some(remote) = &self.remote else { return Ok(false) };
         match self.progress.note(remote.open(id)) {
-            Ok(there) if there.manifest().label == label => self.remove(id),
-            Ok(_) => self.local.remove(id),
-            // A copy that is under way would bring it.
-            Err(StoreError::NotFound { .. }) => self.remove(id),
-            Err(error) => self.local.remove(id).and(Err(error)),
+            Ok(there) => Ok(there.manifest().label != label),
+            Err(StoreError::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
         }
+    }
+
+    /// Erases an image in the folder, and leaves the remote store as it is.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`] if it is not there; what the folder refuses.
+    pub fn remove_here(&self, id: &ImageId) -> Result<(), StoreError> {
+        self.local.remove(id)
     }
 
     /// Where an image that is in the folder is, as far as the remote store says.

@@ -456,11 +456,18 @@ impl Prefixes {
 
     /// Erases an image in which nothing lies any more; in the remote store only if it is of our own making.
     fn erase(&self, keeper: &Keeper, image: &ImageId) {
+        // First what may take its time.
+        let others = keeper.is_others(image, &self.node);
         // It may have been written anew since the index let go of it.
         if self.index().has_image(image) {
             return;
         }
-        match keeper.remove_labelled(image, &self.node) {
+        let erased = match others {
+            Ok(false) => keeper.remove(image),
+            Ok(true) => keeper.remove_here(image),
+            Err(error) => keeper.remove_here(image).and(Err(error)),
+        };
+        match erased {
             Ok(()) | Err(StoreError::NotFound { .. }) => {}
             Err(error) => tracing::warn!("image {image} of a prefix that is gone stays: {error}"),
         }

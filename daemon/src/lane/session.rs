@@ -287,6 +287,10 @@ impl LaneSession {
                 return Ok(true);
             }
         }
+        // What comes from here on has waited for none of these.
+        if handled > 0 && self.requests.available(&self.c2d)? == 0 {
+            self.looked = Instant::now();
+        }
         let prepared = self.prepare(tools, since);
         Ok(self.reports(tools, most)? | (handled > 0) | prepared)
     }

@@ -60,9 +60,15 @@ impl Prefixes {
         // What is here first, so that it is not brought from elsewhere; then those that others build on.
         found.sort_by_key(|(_, about, _, kept)| (*kept == Kept::Remotely, about.first));
         let mut blocks = 0;
-        let mut left: Vec<&Found> = found.iter().filter(|image| !self.note(image, &mut blocks)).collect();
-        // What goes on from an image that is elsewhere.
-        left.retain(|image| !self.note(image, &mut blocks));
+        let mut left: Vec<&Found> = found.iter().collect();
+        // What goes on from an image that is elsewhere, which may go on from one that is here.
+        loop {
+            let before = left.len();
+            left.retain(|image| !self.note(image, &mut blocks));
+            if left.len() == before {
+                break;
+            }
+        }
         for image in found.iter().filter(|(.., kept)| *kept != Kept::Remotely) {
             // What it goes on from may be in an image that could not be read.
             if !all_read && left.iter().any(|other| std::ptr::eq(*other, image)) {

@@ -6,7 +6,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
 
 use rayon::prelude::*;
 
@@ -56,7 +55,6 @@ impl DaemonKv {
 
     /// Gives up what a step that failed has left.
     pub(super) fn end_of_step(&mut self) {
-        self.ended = Some(Instant::now());
         self.in_step = false;
         self.pending.iter_mut().for_each(Vec::clear);
     }

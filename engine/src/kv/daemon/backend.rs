@@ -1,7 +1,6 @@
 //! What the calls of the decoder do with the daemon.
 
 use std::ops::Range;
-use std::time::Instant;
 
 use kvoyant_client::{Fallback, Mode};
 use kvoyant_kernels::Kernels;
@@ -372,7 +371,6 @@ impl DaemonKv {
     }
 
     pub(super) fn end_step_there(&mut self, batch: &mut [&mut DaemonSequence]) -> Result<(), DaemonError> {
-        self.ended = Some(Instant::now());
         self.in_step = false;
         if self.unasked || self.stands_still()? {
             self.rows.clear();
@@ -395,6 +393,7 @@ impl DaemonKv {
         start: usize,
         marks: &[u8],
     ) -> Result<(), DaemonError> {
+        self.asks_again();
         self.make_room(&[(sequence, start + marks.len())])?;
         if self.stands_still()? {
             sequence.held_back().marks(start, marks);

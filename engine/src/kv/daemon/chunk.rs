@@ -44,6 +44,7 @@ impl DaemonKv {
         let most = (SCORES_MAX / (group * start.max(1))).clamp(1, BLOCK_QUERIES);
         let (hint, count) = sample(queries, width, most);
         let member = Member { sequence: sequence.inner(), position: start, hint: Hint::Query(&hint) };
+        self.asks_again();
         let pending = self.model.speculate_block(layer, &[member], count)?;
         // A chunk of a prompt can attend to all rows as well.
         let Some(ready) = self.wait(pending)? else { return Ok(false) };

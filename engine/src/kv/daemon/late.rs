@@ -21,15 +21,14 @@ impl DaemonKv {
         if waited >= self.options.deadline {
             return Err(Error::Deadline { ticket: 0, waited }.into());
         }
+        self.last_late = Some(Instant::now());
         Ok(())
     }
 
-    /// A step begins. Between two of them nobody is asked, and so nobody is silent.
+    /// A step or a chunk begins. Between two of them nobody is asked, and so nobody is silent.
     pub(super) fn asks_again(&mut self) {
-        if let (Some(silent), Some(ended)) = (&mut self.silent, self.ended.take())
-            && *silent < ended
-        {
-            *silent += ended.elapsed();
+        if let (Some(silent), Some(last)) = (&mut self.silent, self.last_late.take()) {
+            *silent += last.elapsed();
         }
     }
 

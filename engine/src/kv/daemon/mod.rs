@@ -170,8 +170,8 @@ pub struct DaemonKv {
     named: late::NamedRows,
     /// Since when answers are late, if the last one was.
     silent: Option<Instant>,
-    /// When the last step ended.
-    ended: Option<Instant>,
+    /// When an answer was last late.
+    last_late: Option<Instant>,
     /// How far the lane had come when the step began.
     begun: Option<Taken>,
     /// How far it has come, if it is not asked for anything before it comes further.
@@ -276,7 +276,7 @@ impl DaemonKv {
             fallen_back: Fallbacks::default(),
             named: Vec::new(),
             silent: None,
-            ended: None,
+            last_late: None,
             begun: None,
             still: None,
             unasked: false,
