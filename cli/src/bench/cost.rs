@@ -27,6 +27,8 @@ pub(super) struct Cost {
     pub(super) cpu_share: f64,
     /// Rows resident, likewise.
     pub(super) resident_share: f64,
+    /// Whether these are all attended, not only those selected.
+    pub(super) attends_resident: bool,
     /// Bytes of digests, states and memories.
     pub(super) digest_bytes: f64,
     /// Microseconds to select for one layer.
@@ -40,12 +42,13 @@ impl Cost {
     pub(super) fn row(&self) -> Row {
         let share = |bytes: f64| if self.kv_bytes > 0.0 { bytes / self.kv_bytes } else { 0.0 };
         let layer_bytes = self.kv_bytes / self.layers.max(1) as f64;
+        let resident = if self.attends_resident { self.resident_share } else { 0.0 };
         let seen = Seen {
             hint: self.hint,
             moved_share: share(self.bytes_per_token),
             // No step waits for what an attention row for the method needs: it comes after the step.
             ahead_share: share(self.ahead_bytes_per_token + self.feedback_bytes_per_token),
-            attended_share: self.selected_share - self.cpu_share,
+            attended_share: (self.selected_share - self.cpu_share).max(resident),
             cpu_share: self.cpu_share,
             select_s_per_byte: match self.select_us {
                 Some(us) if layer_bytes > 0.0 => us * 1e-6 / layer_bytes,
@@ -97,6 +100,7 @@ mod tests {
             selected_share: 0.1,
             cpu_share: 0.0,
             resident_share: 0.2,
+            attends_resident: false,
             digest_bytes: 2e5,
             select_us: Some(10.0),
             hit_rate: Some(0.5),
@@ -110,6 +114,15 @@ mod tests {
         let dense = Cost { kv_bytes: 0.0, layers: 0, select_us: None, ..cost() }.row();
         assert_eq!((dense.digest_share, dense.resident_bytes), (0.0, 0.0));
         assert!(dense.modelled.is_empty());
+    }
+
+    #[test]
+    fn resident_rows_that_are_attended_take_time() {
+        let ms = |row: &Row| row.modelled.iter().map(|step| step.ms_per_token).sum::<f64>();
+        let all = Cost { attends_resident: true, ..cost() }.row();
+        let selected = Cost { selected_share: 0.2, ..cost() }.row();
+        assert!(ms(&all) > ms(&cost().row()));
+        assert_eq!(ms(&all), ms(&selected));
     }
 
     #[test]

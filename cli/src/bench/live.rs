@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kvoyant_engine::{DaemonKv, DaemonSequence, Decoder, DecoderOptions, Format, IdsRequest, KvShape, Model};
+use kvoyant_eval::replay::estimate_bytes;
 use kvoyant_eval::row::{Row, Skipped};
 use kvoyant_eval::tasks::Task;
 use kvoyant_kernels::{Kernels, TopKScratch};
@@ -164,7 +165,8 @@ pub(super) fn rows(
                 selected_layers: (0..shape.layers).filter(|layer| kv.speculates(*layer)).count(),
                 layers: shape.layers,
                 digest,
-                partial_bytes: partial_bytes(&built[method].needs(), &methods_shape),
+                attends_resident: needs.attend_resident,
+                partial_bytes: partial_bytes(&needs, &methods_shape),
             };
             found.samples.push(sample(&told, length, &measured));
         }
@@ -179,17 +181,14 @@ pub(super) fn rows(
 
 /// Bytes of what the CPU attends or estimates for a layer and hands over instead of rows.
 fn partial_bytes(needs: &Needs, shape: &Shape) -> f64 {
-    /// Words of an estimate besides its mean value.
-    const SUMS: usize = 7;
     let attended = needs.cpu_attention.is_some() || (needs.rest && needs.hint != HintSource::Current);
-    // Means are f16.
-    let rest = SUMS + shape.value_dim.div_ceil(2);
-    let words = usize::from(attended) * (shape.value_dim + 1) + usize::from(needs.rest) * rest;
-    (shape.query_heads * words * size_of::<f32>()) as f64
+    let partial = usize::from(attended) * (shape.value_dim + 1) * size_of::<f32>();
+    let estimate = usize::from(needs.rest) * estimate_bytes(shape.value_dim);
+    (shape.query_heads * (partial + estimate)) as f64
 }
 
-/// The tokens with the largest true scores of each KV head (mean over its group of the softmax), as an engine with native sparse
-/// attention would name them.
+/// The candidates with most of the attention of each KV head (mean over its group), as an engine with native sparse attention would name
+/// them.
 fn best(request: &IdsRequest<'_>, budget: Budget, sinks: usize, window: usize) -> Vec<Vec<u32>> {
     let tokens = request.position + 1;
     let candidates = sinks..tokens.saturating_sub(window).max(sinks);
@@ -199,12 +198,12 @@ fn best(request: &IdsRequest<'_>, budget: Budget, sinks: usize, window: usize) -
         .heads()
         .map(|head| {
             let scores = (request.scores)(head);
-            let mut mean = vec![0.0; candidates.len()];
-            for row in scores.chunks_exact(request.position.max(1)) {
-                kernels.softmax_add(&row[candidates.clone()], 1.0, &mut mean);
+            let mut mean = vec![0.0; tokens];
+            for row in scores.chunks_exact(tokens) {
+                kernels.softmax_add(row, 1.0, &mut mean);
             }
             let mut ids = Vec::new();
-            kernels.top_k(&mean, wanted, &mut scratch, &mut ids);
+            kernels.top_k(&mean[candidates.clone()], wanted, &mut scratch, &mut ids);
             ids.sort_unstable();
             ids.iter_mut().for_each(|id| *id += candidates.start as u32);
             ids
@@ -289,6 +288,7 @@ struct Told<'a> {
     selected_layers: usize,
     layers: usize,
     digest: f64,
+    attends_resident: bool,
     /// Bytes of a layer's partial attention, where the CPU attends.
     partial_bytes: f64,
 }
@@ -304,6 +304,7 @@ const DENSE: Told<'static> = Told {
     selected_layers: 0,
     layers: 0,
     digest: 0.0,
+    attends_resident: false,
     partial_bytes: 0.0,
 };
 
@@ -322,6 +323,7 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         selected_share: costs.selected_share,
         cpu_share: costs.cpu_share,
         resident_share: costs.resident_share,
+        attends_resident: told.attends_resident,
         digest_bytes: told.digest,
         select_us: costs.select_us,
         hit_rate: costs.hit_rate,
@@ -348,7 +350,7 @@ fn sample(told: &Told<'_>, length: usize, measured: &Measured) -> Sample {
         certified_missed_mass: costs.certified_missed_mass,
         certificate_ratio: costs.certificate_ratio,
         certificate_violations: costs.certificate_violations,
-        kv_moved_share: costs.kv_moved_share,
+        kv_moved_share: costs.kv_moved_share + partials / told.kv_bytes.max(1.0),
         ms_per_token: Some(measured.clock.ms_per_token()),
         stall_share: Some(costs.stall_share),
         ..cost.row()

@@ -131,6 +131,7 @@ fn sample(prepared: &Prepared<'_>, source: &str, rung: &Rung, outcome: &Outcome)
         selected_share: outcome.selected_share,
         cpu_share: outcome.rows_on_cpu / shape.tokens as f64,
         resident_share: outcome.resident_bytes / prepared.kv_bytes(),
+        attends_resident: outcome.attends_resident,
         digest_bytes: outcome.digest_bytes,
         select_us: Some(outcome.select_us),
         hit_rate: outcome.hit_rate,
@@ -146,7 +147,7 @@ fn sample(prepared: &Prepared<'_>, source: &str, rung: &Rung, outcome: &Outcome)
         missed_mass: Some(outcome.missed_mass),
         top_k_recall: rung.budget.map(|_| outcome.top_k_recall),
         output_error: Some(outcome.output_error),
-        kv_moved_share: outcome.bytes_per_token / prepared.kv_bytes(),
+        kv_moved_share: outcome.bytes_per_token / prepared.held_bytes(),
         ..cost.row()
     };
     Sample { row, mass: outcome.mass_of_steps.clone(), ..Sample::default() }

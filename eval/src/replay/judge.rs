@@ -3,6 +3,7 @@
 use kvoyant_kernels::Kernels;
 use kvoyant_methods::Selection;
 
+use super::rest::Beside;
 use super::{LayerOutcome, Run};
 use crate::truth::{StepTruth, kv_head_of, mean_of_group, output};
 
@@ -23,14 +24,9 @@ impl Run<'_> {
         let score = |query: &[f32], token: usize| scale * kernels.dot(query, &keys[token * d..][..d]);
         let mut weights = Vec::with_capacity(group * rows.len());
         for query in head * group..(head + 1) * group {
-            let probabilities = &truth.probabilities[query];
-            let best = (0..probabilities.len())
-                .max_by(|a, b| probabilities[*a].total_cmp(&probabilities[*b]))
-                .unwrap_or(0);
-            let own = |queries: &'_ [f32]| -> Vec<f32> { queries[query * d..][..d].to_vec() };
-            let lse = score(&own(trace.query(self.layer, step)), best) - probabilities[best].ln();
-            let hinted = own(hint);
-            weights.extend(rows.iter().map(|token| (score(&hinted, *token) - lse).exp()));
+            let lse = self.dense_lse((truth, step), query);
+            let hinted = &hint[query * d..][..d];
+            weights.extend(rows.iter().map(|token| (score(hinted, *token) - lse).exp()));
         }
         weights
     }
@@ -64,27 +60,19 @@ impl Run<'_> {
             .collect()
     }
 
-    /// Compares attention over sinks, window and what was selected with the dense one; what was attended, per KV head. Rows of
-    /// `on_cpu` have the weights of `by_hint` where there are any.
+    /// Compares an answer over sinks, window and what was attended beside them with dense attention's; what was attended, per KV head. Rows
+    /// of `on_cpu` have the weights of `by_hint` where there are any.
     pub(super) fn judge(
         &self,
-        selection: &Selection,
-        truth: &StepTruth,
+        (selection, beside): (&Selection, &Beside),
+        (truth, step): (&StepTruth, usize),
         tokens: usize,
         (on_cpu, by_hint): (&[Vec<usize>], &[Vec<f32>]),
         out: &mut LayerOutcome,
     ) -> Vec<Vec<usize>> {
         let (trace, shape) = (self.of.trace, &self.of.shape);
-        let (d, candidates) = (shape.head_dim, shape.candidates(tokens));
-        let attended: Vec<Vec<usize>> = (0..shape.kv_heads)
-            .map(|head| {
-                let selected = selection.tokens(head).map(|token| token as usize);
-                (0..candidates.start.min(tokens))
-                    .chain(selected)
-                    .chain(candidates.end.min(tokens)..tokens)
-                    .collect()
-            })
-            .collect();
+        let d = shape.head_dim;
+        let attended = self.attended(&beside.attended, tokens);
         let mut covered = 0.0;
         for (head, row) in truth.probabilities.iter().enumerate() {
             let kv_head = kv_head_of(trace, head);
@@ -100,6 +88,11 @@ impl Run<'_> {
                     Kernels::best().axpy(&mut got, instead, &values[token * d..][..d]);
                     total += f64::from(instead);
                 }
+            }
+            if let Some(rest) = beside.rest.as_ref().filter(|rest| rest.heads() > 0) {
+                let weight = (rest.sums()[head].lse() - self.dense_lse((truth, step), head)).exp();
+                Kernels::best().axpy(&mut got, weight, rest.mean(head));
+                total += f64::from(weight);
             }
             got.iter_mut().for_each(|value| *value /= total.max(f64::MIN_POSITIVE) as f32);
             let mass = mass.min(1.0);

@@ -1,13 +1,15 @@
 //! A method over a trace: every layer and step, judged by dense attention over the same rows.
 //!
-//! Selections are made as the daemon makes them: with the query that the method asks for, digests built row by row, attention
+//! Selections are made as the daemon makes them: with the query that the method asks for, digests built row by row, floors, attention
 //! rows and marks where it wants them, rows for the next step where it names some. What moves is counted by
-//! [`Resident`]. Rows that the CPU attends are attended with the query that it has, which may be the predicted one. Outputs are of
-//! exact rows otherwise; what a method changes in the rows themselves (a low rank of shadowkv's keys) is seen
+//! [`Resident`]. Answers are made as clients make them: of resident rows too where the method attends them, with its estimate of all
+//! else, and its second look by the true query. Rows that the CPU attends are attended with the query that it has, which may be the
+//! predicted one. Outputs are of exact rows otherwise; what a method changes in the rows themselves (a low rank of shadowkv's keys) is seen
 //! with a real model, not here.
 
 mod feedback;
 mod judge;
+mod rest;
 
 use std::time::Instant;
 
@@ -19,6 +21,7 @@ use kvoyant_methods::{
 };
 use rayon::prelude::*;
 
+pub use self::rest::estimate_bytes;
 use crate::residency::Resident;
 use crate::trace::{Trace, TraceError};
 use crate::truth::{LayerTruth, attention};
@@ -86,6 +89,8 @@ pub struct Outcome {
     pub feedback_bytes_per_token: f64,
     /// Of these, what was brought ahead of its step, or recalled behind its back.
     pub ahead_bytes_per_token: f64,
+    /// Whether all resident rows are attended, not only those selected.
+    pub attends_resident: bool,
     /// Bytes of rows on the device besides sinks, window and dense layers.
     pub resident_bytes: f64,
     /// Bytes of digests, states and memories.
@@ -151,6 +156,12 @@ impl<'a> Prepared<'a> {
         Ok(Artifact::Skew(std::sync::Arc::new(builder.finish()?)))
     }
 
+    /// The same of all layers.
+    #[must_use]
+    pub fn held_bytes(&self) -> f64 {
+        self.kv_bytes() * self.trace.shape.layers as f64 / self.truths.len() as f64
+    }
+
     /// Runs one method. `budget` is what the true best rows are counted by, and how many of them the engine names for methods that
     /// select nothing themselves; `keep_rows` rows per KV head stay resident.
     ///
@@ -187,19 +198,21 @@ impl<'a> Prepared<'a> {
         };
         let (moved, hits) = (count(|layer| layer.moved), count(|layer| layer.hits));
         let partial = self.shape.query_heads * (self.shape.head_dim + 1) * size_of::<f32>();
+        let estimate = estimate_bytes(self.shape.head_dim) as f64;
         let part = match needs.part {
             RowPart::Whole => 1.0,
             RowPart::Values => 0.5,
         };
         let row = row_bytes(&self.shape) as f64;
-        let cost = |rows: f64, partials: f64, keys: f64| {
-            rows * part * row + partials * partial as f64 + keys * row / 2.0
+        let cost = |rows: f64, partials: f64, estimates: f64, keys: f64| {
+            rows * part * row + partials * partial as f64 + estimates * estimate + keys * row / 2.0
         };
         let feedback = count(|layer| layer.feedback_keys);
-        let bytes = cost(moved, count(|layer| layer.partials), feedback);
+        let bytes = cost(moved, count(|layer| layer.partials), count(|layer| layer.estimates), feedback);
         let first = cost(
             count(|layer| layer.first.moved),
             count(|layer| layer.first.partials),
+            count(|layer| layer.first.estimates),
             count(|layer| layer.first.feedback_keys),
         );
         let masses = all(|layer| &layer.missed);
@@ -220,6 +233,7 @@ impl<'a> Prepared<'a> {
             bytes_per_token_steady: (bytes - first) / (steps - 1.0).max(1.0),
             feedback_bytes_per_token: feedback * row / 2.0 / steps,
             ahead_bytes_per_token: count(|layer| layer.ahead) * part * row / steps,
+            attends_resident: needs.attend_resident,
             resident_bytes: count(|layer| layer.resident) * row * part,
             digest_bytes: count(|layer| layer.digest_bytes)
                 + (layers.len() * method.device_bytes(self.trace.shape.tokens)) as f64,
@@ -246,6 +260,8 @@ struct LayerOutcome {
     on_cpu: usize,
     /// Answers with a partial attention in them.
     partials: usize,
+    /// Query heads that were told something of the rows left out.
+    estimates: usize,
     /// Keys that full attention rows for the method needed beyond those attended.
     feedback_keys: usize,
     /// Of what moved, the first step's.
@@ -259,6 +275,7 @@ struct LayerOutcome {
 struct FirstStep {
     moved: usize,
     partials: usize,
+    estimates: usize,
     feedback_keys: usize,
 }
 
@@ -289,8 +306,10 @@ impl Run<'_> {
             {
                 replay.mark(&[*mark]);
             }
+            let floors = self.floors(hint, tokens);
             let context = SelectContext {
                 ids: &ids,
+                floors: &floors,
                 sequence_seed: 1,
                 step: step as u64,
                 ..SelectContext::new(shape, self.layer, tokens, hint)
@@ -303,8 +322,17 @@ impl Run<'_> {
             let by_hint = on_cpu.iter().zip(0..).filter(|_| needs.hint == HintSource::Ahead);
             let by_hint: Vec<Vec<f32>> =
                 by_hint.map(|(rows, head)| self.weights(rows, head, (truth, step), hint)).collect();
-            let attended = self.judge(&selection, truth, tokens, (&on_cpu, &by_hint), &mut out);
-            replay.append(self.method, &self.rows(tokens - 1..tokens), usize::MAX);
+            let beside = self.beside(
+                &mut replay,
+                (&selection, &floors),
+                &resident,
+                (step, tokens),
+                &mut scratch,
+                &mut out,
+            );
+            let attended =
+                self.judge((&selection, &beside), (truth, step), tokens, (&on_cpu, &by_hint), &mut out);
+            self.append(&mut replay, tokens - 1..tokens);
             self.feed_back(&mut replay, truth, &attended, step, &mut out);
             if needs.prefetch
                 && let Some(next) = replay.prefetch(self.method, &mut scratch)
@@ -316,8 +344,8 @@ impl Run<'_> {
                 }
             }
             if step == 0 {
-                let LayerOutcome { moved, partials, feedback_keys, .. } = out;
-                out.first = FirstStep { moved, partials, feedback_keys };
+                let LayerOutcome { moved, partials, estimates, feedback_keys, .. } = out;
+                out.first = FirstStep { moved, partials, estimates, feedback_keys };
             }
         }
         out.resident = resident.iter().map(Resident::rows).sum();
@@ -325,16 +353,30 @@ impl Run<'_> {
         out
     }
 
-    /// Keys of tokens as they are appended, `[T][Hkv][d]`.
-    fn rows(&self, tokens: std::ops::Range<usize>) -> Vec<f32> {
+    /// Rows of tokens as they are appended, `[T][Hkv][d]`.
+    fn rows<'t>(&self, tokens: std::ops::Range<usize>, of_head: impl Fn(usize) -> &'t [f32]) -> Vec<f32> {
         let d = self.of.shape.head_dim;
         let mut rows = Vec::with_capacity(tokens.len() * self.of.shape.kv_heads * d);
         for token in tokens {
             for head in 0..self.of.shape.kv_heads {
-                rows.extend_from_slice(&self.of.trace.keys(self.layer, head)[token * d..][..d]);
+                rows.extend_from_slice(&of_head(head)[token * d..][..d]);
             }
         }
         rows
+    }
+
+    fn keys(&self, tokens: std::ops::Range<usize>) -> Vec<f32> {
+        self.rows(tokens, |head| self.of.trace.keys(self.layer, head))
+    }
+
+    fn append(&self, replay: &mut Replay, tokens: std::ops::Range<usize>) {
+        let keys = self.keys(tokens.clone());
+        if self.method.needs().values {
+            let values = self.rows(tokens, |head| self.of.trace.values(self.layer, head));
+            replay.append_rows(self.method, &keys, &values, usize::MAX);
+        } else {
+            replay.append(self.method, &keys, usize::MAX);
+        }
     }
 
     /// Reads the prompt: statistics, keys, and the attention rows of its last tokens.
@@ -348,7 +390,7 @@ impl Run<'_> {
                 column_sums(matrix(head), &HeadRows::queries(queries, shape, head), &mut sums);
                 if self.sums_keys() {
                     // Of the tokens whose queries there are, so that both count alike.
-                    let keys = self.rows(prompt - trace.shape.prompt_queries..prompt);
+                    let keys = self.keys(prompt - trace.shape.prompt_queries..prompt);
                     column_sums(matrix(head), &HeadRows::keys(&keys, shape, head), &mut sums);
                 }
                 replay.observe(self.method, head, &sums);
@@ -359,12 +401,12 @@ impl Run<'_> {
         }
         let reported =
             needs.feedback.map_or(0, |feedback| feedback.prompt_rows).min(trace.shape.prompt_queries);
-        replay.append(self.method, &self.rows(0..prompt - reported), usize::MAX);
+        self.append(replay, 0..prompt - reported);
         let width = shape.query_heads * shape.head_dim;
         for (at, query) in queries.chunks_exact(width).skip(trace.shape.prompt_queries - reported).enumerate()
         {
             let token = prompt - reported + at;
-            replay.append(self.method, &self.rows(token..token + 1), usize::MAX);
+            self.append(replay, token..token + 1);
             let rows = attention(trace, self.layer, query, token + 1);
             self.send(replay, &rows, token + 1, true);
         }
@@ -459,134 +501,4 @@ fn median(values: &mut [f64]) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::generate::{Generator, Kind};
-
-    fn small(kind: Kind) -> Trace {
-        let mut trace = Generator { tokens: 768, steps: 12, ..Generator::new(kind, 5) }.trace();
-        trace.shape.window = 16;
-        trace
-    }
-
-    fn run(prepared: &Prepared<'_>, spec: &str, keep: usize) -> Outcome {
-        let mut artifacts = Artifacts::none();
-        artifacts.insert(prepared.skew().unwrap());
-        let spec: MethodSpec = spec.parse().unwrap();
-        let budget = spec.budget().or_else(|| Budget::share(0.12).ok());
-        prepared.run(&spec, &artifacts, budget, keep).unwrap()
-    }
-
-    #[test]
-    fn full_misses_nothing_and_moves_everything_that_does_not_fit() {
-        let trace = small(Kind::Drift);
-        let prepared = Prepared::new(&trace).unwrap();
-        let full = run(&prepared, "full", 100);
-        assert!(full.missed_mass.abs() < 1e-5 && full.output_error < 1e-4, "{full:?}");
-        // Of some 740 candidates the first hundred stay.
-        assert!((0.1..0.15).contains(&full.hit_rate.unwrap()), "{full:?}");
-        assert!(full.bytes_per_token > 0.8 * prepared.kv_bytes(), "{}", full.bytes_per_token);
-        let resident = run(&prepared, "full", 10_000);
-        assert!(resident.hit_rate.unwrap() > 0.9);
-    }
-
-    #[test]
-    fn a_window_moves_nothing_and_a_budget_moves_little() {
-        let trace = small(Kind::Drift);
-        let prepared = Prepared::new(&trace).unwrap();
-        let window = run(&prepared, "window", 100);
-        assert_eq!((window.bytes_per_token, window.resident_bytes, window.hit_rate), (0.0, 0.0, None));
-        let quest = run(&prepared, "quest:budget=12%", 200);
-        assert!(quest.bytes_per_token > 0.0 && quest.bytes_per_token < 0.12 * prepared.kv_bytes());
-        assert!(quest.digest_bytes > 0.0 && quest.select_us > 0.0);
-    }
-
-    #[test]
-    fn scored_rows_find_more_than_random_ones_on_every_generated_trace_with_structure() {
-        for kind in [Kind::Sinks, Kind::Outliers, Kind::Drift, Kind::Needles] {
-            let trace = small(kind);
-            let prepared = Prepared::new(&trace).unwrap();
-            let scored = run(&prepared, "infinigen:budget=12%", 200);
-            let random = run(&prepared, "random:budget=12%", 200);
-            assert!(
-                scored.top_k_recall > 2.0 * random.top_k_recall
-                    && scored.attention_mass > random.attention_mass,
-                "{}: {scored:?} {random:?}",
-                kind.name()
-            );
-        }
-    }
-
-    #[test]
-    fn the_rows_that_an_engine_names_are_the_true_best() {
-        let trace = small(Kind::Drift);
-        let prepared = Prepared::new(&trace).unwrap();
-        let given = run(&prepared, "given", 200);
-        assert_eq!(given.top_k_recall, 1.0);
-        assert!(given.attention_mass >= run(&prepared, "infinigen:budget=12%", 200).attention_mass);
-    }
-
-    #[test]
-    fn the_first_step_of_a_trace_is_not_in_the_steady_state() {
-        let trace = small(Kind::Drift);
-        let prepared = Prepared::new(&trace).unwrap();
-        let quest = run(&prepared, "quest:budget=12%", 10_000);
-        // What is selected again is resident from the second step on.
-        assert!(quest.bytes_per_token_steady < quest.bytes_per_token, "{quest:?}");
-        let random = run(&prepared, "random:budget=12%", 0);
-        assert!((random.bytes_per_token_steady / random.bytes_per_token - 1.0).abs() < 0.02, "{random:?}");
-        assert_eq!(run(&prepared, "window", 100).bytes_per_token_steady, 0.0);
-    }
-
-    #[test]
-    fn attention_rows_over_all_tokens_cost_the_keys_that_were_not_attended() {
-        let trace = small(Kind::Drift);
-        let prepared = Prepared::new(&trace).unwrap();
-        let learning = run(&prepared, "attention-predictor:budget=12%,weights=average", 200);
-        let share = learning.feedback_bytes_per_token / prepared.kv_bytes();
-        // Every fifth row: two of twelve, keys alone, and what was attended was there.
-        assert!((0.8..0.95).contains(&(share / (2.0 / 12.0 / 2.0))), "{share}");
-        assert!(learning.bytes_per_token > learning.feedback_bytes_per_token);
-        assert_eq!(run(&prepared, "quest:budget=12%", 200).feedback_bytes_per_token, 0.0);
-    }
-
-    #[test]
-    fn rows_on_the_cpu_are_judged_with_the_query_that_it_has() {
-        let mut trace = small(Kind::Drift);
-        // Nothing is resident, so that the CPU attends all that is selected: here everything, by a predicted query.
-        let error = |trace: &Trace, spec: &str| run(&Prepared::new(trace).unwrap(), spec, 0).output_error;
-        assert!(error(&trace, "scout:budget=100%,query=true") < 1e-4);
-        let predicted = error(&trace, "scout:budget=100%");
-        assert!(predicted > 0.01, "{predicted}");
-        trace.hint.clone_from(&trace.q);
-        assert!(error(&trace, "scout:budget=100%") < 1e-4, "a perfect prediction is no error");
-    }
-
-    #[test]
-    fn an_index_of_queries_and_keys_sees_keys_in_a_replay_too() {
-        let trace = small(Kind::Outliers);
-        let prepared = Prepared::new(&trace).unwrap();
-        let of = |index: &str| {
-            let spec = format!("infinigen:budget=6%,skew=off,index={index}");
-            run(&prepared, &spec, 90).attention_mass
-        };
-        // Channels in which all keys are large alike say nothing about which key is best: an index that counts keys takes them.
-        assert!(of("both") < of("query"), "{} {}", of("both"), of("query"));
-    }
-
-    #[test]
-    fn the_same_run_gives_the_same_numbers() {
-        let trace = small(Kind::HeavyTails);
-        let prepared = Prepared::new(&trace).unwrap();
-        let strip = |outcome: Outcome| Outcome { select_us: 0.0, ..outcome };
-        let once = || strip(run(&prepared, "infinigen:budget=6%", 90));
-        assert_eq!(once(), once());
-    }
-
-    #[test]
-    fn a_trace_of_dense_layers_alone_is_refused() {
-        let mut trace = small(Kind::Sinks);
-        trace.shape.dense_layers = 2;
-        assert!(matches!(Prepared::new(&trace), Err(ReplayError::Dense { layers: 2, dense: 2 })));
-    }
-}
+mod tests;

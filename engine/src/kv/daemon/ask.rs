@@ -21,8 +21,8 @@ pub struct IdsRequest<'a> {
     pub position: usize,
     /// The layer's true query, `[Hq][d]`.
     pub query: &'a [f32],
-    /// Scores `q·k/√d` of a KV head's queries against every token below the position, `[g][position]`: for engines that choose by
-    /// their own keys.
+    /// Scores `q·k/√d` of a KV head's queries against every token up to the position, its own with them, `[g][position + 1]`: for engines
+    /// that choose by their own keys.
     pub scores: &'a dyn Fn(usize) -> Vec<f32>,
     kv_heads: usize,
 }
@@ -292,7 +292,7 @@ impl DaemonKv {
                 let group = self.shape.group() * self.shape.head_dim;
                 let (shape, sinks, window) = (&self.shape, self.options.sinks, self.options.window);
                 let pass = Pass { shape, sinks, window, layer, selects: true };
-                let all = 0..positions[i];
+                let all = 0..positions[i] + 1;
                 let scores = |head: usize| {
                     let queries = &query[head * group..(head + 1) * group];
                     scores_of(&pass, batch[i], head, queries, std::slice::from_ref(&all))
