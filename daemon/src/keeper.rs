@@ -112,9 +112,9 @@ impl Keeper {
             // It takes as long as the disk does, and nobody waits for it.
             let (local, resumed, stop) = (Arc::clone(&local), resumed.clone(), Arc::clone(&stop));
             let erase = move || {
-                local.erase_leftovers(&stop);
+                local.erase_leftovers();
                 let Some(resumed) = resumed else { return };
-                resumed.erase_leftovers(&stop);
+                resumed.erase_leftovers();
                 for id in old {
                     if !stop.load(Ordering::Relaxed)
                         && let Err(error) = resumed.remove(&id)
@@ -131,6 +131,15 @@ impl Keeper {
             threads.push(crate::threads::start("keeper", copy).map_err(failed)?);
         }
         Ok(Self { local, remote, resumed, progress, orders, stop, threads })
+    }
+
+    /// Has all copying, comparing and erasing end soon, for the daemon stops.
+    pub fn hurry(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.local.stop_erasing();
+        if let Some(resumed) = &self.resumed {
+            resumed.stop_erasing();
+        }
     }
 
     /// What hashes of users' prefixes are salted with: made once for the folder, so that prefixes are found again after a restart.
@@ -240,17 +249,15 @@ impl Keeper {
         let reader = self.progress.note(remote.open(id))?;
         let Ok(own) = format!("{:016x}", fastrand::u64(..)).parse::<ImageId>() else { return Ok(reader) };
         match copy(reader, &**resumed, (&own, false), &self.stop) {
-            Ok(Some(_)) => {
+            Ok(_) => {
                 let reader = resumed.open(&own)?;
                 Ok(Box::new(Brought { reader, store: Arc::clone(resumed), id: own }))
             }
-            Err(error) if !matches!(error, StoreError::Full { .. } | StoreError::Io { .. }) => Err(error),
-            stopped => {
-                if let Err(error) = stopped {
-                    tracing::warn!("image {id} is read from {} as it is: {error}", remote.name());
-                }
+            Err(error @ (StoreError::Full { .. } | StoreError::Io { .. })) => {
+                tracing::warn!("image {id} is read from {} as it is: {error}", remote.name());
                 self.progress.note(remote.open(id))
             }
+            Err(error) => Err(error),
         }
     }
 
@@ -315,12 +322,11 @@ impl Keeper {
         match (self.local.open(id), &self.remote) {
             (Err(StoreError::NotFound { .. }), Some(remote)) => {
                 let reader = self.progress.note(remote.open(id))?;
-                let copied = copy(reader, &*self.local, (id, true), &self.stop)?;
-                copied.ok_or_else(|| StoreError::NotFound { store: self.local.name().into(), id: id.clone() })
+                copy(reader, &*self.local, (id, true), &self.stop)
             }
             (opened, _) => {
                 let mut reader = opened?;
-                check(&mut *reader)?;
+                check(&mut *reader, &self.stop)?;
                 let all = self.local.list()?;
                 all.into_iter()
                     .find(|summary| summary.id == *id)
@@ -354,7 +360,7 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.hurry();
         let _ = self.orders.send(Order::Stop);
         for thread in self.threads.drain(..) {
             let _ = thread.join();
@@ -424,10 +430,15 @@ pub fn merge(here: Vec<ImageSummary>, remotely: Vec<ImageSummary>) -> Vec<(Image
 }
 
 /// Reads every page and blob of an image, which compares it with its checksum.
-fn check(reader: &mut dyn ImageReader) -> Result<(), StoreError> {
+fn check(reader: &mut dyn ImageReader, stop: &AtomicBool) -> Result<(), StoreError> {
     let pages = reader.manifest().pages.present();
     let mut page = vec![0; reader.manifest().page_bytes()];
-    (0..pages).try_for_each(|index| reader.page(index, &mut page))?;
+    for index in 0..pages {
+        if stop.load(Ordering::Relaxed) {
+            return Err(StoreError::Stopped);
+        }
+        reader.page(index, &mut page)?;
+    }
     let blobs: Vec<String> = reader.manifest().blobs.iter().map(|blob| blob.name.clone()).collect();
     blobs.iter().try_for_each(|name| reader.blob(name).map(drop))
 }
@@ -437,13 +448,13 @@ fn copy(
     to: &dyn ImageStore,
     (id, overwrite): (&ImageId, bool),
     stop: &AtomicBool,
-) -> Result<Option<ImageSummary>, StoreError> {
+) -> Result<ImageSummary, StoreError> {
     let manifest = from.manifest().clone();
     let mut writer = to.create(id, overwrite)?;
     let mut page = vec![0; manifest.page_bytes()];
     for index in 0..manifest.pages.present() {
         if stop.load(Ordering::Relaxed) {
-            return Ok(None);
+            return Err(StoreError::Stopped);
         }
         from.page(index, &mut page)?;
         writer.page(&page)?;
@@ -452,7 +463,7 @@ fn copy(
         let bytes = from.blob(&entry.name)?;
         writer.blob(&entry.name, &bytes)?;
     }
-    writer.commit(Manifest { blobs: Vec::new(), ..manifest }).map(Some)
+    writer.commit(Manifest { blobs: Vec::new(), ..manifest })
 }
 
 /// An image that is to be copied.
@@ -504,9 +515,9 @@ fn copy_loop(
                 tracing::error!("image {id} was removed, and may still be in {}: {error}", remote.name());
             }
             match copied {
-                Ok(None) => return,
+                Err(StoreError::Stopped) => return,
                 Ok(_) if removed => {}
-                Ok(Some(_)) => tracing::info!("image {id} is in {} too", remote.name()),
+                Ok(_) => tracing::info!("image {id} is in {} too", remote.name()),
                 // It has been removed, or resumed and gone.
                 Err(StoreError::NotFound { .. }) => {}
                 // Of a prefix, it has the same blocks.
@@ -534,38 +545,4 @@ fn copy_loop(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::tiers::store::{ImageFacts, ImageKind};
-
-    fn summary(id: &str) -> ImageSummary {
-        let content = ImageFacts {
-            kind: ImageKind::Sequence,
-            tokens: 1,
-            created_unix: 1,
-            fingerprint: String::new(),
-            uid: 0,
-            label: String::new(),
-        };
-        ImageSummary { id: id.parse().unwrap(), bytes: 1, content: Ok(content) }
-    }
-
-    #[test]
-    fn lists_are_merged_by_name_with_where_each_image_is() {
-        let merged = merge(vec![summary("c"), summary("a")], vec![summary("b"), summary("c")]);
-        let found: Vec<_> = merged.iter().map(|(image, kept)| (image.id.as_str(), *kept)).collect();
-        assert_eq!(found, [("a", Kept::Here), ("b", Kept::Remotely), ("c", Kept::Both)]);
-    }
-
-    #[test]
-    fn what_a_remote_store_said_last_is_kept_until_it_does_what_it_is_asked() {
-        let progress = Progress::default();
-        let refused = || StoreError::Refused { name: "s3://bucket".into(), reason: "403".into() };
-        assert!(progress.note::<()>(Err(refused())).is_err());
-        let missing = StoreError::NotFound { store: "s3://bucket".into(), id: "a".parse().unwrap() };
-        assert!(progress.note::<()>(Err(missing)).is_err());
-        assert!(progress.lock().error.as_ref().is_some_and(|error| error.contains("403")));
-        assert!(progress.note(Ok(())).is_ok());
-        assert_eq!(progress.lock().error, None);
-    }
-}
+mod tests;

@@ -425,6 +425,8 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
     drop(link);
     // Sessions' tasks end with the runtime, and lanes with the plane, once they have written down what their clients were told.
     drop(leaves);
+    // The runtime waits for what is at work beside it.
+    plane.hurry();
     drop(runtime);
     drop(plane);
     if let (Some(socket), Some(keep)) = (successor, keep)

@@ -6,10 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-    bind, connect, listen, recvmsg, sendmsg, socket,
+    AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, bind, connect, listen,
+    sendmsg, socket,
 };
 
 use crate::faults::{self, Point};
@@ -212,34 +211,87 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io:
 /// Receives one message. A message or a list of descriptors that does not fit is an error, and no descriptor
 /// of it stays open.
 pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
+    let Received { packet, whole } = receive_any(socket)?;
+    whole.map(|()| packet)
+}
+
+/// Whatever a peer has sent.
+#[derive(Debug)]
+pub struct Received {
+    /// As much of it as there is. All descriptors that came are here, so that whoever received them says where they are closed.
+    pub packet: Packet,
+    /// Whether the message fits, with its descriptors; an error that says what did not.
+    pub whole: io::Result<()>,
+}
+
+/// Receives one message, and leaves it to the caller to close what came with one that does not fit.
+pub fn receive_any(socket: BorrowedFd<'_>) -> io::Result<Received> {
     faults::check(Point::Receive)?;
     let mut bytes = vec![0; MESSAGE_BYTES_MAX];
-    let mut control = cmsg_space!([RawFd; KERNEL_FDS_MAX]);
-    let (length, flags, fds) = {
-        let mut slices = [IoSliceMut::new(&mut bytes)];
-        let message = recvmsg::<UnixAddr>(
-            socket.as_raw_fd(),
-            &mut slices,
-            Some(&mut control),
-            MsgFlags::MSG_CMSG_CLOEXEC,
-        )?;
-        let mut fds = Vec::new();
-        for item in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(raw) = item {
-                // SAFETY: the kernel has just installed these descriptors for us; nobody else owns them.
-                fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+    let mut control = Control([0; CONTROL_WORDS]);
+    let mut slice = IoSliceMut::new(&mut bytes);
+    // SAFETY: a header of zeros is a header of nothing.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = (&raw mut slice).cast();
+    header.msg_iovlen = 1;
+    header.msg_control = (&raw mut control).cast();
+    header.msg_controllen = size_of_val(&control) as _;
+    // SAFETY: the header names one slice, which has the layout of an `iovec`, and a control buffer, both as long as it says; both outlive
+    // the call.
+    let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+    if length < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just filled the control buffer of this header.
+    let fds = unsafe { descriptors(&header) };
+    let flags = header.msg_flags;
+    let too_large = |what: String| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    let whole = if flags & libc::MSG_TRUNC != 0 || fds.len() > FDS_MAX {
+        too_large(format!("a message is larger than {MESSAGE_BYTES_MAX} bytes or {FDS_MAX} descriptors"))
+    } else if flags & libc::MSG_CTRUNC != 0 {
+        too_large(format!(
+            "only {} of the descriptors beside a message could be opened: this process has no room for more (ulimit -n)",
+            fds.len()
+        ))
+    } else {
+        Ok(())
+    };
+    bytes.truncate(length as usize);
+    Ok(Received { packet: Packet { bytes, fds }, whole })
+}
+
+/// Words of room for as many descriptors as the kernel passes, and their header.
+const CONTROL_WORDS: usize = KERNEL_FDS_MAX.div_ceil(2) + 4;
+
+/// A control buffer, aligned as its headers are.
+#[repr(C)]
+struct Control([u64; CONTROL_WORDS]);
+
+/// The descriptors in a header's control buffer, those of a list that was cut too.
+///
+/// # Safety
+/// The kernel has filled the buffer, and nobody has taken these descriptors yet.
+unsafe fn descriptors(header: &libc::msghdr) -> Vec<OwnedFd> {
+    let mut fds = Vec::new();
+    // SAFETY: the header's control buffer is as long as the header says, by the caller's promise.
+    let mut item = unsafe { libc::CMSG_FIRSTHDR(header) };
+    while !item.is_null() {
+        // SAFETY: `item` is a header within the buffer.
+        let (level, kind, length) = unsafe { ((*item).cmsg_level, (*item).cmsg_type, (*item).cmsg_len) };
+        if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
+            // SAFETY: plain arithmetic.
+            let before = unsafe { libc::CMSG_LEN(0) } as usize;
+            // SAFETY: within the buffer, as `item` is.
+            let data = unsafe { libc::CMSG_DATA(item) }.cast::<RawFd>();
+            for at in 0..(length as usize).saturating_sub(before) / size_of::<RawFd>() {
+                // SAFETY: the kernel wrote so many descriptors behind this header, installed them for us, and nobody else owns them.
+                fds.push(unsafe { OwnedFd::from_raw_fd(data.add(at).read_unaligned()) });
             }
         }
-        (message.bytes, message.flags, fds)
-    };
-    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) || fds.len() > FDS_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("a message is larger than {MESSAGE_BYTES_MAX} bytes or {FDS_MAX} descriptors"),
-        ));
+        // SAFETY: as for the first.
+        item = unsafe { libc::CMSG_NXTHDR(header, item) };
     }
-    bytes.truncate(length);
-    Ok(Packet { bytes, fds })
+    fds
 }
 
 #[cfg(test)]
@@ -323,6 +375,40 @@ mod tests {
         }
         // Other tests open and close a few meanwhile; a leak would be hundreds.
         assert!(open() < before + 200);
+    }
+
+    #[test]
+    fn what_a_full_table_of_descriptors_cut_is_an_error_and_does_not_stay_open() {
+        // In a process of its own, whose table is small.
+        const CHILD: &str = "KVOYANT_TEST_FULL_TABLE";
+        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        if std::env::var_os(CHILD).is_none() {
+            let name =
+                "packet::tests::what_a_full_table_of_descriptors_cut_is_an_error_and_does_not_stay_open";
+            let status = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", name, "--test-threads=1"])
+                .env(CHILD, "1")
+                .status();
+            assert!(status.unwrap().success());
+            return;
+        }
+        let (a, b) = pair();
+        let file = crate::memory::Memfd::create("test", 4096).unwrap();
+        let before = open();
+        // One of them is the list's own.
+        let limit = before as u64 - 1 + 5;
+        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, limit, limit).unwrap();
+        for _ in 0..20 {
+            send(a.as_fd(), b"x", &[file.as_fd(); 10]).unwrap();
+            let error = receive(b.as_fd()).unwrap_err();
+            assert!(error.to_string().contains("ulimit"), "{error}");
+            assert_eq!(open(), before);
+        }
+        let Received { packet, whole } = {
+            send(a.as_fd(), b"x", &[file.as_fd(); 10]).unwrap();
+            receive_any(b.as_fd()).unwrap()
+        };
+        assert!(whole.is_err() && (1..10).contains(&packet.fds.len()), "{packet:?}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! How sessions end.
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use kvoyant_protocol::control::Failure;
 use kvoyant_protocol::memory::MemoryError;
@@ -16,6 +17,8 @@ pub(crate) enum Ended {
     HungUp,
     #[error("{0}")]
     Protocol(String),
+    #[error("{reason}")]
+    Surplus { reason: String, fds: Vec<OwnedFd> },
     #[error("{0}")]
     Refused(Failure),
     #[error("socket error: {0}")]
@@ -27,11 +30,16 @@ pub(crate) enum Ended {
 }
 
 impl Ended {
+    /// Descriptors that came where none, or others, were wanted: what closes them is not this thread.
+    pub(super) fn take_surplus(&mut self) -> Vec<OwnedFd> {
+        if let Self::Surplus { fds, .. } = self { std::mem::take(fds) } else { Vec::new() }
+    }
+
     /// What metrics call it.
     pub(super) fn how(&self) -> How {
         match self {
             Self::HungUp => How::Reaped,
-            Self::Protocol(_) => How::Rejected,
+            Self::Protocol(_) | Self::Surplus { .. } => How::Rejected,
             Self::Refused(Failure::Protocol(_)) => How::Rejected,
             Self::Refused(_) => How::Refused,
             Self::Io(_) | Self::Memory(_) => How::Failed,

@@ -14,6 +14,7 @@ mod prefix;
 mod register;
 mod rings;
 mod socket;
+mod surplus;
 mod workers;
 
 pub(crate) use images::now_unix;
@@ -189,6 +190,13 @@ impl Plane {
         Some(SpillTo { spill, host_share: config.host_percent / 100.0 })
     }
 
+    /// Has work on images end soon, for the daemon stops.
+    pub(crate) fn hurry(&self) {
+        if let Some(keeper) = &self.keeper {
+            keeper.hurry();
+        }
+    }
+
     /// Who may connect.
     pub(crate) fn access(&self) -> &Access {
         &self.access
@@ -238,7 +246,7 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
         }
         Ok(Some(session)) => {
             drop(inside);
-            let result = match peer::while_there(&session, run(&plane, &socket, &session)).await {
+            let mut result = match peer::while_there(&session, run(&plane, &socket, &session)).await {
                 Err(Ended::HungUp) if session.importer.closed.load(Ordering::Acquire) => Ok(()),
                 result => result,
             };
@@ -246,13 +254,17 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
             // Its rings go with the lane's side of it: to give their memory back takes longer than others may wait for this thread.
             drop(d2c);
             plane.end(status.id, status.lane).await;
-            drop(place);
+            let surplus = result.as_mut().err().map(Ended::take_surplus);
+            surplus::close(surplus.unwrap_or_default(), place);
             if faults::fires(Point::Leak) {
                 std::mem::forget(socket.0.as_fd().try_clone_to_owned());
             }
             result
         }
-        Err(error) => Err(error),
+        Err(mut error) => {
+            surplus::close(error.take_surplus(), inside);
+            Err(error)
+        }
     };
     plane.registry.ended(result.as_ref().map_or_else(Ended::how, |()| How::Left));
     match result {
@@ -432,8 +444,6 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
             reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
             reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
         };
-        // Nobody keeps descriptors open here by sending them where none are wanted.
-        let fds = if takes_descriptors(&message) { fds } else { Vec::new() };
         let lane = &plane.lanes[session.status.lane];
         let (answer, answered) = oneshot::channel();
         match message {
@@ -500,10 +510,6 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
             }
         }
     }
-}
-
-fn takes_descriptors(message: &ToDaemon) -> bool {
-    matches!(message, ToDaemon::Register(_) | ToDaemon::Publish { .. } | ToDaemon::Attach { .. })
 }
 
 /// What was asked of a session that is to outlast this daemon has been done. Before its client hears of it, it is kept, with the answer.

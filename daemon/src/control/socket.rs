@@ -4,34 +4,52 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use kvoyant_protocol::control::{ToClient, ToDaemon, decode, encode};
-use kvoyant_protocol::packet::{self, Packet};
+use kvoyant_protocol::packet::{self, Packet, Received};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
+use tokio::task::coop::consume_budget;
 
 use super::Ended;
+use super::surplus::is_memory;
 use crate::lane::Reply;
 
 /// A control socket.
 pub(super) struct Socket(pub(super) UnixStream);
 
 impl Socket {
+    /// The next message, and the memfds beside it: it is one that takes some, or there are none.
     pub(super) async fn receive(&self) -> Result<(ToDaemon, Vec<OwnedFd>), Ended> {
         let packet = loop {
+            // A socket that is always ready never waits: without this its client would have the thread to itself.
+            consume_budget().await;
             self.0.readable().await?;
-            match self.0.try_io(Interest::READABLE, || packet::receive(self.0.as_fd())) {
+            match self.0.try_io(Interest::READABLE, || packet::receive_any(self.0.as_fd())) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 packet => break packet,
             }
         };
-        let Packet { bytes, fds } = match packet {
-            Ok(packet) => packet,
+        let Received { packet: Packet { bytes, fds }, whole } = match packet {
+            Ok(received) => received,
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(Ended::HungUp),
             Err(error) => return Err(error.into()),
         };
-        if bytes.is_empty() {
+        let surplus = |fds, reason: String| Err(Ended::Surplus { reason, fds });
+        if let Err(error) = whole {
+            return surplus(fds, error.to_string());
+        }
+        if bytes.is_empty() && fds.is_empty() {
             return Err(Ended::HungUp);
         }
-        let message = decode(&bytes).map_err(|error| Ended::Protocol(error.to_string()))?;
+        let message = match decode(&bytes) {
+            Ok(message) => message,
+            Err(error) => return surplus(fds, error.to_string()),
+        };
+        if !fds.is_empty() && !takes_descriptors(&message) {
+            return surplus(fds, "descriptors came beside a message that takes none".into());
+        }
+        if !fds.iter().all(is_memory) {
+            return surplus(fds, "a descriptor that is no memfd came beside a message".into());
+        }
         Ok((message, fds))
     }
 
@@ -43,6 +61,7 @@ impl Socket {
     pub(super) async fn send_bytes(&self, bytes: &[u8], fds: &[OwnedFd]) -> Result<(), Ended> {
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         loop {
+            consume_budget().await;
             self.0.writable().await?;
             match self.0.try_io(Interest::WRITABLE, || packet::send(self.0.as_fd(), bytes, &fds)) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -72,5 +91,44 @@ impl Socket {
             self.send(&announcement.message, &announcement.fds).await?;
         }
         self.send(&reply.message, &reply.fds).await
+    }
+}
+
+fn takes_descriptors(message: &ToDaemon) -> bool {
+    matches!(message, ToDaemon::Register(_) | ToDaemon::Publish { .. } | ToDaemon::Attach { .. })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    use super::*;
+
+    #[test]
+    fn a_client_that_always_has_a_message_waiting_does_not_have_the_thread_to_itself() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (daemon, client) = std::os::unix::net::UnixStream::pair().unwrap();
+        daemon.set_nonblocking(true).unwrap();
+        client.set_nonblocking(true).unwrap();
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime, async move {
+            let socket = Socket(UnixStream::from_std(daemon).unwrap());
+            let ran = Rc::new(Cell::new(0_u32));
+            let other = Rc::clone(&ran);
+            tokio::task::spawn_local(async move {
+                loop {
+                    other.set(other.get() + 1);
+                    tokio::task::yield_now().await;
+                }
+            });
+            let message = encode(&ToDaemon::Goodbye);
+            for _ in 0..1_000 {
+                // The next message is there before the one before it is received.
+                packet::send(client.as_fd(), &message, &[]).unwrap();
+                assert_eq!(socket.receive().await.map(|(message, _)| message).unwrap(), ToDaemon::Goodbye);
+            }
+            assert!(ran.get() > 3, "the other task ran {} times", ran.get());
+        });
     }
 }

@@ -17,7 +17,7 @@ pub(super) trait Raw {
     fn delete(&self, part: &str);
 }
 
-pub(super) fn id(text: &str) -> ImageId {
+pub(crate) fn id(text: &str) -> ImageId {
     text.parse().unwrap()
 }
 
@@ -97,7 +97,7 @@ pub(super) fn bare(seed: u64) -> Manifest {
 }
 
 /// Writes the image of a seed.
-pub(super) fn write(
+pub(crate) fn write(
     store: &dyn ImageStore,
     name: &str,
     seed: u64,

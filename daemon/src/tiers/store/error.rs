@@ -98,6 +98,9 @@ pub enum StoreError {
         /// Which blob.
         name: String,
     },
+    /// The daemon stops, and what it was at work on with it.
+    #[error("the daemon stops: ask the next one again")]
+    Stopped,
     /// Another process has the folder.
     #[error("{} belongs to another daemon that runs; give each its own folder", .root.display())]
     Locked {

@@ -23,7 +23,7 @@ pub mod remote;
 mod seal;
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;
 
 use std::fmt;
 use std::time::Duration;

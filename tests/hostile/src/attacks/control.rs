@@ -119,27 +119,6 @@ fn sessions() -> Vec<Attack> {
                 std::thread::sleep(std::time::Duration::from_millis(2));
             }
         }),
-        Attack::passes(
-            "descriptors-beside-everything",
-            "sends 32 descriptors beside each of its messages",
-            |stage| {
-                let (mut raw, _) = stage.session();
-                let fds: Vec<std::os::fd::OwnedFd> =
-                    (0..32).map(|_| std::fs::File::open("/dev/null").expect("a file").into()).collect();
-                for _ in 0..stage.many(50, 2_000) {
-                    raw.say_with(&encode(&ToDaemon::Close { sequences: Vec::new() }), &fds);
-                    if !matches!(raw.hear(), Ok(ToClient::Done)) {
-                        return Outcome::fail("a close of nothing was not done");
-                    }
-                }
-                let held = std::fs::read_dir(format!("/proc/{}/fd", stage.daemon)).map_or(0, Iterator::count);
-                if held > 300 {
-                    Outcome::fail(format!("the daemon has {held} descriptors open"))
-                } else {
-                    Outcome::pass("they were closed at once")
-                }
-            },
-        ),
     ]
 }
 

@@ -1,10 +1,13 @@
 //! Many at a time: connections, sessions, descriptors.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use kvoyant_protocol::control::{Failure, ToClient, ToDaemon, decode, encode, features};
 use kvoyant_protocol::layout::Limits;
 use kvoyant_protocol::packet;
+use kvoyant_tests::fake;
 use kvoyant_tests::raw::Raw;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -87,7 +90,57 @@ pub(super) fn table() -> Vec<Attack> {
             }
             goes_on(&mut raw).map_or_else(Outcome::fail, |()| Outcome::pass("each was answered"))
         }),
+        Attack::passes(
+            "messages-without-a-pause",
+            "has always a message waiting that no lane has to answer, and reads each answer at once",
+            without_a_pause,
+        ),
     ]
+}
+
+/// A client that sends from two threads and reads on a third, so that its socket never runs dry. Others are served all the same.
+fn without_a_pause(stage: &Stage) -> Outcome {
+    let bad = kvoyant_client::ModelSpec { layers: 0, ..fake::spec(&["full"]) };
+    let message = encode(&ToDaemon::Register(bad));
+    let raw = Raw::greet(&stage.socket, features::COMMON);
+    let stop = AtomicBool::new(false);
+    let answered = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) && packet::send(raw.as_fd(), &message, &[]).is_ok() {}
+            });
+        }
+        scope.spawn(|| {
+            while let Ok(packet) = packet::receive(raw.as_fd()) {
+                if packet.bytes.is_empty() {
+                    return;
+                }
+                answered.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let mut longest = Duration::ZERO;
+        for _ in 0..stage.many(20, 200) {
+            let since = Instant::now();
+            let (mut other, _) = stage.session();
+            if goes_on(&mut other).is_err() {
+                longest = Duration::MAX;
+                break;
+            }
+            longest = longest.max(since.elapsed());
+        }
+        stop.store(true, Ordering::Relaxed);
+        // Whoever still reads or sends is let go.
+        let _ = nix::sys::socket::shutdown(raw.as_fd().as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        let answered = answered.load(Ordering::Relaxed);
+        if longest > Duration::from_secs(2) {
+            return Outcome::fail(format!("others waited {longest:?} beside {answered} answers"));
+        }
+        if answered < 1_000 {
+            return Outcome::fail(format!("only {answered} messages were answered: this was no flood"));
+        }
+        Outcome::pass(format!("{answered} messages were answered, and others waited {longest:?} at most"))
+    })
 }
 
 /// Connections that say nothing: some are kept for the handshake's time, the rest are told that they are too many. Whoever has a session

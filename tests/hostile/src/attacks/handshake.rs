@@ -148,29 +148,6 @@ pub(super) fn table() -> Vec<Attack> {
         Attack::rejected("hello-in-a-session", "says hello again in the middle of a session", |stage| {
             stage.lie("handshake is over", |raw, _| raw.say(&hello(Limits::default())))
         }),
-        Attack::passes("descriptors-beside-a-hello", "sends 32 descriptors beside its hello", |stage| {
-            let socket = Raw::socket(&stage.socket);
-            let null = std::fs::File::open("/dev/null").expect("a file");
-            let fds = [null.as_fd(); packet::FDS_MAX];
-            packet::send(socket.as_fd(), &hello(Limits::default()), &fds).expect("a packet");
-            match packet::receive(socket.as_fd()).map(|packet| decode::<ToClient>(&packet.bytes)) {
-                Ok(Ok(ToClient::Welcome { .. })) => Outcome::pass("they were dropped"),
-                other => Outcome::fail(format!("{other:?} came")),
-            }
-        }),
-        Attack::rejected(
-            "descriptors-253",
-            "sends as many descriptors as the kernel passes, over and over",
-            |stage| {
-                let null = std::fs::File::open("/dev/null").expect("a file");
-                let fds = [null.as_raw_fd(); 253];
-                all((0..20).map(|_| {
-                    let socket = Raw::socket(&stage.socket);
-                    send_raw(socket.as_raw_fd(), &hello(Limits::default()), &fds);
-                    ended_socket(&socket, "descriptors")
-                }))
-            },
-        ),
         Attack::passes("leave-at-every-step", "goes away at each step of the protocol, 3 times", |stage| {
             for step in (0..3).flat_map(|_| 0..STEPS) {
                 leave_at(stage, step, |_| {});
@@ -218,7 +195,7 @@ pub(super) fn welcomed(stage: &Stage) -> (OwnedFd, Vec<OwnedFd>) {
 }
 
 /// Sends what the protocol's own `send` would refuse.
-fn send_raw(socket: i32, bytes: &[u8], fds: &[i32]) {
+pub(super) fn send_raw(socket: i32, bytes: &[u8], fds: &[i32]) {
     let rights = [ControlMessage::ScmRights(fds)];
     let control = if fds.is_empty() { &rights[..0] } else { &rights[..] };
     let slices = [std::io::IoSlice::new(bytes)];

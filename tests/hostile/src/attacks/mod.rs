@@ -3,6 +3,7 @@
 mod admin;
 mod canaries;
 mod control;
+mod descriptors;
 mod floods;
 mod handshake;
 mod memory;
@@ -23,6 +24,7 @@ pub fn table() -> Vec<Attack> {
         requests::table(),
         memory::table(),
         control::table(),
+        descriptors::table(),
         floods::table(),
         admin::table(),
         processes::table(),

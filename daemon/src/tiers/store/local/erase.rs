@@ -18,19 +18,20 @@ const ZEROS: usize = 1 << 20;
 /// A file is overwritten from its end, and cut, in pieces of so many bytes: whoever is interrupted has not done it in vain.
 const PIECE: u64 = 64 << 20;
 
-/// Of erasing that is not to be interrupted.
-static NEVER: AtomicBool = AtomicBool::new(false);
-
 impl Shared {
-    /// Overwrites and unlinks whatever is under a name that is no image's any more.
+    /// Overwrites and unlinks whatever is under a name that is no image's any more. When the daemon stops meanwhile, its next start goes on
+    /// where this one ended.
     pub(super) fn erase(&self, path: &Path) -> Result<(), StoreError> {
-        self.erase_unless(path, &NEVER)
-    }
-
-    /// The same, unless `stop` is set meanwhile.
-    pub(super) fn erase_unless(&self, path: &Path, stop: &AtomicBool) -> Result<(), StoreError> {
-        let erased = path.symlink_metadata().and_then(|metadata| erase(path, metadata.file_type(), stop));
-        erased.map_err(|error| failed("erase", path, 0, error))?;
+        let erased =
+            path.symlink_metadata().and_then(|metadata| erase(path, metadata.file_type(), &self.stop));
+        match erased {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                tracing::info!("the next start erases the rest of {}: {error}", path.display());
+                return Ok(());
+            }
+            Err(error) => return Err(failed("erase", path, 0, error)),
+        }
         self.sync_root()?;
         self.reach(Step::FolderGone, path)
     }
@@ -110,7 +111,7 @@ mod tests {
         let stopped = zero(&mut twin, PIECE + 5, &stop).unwrap_err();
         assert_eq!(stopped.kind(), io::ErrorKind::Interrupted);
         assert_eq!(file.metadata().unwrap().len(), PIECE + 5);
-        zero(&mut twin, PIECE + 5, &NEVER).unwrap();
+        zero(&mut twin, PIECE + 5, &AtomicBool::new(false)).unwrap();
         // What is left is the first piece, of zeros.
         assert_eq!(file.metadata().unwrap().len(), PIECE);
         assert!(std::fs::read(&path).unwrap()[..4 << 20].iter().all(|byte| *byte == 0));

@@ -28,7 +28,7 @@ use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvoyant_protocol::faults::{self, Point};
@@ -62,6 +62,8 @@ struct Shared {
     gate: Mutex<()>,
     /// What a crash has left of images that are none: to be erased.
     leftovers: Mutex<Vec<PathBuf>>,
+    /// Whether erasing ends: the next start goes on with it.
+    stop: AtomicBool,
     /// Locked for as long as the store, or one of its writers, lives.
     _lock: File,
 }
@@ -82,15 +84,21 @@ impl LocalStore {
             root,
             gate: Mutex::default(),
             leftovers: Mutex::default(),
+            stop: AtomicBool::new(false),
             _lock: lock,
         };
         shared.recover()?;
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Erases what a crash has left, until that is done or `stop` is set; the next start goes on where this one ended.
-    pub fn erase_leftovers(&self, stop: &AtomicBool) {
-        self.shared.erase_leftovers(stop);
+    /// Erases what a crash has left, until that is done or [stopped](Self::stop_erasing); the next start goes on where this one ended.
+    pub fn erase_leftovers(&self) {
+        self.shared.erase_leftovers();
+    }
+
+    /// Has all erasing end soon. What is left of it has no image's name, and is erased after the next start.
+    pub fn stop_erasing(&self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
     }
 
     /// Its folder.

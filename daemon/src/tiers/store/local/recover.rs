@@ -1,7 +1,7 @@
 //! What a start does about what a crash has left.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
 
 use super::steps::Step;
@@ -53,11 +53,11 @@ impl Shared {
     }
 
     /// What cannot be erased now keeps nobody from their images; the next start tries again.
-    pub(super) fn erase_leftovers(&self, stop: &AtomicBool) {
-        while !stop.load(Ordering::Relaxed)
+    pub(super) fn erase_leftovers(&self) {
+        while !self.stop.load(Ordering::Relaxed)
             && let Some(path) = { self.leftovers().pop() }
         {
-            if let Err(error) = self.erase_unless(&path, stop) {
+            if let Err(error) = self.erase(&path) {
                 tracing::warn!("what is left of an image stays until the next start: {error}");
             }
         }

@@ -216,7 +216,7 @@ fn child_that_dies_at_a_step() {
     let root = PathBuf::from(orders.next().unwrap());
     if let Deed::Recover | Deed::RecoverReplaced = deed {
         doom(Some((step, Fate::Abort)));
-        LocalStore::open(&root).unwrap().erase_leftovers(&AtomicBool::new(false));
+        LocalStore::open(&root).unwrap().erase_leftovers();
         return;
     }
     let store = LocalStore::open(&root).unwrap();
@@ -284,7 +284,7 @@ fn a_crash_at_any_step_leaves_the_old_image_or_the_new_one() {
             }
             let died = child.status.signal().is_some();
             let store = LocalStore::open(root.path()).unwrap();
-            store.erase_leftovers(&AtomicBool::new(false));
+            store.erase_leftovers();
             let found = read(&store, "a");
             let context = || format!("{deed:?} at {step:?}: {found:?}");
             match (deed, &found) {
