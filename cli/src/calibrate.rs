@@ -48,7 +48,7 @@ pub(crate) fn text(args: &CalibrateArgs) -> Result<String, Error> {
     let effort = if args.quick { Effort::quick() } else { Effort::full() };
     let found = calibrate(ordinal, &folder, &effort)?;
     if let Some(error) = &found.without_kernel {
-        eprintln!("warning: zerocopy was not measured: {error}");
+        crate::say::say(format_args!("warning: zerocopy was not measured: {error}"));
     }
     let path = found.calibration.save(&folder)?;
     if args.json {

@@ -5,7 +5,7 @@ use kvoyant_engine::{DaemonKv, Fallbacks};
 /// Says what was attended by other rows than the method's, if anything was.
 pub(crate) fn say(kv: &DaemonKv) {
     for line in lines(kv.alone(), kv.fallbacks()) {
-        eprintln!("{line}");
+        crate::say::say(line);
     }
 }
 

@@ -22,6 +22,7 @@ mod output;
 mod private_daemon;
 mod progress;
 mod run;
+mod say;
 mod sequences;
 mod serve;
 mod session;
@@ -41,7 +42,7 @@ use crate::progress::Progress;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Err(error) = kvoyant_kernels::Kernels::from_env() {
-        eprintln!("error: {error}");
+        crate::say::say(format_args!("error: {error}"));
         return ExitCode::FAILURE;
     }
     let done = match &cli.command {
@@ -73,7 +74,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            crate::say::say(format_args!("error: {error}"));
             ExitCode::FAILURE
         }
     }

@@ -10,6 +10,7 @@ use kvoyant_daemon::admin::{
     evict, fetch_config, fetch_draining, fetch_log, reload_config, set_config, set_log,
 };
 use kvoyant_daemon::config::Config;
+use kvoyant_daemon::quota::User;
 use nix::libc;
 use serde::Serialize;
 use serde_json::Value;
@@ -226,9 +227,14 @@ fn patch(all: &[(String, String)], now: &ConfigReport) -> Result<ConfigPatch, Op
         }
         let held = || now.get(name).map_or(Value::Null, |entry| entry.value.clone());
         let mut place = patch.entry(name.to_owned()).or_insert_with(held);
+        let mut before = name;
         for part in inner.split('.') {
             let table = place.as_object_mut().ok_or_else(|| OperateError::NoTable(key.clone()))?;
-            place = table.entry(part.to_owned()).or_insert_with(|| Value::Object(serde_json::Map::new()));
+            // The daemon numbers users, whatever they were called: one under both would have two tables.
+            let user = (before == "user").then(|| part.parse::<User>().ok()).flatten();
+            let part_of_table = user.map_or_else(|| part.to_owned(), |user| user.0.to_string());
+            place = table.entry(part_of_table).or_insert_with(|| Value::Object(serde_json::Map::new()));
+            before = part;
         }
         *place = value;
     }
@@ -265,7 +271,7 @@ mod tests {
     fn values_are_json_or_text_and_dots_go_into_tables_that_there_are() {
         let of = |key: &str, value: &str| (key.to_owned(), value.to_owned());
         let entry = ConfigValue {
-            value: json!({"host": 1, "user": {"7": {"host": 2}}}),
+            value: json!({"host": 1, "user": {"0": {"host": 2, "device": 9}, "7": {"host": 2}}}),
             from: String::new(),
             changes: String::new(),
         };
@@ -277,11 +283,19 @@ mod tests {
             of("quotas.sessions", "4"),
             of("quotas.user.7.device", "8GiB"),
             of("quotas.user.anna.host", "none"),
+            of("quotas.user.root.host", "3"),
+            of("quotas.user.root.sessions", "5"),
         ];
         let patch = patch(&all, &now).unwrap();
         assert_eq!(patch["log"], json!("info,kvoyant=debug"));
         assert_eq!((&patch["max_sessions"], &patch["allow_users"]), (&json!(16), &json!(["anna", 7])));
-        let quotas = json!({"host": 1, "sessions": 4, "user": {"7": {"host": 2, "device": "8GiB"}, "anna": {"host": "none"}}});
+        // One whom the system knows has the table that is theirs already; of one whom it does not, the daemon says so.
+        let users = json!({
+            "0": {"host": 3, "device": 9, "sessions": 5},
+            "7": {"host": 2, "device": "8GiB"},
+            "anna": {"host": "none"}
+        });
+        let quotas = json!({"host": 1, "sessions": 4, "user": users});
         assert_eq!(patch["quotas"], quotas);
         let refused = super::patch(&[of("log.level", "debug")], &now).unwrap_err().to_string();
         assert!(refused.contains("`log.level`"), "{refused}");

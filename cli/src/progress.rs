@@ -56,14 +56,14 @@ impl Progress {
 
     /// One line of its own.
     pub(crate) fn note(self, line: &str) {
-        eprintln!("{line}");
+        crate::say::say(line);
     }
 
     fn with(self, name: Cow<'static, str>, total: u64, template: &str) -> Step {
         let target = match self.0 {
             Where::Bars => ProgressDrawTarget::stderr(),
             Where::Lines => {
-                eprintln!("{name}");
+                crate::say::say(&name);
                 ProgressDrawTarget::hidden()
             }
             Where::Nowhere => ProgressDrawTarget::hidden(),
@@ -93,7 +93,7 @@ impl Step {
     /// The step's next part has this name.
     pub(crate) fn rename(&self, name: String) {
         if self.lines {
-            eprintln!("{name}");
+            crate::say::say(&name);
         }
         self.bar.set_message(name);
     }

@@ -17,7 +17,7 @@ use crate::private_daemon::LOG_FILE;
 pub(crate) fn main(args: &ServeArgs) -> ExitCode {
     if let Some(parent) = args.die_with_parent {
         if let Err(error) = set_pdeathsig(Signal::SIGTERM) {
-            eprintln!("error: the daemon cannot be bound to its parent: {error}");
+            crate::say::say(format_args!("error: the daemon cannot be bound to its parent: {error}"));
             return ExitCode::FAILURE;
         }
         // A parent that died before the line above sends nothing any more.

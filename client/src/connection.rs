@@ -23,6 +23,7 @@ use crate::fallback::Fallback;
 use crate::memory::{Geometry, Memory, Slab};
 use crate::model::Model;
 use crate::rings::Rings;
+use crate::usage::Usage;
 
 /// How a client connects.
 #[derive(Debug, Clone)]
@@ -188,8 +189,14 @@ impl Client {
                 let watch = self.control.watch()?;
                 let (c2d, d2c) = self.rings.mappings();
                 let layouts = (self.rings.layout(), graph);
-                let session = DeviceSession::open(&export, fds, layouts, (&c2d, &d2c), watch)?;
-                Slab::Device(session)
+                match DeviceSession::open(&export, fds, layouts, (&c2d, &d2c), watch) {
+                    Ok(session) => Slab::Device(session),
+                    Err(error) => {
+                        // Nothing of it is open any more, and the daemon need not wait for this process to end.
+                        self.control.say(&ToDaemon::Goodbye);
+                        return Err(error);
+                    }
+                }
             }
         };
         let geometry = Geometry {
@@ -204,6 +211,7 @@ impl Client {
             return Err(Error::Broken(format!("the daemon gave pages of {page_rows} rows")));
         }
         let memory = Memory::new(geometry, slab);
+        let usage = Usage::of(&spec, format, page_rows as usize, artifacts);
         let inner = Arc::new(crate::model::Inner {
             control: self.control,
             rings: self.rings,
@@ -211,6 +219,7 @@ impl Client {
             process: std::process::id(),
             memory,
             geometry,
+            usage,
             spec,
             device,
             mode,

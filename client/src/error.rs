@@ -127,6 +127,36 @@ pub enum Error {
         /// Its right size, or the most that is allowed.
         wanted: usize,
     },
+    /// A layer whose rows are all attended, asked about as if some were selected.
+    #[error(
+        "layer {layer} is attended whole (dense_layers, sliding_layers): nothing is selected there, and nothing can be asked"
+    )]
+    NotSelected {
+        /// The layer.
+        layer: usize,
+    },
+    /// A member of a batch without what its method selects by.
+    #[error("member {member} has none of what method {method} selects by: {wanted}")]
+    Hint {
+        /// Its index in the batch.
+        member: usize,
+        /// Its sequence's method, among those registered.
+        method: usize,
+        /// What it needs.
+        wanted: &'static str,
+    },
+    /// Attention rows for a method that learns from none.
+    #[error("method {method} learns from no attention rows")]
+    NoFeedback {
+        /// The method, among those registered.
+        method: usize,
+    },
+    /// A weight of attention that is none.
+    #[error("a weight of {weight} is not within [0, 1]")]
+    Weight {
+        /// The weight.
+        weight: f32,
+    },
     /// Rows at positions that the sequence has no room for.
     #[error("position {position} is beyond the {room} tokens that the sequence has room for; reserve more")]
     NoRoom {
@@ -197,7 +227,11 @@ impl Error {
             Self::NoRoom { .. } => Kind::NoRoom,
             Self::Spilled { .. } => Kind::Spilled,
             Self::Lost { .. } => Kind::Lost,
-            Self::Limits(_) => Kind::Argument,
+            Self::Limits(_)
+            | Self::NotSelected { .. }
+            | Self::Hint { .. }
+            | Self::NoFeedback { .. }
+            | Self::Weight { .. } => Kind::Argument,
             Self::Broken(_) => Kind::Protocol,
             Self::Memory(_) | Self::Io(_) => Kind::System,
         }

@@ -39,6 +39,7 @@ mod ready;
 mod rings;
 mod sequence;
 mod turn;
+mod usage;
 
 pub use connection::{Client, Options};
 pub use error::{Error, Kind};

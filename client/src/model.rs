@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvoyant_kernels::RowLayout;
+use kvoyant_methods::Needs;
 use kvoyant_protocol::control::{Mode, ModelSpec, SelectedBy, ToClient, ToDaemon};
 use kvoyant_protocol::futex::now_ns;
 use kvoyant_protocol::memory::{Memfd, Seals};
@@ -16,6 +17,7 @@ use crate::memory::{Geometry, Memory};
 use crate::ready::Pending;
 use crate::rings::{Ask, Rings};
 use crate::sequence::Sequence;
+use crate::usage::Usage;
 
 #[derive(Debug)]
 pub(crate) struct Inner {
@@ -23,6 +25,7 @@ pub(crate) struct Inner {
     pub(crate) rings: Rings,
     pub(crate) memory: Memory,
     pub(crate) geometry: Geometry,
+    pub(crate) usage: Usage,
     pub(crate) spec: ModelSpec,
     pub(crate) device: String,
     pub(crate) mode: Mode,
@@ -118,6 +121,12 @@ impl Model {
     #[must_use]
     pub fn spec(&self) -> &ModelSpec {
         &self.inner.spec
+    }
+
+    /// What a registered method needs of its engine, by its index; None of one that this library does not know.
+    #[must_use]
+    pub fn needs(&self, method: usize) -> Option<&Needs> {
+        self.inner.usage.needs(method)
     }
 
     /// Name of the daemon's device.
@@ -222,7 +231,8 @@ impl Model {
         let message = ToDaemon::Open { method, tokens: narrow("tokens", tokens)?, by };
         match self.inner.control.request(&message, &self.inner.memory)? {
             ToClient::Opened { sequence, table, room } => {
-                Sequence::new(Arc::clone(&self.inner), (sequence, by), table, room, 0)
+                let method = Some(usize::from(method));
+                Sequence::new(Arc::clone(&self.inner), (sequence, by, method), table, room, 0)
             }
             other => Err(Error::Broken(format!("{other:?} came instead of a sequence"))),
         }
@@ -252,8 +262,10 @@ impl Model {
         match self.inner.control.request_within(&message, &self.inner.memory, IMAGE_TIMEOUT)? {
             ToClient::Resumed { sequence, table, room, tokens, method } => {
                 let inner = Arc::clone(&self.inner);
-                let sequence = Sequence::new(inner, (sequence, by), table, room, tokens as usize)?;
-                Ok((sequence, usize::from(method)))
+                let method = usize::from(method);
+                let of = (sequence, by, Some(method));
+                let sequence = Sequence::new(inner, of, table, room, tokens as usize)?;
+                Ok((sequence, method))
             }
             other => Err(Error::Broken(format!("{other:?} came instead of a sequence"))),
         }
@@ -276,7 +288,8 @@ impl Model {
         match self.inner.control.request_with(&message, &self.inner.memory, file.as_ref(), IMAGE_TIMEOUT)? {
             ToClient::Resumed { sequence, table, room, tokens, .. } => {
                 let inner = Arc::clone(&self.inner);
-                Sequence::new(inner, (sequence, by), table, room, tokens as usize)
+                let of = (sequence, by, Some(usize::from(method)));
+                Sequence::new(inner, of, table, room, tokens as usize)
             }
             other => Err(Error::Broken(format!("{other:?} came instead of a sequence"))),
         }
@@ -376,7 +389,9 @@ impl Model {
     /// and not only over those attended.
     ///
     /// # Errors
-    /// [`Error::Size`] if the rows do not divide into KV heads, or are larger than the session's `hint_bytes`.
+    /// [`Error::Size`] if the rows are not of so many blocks of each KV head, or are larger than the session's `hint_bytes`;
+    /// [`Error::NoFeedback`] of a method that learns from none, [`Error::NotSelected`] of a layer that is attended whole,
+    /// [`Error::Weight`] of a weight that is none. Nothing has been told then.
     pub fn feedback(
         &self,
         sequence: &Sequence,
@@ -390,18 +405,21 @@ impl Model {
             return Err(Error::Size { what: "feedback (values)", found: rows.len(), wanted: heads });
         }
         let position = narrow("tokens", tokens)?;
+        let narrowed = self.layer(layer)?;
+        self.inner.usage.selected(layer)?;
+        self.inner.usage.feedback(sequence.method(), tokens, sequence.room().max(sequence.tokens()), rows)?;
         let entry = BatchEntry { sequence: sequence.id(), position, value: 0 };
         let payload: &[u8] = bytemuck::cast_slice(rows);
-        let feedback = FeedbackRows { layer: self.layer(layer)?, payload_bytes: payload.len() as u32, full };
+        let feedback = FeedbackRows { layer: narrowed, payload_bytes: payload.len() as u32, full };
         let rings = &self.inner.rings;
         rings.tell(&self.inner.control, Operation::Feedback(feedback), entry, ("feedback (bytes)", payload))
     }
 
-    /// Marks the text of tokens that have room and have not been appended yet, one byte each from `first_token` on. What a
-    /// mark says is the methods' business.
+    /// Marks the text of tokens that have room and have not been appended yet, one byte each from `first_token` on: one of
+    /// [`kvoyant_methods::mark`].
     ///
     /// # Errors
-    /// [`Error::NoRoom`] if the sequence has no room for them.
+    /// [`Error::NoRoom`] if the sequence has no room for them; [`Error::Size`] of tokens that have been appended, and of a mark that is none.
     pub fn mark(&self, sequence: &Sequence, first_token: usize, marks: &[u8]) -> Result<(), Error> {
         // So many that they fit into the smallest hint area.
         const AT_ONCE: usize = 64;
@@ -410,6 +428,7 @@ impl Model {
         if end > room {
             return Err(Error::NoRoom { position: end, room });
         }
+        Usage::marks(first_token, sequence.tokens(), marks)?;
         let at_once = (self.inner.rings.layout().limits.hint_bytes as usize).max(AT_ONCE);
         for (part, marks) in marks.chunks(at_once).enumerate() {
             let position = narrow("tokens", first_token + part * at_once)?;
@@ -423,7 +442,9 @@ impl Model {
     /// Asks for the rows of a layer for a whole batch. Members join and leave from one call to the next.
     ///
     /// # Errors
-    /// [`Error::TooManyInFlight`] if as many answers as the ring has slots are held or under way.
+    /// [`Error::TooManyInFlight`] if as many answers as the ring has slots are held or under way. Of what cannot be asked, in which case
+    /// nothing was: [`Error::NotSelected`] of a layer that is attended whole, [`Error::Hint`] of a member without what its method selects
+    /// by, [`Error::Size`] of queries, named rows and batches of another size.
     pub fn speculate(&self, layer: usize, members: &[Member<'_>]) -> Result<Pending, Error> {
         self.speculate_block(layer, members, 1)
     }
@@ -511,11 +532,18 @@ impl Model {
                 BatchEntry { sequence: member.sequence.id(), position: member.position as u32, value: 0 };
             (entry, member.hint.bytes())
         });
-        let layer = self.layer(layer)?;
+        let narrowed = self.layer(layer)?;
+        let (rest, fetch) = (asking == Asking::Rest, asking == Asking::Pages);
+        if !fetch {
+            let usage = &self.inner.usage;
+            usage.selected(layer)?;
+            usage.hints(members, rest)?;
+            let of = |member: &Member<'_>| (member.sequence.method(), member.position);
+            usage.work(&members.iter().map(of).collect::<Vec<_>>(), queries as usize, rest)?;
+        }
         let deadline_ns =
             within.map_or(0, |within| now_ns() + within.as_nanos().min(u128::from(u32::MAX)) as u64);
-        let (rest, fetch) = (asking == Asking::Rest, asking == Asking::Pages);
-        let ask = Ask { layer, queries, floors, rest, fetch, deadline_ns };
+        let ask = Ask { layer: narrowed, queries, floors, rest, fetch, deadline_ns };
         let ticket = self.inner.rings.speculate(&self.inner.control, ask, entries)?;
         Ok(Pending::new(Arc::clone(&self.inner), ticket))
     }

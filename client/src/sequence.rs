@@ -33,6 +33,8 @@ pub struct Sequence {
     inner: Arc<Inner>,
     id: SequenceId,
     by: SelectedBy,
+    /// Its method, among those registered, if that is known here.
+    method: Option<usize>,
     state: Mutex<State>,
     /// Set once rows were left out that are not gone for good.
     missed: AtomicBool,
@@ -59,7 +61,7 @@ impl Moving<'_> {
 impl Sequence {
     pub(crate) fn new(
         inner: Arc<Inner>,
-        (id, by): (SequenceId, SelectedBy),
+        (id, by, method): (SequenceId, SelectedBy, Option<usize>),
         table: TableRef,
         room: u32,
         tokens: usize,
@@ -67,7 +69,7 @@ impl Sequence {
         let (daemon, map) = (inner.memory.daemons(), inner.memory.table(table.file)?);
         check_table(&inner, &table, &map)?;
         let state = Mutex::new(State { table, map, daemon, room: room as usize, tokens });
-        Ok(Self { inner, id, by, state, missed: AtomicBool::new(false), open: true })
+        Ok(Self { inner, id, by, method, state, missed: AtomicBool::new(false), open: true })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -93,6 +95,11 @@ impl Sequence {
     #[must_use]
     pub fn selected_by(&self) -> SelectedBy {
         self.by
+    }
+
+    /// Its method, among those registered.
+    pub(crate) fn method(&self) -> Option<usize> {
+        self.method
     }
 
     /// Tokens appended so far.
@@ -157,6 +164,10 @@ impl Sequence {
     /// The first token of which some layer's rows are lost.
     #[must_use]
     pub fn first_lost(&self) -> Option<usize> {
+        if !self.inner.spills {
+            // Rows are lost on disks alone.
+            return None;
+        }
         let state = self.state();
         let Geometry { layers, kv_heads, pages, .. } = self.inner.geometry;
         let each = (0..layers).flat_map(|layer| (0..kv_heads).map(move |head| (layer, head)));
@@ -416,7 +427,8 @@ impl Sequence {
                 state.room = state.tokens;
                 let tokens = state.tokens;
                 drop(state);
-                Self::new(Arc::clone(&self.inner), (sequence, by), table, room, tokens)
+                let method = method.map_or(self.method, |method| Some(usize::from(method)));
+                Self::new(Arc::clone(&self.inner), (sequence, by, method), table, room, tokens)
             }
             other => Err(Error::Broken(format!("{other:?} came instead of a fork"))),
         }

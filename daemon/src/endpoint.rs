@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use kvoyant_protocol::packet;
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::config::folder_among_others;
 use crate::notify::Listener;
 use crate::server::ServerError;
 
@@ -28,6 +29,21 @@ const SOCKET_MODE: u32 = 0o660;
 
 const FOLDER_ADVICE: &str =
     "choose another place with --socket and --admin-socket, or make the folder writable";
+
+/// Whether a folder that anybody could have made is ours: whoever else has it could have clients connect to them.
+fn check_own(folder: &Path) -> io::Result<()> {
+    let found = std::fs::symlink_metadata(folder)?;
+    let ours = found.is_dir() && found.uid() == nix::unistd::geteuid().as_raw();
+    if ours && found.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    let why = format!(
+        "others can change what is in it: it is user {}'s, of mode {:o}",
+        found.uid(),
+        found.mode() & 0o7777
+    );
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
+}
 
 impl Endpoint {
     /// Takes the lock beside `path`, and removes a socket that a dead daemon left there unless there is one that listens already.
@@ -53,6 +69,9 @@ impl Endpoint {
                 .mode(0o750)
                 .create(folder)
                 .map_err(|source| fail("create the folder", folder, source))?;
+            if folder == folder_among_others() {
+                check_own(folder).map_err(|source| fail("use the folder", folder, source))?;
+            }
         }
         let mut lock = path.as_os_str().to_owned();
         lock.push(".lock");
@@ -143,5 +162,25 @@ impl Drop for Endpoint {
             let _ = std::fs::remove_file(&self.path);
         }
         let _ = std::fs::remove_file(&self.lock);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_others_may_write_in_or_that_is_only_a_link_is_not_ours() {
+        let parent = tempfile::tempdir().unwrap();
+        let (folder, link) = (parent.path().join("folder"), parent.path().join("link"));
+        std::fs::create_dir(&folder).unwrap();
+        let mode = |mode| std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).unwrap();
+        for (bits, ours) in [(0o700, true), (0o750, true), (0o770, false), (0o777, false), (0o1777, false)] {
+            mode(bits);
+            assert_eq!(check_own(&folder).is_ok(), ours, "{bits:o}");
+        }
+        mode(0o700);
+        std::os::unix::fs::symlink(&folder, &link).unwrap();
+        assert!(check_own(&link).unwrap_err().to_string().contains("others can change"));
     }
 }

@@ -112,7 +112,11 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         return Ok(print(&text)?);
     }
     kvoyant_kernels::Kernels::from_env()?;
-    let loaded = Loaded::load(args.config.as_deref(), &args.flags)?;
+    let file = match &args.config {
+        Some(file) => Some(file.clone()),
+        None => config::default_file(std::path::Path::new(config::DEFAULT_FILE))?,
+    };
+    let loaded = Loaded::load(file.as_deref(), &args.flags)?;
     let config = &loaded.config;
     let filter = log::parse(&config.log)
         .map_err(|error| format!("bad configuration: log = {}: {error}", config.log))?;
@@ -129,7 +133,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         return Ok(print(&text)?);
     }
     let filter = log::start(filter, config.log_format);
-    let settings = Settings::new(loaded, args.config.clone(), args.flags.clone(), filter);
+    let settings = Settings::new(loaded, file, args.flags.clone(), filter);
     server::serve(&Arc::new(settings), args.takeover)?;
     Ok(())
 }

@@ -102,7 +102,8 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
-    /// What has been read from this file and these flags, for a log with this filter.
+    /// What has been read from this file and these flags, for a log with this filter. The file has to be there from now on: where it is
+    /// missing for a moment, everybody would be allowed what it allows to some.
     pub(crate) fn new(loaded: Loaded, file: Option<PathBuf>, flags: Flags, filter: Filter) -> Self {
         Self::from(Source::Read(file, Box::new(flags)), loaded, filter)
     }
@@ -137,11 +138,12 @@ impl Settings {
     /// # Errors
     /// What is wrong; then nothing has changed.
     pub(crate) fn reload(&self) -> Result<Changes, SetError> {
+        // Of two at once, the later one reads later.
+        let mut said = self.said();
         let read = match &self.source {
             Source::Read(file, flags) => Loaded::load(file.as_deref(), flags)?,
-            Source::Program => self.said().clone(),
+            Source::Program => said.clone(),
         };
-        let mut said = self.said();
         let changes = self.take(read.clone())?;
         *said = read;
         Ok(changes)

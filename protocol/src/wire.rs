@@ -98,6 +98,21 @@ pub const QUERIES_MAX: u32 = 1 << 16;
 /// candidates`: 64 MiB of f32.
 pub const SCORES_MAX: usize = 1 << 24;
 
+/// Products of a key and a query, 64 values each, that a speculation's candidates may come to ([`work_of`]): of 128 sequences of 128 Ki
+/// tokens with 32 query heads of 128 values. A block of query tokens counts once for each of them.
+pub const WORK_MAX: usize = 1 << 30;
+
+/// Weights that one report of attention may hold, over all KV heads: blocks of 16 of 128 Ki tokens for 32 heads.
+pub const FEEDBACK_MAX: usize = 1 << 18;
+
+/// What a member with so many tokens, a block of so many query tokens, and so many query heads of `head_dim` values counts of [`WORK_MAX`].
+#[must_use]
+pub fn work_of(tokens: usize, queries: usize, query_heads: usize, head_dim: usize) -> usize {
+    const VALUES: usize = 64;
+    let products = queries.saturating_mul(query_heads).saturating_mul(head_dim.div_ceil(VALUES));
+    tokens.saturating_mul(products)
+}
+
 /// The lane waits for the slot's doorbell to carry the ticket's low 32 bits before it looks at batch and hints.
 const FLAG_DOORBELL: u8 = 1;
 

@@ -126,6 +126,28 @@ static void pointers(kvoyant_model model, const char *socket) {
     wrong("a sequence of a closed model", kvoyant_sequence_truncate(sequence, 0), KVOYANT_STATUS_HANDLE);
 }
 
+// Requests that a daemon would take for an attack, and end the session for.
+static void requests(kvoyant_model model, kvoyant_sequence sequence, kvoyant_tensor query) {
+    kvoyant_pending pending;
+    kvoyant_member members[2] = {{.sequence = sequence, .position = PROMPT, .query = query},
+                                 {.sequence = sequence, .position = PROMPT}};
+    kvoyant_request request = {.size = sizeof request, .layer = 0, .members = members, .members_count = 1};
+    wrong("a dense layer", kvoyant_speculate(model, &request, &pending), KVOYANT_STATUS_ARGUMENT);
+    request.layer = 1, request.members_count = 2;
+    wrong("a member without a query", kvoyant_speculate(model, &request, &pending), KVOYANT_STATUS_ARGUMENT);
+    request.members = &members[1], request.members_count = 1;
+    wrong("no query at all", kvoyant_speculate(model, &request, &pending), KVOYANT_STATUS_ARGUMENT);
+    request.ask = KVOYANT_ASK_REST;
+    wrong("a rest without a query", kvoyant_speculate(model, &request, &pending), KVOYANT_STATUS_ARGUMENT);
+    float weights[KV_HEADS * PROMPT] = {0};
+    kvoyant_tensor rows = tensor(weights, KVOYANT_DTYPE_F32, 2, KV_HEADS, PROMPT, 0);
+    wrong("attention for who learns from none", kvoyant_sequence_feedback(sequence, 1, PROMPT, 0, &rows), KVOYANT_STATUS_ARGUMENT);
+    wrong("attention of a dense layer", kvoyant_sequence_feedback(sequence, 0, PROMPT, 0, &rows), KVOYANT_STATUS_ARGUMENT);
+    uint8_t marks[2] = {1, 200};
+    wrong("no such mark", kvoyant_sequence_mark(sequence, PROMPT, marks + 1, 1), KVOYANT_STATUS_SHAPE);
+    wrong("a mark too late", kvoyant_sequence_mark(sequence, 0, marks, 1), KVOYANT_STATUS_SHAPE);
+}
+
 static void *truncate_it(void *sequence) {
     // The daemon stands still, so that this call does, too, once it is not told itself that the other thread is reading.
     kvoyant_status status;
@@ -187,6 +209,7 @@ int main(int argc, char **argv) {
     prefill(model, sequence, 3);
     closed(model, sequence, query);
     arrays(model, sequence, values);
+    requests(model, sequence, query);
     pointers(model, argv[1]);
     threads(model, sequence, (pid_t)atoi(argv[2]));
     child(model, sequence, argv[1]);

@@ -201,6 +201,15 @@ impl Raw {
         self.push_raw(&request.encode(), batch);
     }
 
+    /// As [`Raw::push`], with a payload in the request's hint area.
+    ///
+    /// # Panics
+    /// If the ring's own memory is not there.
+    pub fn push_with(&mut self, request: &Request, batch: &[BatchEntry], payload: &[u8]) {
+        self.c2d.write(self.layout.hints(self.tail), payload).expect("a hint area");
+        self.push(request, batch);
+    }
+
     /// Publishes a ring index, and wakes the lane.
     pub fn publish(&mut self, tail: u32) {
         use kvoyant_protocol::{futex, layout};

@@ -35,7 +35,7 @@ pub(crate) fn main(args: &DoctorArgs) -> ExitCode {
         }
     };
     if let Err(error) = crate::print(&text) {
-        eprintln!("error: {error}");
+        crate::say::say(format_args!("error: {error}"));
         return ExitCode::FAILURE;
     }
     if usable { ExitCode::SUCCESS } else { ExitCode::FAILURE }

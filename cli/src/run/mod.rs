@@ -173,7 +173,10 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
     // What has been attached to is a part of the prompt, and what was resumed comes before it.
     let begun = if args.resume.is_some() { 0 } else { sequence.tokens() };
     if args.share_prefix.is_some() && args.stats {
-        eprintln!("{begun} of {} tokens of the prompt were published before", tokens.len());
+        crate::say::say(format_args!(
+            "{begun} of {} tokens of the prompt were published before",
+            tokens.len()
+        ));
     }
     let publish = args.share_prefix.map(|share| share == ShareFor::All);
     let read = |kv: &mut DaemonKv, sequence: &DaemonSequence| {
@@ -183,7 +186,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<(), RunError> {
         match published {
             // The answer is what was asked for, and the daemon's loss is told behind it.
             Err(error) if error.is_daemon_lost() => {
-                eprintln!("the prompt is not published: {error}");
+                crate::say::say(format_args!("the prompt is not published: {error}"));
                 Ok(())
             }
             published => published,

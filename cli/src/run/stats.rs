@@ -127,7 +127,7 @@ fn millis(time: Duration) -> f64 {
 
 /// Where pages were that could leave host memory.
 pub(super) fn print_paged(paged: &Paged) {
-    eprintln!(
+    crate::say::say(format_args!(
         "host memory held at most {:.1} % of the KV ({:.1} of {:.1} MB); {:.1} MB went to disk and {:.1} MB came back, {} pages were lost",
         100.0 * paged.peak_bytes as f64 / paged.most_bytes.max(1) as f64,
         paged.peak_bytes as f64 / 1e6,
@@ -135,7 +135,7 @@ pub(super) fn print_paged(paged: &Paged) {
         paged.written_bytes as f64 / 1e6,
         paged.read_bytes as f64 / 1e6,
         paged.lost_pages,
-    );
+    ));
 }
 
 #[cfg(test)]

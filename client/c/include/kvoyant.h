@@ -562,7 +562,8 @@ enum kvoyant_status kvoyant_reserve(struct kvoyant_model model,
 enum kvoyant_status kvoyant_sequence_describe(struct kvoyant_sequence sequence,
                                               struct kvoyant_sequence_info *info);
 
-// Drops every row from token `tokens` on: rejected drafts, or rows that are lost. Runs that point there are not to be read any more.
+// Drops every row from token `tokens` on: rejected drafts, or rows that are lost. Runs that point there are not to be read any more. The
+// sequence has room for `tokens` afterwards: reserve before more are written.
 enum kvoyant_status kvoyant_sequence_truncate(struct kvoyant_sequence sequence,
                                               uint64_t tokens);
 
@@ -615,7 +616,9 @@ enum kvoyant_status kvoyant_sequence_read(struct kvoyant_sequence sequence,
 // (`kvoyant_sequence_take_missed`).
 //
 // `runs` is room for `capacity` runs, in rising order of tokens; `found` is how many there are. Errors: `SHAPE` if they do not fit: a run for
-// each page, `count / page_rows + 2`, always does. The addresses are good until the sequence is truncated, suspended or closed.
+// each page, `count / page_rows + 2`, always does. The addresses are good until the sequence is truncated, suspended or closed, or reserved
+// after a fork, which moves what both share; where the model `spills`, those of rows beyond sinks and window only while an answer to
+// `KVOYANT_ASK_PAGES` is held.
 enum kvoyant_status kvoyant_sequence_local_runs(struct kvoyant_sequence sequence,
                                                 uint32_t layer,
                                                 uint32_t kv_head,
@@ -637,14 +640,17 @@ enum kvoyant_status kvoyant_sequence_observe(struct kvoyant_sequence sequence,
 
 // Sends an attention row of each KV head over the first `tokens` tokens: F32 `[KV heads, blocks]`, the largest weight of each block of
 // tokens and of the group's query heads, within 0 and 1. `full` other than 0: of attention over all tokens, and not only over those attended.
+// Errors: `SHAPE` of other blocks than the sequence's method asks for; `ARGUMENT` if that learns from no attention, of a layer that is
+// attended whole, and of a weight that is none.
 enum kvoyant_status kvoyant_sequence_feedback(struct kvoyant_sequence sequence,
                                               uint32_t layer,
                                               uint64_t tokens,
                                               uint32_t full,
                                               const struct kvoyant_tensor *rows);
 
-// Marks the text of tokens that have room and have not been appended yet: `marks` is `[count]` bytes, from `first_token` on. What a mark says
-// is the methods' business. Errors: `NO_ROOM`.
+// Marks the text of tokens that have room and have not been appended yet: `marks` is `[count]` bytes, from `first_token` on: what ends after
+// each token. 0: nothing; 1: a word; 2: a part of a sentence, at a comma, colon, semicolon or bracket; 3: a sentence; 4: a line or a
+// paragraph. Errors: `NO_ROOM`; `SHAPE` of another mark, and of tokens that have been appended.
 enum kvoyant_status kvoyant_sequence_mark(struct kvoyant_sequence sequence,
                                           uint64_t first_token,
                                           const uint8_t *marks,
@@ -653,7 +659,9 @@ enum kvoyant_status kvoyant_sequence_mark(struct kvoyant_sequence sequence,
 // Asks for a layer of a whole batch, while an earlier layer runs. What is pointed to is copied before this returns. `pending` is all zero
 // unless it succeeds; it ends with `kvoyant_wait` or `kvoyant_give_up`.
 //
-// Errors: `SHAPE`, `DTYPE`; `BUSY` if as many answers are held or under way as the session has `ring_slots`.
+// Errors: `SHAPE`, `DTYPE`; `ARGUMENT` of a layer that is attended whole (`dense_layers`, `sliding_layers`), and of a member without what
+// its method selects by; `BUSY` if as many answers are held or under way as the session has `ring_slots`. Nothing has been asked then, and
+// the session goes on.
 enum kvoyant_status kvoyant_speculate(struct kvoyant_model model,
                                       const struct kvoyant_request *request,
                                       struct kvoyant_pending *pending);

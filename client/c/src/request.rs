@@ -85,7 +85,9 @@ unsafe fn hint<'a>(
 /// Asks for a layer of a whole batch, while an earlier layer runs. What is pointed to is copied before this returns. `pending` is all zero
 /// unless it succeeds; it ends with `kvoyant_wait` or `kvoyant_give_up`.
 ///
-/// Errors: `SHAPE`, `DTYPE`; `BUSY` if as many answers are held or under way as the session has `ring_slots`.
+/// Errors: `SHAPE`, `DTYPE`; `ARGUMENT` of a layer that is attended whole (`dense_layers`, `sliding_layers`), and of a member without what
+/// its method selects by; `BUSY` if as many answers are held or under way as the session has `ring_slots`. Nothing has been asked then, and
+/// the session goes on.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvoyant_speculate(
     model: kvoyant_model,

@@ -165,7 +165,9 @@ pub unsafe extern "C" fn kvoyant_sequence_read(
 /// (`kvoyant_sequence_take_missed`).
 ///
 /// `runs` is room for `capacity` runs, in rising order of tokens; `found` is how many there are. Errors: `SHAPE` if they do not fit: a run for
-/// each page, `count / page_rows + 2`, always does. The addresses are good until the sequence is truncated, suspended or closed.
+/// each page, `count / page_rows + 2`, always does. The addresses are good until the sequence is truncated, suspended or closed, or reserved
+/// after a fork, which moves what both share; where the model `spills`, those of rows beyond sinks and window only while an answer to
+/// `KVOYANT_ASK_PAGES` is held.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvoyant_sequence_local_runs(
     sequence: kvoyant_sequence,
@@ -254,6 +256,8 @@ pub unsafe extern "C" fn kvoyant_sequence_observe(
 
 /// Sends an attention row of each KV head over the first `tokens` tokens: F32 `[KV heads, blocks]`, the largest weight of each block of
 /// tokens and of the group's query heads, within 0 and 1. `full` other than 0: of attention over all tokens, and not only over those attended.
+/// Errors: `SHAPE` of other blocks than the sequence's method asks for; `ARGUMENT` if that learns from no attention, of a layer that is
+/// attended whole, and of a weight that is none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvoyant_sequence_feedback(
     sequence: kvoyant_sequence,
@@ -277,8 +281,9 @@ pub unsafe extern "C" fn kvoyant_sequence_feedback(
     })
 }
 
-/// Marks the text of tokens that have room and have not been appended yet: `marks` is `[count]` bytes, from `first_token` on. What a mark says
-/// is the methods' business. Errors: `NO_ROOM`.
+/// Marks the text of tokens that have room and have not been appended yet: `marks` is `[count]` bytes, from `first_token` on: what ends after
+/// each token. 0: nothing; 1: a word; 2: a part of a sentence, at a comma, colon, semicolon or bracket; 3: a sentence; 4: a line or a
+/// paragraph. Errors: `NO_ROOM`; `SHAPE` of another mark, and of tokens that have been appended.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvoyant_sequence_mark(
     sequence: kvoyant_sequence,

@@ -172,7 +172,8 @@ pub unsafe extern "C" fn kvoyant_sequence_describe(
     })
 }
 
-/// Drops every row from token `tokens` on: rejected drafts, or rows that are lost. Runs that point there are not to be read any more.
+/// Drops every row from token `tokens` on: rejected drafts, or rows that are lost. Runs that point there are not to be read any more. The
+/// sequence has room for `tokens` afterwards: reserve before more are written.
 #[unsafe(no_mangle)]
 pub extern "C" fn kvoyant_sequence_truncate(sequence: kvoyant_sequence, tokens: u64) -> kvoyant_status {
     call(|| {

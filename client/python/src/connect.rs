@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
-use kvoyant_client::{Client, Format, Limits, ModelSpec, Options};
-use kvoyant_kernels::Dtype;
-use kvoyant_methods::{Artifact, Artifacts, Fingerprint, MethodSpec, Needs, Shape};
+use kvoyant_client::{Client, Format, Limits, Model, ModelSpec, Options};
+use kvoyant_methods::{Fingerprint, Needs};
 use pyo3::prelude::*;
 
 use crate::errors::{Result, Wrong};
@@ -12,35 +11,13 @@ use crate::model::{PyModel, or_default};
 use crate::session::Session;
 
 /// What each method needs of an engine.
-fn needs(spec: &ModelSpec, format: Format, page_rows: usize, artifacts: &[Vec<u8>]) -> Result<Vec<Needs>> {
-    let d = spec.head_dim as usize;
-    let shape = Shape {
-        layers: spec.layers as usize,
-        query_heads: spec.query_heads as usize,
-        kv_heads: spec.kv_heads as usize,
-        head_dim: d,
-        value_dim: if spec.latent_values > 0 { spec.latent_values as usize } else { d },
-        page_rows,
-        sinks: spec.sinks as usize,
-        window: spec.window as usize,
-        dense_layers: spec.dense_layers as usize,
-        dtype: match format {
-            Format::Plain(dtype) => dtype,
-            // What they are read as.
-            _ => Dtype::F32,
-        },
-        fingerprint: spec.fingerprint.parse::<Fingerprint>()?,
+fn needs(model: &Model) -> Result<Vec<Needs>> {
+    let named = |(index, text): (usize, &String)| {
+        let unknown =
+            || Wrong::argument(format!("method `{text}` is one of a later version than this package"));
+        model.needs(index).copied().ok_or_else(|| unknown().into())
     };
-    let mut known = Artifacts::none();
-    for bytes in artifacts {
-        known.insert(Artifact::from_bytes(bytes)?);
-    }
-    let needs = |text: &String| {
-        let method: MethodSpec =
-            text.parse().map_err(|error| Wrong::argument(format!("method `{text}`: {error}")))?;
-        Ok(kvoyant_methods::build(&method, &shape, &known)?.needs())
-    };
-    spec.methods.iter().map(needs).collect()
+    model.spec().methods.iter().enumerate().map(named).collect()
 }
 
 /// Connects to a daemon and registers a model: one session.
@@ -137,7 +114,7 @@ pub(crate) fn connect(
         let client = Client::connect(&socket, options)?;
         let (number, protocol) = (client.session(), client.protocol());
         let model = client.register(spec, &artifacts)?;
-        let needs = needs(model.spec(), format, model.page_rows(), &artifacts)?;
+        let needs = needs(&model)?;
         Ok(PyModel::new(Session::new(model, needs, number, protocol)))
     })
 }

@@ -282,6 +282,7 @@ impl PyModel {
     #[allow(clippy::too_many_arguments, reason = "by keyword in Python")]
     fn speculate<'py>(
         &self,
+        py: Python<'py>,
         layer: usize,
         sequences: Vec<Bound<'py, PySequence>>,
         queries: Option<&Bound<'py, PyAny>>,
@@ -291,7 +292,7 @@ impl PyModel {
         within: Option<f64>,
     ) -> PyResult<PyPending> {
         let within = within.map(seconds).transpose()?;
-        self.ask(layer, &sequences, (queries, floors, ids), positions, |model, layer, members, block| {
+        self.ask(py, layer, &sequences, (queries, floors, ids), positions, |model, layer, members, block| {
             Ok(match within {
                 Some(_) if block > 1 => {
                     return Err(Wrong::argument("within is for single query tokens, not for blocks"));
@@ -307,15 +308,21 @@ impl PyModel {
     #[pyo3(signature = (layer, sequences, queries, *, floors=None, positions=None))]
     fn rest<'py>(
         &self,
+        py: Python<'py>,
         layer: usize,
         sequences: Vec<Bound<'py, PySequence>>,
         queries: &Bound<'py, PyAny>,
         floors: Option<&Bound<'py, PyAny>>,
         positions: Option<Vec<usize>>,
     ) -> PyResult<PyPending> {
-        self.ask(layer, &sequences, (Some(queries), floors, None), positions, |model, layer, members, _| {
-            Ok(model.rest(layer, members)?)
-        })
+        self.ask(
+            py,
+            layer,
+            &sequences,
+            (Some(queries), floors, None),
+            positions,
+            |model, layer, members, _| Ok(model.rest(layer, members)?),
+        )
     }
 
     /// Has the daemon bring all pages of a layer of these sequences back to host memory, where the model spills. They stay there until the answer is
@@ -323,11 +330,12 @@ impl PyModel {
     #[pyo3(signature = (layer, sequences, *, positions=None))]
     fn fetch<'py>(
         &self,
+        py: Python<'py>,
         layer: usize,
         sequences: Vec<Bound<'py, PySequence>>,
         positions: Option<Vec<usize>>,
     ) -> PyResult<PyPending> {
-        self.ask(layer, &sequences, (None, None, None), positions, |model, layer, members, _| {
+        self.ask(py, layer, &sequences, (None, None, None), positions, |model, layer, members, _| {
             let list: Vec<_> = members.iter().map(|member| (member.sequence, member.position)).collect();
             Ok(model.fetch(layer, &list)?)
         })
@@ -403,9 +411,10 @@ type Given<'a, 'py> =
     (Option<&'a Bound<'py, PyAny>>, Option<&'a Bound<'py, PyAny>>, Option<Vec<Vec<Vec<u32>>>>);
 
 impl PyModel {
-    /// Asks, and holds on to Python meanwhile: a request waits only where the ring is full, for ticket_timeout.
+    /// Asks. Other threads of Python go on meanwhile: a request waits where the ring is full, or all tickets are in use.
     fn ask<'py>(
         &self,
+        py: Python<'py>,
         layer: usize,
         sequences: &[Bound<'py, PySequence>],
         (queries, floors, ids): Given<'_, 'py>,
@@ -415,7 +424,8 @@ impl PyModel {
             usize,
             &[kvoyant_client::Member<'_>],
             usize,
-        ) -> Result<kvoyant_client::Pending>,
+        ) -> Result<kvoyant_client::Pending>
+        + Send,
     ) -> PyResult<PyPending> {
         let model = self.session.model()?;
         let layer = self.session.layer(layer)?;
@@ -423,7 +433,8 @@ impl PyModel {
         let open = shared(&kept)?;
         let at = positions(&open, at)?;
         let hints = Hints::of(&self.session, kept.len(), queries, floors, ids)?;
-        let pending = hints.with(&open, &at, |members| ask(&model, layer, members, hints.block))?;
+        let block = hints.block;
+        let pending = hints.with(py, &open, &at, |members| ask(&model, layer, members, block))?;
         drop(open);
         Ok(PyPending::new(&self.session, kept, layer, pending))
     }

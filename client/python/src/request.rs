@@ -167,15 +167,18 @@ impl<'py> Hints<'py> {
         Ok(Self { queries, floors, ids, block })
     }
 
-    /// Calls `ask` with the members.
-    pub(crate) fn with<T>(
+    /// Calls `ask` with the members, without Python: it may wait for other threads, which release the answers that it waits for. So arrays
+    /// are copied before.
+    pub(crate) fn with<T: Send>(
         &self,
+        py: Python<'_>,
         open: &[Shared<'_>],
         positions: &[usize],
-        ask: impl FnOnce(&[Member<'_>]) -> Result<T>,
+        ask: impl FnOnce(&[Member<'_>]) -> Result<T> + Send,
     ) -> Result<T> {
-        let queries = self.queries.as_ref().map(Array::floats).transpose()?;
-        let floors = self.floors.as_ref().map(Array::floats).transpose()?;
+        let copied = |array: &Array<'_>| Ok::<Vec<f32>, Wrong>(array.floats()?.into_owned());
+        let queries = self.queries.as_ref().map(copied).transpose()?;
+        let floors = self.floors.as_ref().map(copied).transpose()?;
         let count = open.len().max(1);
         let part = |values: &'_ [f32], at: usize| {
             let width = values.len() / count;
@@ -197,7 +200,7 @@ impl<'py> Hints<'py> {
                 Member { sequence: open.get(), position: *position, hint }
             })
             .collect();
-        ask(&members)
+        py.detach(|| ask(&members))
     }
 }
 

@@ -393,14 +393,15 @@ impl PySequence {
     }
 
     /// Sends the statistics of a prompt's queries for one layer, for methods that want them: float32 `[KV heads, key_values]`.
-    fn observe<'py>(&self, layer: usize, sums: &Bound<'py, PyAny>) -> PyResult<()> {
+    fn observe<'py>(&self, py: Python<'py>, layer: usize, sums: &Bound<'py, PyAny>) -> PyResult<()> {
         let session = &self.kept.session;
         let model = session.model()?;
         let open = self.kept.shared()?;
         let layer = session.layer(layer)?;
         let sums = Array::of(sums, "sums")?;
         sums.expect_shape("KV heads, key_values", &[&[session.kv_heads(), session.spec.head_dim as usize]])?;
-        Ok(model.observe(open.get(), layer, &sums.floats()?).map_err(Wrong::from)?)
+        let (sums, open) = (sums.floats()?.into_owned(), open.get());
+        Ok(py.detach(|| model.observe(open, layer, &sums)).map_err(Wrong::from)?)
     }
 
     /// Sends an attention row of each KV head over the first `tokens` tokens, for methods that learn from them: float32 `[KV heads, blocks]`, the
@@ -408,6 +409,7 @@ impl PySequence {
     #[pyo3(signature = (layer, tokens, rows, *, full=false))]
     fn feedback<'py>(
         &self,
+        py: Python<'py>,
         layer: usize,
         tokens: usize,
         rows: &Bound<'py, PyAny>,
@@ -420,13 +422,16 @@ impl PySequence {
         let rows = Array::of(rows, "rows")?;
         let blocks = rows.shape().get(1).copied().unwrap_or(1);
         rows.expect_shape("KV heads, blocks", &[&[session.kv_heads(), blocks]])?;
-        Ok(model.feedback(open.get(), layer, tokens, full, &rows.floats()?).map_err(Wrong::from)?)
+        let (rows, open) = (rows.floats()?.into_owned(), open.get());
+        Ok(py.detach(|| model.feedback(open, layer, tokens, full, &rows)).map_err(Wrong::from)?)
     }
 
     /// Marks the text of tokens that have room and have not been appended yet, one byte each from `first_token` on.
-    fn mark(&self, first_token: usize, marks: &[u8]) -> Result<()> {
+    fn mark(&self, py: Python<'_>, first_token: usize, marks: &[u8]) -> Result<()> {
         let model = self.kept.session.model()?;
-        Ok(model.mark(self.kept.shared()?.get(), first_token, marks)?)
+        let open = self.kept.shared()?;
+        let sequence = open.get();
+        Ok(py.detach(|| model.mark(sequence, first_token, marks))?)
     }
 
     /// Opens a copy of it, with its own method or another one, by index. Pages are shared until one of the two writes, so both must reserve before

@@ -51,6 +51,20 @@ def test_what_is_closed_says_so(model):
     assert sequence.closed and repr(sequence) == "<kvoyant.Sequence, closed>"
 
 
+def test_what_a_daemon_would_take_for_an_attack_is_the_callers_mistake_and_nothing_has_happened(model, sequence):
+    query = np.ones((1, QUERY_HEADS, HEAD_DIM), np.float32)
+    for call in (
+        lambda: model.speculate(0, [sequence], query, positions=[199]),
+        lambda: model.speculate(1, [sequence], positions=[199]),
+        lambda: sequence.feedback(1, 200, np.zeros((KV_HEADS, 200), np.float32)),
+    ):
+        with says(errors.ArgumentError, "attended whole|selects by|learns from no"):
+            call()
+    with says(errors.ShapeError, "a mark has 200"):
+        sequence.mark(200, bytes([200]))
+    model.speculate(1, [sequence], query, positions=[199]).wait().release()
+
+
 def test_an_answer_and_a_request_are_over_once(model, sequence):
     query = np.ones((1, QUERY_HEADS, HEAD_DIM), np.float32)
     pending = model.speculate(1, [sequence], query, positions=[199])

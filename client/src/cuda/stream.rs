@@ -62,7 +62,8 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::NoDevice`] if the daemon's device is no GPU; [`Error::Capturing`] if the stream is being captured;
-    /// [`Error::TooManyInFlight`] if as many answers as the ring has slots are held or under way.
+    /// [`Error::TooManyInFlight`] if as many answers as the ring has slots are held or under way; [`Error::NotSelected`] of a layer
+    /// that is attended whole.
     ///
     /// # Safety
     /// `hints` is device memory of that size, of the context of [`Model::device_session`], and stays until the stream
@@ -83,10 +84,13 @@ impl Model {
             position: member.position as u32,
             value: (index * hint_bytes) as u32,
         });
-        let layer = self.layer(layer)?;
+        let narrowed = self.layer(layer)?;
+        inner.usage.selected(layer)?;
+        let of = |member: &StreamMember<'_>| (member.sequence.method(), member.position);
+        inner.usage.work(&members.iter().map(of).collect::<Vec<_>>(), 1, true)?;
         let bytes = members.len() * hint_bytes;
         let mut failed = Ok(());
-        let ticket = inner.rings.speculate_by_doorbell(&inner.control, layer, entries, bytes, |slot| {
+        let ticket = inner.rings.speculate_by_doorbell(&inner.control, narrowed, entries, bytes, |slot| {
             let brought = device.c2d_mapping.address(slot.hints, bytes).map_err(Error::from).and_then(|to| {
                 // SAFETY: the caller vouches for the source; the destination is the request's own hint area in the
                 // registered mapping.

@@ -74,7 +74,7 @@ pub const SECTIONS: &[Section] = &[
         title: "Sockets",
         keys: &[
             by_default(
-                "/run/kvoyant/kvoyantd.sock; not root: $XDG_RUNTIME_DIR/kvoyant/kvoyantd.sock, else in the temporary folder",
+                "/run/kvoyant/kvoyantd.sock; not root: $XDG_RUNTIME_DIR/kvoyant/kvoyantd.sock, else in kvoyant-UID in the temporary folder",
                 r#""/run/kvoyant/kvoyantd.sock""#,
                 key(
                     "socket",

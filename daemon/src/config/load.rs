@@ -62,7 +62,7 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Reads the file (or [`DEFAULT_FILE`], if it exists), the environment and the flags, and checks the result.
+    /// Reads the file (or [`DEFAULT_FILE`], if it [exists](default_file)), the environment and the flags, and checks the result.
     ///
     /// # Errors
     /// The first thing that is wrong.
@@ -74,11 +74,8 @@ impl Loaded {
             }
         };
         let mut given = Figment::new();
-        let file = match file {
-            Some(file) => Some(file),
-            None => Some(Path::new(DEFAULT_FILE)).filter(|file| file.exists()),
-        };
-        if let Some(file) = file {
+        let default = if file.is_none() { default_file(Path::new(DEFAULT_FILE))? } else { None };
+        if let Some(file) = file.or(default.as_deref()) {
             let toml = Toml::string(&read(file)?);
             let syntax = |error: figment::Error| ConfigError::Syntax {
                 path: file.to_path_buf(),
@@ -118,6 +115,17 @@ impl Loaded {
         }
         config.check()?;
         Ok(Self { config, origins })
+    }
+}
+
+/// The file that is read where none is named, if it is there.
+///
+/// # Errors
+/// A file of which it cannot be said: without it, everybody might be allowed what it allows to some.
+pub(crate) fn default_file(file: &Path) -> Result<Option<PathBuf>, ConfigError> {
+    match file.try_exists() {
+        Ok(there) => Ok(there.then(|| file.to_path_buf())),
+        Err(source) => Err(ConfigError::Read { path: file.to_path_buf(), source }),
     }
 }
 
@@ -181,4 +189,20 @@ fn words(wanted: &str, key: Option<&Key>) -> String {
 pub(crate) fn unknown(key: &str, place: String) -> ConfigError {
     let nearest = nearest(key, keys::all().map(|key| key.name));
     ConfigError::Unknown { key: key.to_owned(), place, nearest }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_which_nothing_can_be_said_is_no_missing_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("kvoyantd.toml");
+        assert_eq!(default_file(&file).unwrap(), None);
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(default_file(&file).unwrap(), Some(file.clone()));
+        // Below a file there is nothing, and nothing that could be asked.
+        assert!(matches!(default_file(&file.join("x")), Err(ConfigError::Read { .. })));
+    }
 }

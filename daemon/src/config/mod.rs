@@ -31,8 +31,8 @@ mod start;
 
 pub use error::ConfigError;
 pub use flags::Flags;
-pub(crate) use load::unknown;
 pub use load::{Loaded, Origin};
+pub(crate) use load::{default_file, unknown};
 pub use newcomers::Newcomers;
 pub use pin_ahead::PinAhead;
 
@@ -156,7 +156,16 @@ fn runtime_folder() -> PathBuf {
 
 /// A relative path, such as an empty one, counts as none: the XDG base directory specification has it so.
 fn runtime_folder_in(user: Option<PathBuf>) -> PathBuf {
-    user.filter(|folder| folder.is_absolute()).unwrap_or_else(std::env::temp_dir).join("kvoyant")
+    match user.filter(|folder| folder.is_absolute()) {
+        Some(folder) => folder.join("kvoyant"),
+        None => folder_among_others(),
+    }
+}
+
+/// Where sockets go if the user has no folder for them: a folder where everybody has some, so that it is not taken on trust
+/// ([`crate::endpoint`]).
+pub(crate) fn folder_among_others() -> PathBuf {
+    std::env::temp_dir().join(format!("kvoyant-{}", nix::unistd::geteuid()))
 }
 
 impl Default for Config {
@@ -489,7 +498,7 @@ mod tests {
     fn a_runtime_folder_of_the_user_counts_if_it_is_a_whole_path() {
         assert_eq!(runtime_folder_in(Some("/run/user/7".into())), Path::new("/run/user/7/kvoyant"));
         for none in [None, Some(""), Some("run")] {
-            assert_eq!(runtime_folder_in(none.map(PathBuf::from)), std::env::temp_dir().join("kvoyant"));
+            assert_eq!(runtime_folder_in(none.map(PathBuf::from)), folder_among_others());
         }
     }
 

@@ -8,6 +8,7 @@ use kvoyant_protocol::memory::MemoryError;
 use thiserror::Error;
 
 use super::HANDSHAKE_TIMEOUT;
+use crate::lane::Over;
 use crate::metrics::How;
 
 /// Why a session ended.
@@ -17,6 +18,8 @@ pub(crate) enum Ended {
     HungUp,
     #[error("{0}")]
     Protocol(String),
+    #[error("{0}")]
+    Failed(String),
     #[error("{reason}")]
     Surplus { reason: String, fds: Vec<OwnedFd> },
     #[error("{0}")]
@@ -27,6 +30,12 @@ pub(crate) enum Ended {
     Memory(#[from] MemoryError),
     #[error("the client took more than {} s for the handshake", HANDSHAKE_TIMEOUT.as_secs())]
     TooSlow,
+}
+
+impl From<Over> for Ended {
+    fn from(Over { reason, ours }: Over) -> Self {
+        if ours { Self::Failed(reason) } else { Self::Protocol(reason) }
+    }
 }
 
 impl Ended {
@@ -42,7 +51,7 @@ impl Ended {
             Self::Protocol(_) | Self::Surplus { .. } => How::Rejected,
             Self::Refused(Failure::Protocol(_)) => How::Rejected,
             Self::Refused(_) => How::Refused,
-            Self::Io(_) | Self::Memory(_) => How::Failed,
+            Self::Failed(_) | Self::Io(_) | Self::Memory(_) => How::Failed,
             Self::TooSlow => How::TooSlow,
         }
     }

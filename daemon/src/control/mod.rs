@@ -310,7 +310,7 @@ async fn beside<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Ended> + Send + 'static,
 ) -> Result<T, Ended> {
     let done = tokio::task::spawn_blocking(work).await;
-    done.unwrap_or_else(|error| Err(Ended::Protocol(format!("the daemon failed: {error}"))))
+    done.unwrap_or_else(|error| Err(Ended::Failed(format!("the daemon failed: {error}"))))
 }
 
 async fn step<T>(future: impl Future<Output = Result<T, Ended>>) -> Result<T, Ended> {
@@ -441,7 +441,7 @@ async fn run(plane: &Plane, socket: &Socket, session: &Session) -> Result<(), En
                 orders::serve(plane, session, order).await?;
                 continue;
             }
-            reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+            over = session.ending.ended() => return Err(over.into()),
             reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
         };
         let lane = &plane.lanes[session.status.lane];
@@ -522,11 +522,11 @@ async fn settle(plane: &Plane, session: &Session, answer: Option<&ToClient>) -> 
     plane.lanes[session.status.lane].send(command);
     let settled = tokio::select! {
         settled = settled => settled,
-        reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+        over = session.ending.ended() => return Err(over.into()),
     };
     match settled {
         Ok(()) => Ok(()),
-        Err(_) => Err(Ended::Protocol(session.ending.ended().await)),
+        Err(_) => Err(session.ending.ended().await.into()),
     }
 }
 
@@ -537,12 +537,12 @@ async fn ask_lane(plane: &Plane, session: &Session, asked: Asked) -> Result<Outc
     // A session that ends while it is asked drops the question.
     let outcome = tokio::select! {
         outcome = answered => outcome,
-        reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+        over = session.ending.ended() => return Err(over.into()),
         reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
     };
     match outcome {
         Ok(outcome) => Ok(outcome),
-        Err(_) => Err(Ended::Protocol(session.ending.ended().await)),
+        Err(_) => Err(session.ending.ended().await.into()),
     }
 }
 
@@ -581,7 +581,7 @@ async fn ask(
         let supply = tokio::select! {
             supply = plane.pool.prepare(uid, extents) => supply,
             () = socket.hung_up() => return Err(Ended::HungUp),
-            reason = session.ending.ended() => return Err(Ended::Protocol(reason)),
+            over = session.ending.ended() => return Err(over.into()),
             reason = plane.lost() => return Err(Ended::Refused(Failure::DeviceLost(reason))),
         };
         match supply {

@@ -41,7 +41,7 @@ pub(super) async fn while_there(
         biased;
         result = served => result,
         () = ended(&session.importer) => Err(Ended::HungUp),
-        reason = session.ending.ended() => Err(Ended::Protocol(reason)),
+        over = session.ending.ended() => Err(over.into()),
     }
 }
 

@@ -7,23 +7,33 @@ use crate::lane::error::SessionError;
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Ending {
-    reason: std::sync::OnceLock<String>,
+    over: std::sync::OnceLock<Over>,
     notify: Notify,
+}
+
+/// Why a session has to end.
+#[derive(Debug, Clone)]
+pub struct Over {
+    /// In words.
+    pub reason: String,
+    /// Whether the client did nothing wrong.
+    pub ours: bool,
 }
 
 impl Ending {
     pub(super) fn end(&self, error: &SessionError) {
-        if self.reason.set(error.to_string()).is_ok() {
+        let over = Over { reason: error.to_string(), ours: error.is_ours() };
+        if self.over.set(over).is_ok() {
             self.notify.notify_one();
         }
     }
 
     /// Waits until the session has to end, and says why.
-    pub async fn ended(&self) -> String {
+    pub async fn ended(&self) -> Over {
         loop {
             // Whoever asks again is told again.
-            if let Some(reason) = self.reason.get() {
-                return reason.clone();
+            if let Some(over) = self.over.get() {
+                return over.clone();
             }
             self.notify.notified().await;
         }

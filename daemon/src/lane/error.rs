@@ -3,11 +3,10 @@
 use kvoyant_protocol::control::Failure;
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::ring::RingError;
-use kvoyant_protocol::wire::{RequestError, SCORES_MAX, SequenceId};
+use kvoyant_protocol::wire::{FEEDBACK_MAX, RequestError, SCORES_MAX, SequenceId, WORK_MAX};
 use thiserror::Error;
 
 use crate::lane::mailbox::ReportError;
-use crate::lane::session::limits::{FEEDBACK_MAX, WORK_MAX};
 use crate::metrics::Rejection;
 
 /// Why a session ends.
@@ -166,6 +165,11 @@ pub enum SessionError {
 }
 
 impl SessionError {
+    /// Whether it is the daemon that failed, and not the client that asked for what cannot be.
+    pub(crate) fn is_ours(&self) -> bool {
+        matches!(self, Self::HalfWay(_) | Self::Transfer { .. })
+    }
+
     /// What metrics call it, where it is a descriptor of the client's that was refused.
     pub(crate) fn rejection(&self) -> Option<Rejection> {
         match self {

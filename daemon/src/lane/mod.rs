@@ -50,7 +50,7 @@ use tokio::sync::oneshot;
 
 pub use self::asked::Asked;
 pub(crate) use self::bomb::Bomb;
-pub use self::ending::Ending;
+pub use self::ending::{Ending, Over};
 use crate::device::{Device, Report};
 use crate::lane::error::SessionError;
 use crate::lane::images::{ImageOutcome, ImageRequest};

@@ -20,7 +20,7 @@ use kvoyant_protocol::layout::{Layout, d2c};
 use kvoyant_protocol::memory::SharedMapping;
 use kvoyant_protocol::ring::{Consumer, Producer};
 use kvoyant_protocol::wire::{
-    BatchEntry, Completion, Operation, Request, STATS, Served, Speculate, Stat, Status,
+    BatchEntry, Completion, Operation, Request, STATS, Served, Speculate, Stat, Status, WORK_MAX,
 };
 
 use crate::device::{AnswerWords, BACKGROUND, Device, Publication, Report};
@@ -34,7 +34,7 @@ use crate::lane::select::{Answer, Turn};
 use crate::lane::session::flights::{Flight, Flights};
 use crate::lane::session::held::Held;
 use crate::lane::session::hints::HintArea;
-use crate::lane::session::limits::{WORK_MAX, charge};
+use crate::lane::session::limits::charge;
 use crate::lane::session::totals::Totals;
 use crate::lane::spill::SpillState;
 use crate::quota::Account;

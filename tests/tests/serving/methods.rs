@@ -4,10 +4,13 @@
 use std::time::Duration;
 
 use kvoyant_client::{
-    Client, Dtype, Error, Format, Hint, Member, Model, ModelSpec, Options, Ready, RowLayout, Sequence, Status,
+    Client, Dtype, Error, Failure, Format, Hint, Member, Model, ModelSpec, Options, Ready, RowLayout,
+    Sequence, Status,
 };
-use kvoyant_protocol::wire::Stat;
+use kvoyant_protocol::control::ToClient;
+use kvoyant_protocol::wire::{Append, BatchEntry, FeedbackRows, Operation, Stat};
 use kvoyant_tests::noisy::{QUERY, append_noise, ask, noise, noisy, of_token, tokens_of};
+use kvoyant_tests::raw::{self, Raw};
 use kvoyant_tests::{Daemon, PATIENCE, fake, wait_until};
 
 const DAEMON: &str = env!("CARGO_BIN_EXE_kvoyantd-under-test");
@@ -49,8 +52,12 @@ fn given_rows_are_exactly_those_asked_for_and_impossible_ones_fail_their_request
         let beyond = &[1, 300, 0][..];
         let too_many = &[u32::MAX, 5, 0][..];
         let short = &[2, 5, 6][..];
-        for bad in [beyond, too_many, short, &[1, u32::MAX, 1, 5]] {
+        for bad in [beyond, &[1, u32::MAX, 1, 5]] {
             assert!(is_bad_hint(&ask(&model, &sequence, 1, Hint::Ids(bad))), "{bad:?}");
+        }
+        for bad in [too_many, short, &[]] {
+            let refused = ask(&model, &sequence, 1, Hint::Ids(bad));
+            assert!(matches!(refused, Err(Error::Size { wanted: 2, .. })), "{bad:?}: {refused:?}");
         }
         assert_eq!(tokens_of(&ask(&model, &sequence, 1, Hint::Ids(&[0, 1, 5])).unwrap(), 1), [5]);
     }
@@ -452,53 +459,60 @@ fn attention_rows_reach_the_method_and_impossible_ones_end_the_session_with_the_
     let selected = tokens_of(&ready, 0);
     assert!((7 * 16..8 * 16).all(|token| selected.contains(&token)), "{selected:?}");
     drop(ready);
-    type Attack = fn(&Model, &Sequence);
-    let attacks: [(&str, &str, Attack); 7] = [
-        ("a weight above one", "not within 0..=1", |model, sequence| {
-            model.feedback(sequence, 1, 16, false, &[2.0, 0.0]).unwrap();
-        }),
-        ("a weight that is no number", "not within 0..=1", |model, sequence| {
-            model.feedback(sequence, 1, 16, false, &[0.0, f32::NAN]).unwrap();
-        }),
-        ("blocks that do not fit", "bytes", |model, sequence| {
-            model.feedback(sequence, 1, 160, false, &[0.0, 0.0]).unwrap();
-        }),
-        ("tokens that cannot be", "room", |model, sequence| {
-            model.feedback(sequence, 1, 10_000, false, &[0.0; 1250]).unwrap();
-        }),
-        ("a dense layer", "layer 0", |model, sequence| {
-            model.feedback(sequence, 0, 16, false, &[0.0, 0.0]).unwrap();
-        }),
-        ("a mark that is none", "the largest is", |model, sequence| {
-            model.reserve(&[(sequence, 310)]).unwrap();
-            model.mark(sequence, 300, &[5]).unwrap();
-        }),
-        ("marks of what is there", "marks or feedback", |model, sequence| {
-            model.mark(sequence, 10, &[1, 2]).unwrap();
-        }),
-    ];
-    for (attack, reason, run) in attacks {
-        let model = fake::connect(&daemon, &method);
-        let sequence = noisy(&model, 300);
-        run(&model, &sequence);
-        let error = loop {
-            match ask(&model, &sequence, 1, Hint::None) {
-                Ok(ready) => drop(ready),
-                Err(error) => break error.to_string(),
-            }
-        };
-        assert!(error.contains(reason), "{attack}: {error}");
+    // What cannot be is the caller's mistake, and nothing has happened.
+    let silent = [0.0; 2];
+    model.reserve(&[(&sequence, 310)]).unwrap();
+    for (mistake, refused) in [
+        ("not within", model.feedback(&sequence, 1, 16, false, &[2.0, 0.0])),
+        ("not within", model.feedback(&sequence, 1, 16, false, &[0.0, f32::NAN])),
+        ("blocks", model.feedback(&sequence, 1, 160, false, &silent)),
+        ("beyond the 320 tokens", model.feedback(&sequence, 1, 10_000, false, &[0.0; 1250])),
+        ("attended whole", model.feedback(&sequence, 0, 16, false, &silent)),
+        ("learns from no", model.feedback(&sequence.fork(Some(1)).unwrap(), 1, 16, false, &silent)),
+        ("a mark has 5", model.mark(&sequence, 300, &[5])),
+        ("is marked has 10", model.mark(&sequence, 10, &[1, 2])),
+    ] {
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains(mistake), "{refused}");
     }
-    let model = fake::connect(&daemon, &["full"]);
-    let sequence = noisy(&model, 300);
-    model.feedback(&sequence, 1, 16, false, &[0.0, 0.0]).unwrap();
-    let error = loop {
-        match ask(&model, &sequence, 1, Hint::None) {
-            Ok(ready) => drop(ready),
-            Err(error) => break error.to_string(),
-        }
+    drop(ask(&model, &sequence, 1, Hint::None).unwrap());
+    // From whoever does not look before they tell, it ends the session.
+    let feedback = |layer, values: usize| {
+        Operation::Feedback(FeedbackRows { layer, payload_bytes: values as u32 * 4, full: false })
     };
-    assert!(error.contains("learns from none"), "{error}");
+    let zeros = [0_u8; 5_000];
+    let two: Vec<u8> = [2.0_f32, 0.0].iter().flat_map(|value| value.to_le_bytes()).collect();
+    let no_number: Vec<u8> = [0.0_f32, f32::NAN].iter().flat_map(|value| value.to_le_bytes()).collect();
+    type Attack<'a> = (&'a str, &'a str, Operation, (u32, u32), &'a [u8]);
+    let attacks: [Attack<'_>; 7] = [
+        ("a weight above one", "not within 0..=1", feedback(1, 2), (16, 0), &two),
+        ("a weight that is no number", "not within 0..=1", feedback(1, 2), (16, 0), &no_number),
+        ("blocks that do not fit", "bytes", feedback(1, 2), (160, 0), &zeros[..8]),
+        ("tokens that cannot be", "room", feedback(1, 1250), (10_000, 0), &zeros),
+        ("a dense layer", "layer 0", feedback(0, 2), (16, 0), &zeros[..8]),
+        ("a mark that is none", "the largest is", Operation::Mark { payload_bytes: 1 }, (300, 1), &[5]),
+        (
+            "marks of what is there",
+            "marks or feedback",
+            Operation::Mark { payload_bytes: 2 },
+            (10, 2),
+            &[1, 2],
+        ),
+    ];
+    for (attack, reason, operation, (position, value), payload) in attacks {
+        let mut raw = Raw::connect(&daemon.socket(), fake::spec(&method));
+        let id = raw.open(310);
+        let entry = |position, value| BatchEntry { sequence: id, position, value };
+        let append = Operation::Append(Append { layer: None, batch: 1 });
+        raw.push(&raw::request(append), &[entry(0, 300)]);
+        raw.push_with(&raw::request(operation), &[entry(position, value)], payload);
+        match raw.hear() {
+            Ok(ToClient::Failed(Failure::Protocol(said))) => {
+                assert!(said.contains(reason), "{attack}: {said}")
+            }
+            other => panic!("{attack}: {other:?}"),
+        }
+    }
     // Marks that are what they should be travel with the sequence, whatever its method makes of them.
     let marked = fake::connect(&daemon, &["full"]);
     let sequence = marked.open(0, 100).unwrap();

@@ -71,6 +71,11 @@ impl Board {
         Ok(Self { base, layout, signal, d2c: Arc::clone(d2c), events, words, _tables: tables })
     }
 
+    /// Whether the client opens events of it.
+    pub(super) fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
     /// What the client has to know of it.
     pub(super) fn signal(&self) -> Result<Signal, CudaError> {
         Ok(match self.signal {

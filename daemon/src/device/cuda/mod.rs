@@ -15,6 +15,7 @@
 //! The daemon exports and the client imports: an engine that dies takes nothing with it. Lanes never call the driver.
 
 mod board;
+mod busy;
 pub mod calibrate;
 pub mod cost;
 pub mod engines;
@@ -31,7 +32,7 @@ mod worker;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -337,6 +338,8 @@ struct CudaSlab {
     /// Slab, board and in graph mode the records; taken when the session goes.
     memory: Option<(Vec<Allocation>, Charge)>,
     importer: Arc<Importer>,
+    /// Whether anybody else can have opened it.
+    exported: AtomicBool,
     work: Sender<Work>,
 }
 
@@ -355,6 +358,7 @@ impl SlabMemory for CudaSlab {
     }
 
     fn export(&self) -> Result<(SlabRef, Vec<OwnedFd>), SlabError> {
+        self.exported.store(true, Ordering::Relaxed);
         let mut fds = Vec::new();
         let mut pieces = self.memory.iter().flat_map(|(all, _)| all);
         let mut next = || {
@@ -382,12 +386,18 @@ impl SlabMemory for CudaSlab {
 impl Drop for CudaSlab {
     fn drop(&mut self) {
         if let Some((allocations, charge)) = self.memory.take() {
-            let held = Held { allocations, importer: Arc::clone(&self.importer), charge };
+            let importer = if self.exported.load(Ordering::Relaxed) {
+                Arc::clone(&self.importer)
+            } else {
+                // Nobody has heard of it: a registration failed before.
+                Arc::new(Importer { process: None, closed: AtomicBool::new(true) })
+            };
+            let held = Held { allocations, importer, charge, board: None };
             // Without a worker the daemon is ending, and the driver frees everything with the process.
             if let Err(back) = self.work.send(Work::Close(self.session, held))
                 && let Work::Close(_, held) = back.0
             {
-                held.allocations.into_iter().for_each(std::mem::forget);
+                held.forget();
             }
         }
     }
@@ -456,7 +466,8 @@ impl Device for CudaDevice {
         self.send(Work::Open(session, Box::new(board), records));
         let uuid = context.info().uuid;
         let memory = Some((memory, charge));
-        Ok(Slab(Arc::new(CudaSlab { session, uuid, bytes, signal, memory, importer, work })))
+        let exported = AtomicBool::new(false);
+        Ok(Slab(Arc::new(CudaSlab { session, uuid, bytes, signal, memory, importer, exported, work })))
     }
 
     fn publishes(&self) -> bool {

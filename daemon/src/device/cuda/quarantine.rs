@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
+use super::board::Board;
 use super::memory::{Allocation, Charge};
 use crate::device::Importer;
 
@@ -22,6 +23,16 @@ pub(super) struct Held {
     pub(super) allocations: Vec<Allocation>,
     pub(super) importer: Arc<Importer>,
     pub(super) charge: Charge,
+    /// What the daemon wrote the client's words with.
+    pub(super) board: Option<Box<Board>>,
+}
+
+impl Held {
+    /// Leaves it to the driver, which frees it with the process.
+    pub(super) fn forget(self) {
+        self.allocations.into_iter().for_each(std::mem::forget);
+        std::mem::forget(self.board);
+    }
 }
 
 /// See the module.
@@ -78,11 +89,13 @@ fn watch(outbox: &Receiver<Held>) {
             }
             held.charge.quarantine();
             held.allocations.retain(Allocation::needs_quarantine);
-            true
+            // Events must outlast those who have opened them.
+            held.board.take_if(|board| !board.has_events());
+            // Of a process that cannot be watched nothing more will be heard: its socket has hung up, and what it may still have counts
+            // nowhere, for else it would count for good.
+            held.importer.process.is_some() || !held.allocations.is_empty() || held.board.is_some()
         });
     }
     // The daemon ends with importers still there: the driver takes the memory back when the last of them has gone.
-    for held in waiting {
-        held.allocations.into_iter().for_each(std::mem::forget);
-    }
+    waiting.into_iter().for_each(Held::forget);
 }

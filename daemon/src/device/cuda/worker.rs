@@ -13,11 +13,12 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 use kvoyant_cuda::{Context, CudaError, Event, EventKind, Priority, Stream};
 use kvoyant_protocol::wire::Status;
 
-use super::Shared;
 use super::board::Board;
+use super::busy::Busy;
 use super::engines::{EngineError, EngineKind, Engines};
 use super::quarantine::Held;
 use super::records::{Records, Staging};
+use super::{OpenError, Shared};
 use crate::device::{AnswerWords, Publication, Transfer};
 
 /// Streams for sessions' copies; a session keeps to one, so that its answers become known in the order of tickets.
@@ -72,6 +73,7 @@ struct Flight {
 /// See the module.
 pub(super) struct Worker {
     shared: Arc<Shared>,
+    busy: Busy,
     streams: Vec<Stream>,
     engines: Engines,
     quarantine: Option<Sender<Held>>,
@@ -95,20 +97,25 @@ impl Worker {
         shared: Arc<Shared>,
         engines: Engines,
         quarantine: Option<Sender<Held>>,
-    ) -> Result<Self, CudaError> {
+    ) -> Result<Self, OpenError> {
         let streams: Vec<_> =
             (0..STREAMS).map(|_| shared.context.stream(Priority::High)).collect::<Result<_, _>>()?;
         let flights = streams.iter().map(|_| VecDeque::new()).collect();
         let advanced = vec![Instant::now(); STREAMS];
+        let stuck_after = stuck_after();
+        let lost = Arc::clone(&shared);
+        let busy =
+            Busy::watched(stuck_after, move || lost.lose(&CudaError::new("a call of the driver", TIMEOUT)))?;
         Ok(Self {
             shared,
+            busy,
             streams,
             engines,
             quarantine,
             boards: HashMap::new(),
             flights,
             advanced,
-            stuck_after: stuck_after(),
+            stuck_after,
             poisoned: HashSet::new(),
             events: Vec::new(),
             staging: Vec::new(),
@@ -140,13 +147,17 @@ impl Worker {
             match next {
                 Ok(work) => {
                     idle_since = Instant::now();
+                    self.busy.begin();
                     self.handle(work);
+                    self.busy.end();
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) if !busy => return,
                 Err(RecvTimeoutError::Disconnected) => std::thread::sleep(LOOK_EVERY),
             }
+            self.busy.begin();
             self.look();
+            self.busy.end();
         }
     }
 
@@ -156,13 +167,14 @@ impl Worker {
                 self.boards.insert(session, (board, records));
             }
             Work::Transfer(transfer) => self.start(transfer),
-            Work::Close(session, held) => {
-                // A lane lets a session go only once its transfers have ended, so no stream uses the board any more.
-                self.boards.remove(&session);
+            Work::Close(session, mut held) => {
+                // A lane lets a session go only once its transfers have ended, so no stream uses the board any more. To free it may take
+                // as long as all other streams do, and its events are the client's until that has gone.
+                held.board = self.boards.remove(&session).map(|(board, _)| board);
                 self.poisoned.remove(&session);
                 if self.shared.is_lost() {
                     // Whether anything still writes there nobody can tell: the driver frees it with the process.
-                    held.allocations.into_iter().for_each(std::mem::forget);
+                    held.forget();
                     return;
                 }
                 if let Some(quarantine) = &self.quarantine {

@@ -3,10 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvoyant_protocol::wire::{Operation, Request, SequenceId, Stat, Status};
+use kvoyant_protocol::wire::{Operation, Request, SequenceId, Stat, Status, WORK_MAX};
 
 use super::hints::HintArea;
-use super::limits::WORK_MAX;
 use super::{LaneSession, Tools};
 use crate::device::{AnswerWords, BACKGROUND, Publication, Transfer};
 use crate::lane::error::SessionError;

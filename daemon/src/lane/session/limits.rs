@@ -1,19 +1,9 @@
 //! What one request may ask of its lane: work is bounded before it is begun, and memory before it is taken.
 
 use kvoyant_methods::Shape;
-use kvoyant_protocol::wire::SCORES_MAX;
+use kvoyant_protocol::wire::{SCORES_MAX, work_of};
 
 use crate::lane::error::SessionError;
-
-/// Products of a key and a query, 64 values each, that a speculation's candidates may come to: of 128 sequences of 128 Ki
-/// tokens with 32 query heads of 128 values. A block of query tokens counts once for each of them.
-pub(in crate::lane) const WORK_MAX: usize = 1 << 30;
-
-/// Weights that one report of attention may hold, over all KV heads: blocks of 16 of 128 Ki tokens for 32 heads.
-pub(in crate::lane) const FEEDBACK_MAX: usize = 1 << 18;
-
-/// Values of one product.
-const VALUES: usize = 64;
 
 /// What a member with so many tokens is charged, for a block of `queries` query tokens.
 pub(super) fn charge(
@@ -27,14 +17,15 @@ pub(super) fn charge(
     if by_query && scores > SCORES_MAX {
         return Err(SessionError::Scores { queries, group: shape.group(), tokens });
     }
-    let products = queries.saturating_mul(shape.query_heads).saturating_mul(shape.head_dim.div_ceil(VALUES));
-    Ok(tokens.saturating_mul(products))
+    Ok(work_of(tokens, queries, shape.query_heads, shape.head_dim))
 }
 
 #[cfg(test)]
 mod tests {
     use kvoyant_kernels::Dtype;
     use kvoyant_methods::Fingerprint;
+
+    use kvoyant_protocol::wire::WORK_MAX;
 
     use super::*;
 

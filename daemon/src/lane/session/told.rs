@@ -3,9 +3,8 @@
 use std::time::Instant;
 
 use kvoyant_methods::mark;
-use kvoyant_protocol::wire::{Append, FeedbackRows, Observe, Stat};
+use kvoyant_protocol::wire::{Append, FEEDBACK_MAX, FeedbackRows, Observe, Stat};
 
-use super::limits::FEEDBACK_MAX;
 use super::{LaneSession, TURN_MAX};
 use crate::lane::error::SessionError;
 
