@@ -131,6 +131,29 @@ pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
     }
 }
 
+/// Has peers send no descriptors over this socket, or those that are accepted from it: what the kernel drops, it closes in the thread that
+/// reads, however long that takes. False where the kernel cannot be told (before 6.16).
+pub fn refuse_descriptors(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    // Linux 6.16; libc headers do not know it.
+    const SO_PASSRIGHTS: libc::c_int = 83;
+    let pass: libc::c_int = 0;
+    // SAFETY: the kernel reads one int from `pass`.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const pass).cast(),
+            size_of_val(&pass) as libc::socklen_t,
+        )
+    };
+    match io::Error::last_os_error() {
+        _ if set == 0 => Ok(true),
+        error if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(false),
+        error => Err(error),
+    }
+}
+
 /// The process that connected, as a descriptor that becomes readable when it ends. Unlike its id, it never comes to
 /// mean another process.
 ///
@@ -283,7 +306,9 @@ unsafe fn descriptors(header: &libc::msghdr) -> Vec<OwnedFd> {
             let before = unsafe { libc::CMSG_LEN(0) } as usize;
             // SAFETY: within the buffer, as `item` is.
             let data = unsafe { libc::CMSG_DATA(item) }.cast::<RawFd>();
-            for at in 0..(length as usize).saturating_sub(before) / size_of::<RawFd>() {
+            #[allow(clippy::unnecessary_cast, reason = "it has 32 bits with musl")]
+            let length = length as usize;
+            for at in 0..length.saturating_sub(before) / size_of::<RawFd>() {
                 // SAFETY: the kernel wrote so many descriptors behind this header, installed them for us, and nobody else owns them.
                 fds.push(unsafe { OwnedFd::from_raw_fd(data.add(at).read_unaligned()) });
             }

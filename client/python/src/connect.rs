@@ -15,7 +15,7 @@ fn needs(model: &Model) -> Result<Vec<Needs>> {
     let named = |(index, text): (usize, &String)| {
         let unknown =
             || Wrong::argument(format!("method `{text}` is one of a later version than this package"));
-        model.needs(index).copied().ok_or_else(|| unknown().into())
+        model.needs(index).copied().ok_or_else(unknown)
     };
     model.spec().methods.iter().enumerate().map(named).collect()
 }

@@ -53,9 +53,11 @@ def test_what_is_closed_says_so(model):
 
 def test_what_a_daemon_would_take_for_an_attack_is_the_callers_mistake_and_nothing_has_happened(model, sequence):
     query = np.ones((1, QUERY_HEADS, HEAD_DIM), np.float32)
+    by_query = sequence.fork(method=1)
+    sequence.reserve(300)
     for call in (
         lambda: model.speculate(0, [sequence], query, positions=[199]),
-        lambda: model.speculate(1, [sequence], positions=[199]),
+        lambda: model.speculate(1, [sequence, by_query], positions=[199, 199]),
         lambda: sequence.feedback(1, 200, np.zeros((KV_HEADS, 200), np.float32)),
     ):
         with says(errors.ArgumentError, "attended whole|selects by|learns from no"):
@@ -183,6 +185,19 @@ def test_as_many_answers_as_slots(in_place):
         del views
         model.speculate(1, [sequence], query).wait().release()
         held[1].release()
+
+
+def test_who_waits_for_a_slot_lets_those_go_on_that_release_it(in_place):
+    with connect(in_place, ring_slots=2, ticket_timeout=20.0) as model, model.open(100) as sequence:
+        fill(sequence, 99)
+        query = np.zeros((1, QUERY_HEADS, HEAD_DIM), np.float32)
+        held = [model.speculate(1, [sequence], query).wait() for _ in range(2)]
+        threads = [threading.Timer(0.1, ready.release) for ready in held]
+        for thread in threads:
+            thread.start()
+        model.speculate(1, [sequence], query).wait().release()
+        for thread in threads:
+            thread.join()
 
 
 def test_other_threads_run_while_one_waits_and_are_told_if_they_meet_at_its_sequence(tmp_path):

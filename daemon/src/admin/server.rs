@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
+use kvoyant_protocol::packet;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -40,6 +41,10 @@ const TOO_MANY: &[u8] =
 pub async fn serve(listener: UnixListener, plane: Arc<Plane>) {
     let routes = Rc::new(Routes::new(plane));
     let door = Door::new(CONNECTIONS_MAX, CONNECTIONS_OF_A_USER);
+    // Those who are accepted have it from the listener.
+    if let Err(error) = packet::refuse_descriptors(listener.as_fd()) {
+        tracing::warn!("the admin socket cannot be kept free of descriptors: {error}");
+    }
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {

@@ -7,3 +7,4 @@ mod processes;
 mod service;
 mod softcuda;
 mod transfers;
+mod trouble;

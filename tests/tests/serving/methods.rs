@@ -508,7 +508,7 @@ fn attention_rows_reach_the_method_and_impossible_ones_end_the_session_with_the_
         raw.push_with(&raw::request(operation), &[entry(position, value)], payload);
         match raw.hear() {
             Ok(ToClient::Failed(Failure::Protocol(said))) => {
-                assert!(said.contains(reason), "{attack}: {said}")
+                assert!(said.contains(reason), "{attack}: {said}");
             }
             other => panic!("{attack}: {other:?}"),
         }

@@ -355,7 +355,7 @@ class KvoyantCache(Cache):
                 continue
             here = step.real[row]
             if first:
-                k, v = (torch.from_numpy(rows).to(query.dtype) for rows in sequence.read(layer, 0, first + new))
+                k, v = (torch.from_numpy(rows).to(query.dtype) for rows in self._read(layer, sequence, first, new))
             else:
                 k, v = keys[row][here].transpose(0, 1), values[row][here].transpose(0, 1)
             attended = torch.nn.functional.scaled_dot_product_attention(
@@ -364,6 +364,15 @@ class KvoyantCache(Cache):
             )
             out[row, here] = attended[0].transpose(0, 1)
         return out
+
+
+    def _read(self, layer: int, sequence, first: int, new: int):
+        """Keys and values of all tokens of a row, those that were written just now with them."""
+        if not self._session.spills:
+            return sequence.read(layer, 0, first + new)
+        # What lies on disk has to be here, and stays until it has been copied.
+        with self._session.fetch(layer, [sequence], positions=[first]).wait(self._timeout):
+            return sequence.read(layer, 0, first + new)
 
 
 def _visible(first: int, count: int, reach: Optional[int]) -> torch.Tensor:

@@ -1,9 +1,14 @@
 //! The admin socket: HTTP from whoever may connect.
 
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use kvoyant_protocol::packet;
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+
+use super::descriptors::lingering;
 use crate::stage::Stage;
 use crate::{Attack, Outcome, Setup};
 
@@ -15,6 +20,11 @@ pub(super) fn table() -> Vec<Attack> {
         Attack::rejected("admin-no-http", "speaks no HTTP", |stage| {
             told(stage, b"\x00\x01\x02\x03 nonsense\r\n\r\n", &["400"])
         }),
+        Attack::rejected(
+            "admin-descriptor-that-lingers",
+            "sends a socket that takes an hour to be closed beside a request",
+            lingers,
+        ),
         Attack::passes("admin-http-2", "opens with the preface of HTTP/2", |stage| {
             let outcome = closed_within(stage, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", PATIENCE);
             if outcome.verdict == crate::Verdict::Reject {
@@ -210,6 +220,29 @@ fn posted(path: &str, body: &str) -> String {
         "POST {path} HTTP/1.1\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     )
+}
+
+/// A kernel that can be told lets nobody send it; on others the daemon is harmed by whoever may connect to its admin socket, and this says no
+/// more than that.
+fn lingers(stage: &Stage) -> Outcome {
+    let (lingers, _unread) = lingering();
+    let socket = UnixStream::connect(&stage.admin).expect("a connection");
+    match packet::refuse_descriptors(socket.as_fd()) {
+        Ok(true) => {}
+        other => return Outcome::reject(format!("this kernel cannot keep descriptors out: {other:?}")),
+    }
+    let fds = [lingers.as_raw_fd()];
+    let sent = sendmsg::<UnixAddr>(
+        socket.as_raw_fd(),
+        &[std::io::IoSlice::new(b"GET /v1/status HTTP/1.1\r\n")],
+        &[ControlMessage::ScmRights(&fds)],
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    );
+    match sent {
+        Err(nix::errno::Errno::EPERM) => Outcome::reject("nobody can send it"),
+        other => Outcome::fail(format!("it was sent: {other:?}")),
+    }
 }
 
 /// Sends bytes, and expects an answer with one of these statuses.

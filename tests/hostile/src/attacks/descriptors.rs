@@ -130,7 +130,7 @@ fn closed(stage: &Stage) -> Result<(), String> {
 }
 
 /// A socket with unsent bytes, whose last close waits an hour for the peer that comes with it.
-fn lingering() -> (OwnedFd, TcpStream) {
+pub(super) fn lingering() -> (OwnedFd, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let mut socket = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
     let (peer, _) = listener.accept().expect("a connection");

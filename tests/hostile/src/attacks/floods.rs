@@ -108,7 +108,11 @@ fn without_a_pause(stage: &Stage) -> Outcome {
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) && packet::send(raw.as_fd(), &message, &[]).is_ok() {}
+                while !stop.load(Ordering::Relaxed) {
+                    if packet::send(raw.as_fd(), &message, &[]).is_err() {
+                        return;
+                    }
+                }
             });
         }
         scope.spawn(|| {
