@@ -118,10 +118,16 @@ const PREDECESSOR: Duration = Duration::from_secs(3);
 /// Descriptors that the daemon needs beside those of extents.
 const OTHER_FDS: u64 = 2048;
 
+/// Descriptors that a daemon needs: of its extents, once more of those of sessions that outlast it, and beside them.
+#[must_use]
+pub fn open_files(config: &Config, keeps: bool) -> u64 {
+    let copies = if keeps { 2 } else { 1 };
+    copies * (config.arena.as_u64() / EXTENT_BYTES as u64) + OTHER_FDS
+}
+
 /// Raises the limit of open files as far as it goes, and says if the arena's extents could not all be open.
-fn raise_open_files(arena_bytes: u64, copies: u64) {
+fn raise_open_files(arena_bytes: u64, wanted: u64) {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let wanted = copies * (arena_bytes / EXTENT_BYTES as u64) + OTHER_FDS;
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
     if soft < wanted {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, wanted.min(hard), hard);
@@ -238,8 +244,7 @@ pub(crate) fn serve(settings: &Arc<Settings>, takes_over: bool) -> Result<(), Se
         tracing::warn!("{doubt}");
     }
     let arena = config.arena.as_u64() / EXTENT_BYTES as u64 * EXTENT_BYTES as u64;
-    // Extents of sessions that are kept are held once more.
-    raise_open_files(arena, if keep.is_some() { 2 } else { 1 });
+    raise_open_files(arena, open_files(config, keep.is_some()));
     let spill = config.spill().map(|settings| {
         // What those sessions have on disk is theirs until they are here again.
         let claimed = keep.is_some() && !(left.is_empty() && taken.is_empty());

@@ -5,6 +5,9 @@ use serde::Serialize;
 
 use crate::error::{LoadError, TextError};
 
+/// Instructions that rendering a conversation may take: templates come with models, and one need never end.
+const FUEL: u64 = 10_000_000;
+
 /// The template's name inside the environment.
 const TEMPLATE: &str = "chat";
 
@@ -52,6 +55,7 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
+        environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -128,5 +132,14 @@ mod tests {
     fn a_template_that_does_not_parse_is_a_typed_error() {
         let error = ChatTemplate::new("{% for %}", "", "").unwrap_err();
         assert!(matches!(error, LoadError::ChatTemplate { .. }));
+    }
+
+    #[test]
+    fn a_template_that_does_not_end_is_an_error() {
+        let nested = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}x{% endfor %}{% endfor %}{% endfor %}";
+        let template = ChatTemplate::new(nested, "<s>", "</s>").unwrap();
+        assert!(template.render(&[Message::user("Hello")], true).is_err());
+        let long: Vec<Message> = (0..2_000).map(|_| Message::user("Hello")).collect();
+        assert!(ChatTemplate::new(CHATML, "<s>", "</s>").unwrap().render(&long, true).is_ok());
     }
 }

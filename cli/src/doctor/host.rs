@@ -5,18 +5,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use kvoyant_daemon::config::Config;
-use kvoyant_daemon::server::check_room;
+use kvoyant_daemon::server::{check_room, open_files};
 use kvoyant_daemon::tiers::cgroup::Limits;
-use kvoyant_protocol::EXTENT_BYTES;
 use kvoyant_protocol::futex::{Bell, wait_any};
 use kvoyant_protocol::memory::{Memfd, Seals};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use super::check::{Level, Report};
 use super::gpu::gib;
-
-/// Descriptors that the daemon needs beside its extents: sockets, sessions, logs.
-const OTHER_DESCRIPTORS: u64 = 256;
 
 /// `CAP_IPC_LOCK` in `/proc/self/status`.
 const CAP_IPC_LOCK: u32 = 14;
@@ -100,7 +96,8 @@ pub(crate) fn may_lock(status: &str) -> bool {
 }
 
 fn descriptors(report: &mut Report, config: &Config) {
-    let needed = config.arena.as_u64() / EXTENT_BYTES as u64 + OTHER_DESCRIPTORS;
+    // Whether somebody stores descriptors is known only to a daemon that starts.
+    let needed = open_files(config, config.keep_sessions != "off");
     let hard = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard);
     if hard >= needed {
         report.pass("nofile", format!("{needed} descriptors are needed, and {hard} may be had"));

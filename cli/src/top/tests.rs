@@ -125,6 +125,21 @@ fn everything_is_on_a_screen_of_80_by_24_and_nothing_that_a_client_chose_steers_
 }
 
 #[test]
+fn numbers_are_whole_however_long_they_are_and_names_give_way() {
+    let mut status = sample();
+    let session = &mut status.sessions[0];
+    (session.id, session.uid, session.pid, session.kv_bytes) = (1_234_567, 1_234_500_500, 4_194_304, 1 << 40);
+    session.client = "an-engine-with-a-name-of-fifty-characters-and-more-than-that".into();
+    for width in [80, 100, 200] {
+        let text = screen(&status, &rates(), None, (width, 24));
+        for whole in ["1234567", "1234500500", "4194304", "1.00 TiB", "hits"] {
+            assert!(text.contains(whole), "{whole} is not in\n{text}");
+        }
+        assert_eq!(text.contains("more-than-that"), width == 200, "{text}");
+    }
+}
+
+#[test]
 fn what_is_printed_has_a_line_for_each_session_and_none_for_nothing() {
     let mut status = sample();
     let session = status.sessions[0].clone();

@@ -187,9 +187,22 @@ fn sparkline(frame: &mut Frame<'_>, shown: &Shown<'_>, area: Rect) {
     frame.render_widget(Sparkline::default().data(data).style(Style::new().fg(Color::Cyan)), area);
 }
 
+/// Columns of the table, and which of them is the one that gives way.
+const COLUMNS: usize = 9;
+const NAME: usize = 1;
+
+/// As wide as what is in them: numbers are never cut, names are.
+fn widths(head: &[&str; COLUMNS], rows: &[[String; COLUMNS]], all: usize) -> [usize; COLUMNS] {
+    let widest = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let mut widths = std::array::from_fn(|column| head[column].len().max(widest(column)));
+    // One column between each two.
+    let others = widths.iter().sum::<usize>() - widths[NAME] + COLUMNS - 1;
+    widths[NAME] = widths[NAME].min(all.saturating_sub(others)).max(head[NAME].len());
+    widths
+}
+
 fn table(frame: &mut Frame<'_>, shown: &Shown<'_>, area: Rect) {
     let head = ["id", "client", "uid", "pid", "seqs", "KV", "answers/s", "moved/s", "hits"];
-    let widths = [5, 16, 6, 8, 5, 10, 9, 10, 5].map(Constraint::Length);
     let mut sessions: Vec<_> = shown.status.sessions.iter().collect();
     let work = |id: u64| shown.rates.sessions.get(&id).copied().unwrap_or_default();
     // Whoever does most is on top, and those who do nothing keep their order.
@@ -197,9 +210,9 @@ fn table(frame: &mut Frame<'_>, shown: &Shown<'_>, area: Rect) {
     let rows = sessions.into_iter().map(|session| {
         let work = work(session.id);
         let hits = work.hits().map_or("–".to_owned(), |share| format!("{:.0} %", share * 100.0));
-        Row::new([
+        [
             session.id.to_string(),
-            plain(&session.client, 16),
+            plain(&session.client, 64),
             session.uid.to_string(),
             session.pid.to_string(),
             session.sequences.to_string(),
@@ -207,8 +220,15 @@ fn table(frame: &mut Frame<'_>, shown: &Shown<'_>, area: Rect) {
             format!("{:.0}", work.answers),
             bytes(work.moved_bytes as u64),
             hits,
-        ])
+        ]
+    });
+    let rows: Vec<[String; COLUMNS]> = rows.collect();
+    let widths = widths(&head, &rows, usize::from(area.width));
+    let rows = rows.into_iter().map(|cells| {
+        let cells = cells.into_iter().zip(widths).enumerate();
+        Row::new(cells.map(|(column, (cell, width))| if column == NAME { plain(&cell, width) } else { cell }))
     });
     let style = Style::new().add_modifier(Modifier::REVERSED);
+    let widths = widths.map(|width| Constraint::Length(width as u16));
     frame.render_widget(Table::new(rows, widths).header(Row::new(head).style(style)), area);
 }

@@ -169,8 +169,14 @@ impl Pass<'_> {
                 }
             }
         }
-        if self.sequences.iter().any(|sequence| sequence.take_missed()) {
-            return Err(kvoyant_client::Error::Spilled { layer: self.layer, token: 0 }.into());
+        // Of all of them, so that none is told at its next call.
+        let missed: Vec<_> = self.sequences.iter().filter(|sequence| sequence.take_missed()).collect();
+        if let Some(first) = missed.first() {
+            return Err(match first.first_lost() {
+                Some(token) => kvoyant_client::Error::Lost { token },
+                None => kvoyant_client::Error::Spilled { layer: self.layer, token: 0 },
+            }
+            .into());
         }
         Ok(all)
     }

@@ -57,6 +57,9 @@ pub(crate) struct VocabularySpec {
     pub(crate) add_space_prefix: Option<bool>,
 }
 
+/// The longest token's text, in bytes.
+const TOKEN_BYTES_MAX: usize = 4096;
+
 impl VocabularySpec {
     /// Builds the tokenizer.
     pub(crate) fn build(self, path: &Path) -> Result<Tokenizer, LoadError> {
@@ -64,6 +67,16 @@ impl VocabularySpec {
             |error: tokenizers::Error| LoadError::Tokenizer { path: path.into(), reason: error.to_string() };
         let special: Vec<u32> =
             [self.begin, self.end, self.end_of_turn, self.unknown].into_iter().flatten().collect();
+        // Merges are looked for at every character of every token.
+        if let Some((id, token)) =
+            self.tokens.iter().enumerate().find(|(_, token)| token.len() > TOKEN_BYTES_MAX)
+        {
+            let reason = format!(
+                "token {id} has {} bytes, and the longest that is read has {TOKEN_BYTES_MAX}",
+                token.len()
+            );
+            return Err(LoadError::Tokenizer { path: path.into(), reason });
+        }
         if let Some(id) = special.iter().find(|&&id| id as usize >= self.tokens.len()) {
             let reason = format!("special token {id} is not among its {} tokens", self.tokens.len());
             return Err(LoadError::Tokenizer { path: path.into(), reason });
@@ -182,5 +195,36 @@ impl VocabularySpec {
         }
         inner.with_decoder(Some(DecoderSequence::new(decoders)));
         Ok(inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(tokens: Vec<String>) -> Result<Tokenizer, LoadError> {
+        VocabularySpec {
+            model: "llama".into(),
+            pre: None,
+            types: Vec::new(),
+            scores: vec![0.0; tokens.len()],
+            tokens,
+            merges: Vec::new(),
+            begin: None,
+            end: None,
+            end_of_turn: None,
+            unknown: Some(0),
+            add_begin: None,
+            add_space_prefix: None,
+        }
+        .build(Path::new("model.gguf"))
+    }
+
+    #[test]
+    fn a_token_that_would_take_hours_to_be_taken_apart_is_refused() {
+        let tokens = |longest: usize| vec!["<unk>".into(), "a".into(), "b".into(), "a".repeat(longest)];
+        assert!(of(tokens(TOKEN_BYTES_MAX)).is_ok());
+        let error = of(tokens(1 << 20)).unwrap_err().to_string();
+        assert!(error.contains("token 3 has 1048576 bytes"), "{error}");
     }
 }

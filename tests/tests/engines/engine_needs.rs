@@ -1,6 +1,7 @@
 //! What methods may want of the engine, over a real daemon: whatever the source of a hint, with a whole budget the answer is
 //! dense attention's.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use kvoyant_client::Stat;
@@ -252,6 +253,33 @@ fn a_method_that_splits_by_marks_is_told_of_them_and_without_any_splits_at_full_
     };
     assert!(both(&word) < 1e-5);
     assert!(both(&lines) > 1e-3, "{}", both(&lines));
+}
+
+#[test]
+fn a_prompt_that_was_given_up_says_nothing_of_the_one_that_is_read_in_its_place() {
+    let model = synthetic::tiny(7);
+    let daemon = Daemon::start(DAEMON, &[]);
+    // Which columns a digest keeps is decided by the prompt's queries.
+    let mut kv = connect(&daemon, &model, Format::Plain(Dtype::F32), &["infinigen:budget=16,skew=off"]);
+    let mut decoder =
+        Decoder::new(model.clone(), DecoderOptions { chunk_tokens: 100, ..DecoderOptions::default() });
+    let first: Vec<u32> = (0..300).map(|at: u32| u32::from(b'A') + at * at * 7 % 26).collect();
+    let second = prompt(&model, 200);
+    let mut after = |given_up: bool| {
+        let mut sequence = kv.sequence(0).unwrap();
+        if given_up {
+            let mut stop = |done, _| {
+                if done < 200 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            };
+            let options = PrefillOptions { progress: Some(&mut stop), ..PrefillOptions::default() };
+            assert!(decoder.prefill(&mut kv, &mut sequence, &first, options).is_err());
+            kv.truncate(&mut sequence, 0).unwrap();
+        }
+        decoder.prefill(&mut kv, &mut sequence, &second, PrefillOptions::default()).unwrap();
+        next(&mut kv, &mut sequence, &model)
+    };
+    let fresh = after(false);
+    assert_eq!(worst(&fresh, &after(true)), 0.0);
 }
 
 #[test]

@@ -79,7 +79,8 @@ impl KvBackend for DaemonKv {
     fn forget_from(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
         // Answers that a failed step has left would hold up all that come.
         self.end_of_step();
-        self.truncate(sequence, tokens)
+        // What is read again is in its statistics once.
+        self.cut(sequence, tokens)
     }
 
     fn wants_marks(&self) -> bool {

@@ -372,6 +372,15 @@ impl DaemonKv {
 
     /// Drops the tokens at and after `tokens`.
     pub fn truncate(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
+        self.cut(sequence, tokens)?;
+        if tokens == 0 {
+            // What comes now is another prompt.
+            sequence.forget_statistics();
+        }
+        Ok(())
+    }
+
+    fn cut(&mut self, sequence: &mut DaemonSequence, tokens: usize) -> Result<(), DaemonError> {
         if self.is_served() {
             let told = self.tell(sequence);
             let truncated = told.and_then(|()| Ok(sequence.truncate(tokens)?));

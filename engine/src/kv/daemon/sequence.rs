@@ -121,6 +121,14 @@ impl DaemonSequence {
         there
     }
 
+    /// Drops statistics that have not been sent, for others.
+    pub(super) fn forget_statistics(&mut self) {
+        if let Some(sums) = &mut self.sums {
+            sums.clear();
+            self.summed.fill([0; 2]);
+        }
+    }
+
     /// The statistics, once; `None` where there is nothing (more) to send.
     pub(super) fn take_sums(&mut self) -> Option<Vec<f32>> {
         if self.sums.as_ref().is_none_or(Vec::is_empty) {
