@@ -210,6 +210,20 @@ impl Control {
         self.request_with(message, memory, None, timeout)
     }
 
+    /// As [`Control::request`], with something held that others wait for: from the moment on at which it is this thread's turn, and not while
+    /// another one's request takes as long as a disk does.
+    pub(crate) fn request_holding<T>(
+        &self,
+        message: &ToDaemon,
+        memory: &Memory,
+        hold: impl FnOnce() -> T,
+    ) -> Result<(T, ToClient), Error> {
+        let until = Instant::now() + self.timeout;
+        let _turn = self.turn(self.timeout)?;
+        let held = hold();
+        Ok((held, self.request_in_turn(message, memory, None, until)?))
+    }
+
     /// The same with a file beside the message.
     pub(crate) fn request_with(
         &self,
@@ -220,6 +234,16 @@ impl Control {
     ) -> Result<ToClient, Error> {
         let until = Instant::now() + timeout;
         let _turn = self.turn(timeout)?;
+        self.request_in_turn(message, memory, file, until)
+    }
+
+    fn request_in_turn(
+        &self,
+        message: &ToDaemon,
+        memory: &Memory,
+        file: Option<&Memfd>,
+        until: Instant,
+    ) -> Result<ToClient, Error> {
         let fds: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
         let Some(again) = self.again.get() else { return self.line().ask(message, memory, &fds, until) };
         // Whichever daemon does it: this is the number of the message.

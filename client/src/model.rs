@@ -329,15 +329,15 @@ impl Model {
             let mut order: Vec<usize> = (0..part.len()).collect();
             order.sort_unstable_by_key(place);
             order.dedup_by_key(|at| place(at));
-            let mut moving: Vec<_> = order.iter().map(|at| (*at, part[*at].0.moving())).collect();
-            match self.inner.control.request(&message, &self.inner.memory)? {
-                ToClient::Reserved { tables } if tables.len() == part.len() => {
+            let hold = || order.iter().map(|at| (*at, part[*at].0.moving())).collect::<Vec<_>>();
+            match self.inner.control.request_holding(&message, &self.inner.memory, hold)? {
+                (mut moving, ToClient::Reserved { tables }) if tables.len() == part.len() => {
                     for (at, moving) in &mut moving {
                         let (table, room) = tables[*at];
                         moving.moved(table, room)?;
                     }
                 }
-                other => return Err(Error::Broken(format!("{other:?} came instead of room"))),
+                (_, other) => return Err(Error::Broken(format!("{other:?} came instead of room"))),
             }
         }
         Ok(())

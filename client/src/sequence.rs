@@ -421,16 +421,15 @@ impl Sequence {
         };
         let method = method.map(narrow).transpose()?;
         let message = ToDaemon::Fork { parent: self.id, method, by };
-        let mut state = self.state();
-        match self.inner.control.request(&message, &self.inner.memory)? {
-            ToClient::Opened { sequence, table, room } => {
+        match self.inner.control.request_holding(&message, &self.inner.memory, || self.state())? {
+            (mut state, ToClient::Opened { sequence, table, room }) => {
                 state.room = state.tokens;
                 let tokens = state.tokens;
                 drop(state);
                 let method = method.map_or(self.method, |method| Some(usize::from(method)));
                 Self::new(Arc::clone(&self.inner), (sequence, by, method), table, room, tokens)
             }
-            other => Err(Error::Broken(format!("{other:?} came instead of a fork"))),
+            (_, other) => Err(Error::Broken(format!("{other:?} came instead of a fork"))),
         }
     }
 
@@ -438,14 +437,13 @@ impl Sequence {
     pub fn truncate(&self, tokens: usize) -> Result<(), Error> {
         let message =
             ToDaemon::Truncate { sequence: self.id, tokens: crate::model::narrow("tokens", tokens)? };
-        let mut state = self.state();
-        match self.inner.control.request(&message, &self.inner.memory)? {
-            ToClient::Done => {
+        match self.inner.control.request_holding(&message, &self.inner.memory, || self.state())? {
+            (mut state, ToClient::Done) => {
                 state.tokens = state.tokens.min(tokens);
                 state.room = state.tokens;
                 Ok(())
             }
-            other => Err(Error::Broken(format!("{other:?} came instead of an end"))),
+            (_, other) => Err(Error::Broken(format!("{other:?} came instead of an end"))),
         }
     }
 

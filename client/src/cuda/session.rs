@@ -15,8 +15,8 @@ use super::graph::GraphMemory;
 use super::watchdog::{self, Watchdog};
 use crate::error::Error;
 
-/// Extents that a session may have on a device: 64 GiB.
-pub(super) const EXTENTS_MAX: usize = 1024;
+/// Extents that a session may have on a device: 1 TiB.
+pub(super) const EXTENTS_MAX: usize = 16 << 10;
 
 /// Bytes that are read back from the slab at once.
 const READ_BYTES: usize = 1 << 20;

@@ -8,3 +8,4 @@ mod methods;
 mod minors;
 mod selected_here;
 mod service;
+mod turns;
