@@ -14,7 +14,7 @@ use crate::lane::model::METHODS_MAX;
 const HEADER_MAX: u64 = 1 << 20;
 
 /// Most bytes of all artifacts of a model: skew matrices of 64 layers with 64 KV heads of 128 values in f32.
-const ARTIFACTS_MAX: u64 = 256 << 20;
+pub(crate) const ARTIFACTS_MAX: u64 = 256 << 20;
 
 fn refused(reason: String) -> Ended {
     Ended::Refused(Failure::BadMethod(reason))

@@ -243,7 +243,8 @@ pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
 pub struct Received {
     /// As much of it as there is. All descriptors that came are here, so that whoever received them says where they are closed.
     pub packet: Packet,
-    /// Whether the message fits, with its descriptors; an error that says what did not.
+    /// Whether the message fits, with its descriptors; an error that says what did not: `InvalidData` if it is too large, `Other` if it is
+    /// this process that has no room for its descriptors.
     pub whole: io::Result<()>,
 }
 
@@ -272,10 +273,10 @@ pub fn receive_any(socket: BorrowedFd<'_>) -> io::Result<Received> {
     let whole = if flags & libc::MSG_TRUNC != 0 || fds.len() > FDS_MAX {
         too_large(format!("a message is larger than {MESSAGE_BYTES_MAX} bytes or {FDS_MAX} descriptors"))
     } else if flags & libc::MSG_CTRUNC != 0 {
-        too_large(format!(
+        Err(io::Error::other(format!(
             "only {} of the descriptors beside a message could be opened: this process has no room for more (ulimit -n)",
             fds.len()
-        ))
+        )))
     } else {
         Ok(())
     };

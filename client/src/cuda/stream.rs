@@ -87,7 +87,7 @@ impl Model {
         let narrowed = self.layer(layer)?;
         inner.usage.selected(layer)?;
         let of = |member: &StreamMember<'_>| (member.sequence.method(), member.position);
-        inner.usage.work(&members.iter().map(of).collect::<Vec<_>>(), 1, true)?;
+        inner.usage.work(&members.iter().map(of).collect::<Vec<_>>(), 1, false)?;
         let bytes = members.len() * hint_bytes;
         let mut failed = Ok(());
         let ticket = inner.rings.speculate_by_doorbell(&inner.control, narrowed, entries, bytes, |slot| {

@@ -21,7 +21,7 @@ pub(crate) enum Ended {
     #[error("{0}")]
     Failed(String),
     #[error("{reason}")]
-    Surplus { reason: String, fds: Vec<OwnedFd> },
+    Surplus { reason: String, fds: Vec<OwnedFd>, ours: bool },
     #[error("{0}")]
     Refused(Failure),
     #[error("socket error: {0}")]
@@ -48,7 +48,8 @@ impl Ended {
     pub(super) fn how(&self) -> How {
         match self {
             Self::HungUp => How::Reaped,
-            Self::Protocol(_) | Self::Surplus { .. } => How::Rejected,
+            Self::Protocol(_) | Self::Surplus { ours: false, .. } => How::Rejected,
+            Self::Surplus { ours: true, .. } => How::Failed,
             Self::Refused(Failure::Protocol(_)) => How::Rejected,
             Self::Refused(_) => How::Refused,
             Self::Failed(_) | Self::Io(_) | Self::Memory(_) => How::Failed,

@@ -236,9 +236,11 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
         let failure = Failure::TooManyConnections { max: plane.door.of_a_user() };
         tracing::debug!(pid, uid, "{failure}");
         let _ = packet::send(socket.0.as_fd(), &encode(&ToClient::Failed(failure)), &[]);
-        return;
+        return socket.close(Vec::new(), ());
     };
-    let result = match greet(&plane, &socket, pid, uid).await {
+    // What counts the connection among its user's.
+    let counted: Box<dyn Send>;
+    let mut result = match greet(&plane, &socket, pid, uid).await {
         Ok(None) => {
             // Another daemon's: this one ends now.
             let socket = socket.0.as_fd().try_clone_to_owned();
@@ -248,7 +250,7 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
         }
         Ok(Some(session)) => {
             drop(inside);
-            let mut result = match peer::while_there(&session, run(&plane, &socket, &session)).await {
+            let result = match peer::while_there(&session, run(&plane, &socket, &session)).await {
                 Err(Ended::HungUp) if session.importer.closed.load(Ordering::Acquire) => Ok(()),
                 result => result,
             };
@@ -256,17 +258,24 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
             // Its rings go with the lane's side of it: to give their memory back takes longer than others may wait for this thread.
             drop(d2c);
             plane.end(status.id, status.lane).await;
-            let surplus = result.as_mut().err().map(Ended::take_surplus);
-            surplus::close(surplus.unwrap_or_default(), place);
+            counted = Box::new(place);
             if faults::fires(Point::Leak) {
                 std::mem::forget(socket.0.as_fd().try_clone_to_owned());
             }
             result
         }
-        Err(mut error) => {
-            surplus::close(error.take_surplus(), inside);
+        Err(error) => {
+            counted = Box::new(inside);
             Err(error)
         }
+    };
+    let surplus = result.as_mut().err().map(Ended::take_surplus).unwrap_or_default();
+    let counted = if surplus.is_empty() && !socket.has_unread() {
+        // Nothing of it is left that would take a while: whoever hears of the end can have the place at once.
+        drop(counted);
+        None
+    } else {
+        Some(counted)
     };
     plane.registry.ended(result.as_ref().map_or_else(Ended::how, |()| How::Left));
     match result {
@@ -287,6 +296,7 @@ pub async fn serve_session(plane: Arc<Plane>, socket: UnixStream) {
             let _ = packet::send(socket.0.as_fd(), &bytes, &[]);
         }
     }
+    socket.close(surplus, counted);
 }
 
 struct Session {

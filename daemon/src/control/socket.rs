@@ -10,7 +10,7 @@ use tokio::net::UnixStream;
 use tokio::task::coop::consume_budget;
 
 use super::Ended;
-use super::surplus::is_memory;
+use super::surplus::{close, not_wanted};
 use crate::lane::Reply;
 
 /// A control socket.
@@ -33,9 +33,10 @@ impl Socket {
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(Ended::HungUp),
             Err(error) => return Err(error.into()),
         };
-        let surplus = |fds, reason: String| Err(Ended::Surplus { reason, fds });
+        let surplus = |fds, reason: String| Err(Ended::Surplus { reason, fds, ours: false });
         if let Err(error) = whole {
-            return surplus(fds, error.to_string());
+            let ours = error.kind() == io::ErrorKind::Other;
+            return Err(Ended::Surplus { reason: error.to_string(), fds, ours });
         }
         if bytes.is_empty() && fds.is_empty() {
             return Err(Ended::HungUp);
@@ -47,8 +48,8 @@ impl Socket {
         if !fds.is_empty() && !takes_descriptors(&message) {
             return surplus(fds, "descriptors came beside a message that takes none".into());
         }
-        if !fds.iter().all(is_memory) {
-            return surplus(fds, "a descriptor that is no memfd came beside a message".into());
+        if let Some(reason) = not_wanted(&fds) {
+            return surplus(fds, format!("{reason} came beside a message"));
         }
         Ok((message, fds))
     }
@@ -71,6 +72,11 @@ impl Socket {
         }
     }
 
+    /// Whether something lies there unread, as far as that can be told from an end.
+    pub(super) fn has_unread(&self) -> bool {
+        matches!(packet::hung_up(self.0.as_fd()), Ok(false))
+    }
+
     /// Waits until the client has gone. One that sends while it waits for an answer is looked at again afterwards.
     pub(super) async fn hung_up(&self) {
         let peek = || packet::hung_up(self.0.as_fd());
@@ -84,6 +90,15 @@ impl Socket {
                 Ok(true) | Err(_) => return,
             }
         }
+    }
+
+    /// Closes it elsewhere, with all that lies unread in it and these descriptors, and then lets go of what stands for the connection.
+    pub(super) fn close(self, mut fds: Vec<OwnedFd>, connection: impl Send + 'static) {
+        match self.0.into_std() {
+            Ok(socket) => fds.push(socket.into()),
+            Err(error) => tracing::warn!("a client's socket was closed by the control thread: {error}"),
+        }
+        close(fds, connection);
     }
 
     pub(super) async fn reply(&self, reply: Reply) -> Result<(), Ended> {

@@ -1,17 +1,39 @@
 //! Descriptors that nobody asked for. To close one may take as long as its sender likes: a socket that lingers, a file of a user's own file
-//! system whose server does not answer. So they are closed by a thread of their own, and until that is done their connection
-//! counts among its user's.
+//! system whose server does not answer; and so may closing a client's socket, in which messages with such descriptors lie unread. So they are
+//! closed by a thread of their own, and until that is done their connection counts among its user's.
 //!
 //! A file system that never answers keeps such a thread for good, and keeps the process from ending until its server has gone. No system
 //! call takes a message and leaves its descriptors.
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-/// Whether it is a memfd, or another file in memory: to close one waits for nobody.
-pub(super) fn is_memory(fd: &OwnedFd) -> bool {
-    fcntl(fd, FcntlArg::F_GET_SEALS).is_ok()
+use crate::artifacts::ARTIFACTS_MAX;
+
+/// Bytes of memory that what comes beside one message may hold: huge pages round up.
+const HELD_MAX: u64 = 2 * ARTIFACTS_MAX;
+
+/// Threads that may be closing something at a time.
+const AT_ONCE: usize = 1024;
+
+static CLOSING: AtomicUsize = AtomicUsize::new(0);
+
+/// Why these are nothing that a message brings; none if they are memfds, or other files in memory, and hold no more of it all together than
+/// artifacts may have: to close such waits for nobody, and frees what is freed in no time.
+pub(super) fn not_wanted(fds: &[OwnedFd]) -> Option<String> {
+    let mut held = 0_u64;
+    for fd in fds {
+        if fcntl(fd, FcntlArg::F_GET_SEALS).is_err() {
+            return Some("a descriptor that is no memfd".into());
+        }
+        match nix::sys::stat::fstat(fd) {
+            Ok(found) => held = held.saturating_add(found.st_blocks.unsigned_abs().saturating_mul(512)),
+            Err(error) => return Some(format!("a memfd of which nothing can be said ({error})")),
+        }
+    }
+    (held > HELD_MAX).then(|| format!("{held} bytes of memfds, where {HELD_MAX} are the most,"))
 }
 
 /// Closes descriptors elsewhere, and then lets go of what stands for their connection.
@@ -19,7 +41,20 @@ pub(super) fn close(fds: Vec<OwnedFd>, connection: impl Send + 'static) {
     if fds.is_empty() {
         return;
     }
+    struct Counted;
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            CLOSING.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+    if CLOSING.fetch_add(1, Ordering::Relaxed) >= AT_ONCE {
+        let _counted = Counted;
+        tracing::warn!("{AT_ONCE} connections are being closed, and one more waits for its client");
+        return drop((fds, connection));
+    }
+    let counted = Counted;
     let closing = std::thread::Builder::new().name("closing".into()).stack_size(64 << 10).spawn(move || {
+        let _counted = counted;
         drop(fds);
         drop(connection);
     });
@@ -42,10 +77,15 @@ mod tests {
     #[test]
     fn files_in_memory_are_told_from_all_others() {
         let memory = Memfd::create("test", 4096).unwrap();
-        assert!(is_memory(&memory.as_fd().try_clone_to_owned().unwrap()));
+        assert_eq!(not_wanted(&[memory.as_fd().try_clone_to_owned().unwrap()]), None);
+        // What has no memory yet is refused by who knows how large it may be.
+        assert_eq!(
+            not_wanted(&[Memfd::create("test", 1 << 40).unwrap().as_fd().try_clone_to_owned().unwrap()]),
+            None
+        );
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         for other in [OwnedFd::from(std::fs::File::open("/dev/null").unwrap()), OwnedFd::from(socket)] {
-            assert!(!is_memory(&other));
+            assert!(not_wanted(&[other]).unwrap().contains("no memfd"));
         }
     }
 

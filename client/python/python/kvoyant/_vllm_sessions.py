@@ -14,8 +14,8 @@ from kvoyant import errors
 
 logger = logging.getLogger("vllm.kvoyant")
 
-TABLE_BYTES = 64 << 20
-"""Room for an answer: so many members are asked for at once as fit."""
+TABLE_BYTES = (64 << 20) - (1 << 16)
+"""Room for an answer, of four that a session may have: so many members are asked for at once as fit."""
 
 
 @dataclass
@@ -56,7 +56,8 @@ class Sessions:
             ring_slots=4,
             batch_max=max(64, most),
             hint_bytes=max(4096, self.at_once * query_heads * (head_dim + 1) * 4),
-            table_bytes=max(4096, self.at_once * table),
+            # Of a context that is longer still, an answer that does not fit is refused, and attended densely.
+            table_bytes=min(max(4096, self.at_once * table), TABLE_BYTES),
             # Those of a step, and as many again twice that wait.
             sequences_max=max(64, 3 * most),
         )
@@ -69,10 +70,14 @@ class Sessions:
         # How many rows of a step attended to a selection, since the beginning.
         self.sparse = 0
         self._said = set()
+        # Blocks of the last tokens of this step's requests.
+        self.wanted = set()
 
     def begin(self, starts, lengths, tables, block):
         """A step over requests: tokens `starts[i]..starts[i + 1]` of the batch are the last of `lengths[i]`, whose blocks are `tables[i]`."""
         self.members, self.next = [], 0
+        tokens = [lengths[i] - (starts[i + 1] - starts[i]) for i in range(len(lengths))]
+        self.wanted = {tables[i][(start - 1) // block] for i, start in enumerate(tokens) if start > 0}
         for i, length in enumerate(lengths):
             row, count = starts[i], starts[i + 1] - starts[i]
             start = length - count
@@ -116,9 +121,10 @@ class Sessions:
             try:
                 return call()
             except (errors.BackpressureError, errors.QuotaError):
-                if not self.live:
+                unused = next((last for last in self.live if last not in self.wanted), None)
+                if unused is None:
                     raise
-                self._close(self.live.pop(next(iter(self.live))))
+                self._close(self.live.pop(unused))
 
     def _say(self, error):
         """Warns, once for each kind of error: there is one a request, or a layer."""

@@ -6,58 +6,51 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam::channel::{RecvTimeoutError, Sender, bounded};
 
-/// Since when a thread has been inside its work.
-#[derive(Debug)]
-struct Clock {
-    start: Instant,
-    /// Nanoseconds from the start, plus 1; 0 while it is not inside.
-    since: AtomicU64,
-}
+/// How often it is looked at while its patience lasts.
+const LOOKS: u32 = 8;
 
 /// The thread's own end: whoever watches ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Busy {
-    clock: Arc<Clock>,
+    /// Odd while the thread is inside its work; no two times alike.
+    turn: Arc<AtomicU64>,
     _alive: Sender<()>,
 }
 
 impl Busy {
-    /// Has `stuck` called once the thread has been inside for longer than `patience`.
+    /// Has `stuck` called once the thread has been inside for longer than `patience`. A process that stands still does not look either, so that
+    /// the time in which it does counts for nothing.
     pub(super) fn watched(patience: Duration, stuck: impl FnOnce() + Send + 'static) -> io::Result<Self> {
         let (sender, alive) = bounded::<()>(0);
-        let clock = Arc::new(Clock { start: Instant::now(), since: AtomicU64::new(0) });
-        let seen = Arc::clone(&clock);
+        let turn = Arc::new(AtomicU64::new(0));
+        let seen = Arc::clone(&turn);
         // The thread is over when its other end is dropped, and nobody waits for it.
         crate::threads::start("device-watch", move || {
-            while alive.recv_timeout(patience / 8) == Err(RecvTimeoutError::Timeout) {
-                if seen.inside_for().is_some_and(|inside| inside > patience) {
+            let (mut last, mut looks) = (0, 0);
+            while alive.recv_timeout(patience / LOOKS) == Err(RecvTimeoutError::Timeout) {
+                let now = seen.load(Ordering::Relaxed);
+                looks = if now == last && now % 2 == 1 { looks + 1 } else { 0 };
+                last = now;
+                if looks > LOOKS {
                     return stuck();
                 }
             }
         })?;
-        Ok(Self { clock, _alive: sender })
+        Ok(Self { turn, _alive: sender })
     }
 
     /// The thread goes inside.
     pub(super) fn begin(&self) {
-        let now = u64::try_from(self.clock.start.elapsed().as_nanos()).unwrap_or(u64::MAX - 1);
-        self.clock.since.store(now + 1, Ordering::Relaxed);
+        self.turn.fetch_add(1, Ordering::Relaxed);
     }
 
     /// It has come back.
     pub(super) fn end(&self) {
-        self.clock.since.store(0, Ordering::Relaxed);
-    }
-}
-
-impl Clock {
-    fn inside_for(&self) -> Option<Duration> {
-        let since = self.since.load(Ordering::Relaxed).checked_sub(1)?;
-        Some(self.start.elapsed().saturating_sub(Duration::from_nanos(since)))
+        self.turn.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -22,7 +22,7 @@ pub(super) fn table() -> Vec<Attack> {
         }),
         Attack::rejected(
             "admin-descriptor-that-lingers",
-            "sends a socket that takes an hour to be closed beside a request",
+            "sends a socket that takes a minute to be closed beside a request",
             lingers,
         ),
         Attack::passes("admin-http-2", "opens with the preface of HTTP/2", |stage| {

@@ -71,7 +71,7 @@ pub(super) fn table() -> Vec<Attack> {
         ),
         Attack::rejected(
             "descriptor-that-lingers",
-            "sends sockets that take an hour to be closed, at each step of the protocol",
+            "sends sockets that take a minute to be closed, twice each, at each step of the protocol",
             |stage| {
                 let mut unread = Vec::new();
                 for step in 0..3 {
@@ -80,13 +80,19 @@ pub(super) fn table() -> Vec<Attack> {
                     if step == 0 {
                         // Before anybody knows who it is.
                         let socket = Raw::socket(&stage.socket);
-                        packet::send(socket.as_fd(), &hello(Limits::default()), &[lingers.as_fd()])
-                            .expect("a packet");
+                        for _ in 0..2 {
+                            // The second lies unread when the first has ended it all.
+                            packet::send(socket.as_fd(), &hello(Limits::default()), &[lingers.as_fd()])
+                                .expect("a packet");
+                        }
                         drop(lingers);
                     } else {
                         let (mut raw, sequence) = stage.session();
                         let publish = ToDaemon::Publish { sequence, tokens: 1, shared: false };
-                        raw.say_with(&if step == 1 { nothing() } else { encode(&publish) }, &[lingers]);
+                        let message = if step == 1 { nothing() } else { encode(&publish) };
+                        let twice = [lingers];
+                        raw.say_with(&message, &twice);
+                        raw.say_with(&message, &twice);
                     }
                     let since = Instant::now();
                     let (mut other, _) = stage.session();
@@ -129,7 +135,7 @@ fn closed(stage: &Stage) -> Result<(), String> {
     Ok(())
 }
 
-/// A socket with unsent bytes, whose last close waits an hour for the peer that comes with it.
+/// A socket with unsent bytes, whose last close waits a minute for the peer that comes with it.
 pub(super) fn lingering() -> (OwnedFd, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let mut socket = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
@@ -137,7 +143,7 @@ pub(super) fn lingering() -> (OwnedFd, TcpStream) {
     socket.set_nonblocking(true).expect("a socket");
     // Both buffers fill: nobody reads.
     while socket.write(&[0; 1 << 16]).is_ok() {}
-    let linger = nix::libc::linger { l_onoff: 1, l_linger: 3600 };
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 60 };
     nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Linger, &linger).expect("a socket");
     (socket.into(), peer)
 }
