@@ -62,7 +62,7 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Reads the file (or [`DEFAULT_FILE`], if it [exists](default_file)), the environment and the flags, and checks the result.
+    /// Reads the file (or [`DEFAULT_FILE`], if it exists), the environment and the flags, and checks the result.
     ///
     /// # Errors
     /// The first thing that is wrong.
