@@ -18,3 +18,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "kvoyant.classic" -}}
 {{- if and .Values.gpu.enabled (eq .Values.gpu.export "handle") }}true{{ end -}}
 {{- end -}}
+
+{{/* A value as TOML has it: as JSON, but for tables. */}}
+{{- define "kvoyant.toml" -}}
+{{- if kindIs "map" . -}}
+{ {{- $first := true }}{{ range $key, $value := . }}{{ if not $first }}, {{ end }}{{ $first = false }}{{ $key | quote }} = {{ include "kvoyant.toml" $value }}{{ end -}} }
+{{- else -}}
+{{ . | toJson }}
+{{- end -}}
+{{- end -}}
