@@ -8,6 +8,8 @@ mod behind;
 mod memory;
 mod rows;
 
+pub(crate) use self::behind::Behind;
+
 use kvoyant_methods::method::Append;
 use kvoyant_methods::{DigestKey, Method, Shape, Store};
 use kvoyant_protocol::control::PageWord;

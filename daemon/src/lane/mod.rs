@@ -22,6 +22,7 @@ pub mod list;
 pub mod mailbox;
 pub mod model;
 mod naps;
+mod parked;
 mod place;
 mod reaper;
 mod rest;
@@ -318,21 +319,29 @@ impl Lane {
                     attached.retries = attached.parked.is_some();
                 }
             }
-            for attached in self.sessions.iter_mut().filter(|attached| attached.retries) {
-                attached.retries = false;
-                if let Some((asked, reply)) = attached.parked.take() {
-                    attached.control(asked, reply, tools);
-                }
-            }
-            // Those that go on in the middle of their ring have work, whatever else there is.
-            busy |= self.sessions.iter().any(|attached| attached.retries);
             busy |= self.turns.round(&mut self.sessions, |attached| {
-                if stopping || attached.broken || attached.retries || attached.detaching.is_some() {
+                if attached.broken || attached.detaching.is_some() {
+                    // What it has asked is not done any more.
+                    if std::mem::take(&mut attached.retries) {
+                        attached.parked = None;
+                    }
+                    return false;
+                }
+                // What was asked at the control socket comes before further requests, and is a turn like theirs.
+                if std::mem::take(&mut attached.retries)
+                    && let Some((asked, reply)) = attached.parked.take()
+                {
+                    attached.control(asked, reply, tools);
+                    return true;
+                }
+                if stopping {
                     return false;
                 }
                 let result = attached.session.poll(tools, FAIR_SHARE);
                 attached.check(result).unwrap_or(false)
             });
+            // Those that go on in the middle of their ring have work, whatever else there is.
+            busy |= self.sessions.iter().any(|attached| attached.retries);
             for attached in self.sessions.iter_mut().filter(|attached| attached.is_served()) {
                 attached.session.cover_if_due(!busy);
             }
@@ -455,7 +464,7 @@ impl Lane {
             }
             Command::Control(id, message, reply) => {
                 if let Some(attached) = self.find(id) {
-                    attached.control(message, reply, tools);
+                    attached.park(message, reply, tools);
                 }
             }
             Command::Resume(id, keeping, reply) => {
@@ -531,56 +540,6 @@ impl Attached {
 
     fn is_armed(&self) -> bool {
         self.session.armed && !self.broken && self.detaching.is_none()
-    }
-
-    /// Does what a control message asks once all requests before it are done, and everything is there that it needs.
-    fn control(&mut self, asked: Asked, reply: oneshot::Sender<Outcome>, tools: Tools<'_>) {
-        if self.broken || self.detaching.is_some() {
-            return;
-        }
-        if matches!(asked, Asked::Begun(_)) {
-            return self.ask(asked, reply);
-        }
-        if !self.drained {
-            let drained = self.session.drain(tools, FAIR_SHARE);
-            match self.check(drained) {
-                None => return,
-                // The rest has to wait for its turn, as everybody's does.
-                Some(false) => {
-                    (self.parked, self.retries) = (Some((asked, reply)), true);
-                    return;
-                }
-                Some(true) => self.drained = true,
-            }
-        }
-        if !self.session.begins_control() {
-            (self.parked, self.retries) = (Some((asked, reply)), true);
-            return;
-        }
-        self.ask(asked, reply);
-    }
-
-    fn ask(&mut self, asked: Asked, reply: oneshot::Sender<Outcome>) {
-        self.drained = false;
-        let part = matches!(&asked, Asked::Image(ImageRequest::Lend { .. } | ImageRequest::Fill(_)));
-        let answer = self.session.asked(asked);
-        self.session.refresh_status();
-        match self.check(answer) {
-            Some(Outcome::Later(asked)) => {
-                self.session.puts_control_off();
-                (self.parked, self.retries) = (Some((asked, reply)), self.session.is_behind());
-            }
-            // Only then is it kept, with its answer: what is half done is known to no other daemon.
-            Some(Outcome::GoesOn(asked)) => (self.parked, self.retries) = (Some((asked, reply)), true),
-            Some(answer) => {
-                if part {
-                    // Files and stores take their time before the next one, and requests come meanwhile.
-                    self.session.puts_control_off();
-                }
-                drop(reply.send(answer));
-            }
-            None => {}
-        }
     }
 
     /// Ends the session on an error.

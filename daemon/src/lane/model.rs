@@ -20,7 +20,7 @@ use crate::device::{Device, SessionMemory, Slab, SlabRequest};
 use crate::journal::FrameLog;
 use crate::lane::ages::Ages;
 use crate::lane::background::Flying;
-use crate::lane::digests::DigestPool;
+use crate::lane::digests::{Behind, DigestPool};
 use crate::lane::graph::GraphState;
 use crate::lane::images::{Lease, Taken};
 use crate::lane::keeping::Touched;
@@ -155,7 +155,7 @@ pub struct ModelState {
     /// Which of them have changed since they were last kept.
     pub(crate) touched: Touched,
     /// Sequences and layers with rows that are not digested yet, in the order in which they came.
-    pub(crate) behind: VecDeque<(SequenceId, usize)>,
+    pub(crate) behind: Behind,
     /// The device's slab; `None` in place.
     pub slab: Option<SlabState>,
     /// Layers with slots of the slab by age; `None` until there are too few.
@@ -296,7 +296,7 @@ impl ModelState {
             sequences,
             open: Vec::new(),
             touched: Touched::default(),
-            behind: VecDeque::new(),
+            behind: Behind::default(),
             slab,
             ages: None,
             graph,

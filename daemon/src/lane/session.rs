@@ -384,7 +384,9 @@ impl LaneSession {
         self.answer.clear();
         self.answer.rows_per_extent = model.rows_per_extent();
         (self.answer.key, self.answer.deadline_ns) = (ticket, request.deadline_ns);
-        self.background.clear(self.backgrounds + 1, model.rows_per_extent());
+        // Whether anything is begun or not: a page that is being read for one is waited for by the next.
+        self.backgrounds += 1;
+        self.background.clear(self.backgrounds, model.rows_per_extent());
         let (attends, estimates) = (model.attends || request.rest, model.estimating);
         let mut work = 0_usize;
         // Beyond the quota nothing is done, and that is the answer.
@@ -523,7 +525,6 @@ impl LaneSession {
         }
         let layers = self.background.layers.clone();
         model.background_begins(&mut self.background);
-        self.backgrounds = self.background.number;
         let (rows, bytes) = (self.background.rows, self.background.answer.bytes);
         self.count(Stat::PrefetchedRows, rows);
         self.count(Stat::PrefetchBytes, bytes);
@@ -543,7 +544,8 @@ impl LaneSession {
         let mut any = false;
         while since.elapsed() <= TURN_MAX {
             let Some(model) = &mut self.model else { break };
-            self.background.clear(self.backgrounds + 1, model.rows_per_extent());
+            self.backgrounds += 1;
+            self.background.clear(self.backgrounds, model.rows_per_extent());
             if !model.prefetch_next(self.released_through, &mut self.background) {
                 break;
             }

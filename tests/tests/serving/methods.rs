@@ -461,6 +461,7 @@ fn attention_rows_reach_the_method_and_impossible_ones_end_the_session_with_the_
     drop(ready);
     // What cannot be is the caller's mistake, and nothing has happened.
     let silent = [0.0; 2];
+    let other = sequence.fork(Some(1)).unwrap();
     model.reserve(&[(&sequence, 310)]).unwrap();
     for (mistake, refused) in [
         ("not within", model.feedback(&sequence, 1, 16, false, &[2.0, 0.0])),
@@ -468,7 +469,7 @@ fn attention_rows_reach_the_method_and_impossible_ones_end_the_session_with_the_
         ("blocks", model.feedback(&sequence, 1, 160, false, &silent)),
         ("beyond the 320 tokens", model.feedback(&sequence, 1, 10_000, false, &[0.0; 1250])),
         ("attended whole", model.feedback(&sequence, 0, 16, false, &silent)),
-        ("learns from no", model.feedback(&sequence.fork(Some(1)).unwrap(), 1, 16, false, &silent)),
+        ("learns from no", model.feedback(&other, 1, 16, false, &silent)),
         ("a mark has 5", model.mark(&sequence, 300, &[5])),
         ("is marked has 10", model.mark(&sequence, 10, &[1, 2])),
     ] {

@@ -2,6 +2,8 @@
 //! digested in pieces, for a turn at a time, before anything else is done for their session. Those whose pages are on disk are when somebody
 //! asks for them.
 
+use std::collections::{HashSet, VecDeque};
+
 use kvoyant_protocol::control::PageWord;
 use kvoyant_protocol::memory::MemoryError;
 use kvoyant_protocol::wire::SequenceId;
@@ -9,20 +11,55 @@ use kvoyant_protocol::wire::SequenceId;
 use crate::lane::model::ModelState;
 use crate::lane::sequences::Sequence;
 
+/// Sequences and layers with rows that are not digested yet, in the order in which they came, each once.
+#[derive(Debug, Default)]
+pub(crate) struct Behind {
+    queue: VecDeque<(SequenceId, usize)>,
+    all: HashSet<(SequenceId, usize)>,
+}
+
+impl Behind {
+    fn add(&mut self, id: SequenceId, layer: usize) {
+        if self.all.insert((id, layer)) {
+            self.queue.push_back((id, layer));
+        }
+    }
+
+    fn first(&self) -> Option<(SequenceId, usize)> {
+        self.queue.front().copied()
+    }
+
+    fn done_with_first(&mut self) {
+        if let Some(first) = self.queue.pop_front() {
+            self.all.remove(&first);
+        }
+    }
+
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Whether a layer of a sequence is among them: asked for each frame that is looked at.
+    pub(crate) fn holds(&self, id: SequenceId, layer: usize) -> bool {
+        self.all.contains(&(id, layer))
+    }
+}
+
 impl ModelState {
     /// Rows of a layer are to be digested.
     pub(crate) fn falls_behind(&mut self, id: SequenceId, layer: usize) {
         let digests = self.sequence(id).is_ok_and(|sequence| !sequence.digests.is_empty());
-        if digests && self.speculates(layer) && self.behind.back() != Some(&(id, layer)) {
-            self.behind.push_back((id, layer));
+        if digests && self.speculates(layer) {
+            self.behind.add(id, layer);
         }
     }
 
     /// Digests rows that have fallen behind, until there are none, which it says, or `enough` says so.
     pub(crate) fn work_off(&mut self, enough: impl Fn() -> bool) -> Result<bool, MemoryError> {
-        while let Some((id, layer)) = self.behind.front().copied() {
+        while let Some((id, layer)) = self.behind.first() {
             if !self.build_some(id, layer)? {
-                self.behind.pop_front();
+                self.behind.done_with_first();
                 if let Some(state) = &mut self.spill {
                     state.changed();
                 }
@@ -87,5 +124,29 @@ impl ModelState {
             return self.build_layer(id, layer);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_layer_waits_once_and_can_wait_again_when_it_is_done() {
+        let id = |slot| SequenceId { slot, generation: 1 };
+        let mut behind = Behind::default();
+        for (slot, layer) in [(1, 0), (1, 1), (2, 0), (1, 0), (1, 1)] {
+            behind.add(id(slot), layer);
+        }
+        assert!(behind.holds(id(1), 1) && !behind.holds(id(2), 1));
+        let mut order = Vec::new();
+        while let Some(first) = behind.first() {
+            order.push((first.0.slot, first.1));
+            behind.done_with_first();
+        }
+        assert_eq!(order, [(1, 0), (1, 1), (2, 0)]);
+        assert!(behind.is_empty() && !behind.holds(id(1), 0));
+        behind.add(id(1), 0);
+        assert!(behind.holds(id(1), 0) && behind.first() == Some((id(1), 0)));
     }
 }

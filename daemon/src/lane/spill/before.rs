@@ -3,7 +3,6 @@
 use kvoyant_protocol::control::{PageWord, SelectedBy, ToDaemon};
 use kvoyant_protocol::wire::{BatchEntry, HeadEntry, Operation, SequenceId, Status};
 
-use super::SpillState;
 use crate::lane::model::ModelState;
 use crate::lane::select::Answer;
 
@@ -99,7 +98,9 @@ impl ModelState {
             Ok(()) if answer.reads.is_empty() => Ok(Before::Ready),
             Ok(()) => Ok(Before::Later),
             // What is being written or read may make room.
-            Err(Status::HostFull) if self.spill.as_ref().is_some_and(SpillState::is_busy) => {
+            Err(Status::HostFull)
+                if self.spill.as_ref().is_some_and(|state| state.is_busy() || state.awaits_cover()) =>
+            {
                 Ok(Before::Later)
             }
             Err(status) => Err(status),

@@ -78,6 +78,7 @@ impl ModelState {
             if has(&id) {
                 return vec![id];
             }
+            return self.open_handles().find(has).into_iter().collect();
         }
         self.open_handles().filter(has).collect()
     }
@@ -100,9 +101,23 @@ impl ModelState {
             && state.wary.is_none()
             && slots.last_ticket <= state.released_through
             && slots.background.is_none()
-            && !self.behind.contains(&(id, layer))
+            && !self.behind.holds(id, layer)
             && !state.held.contains(&(id, layer))
             && !state.kept.as_ref().is_some_and(|(kept, layers)| *kept == id && layers.contains(&layer))
+    }
+
+    /// Whether the sequence that a frame's page came with has it still, and keeps it where it is: then no other has to be asked.
+    fn first_refuses(&self, step: Step, at: u32, frame: Frame) -> bool {
+        let generation = self.sequences.get(frame.sequence as usize).map_or(0, |slot| slot.generation);
+        let id = SequenceId { slot: frame.sequence, generation };
+        self.sequence(id).is_ok_and(|sequence| {
+            (frame.page as usize) < sequence.capacity
+                && self
+                    .tables
+                    .word(sequence.table, frame.head as usize * sequence.capacity + frame.page as usize)
+                    == at
+                && !self.lets(step, sequence, id, frame)
+        })
     }
 
     fn all_let(&self, step: Step, owners: &[SequenceId], frame: Frame) -> bool {
@@ -196,10 +211,28 @@ impl ModelState {
         {
             return Passed::Nothing;
         }
-        if self.arena.is_shared(at) {
-            *compared += self.open.len();
+        let shared = self.arena.is_shared(at);
+        if shared && frame.content == Content::Clean && frame.chances > 0 {
+            // Before anybody is compared: there may be a thousand.
+            if let Some(state) = &mut self.spill {
+                state.frames[at as usize].chances -= 1;
+            }
+            return Passed::Nearer;
+        }
+        let step = if frame.content == Content::Dirty { Step::Write } else { Step::Leave };
+        if shared && self.first_refuses(step, at, frame) {
+            return Passed::Nothing;
         }
         let owners = self.owners(at, frame);
+        if shared || owners.first().is_none_or(|owner| owner.slot != frame.sequence) {
+            *compared += self.open.len();
+        }
+        if let Some(owner) = owners.first().filter(|_| !shared)
+            && let Some(state) = &mut self.spill
+        {
+            // The one that it came with has gone, and it is looked for once.
+            state.frames[at as usize].sequence = owner.slot;
+        }
         if only.is_some_and(|only| !owners.contains(&only)) {
             return Passed::Nothing;
         }
